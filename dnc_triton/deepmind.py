@@ -1,0 +1,127 @@
+"""Weights from DeepMind's published DNC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnc_reference.interface import interface_sizes
+from dnc_triton.layer import DNC
+
+# Field of the interface → its linear layer in DeepMind's access.py.
+_INTERFACE_LAYERS = {
+    "read_keys": "read_keys",
+    "write_keys": "write_keys",
+    "write_vectors": "write_vectors",
+    "read_strengths": "read_strengths",
+    "write_strengths": "write_strengths",
+    "erase_vectors": "erase_vectors",
+    "free_gates": "free_gate",
+    "allocation_gates": "allocation_gate",
+    "write_gates": "write_gate",
+    "read_modes": "read_mode",
+}
+
+
+def from_deepmind(
+    variables: Mapping[str, Any],
+    *,
+    memory_size: int,
+    word_size: int,
+    num_reads: int,
+    num_writes: int = 1,
+    clip: float | None = None,
+    batch_first: bool = True,
+    dtype: torch.dtype | None = None,
+) -> DNC:
+    """A `DNC` with the weights, and the semantics, of one built with DeepMind's published code.
+
+    Strengths pass softplus and no gradient flows from usage to earlier writes, as there.
+
+    Args:
+        variables: name → array, named as in a checkpoint of DeepMind's code: ``dnc/lstm/w_gates`` and so on, with any
+            scope in front and with or without ``:0`` behind. Weights are [in, out]. Other names, an optimiser's say,
+            are passed over. The sizes of input, controller and output are read off the arrays.
+        memory_size, word_size, num_reads, num_writes: N, W, R, K, which the arrays do not tell, or not alone.
+        clip: the `clip_value` of the original (20 in DeepMind's training script); None if it had none.
+        batch_first: of the layer that is made. DeepMind's is time first.
+        dtype: of the layer that is made; None for torch's default.
+
+    Returns:
+        the layer, on the CPU.
+
+    Raises:
+        ValueError: a variable is missing, or has a shape that does not go with the sizes given.
+    """
+    arrays = {name.removesuffix(":0"): value for name, value in variables.items()}
+    scope = _scope(arrays)
+
+    def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        if scope + name not in arrays:
+            raise ValueError(f"variables: expected {scope + name!r}, got only {sorted(arrays)}")
+        array = torch.as_tensor(np.asarray(arrays[scope + name]), dtype=torch.float64)
+        if shape is not None and array.shape != shape:
+            raise ValueError(f"variables: expected {scope + name!r} of shape {list(shape)}, got {list(array.shape)}")
+        return array
+
+    gates, output = take("lstm/w_gates"), take("output_linear/w")
+    if gates.dim() != 2 or output.dim() != 2:
+        raise ValueError(
+            f"variables: expected lstm/w_gates and output_linear/w to be matrices, got shapes {list(gates.shape)} "
+            f"and {list(output.shape)}"
+        )
+    read_size, hidden_size, output_size = num_reads * word_size, gates.shape[1] // 4, output.shape[1]
+    input_size = gates.shape[0] - read_size - hidden_size
+    if input_size < 1 or gates.shape[1] != 4 * hidden_size:
+        raise ValueError(
+            f"variables: expected {scope}lstm/w_gates of shape [input + {num_reads}·{word_size} + hidden, 4·hidden] "
+            f"for num_reads={num_reads} and word_size={word_size}, got {list(gates.shape)}"
+        )
+
+    dnc = DNC(
+        input_size,
+        hidden_size,
+        output_size,
+        memory_size=memory_size,
+        word_size=word_size,
+        num_reads=num_reads,
+        num_writes=num_writes,
+        batch_first=batch_first,
+        clip=clip,
+        strength="softplus",
+        stop_usage_gradient=True,
+        dtype=dtype,
+    )
+    gates_bias = take("lstm/b_gates", (4 * hidden_size,)).clone()
+    # Sonnet adds 1 to the forget gate when it runs; torch does not, so the bias carries it. Sonnet's gates come as
+    # i, g, f, o, torch's as i, f, g, o.
+    gates_bias[2 * hidden_size : 3 * hidden_size] += 1
+    gates, gates_bias = (torch.cat([x.chunk(4, -1)[gate] for gate in (0, 2, 1, 3)], -1) for x in (gates, gates_bias))
+    sizes = interface_sizes(num_reads, num_writes, word_size)
+    layers = {field: f"memory_access/{layer}" for field, layer in _INTERFACE_LAYERS.items()}
+    dnc.load_state_dict(
+        {
+            "controller.layers.0.weight_ih": gates[: input_size + read_size].T,
+            "controller.layers.0.weight_hh": gates[input_size + read_size :].T,
+            "controller.layers.0.bias_ih": gates_bias,
+            "controller.layers.0.bias_hh": torch.zeros_like(gates_bias),
+            "interface.weight": torch.cat([take(f"{layers[f]}/w", (hidden_size, sizes[f])) for f in sizes], -1).T,
+            "interface.bias": torch.cat([take(f"{layers[f]}/b", (sizes[f],)) for f in sizes]),
+            "output.weight": take("output_linear/w", (hidden_size + read_size, output_size)).T,
+            "output.bias": take("output_linear/b", (output_size,)),
+        }
+    )
+    return dnc
+
+
+def _scope(arrays: Mapping[str, Any]) -> str:
+    """What stands before ``lstm/w_gates``: the name of the module and of what it is in."""
+    name = "lstm/w_gates"
+    scopes = [key.removesuffix(name) for key in arrays if key == name or key.endswith("/" + name)]
+    if len(scopes) != 1:
+        raise ValueError(f"variables: expected one name that ends in {name!r}, got {len(scopes)} in {sorted(arrays)}")
+    return scopes[0]

@@ -1,0 +1,254 @@
+"""The public layer: a DNC over a sequence, used like `nn.LSTM`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_flatten
+
+from dnc_reference import DNCCell, DNCState, MemoryState
+from dnc_reference.memory import check_memory_state, check_tensor
+from dnc_triton.dispatch import Problem, check_backend, choose, explain_problem
+
+
+class DNC(DNCCell):
+    """A Differentiable Neural Computer over sequences.
+
+    Args:
+        input_size, hidden_size, output_size: of the input, of each controller layer, of the output.
+        memory_size: N, slots of the memory.
+        word_size: W, numbers in a slot.
+        num_reads: R, read heads.
+        num_writes: K, write heads; the paper has 1.
+        controller: "lstm", "gru", "rnn", "feedforward", or a factory ``(input_size, hidden_size) -> nn.Module`` of
+            your own, whose modules have ``initial_state(batch_size, *, device, dtype)`` giving a nest of tensors, batch
+            first, and ``forward(inputs [B, I], state) -> (hidden [B, H], state)``. I counts the step's input and the
+            R·W numbers read last.
+        num_layers, dropout: of a built-in controller, as in `nn.LSTM`: dropout acts between layers.
+        batch_first: inputs and outputs are [B, T, ·]; else [T, B, ·].
+        clip: bound on the absolute value of the controller's output and state and of the output; None for none.
+        strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
+        stop_usage_gradient: no gradient from usage to earlier writes, as in DeepMind's published code.
+        backend: "auto", or the name of the one to use; see `explain`.
+        device, dtype: of the parameters. The state has the same.
+
+    Parameters are initialised as torch initialises its own recurrent cells and linear layers.
+
+    Raises:
+        ValueError: a size below 1; an unknown controller, strength or backend; dropout or clip out of range.
+        TypeError: a size that is no integer; a factory that does not make a controller.
+
+    Example:
+        >>> dnc = DNC(input_size=8, hidden_size=64, output_size=8, memory_size=16, word_size=16)
+        >>> outputs, state = dnc(torch.randn(4, 20, 8))
+        >>> more_outputs, state = dnc(torch.randn(4, 20, 8), state.detach())
+
+    Source: Graves et al., "Hybrid computing using a neural network with dynamic external memory", Nature 538 (2016).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        *,
+        memory_size: int = 128,
+        word_size: int = 64,
+        num_reads: int = 4,
+        num_writes: int = 1,
+        controller: str | Callable[[int, int], nn.Module] = "lstm",
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        batch_first: bool = True,
+        clip: float | None = None,
+        strength: str = "oneplus",
+        stop_usage_gradient: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_backend("backend", backend)
+        super().__init__(
+            input_size,
+            hidden_size,
+            output_size,
+            memory_size=memory_size,
+            word_size=word_size,
+            num_reads=num_reads,
+            num_writes=num_writes,
+            controller=controller,
+            num_layers=num_layers,
+            dropout=dropout,
+            clip=clip,
+            strength=strength,
+            stop_usage_gradient=stop_usage_gradient,
+            device=device,
+            dtype=dtype,
+        )
+        self.batch_first = batch_first
+        self.backend = backend
+
+    def forward(  # type: ignore[override]
+        self,
+        inputs: Tensor | PackedSequence,
+        state: DNCState | None = None,
+        *,
+        lengths: Tensor | list[int] | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, DNCState]:
+        """Run over a sequence.
+
+        Args:
+            inputs: [B, T, input_size] ([T, B, input_size] if not batch_first), or a `PackedSequence`.
+            state: what an earlier call returned, or None for the initial state. Gradients flow into it; call
+                `state.detach()` to truncate them.
+            lengths: [B] integers in 0…T: row b runs for lengths[b] steps. After that its outputs are 0 and its state
+                stays; what stands in the inputs there changes nothing, be it NaN.
+            reset: bool, [B, T] ([T, B] if not batch_first): True puts that row's state back to the initial one before
+                that step.
+
+        Returns:
+            outputs [B, T, output_size], in the order of the inputs (packed if they were packed), and the state after
+            each row's last step. With B = 0 or T = 0 the outputs are empty and the state is the one given.
+
+        Raises:
+            ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T.
+            TypeError: a tensor of the wrong dtype, a state that is no `DNCState`.
+            RuntimeError: the backend asked for does not serve this call.
+        """
+        if isinstance(inputs, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths: expected None with a PackedSequence, which has its own lengths")
+            padded, packed_lengths = pad_packed_sequence(inputs, batch_first=self.batch_first)
+            outputs, state = self._run(padded, state, packed_lengths, reset)
+            return _pack_like(inputs, outputs, packed_lengths, self.batch_first), state
+        return self._run(inputs, state, lengths, reset)
+
+    def _run(
+        self, inputs: Tensor, state: DNCState | None, lengths: Tensor | list[int] | None, reset: Tensor | None
+    ) -> tuple[Tensor, DNCState]:
+        problem = self.problem(inputs)
+        batch, steps = problem.batch, problem.steps
+        if state is None:
+            state = self.initial_state(batch)
+        else:
+            self._check_state(state, batch)
+        if lengths is not None:
+            lengths = _check_lengths(lengths, batch, steps).to(inputs.device)
+        if reset is not None:
+            shape = (batch, steps) if self.batch_first else (steps, batch)
+            check_tensor("reset", reset, shape, dtype=torch.bool, device=inputs.device)
+        if self.batch_first:
+            inputs, reset = inputs.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+        outputs, state = choose(problem, self.backend).unroll(self, inputs, state, lengths=lengths, reset=reset)
+        return outputs.transpose(0, 1) if self.batch_first else outputs, state
+
+    def problem(self, inputs: Tensor) -> Problem:
+        """What the dispatcher is asked for this input. Raises the errors that `forward` documents for `inputs`."""
+        order = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
+        weight = self.output.weight
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs: expected a tensor {order} or a PackedSequence, got {type(inputs).__name__}")
+        if inputs.dim() != 3:
+            raise ValueError(f"inputs: expected 3 dimensions {order}, got shape {list(inputs.shape)}")
+        if inputs.shape[-1] != self.input_size:
+            raise ValueError(
+                f"inputs: expected {order} with input_size {self.input_size}, got shape {list(inputs.shape)}"
+            )
+        if inputs.device != weight.device:
+            raise ValueError(f"inputs: expected a tensor on {weight.device}, as the parameters, got {inputs.device}")
+        if inputs.dtype != weight.dtype and not (
+            inputs.is_floating_point() and torch.is_autocast_enabled(inputs.device.type)
+        ):
+            raise TypeError(f"inputs: expected {weight.dtype}, as the parameters, got {inputs.dtype}")
+        batch, steps = inputs.shape[:2] if self.batch_first else (inputs.shape[1], inputs.shape[0])
+        return Problem(
+            device=inputs.device,
+            dtype=weight.dtype,
+            batch=batch,
+            steps=steps,
+            memory_size=self.memory_size,
+            word_size=self.word_size,
+            num_reads=self.num_reads,
+            num_writes=self.num_writes,
+            controller=self.controller_kind,
+            needs_gradient=torch.is_grad_enabled(),
+        )
+
+    def _check_state(self, state: DNCState, batch: int) -> None:
+        if not isinstance(state, DNCState):
+            raise TypeError(f"state: expected a DNCState or None, got {type(state).__name__}")
+        if not isinstance(state.memory, MemoryState):
+            raise TypeError(f"state.memory: expected a MemoryState, got {type(state.memory).__name__}")
+        shapes = MemoryState.shapes(batch, self.memory_size, self.word_size, self.num_reads, self.num_writes)
+        like: dict[str, Any] = {"dtype": self.output.weight.dtype, "device": self.output.weight.device}
+        check_memory_state("state.memory", state.memory, shapes, **like)
+        check_tensor("state.read_words", state.read_words, (batch, self.num_reads, self.word_size), **like)
+        self._check_controller_state(state.controller, batch)
+
+    def _check_controller_state(self, state: Any, batch: int) -> None:
+        tensors, structure = tree_flatten(state)
+        if self.controller_kind == "custom":  # which may grow its state as it goes: only the batch is known of it
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and tensor.shape[:1] != (batch,):
+                    raise ValueError(f"state.controller: expected batch {batch} first, got shape {list(tensor.shape)}")
+            return
+        weight = self.output.weight
+        expected = self.controller.initial_state(batch, device=weight.device, dtype=weight.dtype)  # type: ignore[operator]
+        expected_tensors, expected_structure = tree_flatten(expected)
+        if structure != expected_structure:
+            raise ValueError(
+                f"state.controller: expected the state of {self.num_layers} layer(s) of {self.controller_kind!r}, "
+                f"{expected_structure}, got {structure}"
+            )
+        for tensor, like in zip(tensors, expected_tensors, strict=True):
+            check_tensor("state.controller", tensor, like.shape, dtype=like.dtype, device=like.device)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if not self.batch_first:
+            text += ", batch_first=False"
+        return text if self.backend == "auto" else text + f", backend={self.backend!r}"
+
+
+def explain(dnc: DNC, inputs: Tensor) -> str:
+    """Which backend would run `dnc(inputs)`, what each of them answers, and why.
+
+    Args:
+        dnc: the layer.
+        inputs: as for its forward.
+
+    Returns:
+        a table, one line per backend, to be printed; the chosen one is starred.
+    """
+    return explain_problem(dnc.problem(inputs), dnc.backend)
+
+
+def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tensor:
+    lengths = torch.as_tensor(lengths)
+    integers = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+    if not integers and lengths.numel() > 0:  # an empty list has no integers to tell its dtype from
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: expected shape [{batch}], one per row of the batch, got {list(lengths.shape)}")
+    # While a graph is captured nobody may look at values.
+    capturing = torch.compiler.is_compiling() or (lengths.is_cuda and torch.cuda.is_current_stream_capturing())
+    if batch > 0 and not capturing:
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest < 0 or longest > steps:
+            wrong = shortest if shortest < 0 else longest
+            raise ValueError(f"lengths: expected values in 0…{steps}, the number of steps, got {wrong}")
+    return lengths
+
+
+def _pack_like(packed: PackedSequence, outputs: Tensor, lengths: Tensor, batch_first: bool) -> PackedSequence:
+    """Outputs in the order of the batch, packed as the inputs were, equal lengths in the same order."""
+    order = packed.sorted_indices
+    if order is not None:
+        outputs, lengths = outputs.index_select(0 if batch_first else 1, order), lengths[order.cpu()]
+    again = pack_padded_sequence(outputs, lengths, batch_first=batch_first)
+    return PackedSequence(again.data, packed.batch_sizes, order, packed.unsorted_indices)

@@ -1,0 +1,16 @@
+"""The Differentiable Neural Computer in plain PyTorch: the text to read, the oracle that `dnc_triton` answers to."""
+
+from dnc_reference.dnc import DNCCell, unroll
+from dnc_reference.memory import Addressing, memory_step, memory_step_with_addressing
+from dnc_reference.types import DNCState, Interface, MemoryState
+
+__all__ = [
+    "Addressing",
+    "DNCCell",
+    "DNCState",
+    "Interface",
+    "MemoryState",
+    "memory_step",
+    "memory_step_with_addressing",
+    "unroll",
+]

@@ -1,0 +1,237 @@
+"""The whole network, unfused: controller, interface, memory and output, for one step and over a sequence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dnc_reference.controller import CONTROLLERS, Controller
+from dnc_reference.interface import STRENGTHS, activate_interface, interface_sizes
+from dnc_reference.memory import memory_step
+from dnc_reference.types import DNCState, Interface, MemoryState
+
+MemoryStep = Callable[..., tuple[Tensor, MemoryState]]
+
+
+class DNCCell(nn.Module):
+    """One step of a Differentiable Neural Computer: its parameters and its equations.
+
+    Args:
+        input_size, hidden_size, output_size: of the input, of each controller layer, of the output.
+        memory_size, word_size, num_reads, num_writes: N, W, R, K.
+        controller: a key of `CONTROLLERS`, or a factory ``(input_size, hidden_size) -> nn.Module`` of a controller as
+            `dnc_reference.controller` describes it. Its input is the step's input and the R·W numbers read last.
+        num_layers, dropout: of a built-in controller, as in `nn.LSTM`.
+        clip: bound on the absolute value of the controller's output and state and of the output; None for none.
+        strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
+        stop_usage_gradient: as in `memory_step`.
+
+    Raises:
+        ValueError: a size below 1, an unknown controller or strength, dropout outside [0, 1), clip not above 0.
+        TypeError: a size that is no integer; a factory that does not make a controller.
+
+    Source: Graves et al. 2016, Methods, "Controller network", with the layers stacked as in `nn.LSTM`: the paper also
+    feeds the input to every layer and every layer to the output. `clip`: DeepMind's published code, dnc.py.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        *,
+        memory_size: int = 128,
+        word_size: int = 64,
+        num_reads: int = 4,
+        num_writes: int = 1,
+        controller: str | Callable[[int, int], nn.Module] = "lstm",
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        clip: float | None = None,
+        strength: str = "oneplus",
+        stop_usage_gradient: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = dict(input_size=input_size, hidden_size=hidden_size, output_size=output_size, memory_size=memory_size)
+        sizes.update(word_size=word_size, num_reads=num_reads, num_writes=num_writes, num_layers=num_layers)
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name}: expected an integer, got {size!r}")
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if strength not in STRENGTHS:
+            raise ValueError(f"strength: expected one of {', '.join(map(repr, STRENGTHS))}, got {strength!r}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip: expected None or a number above 0, got {clip!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(f"dropout: {dropout} has no effect with num_layers=1, it acts between layers", stacklevel=2)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+
+        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, output_size
+        self.memory_size, self.word_size = memory_size, word_size
+        self.num_reads, self.num_writes = num_reads, num_writes
+        self.num_layers, self.dropout, self.clip = num_layers, dropout, clip
+        self.strength, self.stop_usage_gradient = strength, stop_usage_gradient
+        self.controller_kind = controller if isinstance(controller, str) else "custom"
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        read_size = num_reads * word_size
+        self.controller = _make_controller(
+            controller, input_size + read_size, hidden_size, num_layers=num_layers, dropout=dropout, **factory
+        )
+        interface_size = sum(interface_sizes(num_reads, num_writes, word_size).values())
+        self.interface = nn.Linear(hidden_size, interface_size, **factory)
+        self.output = nn.Linear(hidden_size + read_size, output_size, **factory)
+
+    def initial_state(self, batch_size: int) -> DNCState:
+        """The state before the first step: zeros, in the parameters' dtype and on their device."""
+        factory: dict[str, Any] = {"device": self.output.weight.device, "dtype": self.output.weight.dtype}
+        return DNCState(
+            controller=self.controller.initial_state(batch_size, **factory),  # type: ignore[operator]
+            memory=MemoryState.zeros(
+                batch_size, self.memory_size, self.word_size, self.num_reads, self.num_writes, **factory
+            ),
+            read_words=torch.zeros(batch_size, self.num_reads, self.word_size, **factory),
+        )
+
+    def forward(self, inputs: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
+        """One step: inputs [B, input_size] → output [B, output_size], state."""
+        features, state = self.step(inputs, state)
+        return self.project(features), state
+
+    def step(
+        self, inputs: Tensor, state: DNCState, *, memory_step: MemoryStep = memory_step
+    ) -> tuple[Tensor, DNCState]:
+        """One step without the output layer, which nothing in the recurrence waits for.
+
+        Args:
+            inputs: [B, input_size].
+            state: of the step before.
+            memory_step: what computes the memory's part, with the signature of `dnc_reference.memory_step`.
+
+        Returns:
+            features [B, H + R·W], the controller's output and the words read; the state after the step.
+        """
+        hidden, controller_state, interface = self.control(inputs, state)
+        # Under autocast the controller's products are rounded; the memory, which adds up over time, is not.
+        with torch.autocast(inputs.device.type, enabled=False):
+            read_words, memory = memory_step(interface, state.memory, stop_usage_gradient=self.stop_usage_gradient)
+        features = torch.cat([hidden, read_words.flatten(1)], dim=-1)
+        return features, DNCState(controller_state, memory, read_words)
+
+    def control(self, inputs: Tensor, state: DNCState) -> tuple[Tensor, Any, Interface]:
+        """The controller's part of a step: its output [B, H], its new state, and what it asks of the memory."""
+        dtype = state.read_words.dtype
+        hidden, controller_state = self.controller(
+            torch.cat([inputs, state.read_words.flatten(1)], dim=-1), state.controller
+        )
+        hidden, controller_state = self._clip(hidden.to(dtype)), tree_map(self._clip, controller_state)
+        interface = activate_interface(
+            self.interface(hidden).to(dtype),
+            num_reads=self.num_reads,
+            num_writes=self.num_writes,
+            word_size=self.word_size,
+            strength=self.strength,
+        )
+        return hidden, controller_state, interface
+
+    def project(self, features: Tensor) -> Tensor:
+        """The output layer: features [..., H + R·W] → [..., output_size]."""
+        return self._clip(self.output(features))
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    def extra_repr(self) -> str:
+        """The sizes, and of the other arguments those that are not the default."""
+        shown = ["memory_size", "word_size", "num_reads", "num_writes", "controller_kind"]
+        defaults = dict(num_layers=1, dropout=0.0, clip=None, strength="oneplus", stop_usage_gradient=False)
+        shown += [name for name, default in defaults.items() if getattr(self, name) != default]
+        sizes = f"{self.input_size}, {self.hidden_size}, {self.output_size}"
+        return ", ".join([sizes, *(f"{name.removesuffix('_kind')}={getattr(self, name)!r}" for name in shown)])
+
+
+def unroll(
+    cell: DNCCell,
+    inputs: Tensor,
+    state: DNCState,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    memory_step: MemoryStep = memory_step,
+) -> tuple[Tensor, DNCState]:
+    """A cell over a sequence, step by step.
+
+    Args:
+        cell: the network.
+        inputs: [T, B, input_size].
+        state: before the first step.
+        lengths: [B] integer: row b runs for lengths[b] steps; after that its outputs are 0 and its state stays. What
+            stands in the inputs there changes no output, state or gradient, be it NaN.
+        reset: [T, B] bool: True puts that row's state back to the initial one before that step.
+        memory_step: as in `DNCCell.step`.
+
+    Returns:
+        outputs [T, B, output_size] and the state after each row's last step.
+    """
+    steps, batch = inputs.shape[:2]
+    if steps == 0:
+        return cell.project(inputs.new_empty(0, batch, cell.output.in_features)), state
+    running = None
+    if lengths is not None:
+        running = torch.arange(steps, device=inputs.device).unsqueeze(1) < lengths  # [T, B]
+        inputs = torch.where(running.unsqueeze(-1), inputs, 0)
+    initial = None if reset is None else cell.initial_state(batch)
+
+    features = []
+    for step in range(steps):
+        if reset is not None and initial is not None:
+            state = initial.where(reset[step], state)
+        step_features, new_state = cell.step(inputs[step], state, memory_step=memory_step)
+        state = new_state if running is None else new_state.where(running[step], state)
+        features.append(step_features)
+    outputs = cell.project(torch.stack(features))
+    if running is not None:
+        outputs = torch.where(running.unsqueeze(-1), outputs, 0)
+    return outputs, state
+
+
+def _make_controller(
+    controller: str | Callable[[int, int], nn.Module],
+    input_size: int,
+    hidden_size: int,
+    *,
+    num_layers: int,
+    dropout: float,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    if isinstance(controller, str):
+        if controller not in CONTROLLERS:
+            names = ", ".join(map(repr, CONTROLLERS))
+            raise ValueError(f"controller: expected one of {names} or a factory of your own, got {controller!r}")
+        return Controller(controller, input_size, hidden_size, num_layers, dropout, device=device, dtype=dtype)
+    if not callable(controller):
+        raise TypeError(f"controller: expected a name or a factory, got {type(controller).__name__}")
+    if num_layers != 1 or dropout != 0:
+        raise ValueError(
+            "num_layers, dropout: expected 1 and 0 with a controller of your own, which has its own layers, "
+            f"got {num_layers} and {dropout}"
+        )
+    module = controller(input_size, hidden_size)
+    if not isinstance(module, nn.Module) or not callable(getattr(module, "initial_state", None)):
+        raise TypeError(
+            "controller: expected the factory to return an nn.Module with a method "
+            f"initial_state(batch_size, *, device, dtype), got {type(module).__name__}"
+        )
+    return module.to(device=device, dtype=dtype)

@@ -1,0 +1,139 @@
+"""The data that flow through a DNC: what the controller asks, what the memory holds, what one step hands to the next.
+
+Letters in every shape: B batch, N memory slots, W word size, R read heads, K write heads.
+Every tensor in a state has the batch as its first axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Interface(NamedTuple):
+    """What the controller asks of the memory in one step, already activated.
+
+    Attributes:
+        read_keys: [B, R, W], any value.
+        read_strengths: [B, R], at least 0.
+        write_keys: [B, K, W], any value.
+        write_strengths: [B, K], at least 0.
+        erase_vectors: [B, K, W], in [0, 1].
+        write_vectors: [B, K, W], any value.
+        free_gates: [B, R], in [0, 1].
+        allocation_gates: [B, K], in [0, 1].
+        write_gates: [B, K], in [0, 1].
+        read_modes: [B, R, 1+2K], each row sums to 1; in this order: backward along each write head's links, forward
+            along each write head's links, content.
+
+    Source: Graves et al. 2016, Methods, "Interface parameters".
+    """
+
+    read_keys: Tensor
+    read_strengths: Tensor
+    write_keys: Tensor
+    write_strengths: Tensor
+    erase_vectors: Tensor
+    write_vectors: Tensor
+    free_gates: Tensor
+    allocation_gates: Tensor
+    write_gates: Tensor
+    read_modes: Tensor
+
+    @staticmethod
+    def shapes(batch_size: int, word_size: int, num_reads: int, num_writes: int = 1) -> dict[str, tuple[int, ...]]:
+        """The shape of each field."""
+        return {
+            "read_keys": (batch_size, num_reads, word_size),
+            "read_strengths": (batch_size, num_reads),
+            "write_keys": (batch_size, num_writes, word_size),
+            "write_strengths": (batch_size, num_writes),
+            "erase_vectors": (batch_size, num_writes, word_size),
+            "write_vectors": (batch_size, num_writes, word_size),
+            "free_gates": (batch_size, num_reads),
+            "allocation_gates": (batch_size, num_writes),
+            "write_gates": (batch_size, num_writes),
+            "read_modes": (batch_size, num_reads, 1 + 2 * num_writes),
+        }
+
+
+class MemoryState(NamedTuple):
+    """What the memory carries from one step to the next.
+
+    Attributes:
+        memory: [B, N, W], the words.
+        usage: [B, N], in [0, 1]; 1 is full.
+        link: [B, K, N, N]; link[i, j] is the degree to which slot i was written right after slot j. Zero diagonal.
+        precedence: [B, K, N], the degree to which a slot was the last one written.
+        read_weights: [B, R, N].
+        write_weights: [B, K, N].
+    """
+
+    memory: Tensor
+    usage: Tensor
+    link: Tensor
+    precedence: Tensor
+    read_weights: Tensor
+    write_weights: Tensor
+
+    @staticmethod
+    def shapes(
+        batch_size: int, memory_size: int, word_size: int, num_reads: int, num_writes: int = 1
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of each field."""
+        return {
+            "memory": (batch_size, memory_size, word_size),
+            "usage": (batch_size, memory_size),
+            "link": (batch_size, num_writes, memory_size, memory_size),
+            "precedence": (batch_size, num_writes, memory_size),
+            "read_weights": (batch_size, num_reads, memory_size),
+            "write_weights": (batch_size, num_writes, memory_size),
+        }
+
+    @classmethod
+    def zeros(
+        cls,
+        batch_size: int,
+        memory_size: int,
+        word_size: int,
+        num_reads: int,
+        num_writes: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MemoryState:
+        """The state before the first step: all zeros."""
+        shapes = cls.shapes(batch_size, memory_size, word_size, num_reads, num_writes)
+        return cls(**{name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()})
+
+
+class DNCState(NamedTuple):
+    """Everything a DNC carries from one step to the next. Returned by every call and accepted by the next one.
+
+    Attributes:
+        controller: the controller's state. For the built-in ones a tuple with one entry per layer: (hidden, cell) for
+            "lstm", (hidden,) for "gru" and "rnn", () for "feedforward", each tensor [B, H]. For a controller of your
+            own, whatever nest of tensors it returns, batch first.
+        memory: the `MemoryState`.
+        read_words: [B, R, W], what the read heads read last.
+    """
+
+    controller: Any
+    memory: MemoryState
+    read_words: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> DNCState:
+        """The same state with `function` applied to every tensor, for example ``lambda x: x.to("cuda")``."""
+        return tree_map(function, self)
+
+    def detach(self) -> DNCState:
+        """The same values, cut off from the graph: for truncated backpropagation through time."""
+        return self.map(Tensor.detach)
+
+    def where(self, rows: Tensor, other: DNCState) -> DNCState:
+        """This state in the batch rows where `rows` ([B], bool) is True, `other` in the rest."""
+        return tree_map(lambda a, b: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), self, other)
