@@ -93,7 +93,7 @@ class FeedForwardCell(nn.Linear):
         return torch.tanh(F.linear(inputs, self.weight, self.bias)), ()
 
 
-CONTROLLERS = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell, "feedforward": FeedForwardCell}
+CONTROLLERS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell, "feedforward": FeedForwardCell}
 
 
 class Controller(nn.Module):
