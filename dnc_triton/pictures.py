@@ -1,0 +1,99 @@
+"""Pictures of a run: how it learned, and what its memory did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dnc_triton.tasks import Batch
+from dnc_triton.trace import Trace
+
+COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}
+LABELS = {"dnc": "DNC", "lstm": "LSTM"}
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+}
+
+
+def draw_learning_curve(rows: list[dict[str, float]], unit: str, path: Path) -> None:
+    """Loss and error over the steps, every model of the run in one picture.
+
+    Args:
+        rows: of metrics.csv.
+        unit: what the error counts, "bit" say.
+        path: of the PNG.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        loss_axes, error_axes = figure.subplots(2, sharex=True)
+        steps = [row["step"] for row in rows]
+        for model, color in COLORS.items():
+            if f"{model}_loss" not in rows[0]:
+                continue
+            loss_axes.plot(steps, [row[f"{model}_loss"] for row in rows], color=color, label=LABELS[model])
+            error_axes.plot(steps, [100 * row[f"{model}_{unit}_error"] for row in rows], color=color)
+        loss_axes.set_yscale("log")
+        loss_axes.set_ylabel("loss")
+        loss_axes.legend(frameon=False)
+        error_axes.set_ylabel(f"wrong {unit}s, %")
+        error_axes.set_ylim(bottom=0)
+        error_axes.set_xlabel("step")
+        figure.savefig(path, dpi=150)
+
+
+def draw_memory(trace: Trace, batch: Batch, path: Path) -> None:
+    """The memory at work on the first sequence of a batch: what came in and went out, where it wrote and read, when.
+
+    Args:
+        trace: of that sequence, time first.
+        batch: the sequence.
+        path: of the PNG.
+    """
+    first = {name: tensor[:, 0].float().cpu().numpy() for name, tensor in trace._asdict().items()}
+    steps = len(first["usage"])
+    panels: list[tuple[str, np.ndarray, float]] = [
+        ("input", batch.inputs[0].cpu().numpy().T, 1.0),
+        ("target", batch.targets[0].cpu().numpy().T, 1.0),
+    ]
+    for kind in ("write", "read"):
+        heads = first[f"{kind}_weights"]  # [T, heads, N]
+        for head in range(heads.shape[1]):
+            name = f"{kind} weights" + (f", head {head + 1}" if heads.shape[1] > 1 else "")
+            panels.append((name, heads[:, head].T, 1.6))  # slots down, time to the right
+    gates = ("allocation", "write", "free")
+
+    with mpl.rc_context(STYLE):
+        heights = [height for _, _, height in panels] + [1.0]
+        size = (max(5.0, 0.28 * steps + 2), 1.15 * sum(heights))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(panels) + 1, sharex=True, height_ratios=heights)
+        for panel, (name, values, _) in zip(axes, panels, strict=False):
+            image = panel.imshow(values, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+            panel.set_title(name)
+            panel.set_ylabel("slot" if "weights" in name else "channel")
+            _whole_ticks(panel, values.shape[0])
+        figure.colorbar(image, ax=list(axes[:-1]), shrink=0.35, aspect=30, pad=0.015)
+        for gate, marker in zip(gates, "osv", strict=True):
+            for head, values in enumerate(first[f"{gate}_gates"].T):
+                label = f"{gate} gate" if head == 0 else None
+                axes[-1].plot(values, marker=marker, markersize=3, linewidth=1, alpha=1 / (1 + head), label=label)
+        axes[-1].set_title("gates")
+        axes[-1].set_ylim(-0.05, 1.05)
+        axes[-1].set_xlabel("time step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[-1].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.95), ncols=len(gates))
+        figure.savefig(path, dpi=150)
+
+
+def _whole_ticks(axes: Axes, count: int) -> None:
+    axes.set_yticks(np.unique(np.linspace(0, count - 1, min(count, 4)).round().astype(int)))

@@ -1,0 +1,243 @@
+"""Training from the command line: it learns, it can be interrupted, and it leaves behind what it says it does."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnc_triton.cli import main
+from dnc_triton.tasks import TASKS, CopyTask, DelayedCopyTask
+from dnc_triton.train import LOG_EVERY, Run, Settings, load_checkpoint
+
+SMALL = ["--hidden-size", "16", "--memory-size", "8", "--word-size", "8", "--batch-size", "4", "--max-length", "3"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dnc_triton", "train", *arguments]
+
+
+def without_seconds(checkpoint: dict) -> dict:
+    """What must not depend on the clock."""
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in checkpoint["rows"]]
+    return {**checkpoint, "rows": rows, "seconds": None}
+
+
+def assert_same_bits(a: object, b: object, where: str = "checkpoint") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def test_copy_sequences_are_what_the_task_says() -> None:
+    task = CopyTask(min_length=2, max_length=5, num_bits=3)
+    batch = task.sample(7, 4, torch.Generator().manual_seed(0))
+    assert batch.inputs.shape == (7, 9, 4)
+    assert batch.targets.shape == (7, 9, 3)
+    assert batch.scored.tolist() == [False] * 5 + [True] * 4
+    torch.testing.assert_close(batch.inputs[:, :4, :3], batch.targets[:, 5:])
+    assert batch.inputs[:, 4].tolist() == [[0, 0, 0, 1]] * 7
+    assert not batch.inputs[:, 5:].any()
+    assert 0.2 < batch.targets[:, 5:].mean() < 0.8
+    lengths = {
+        (task.sample_training(1, torch.Generator().manual_seed(seed)).inputs.shape[1] - 1) // 2 for seed in range(50)
+    }
+    assert lengths == {2, 3, 4, 5}
+
+
+def test_delayed_copy_gives_the_symbol_back_at_the_end() -> None:
+    task = DelayedCopyTask(delay=4)
+    batch = task.sample(100, 4, torch.Generator().manual_seed(0))
+    inputs, targets = batch.inputs.argmax(-1), batch.targets.argmax(-1)
+    blank = 10
+    assert (inputs[:, 1:] == blank).all()
+    assert (targets[:, :-1] == blank).all()
+    assert (inputs[:, 0] == targets[:, -1]).all()
+    assert set(inputs[:, 0].tolist()) == set(range(10))
+    lines = task.show(batch.targets, batch).splitlines()
+    symbol = str(int(inputs[0, 0]))
+    assert lines[0].split() == ["input", symbol, "_", "_", "_", "_"]
+    assert lines[2].split() == ["output", "_", "_", "_", "_", symbol]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_right_outputs_are_right_and_each_flip_is_counted(name: str) -> None:
+    task = TASKS[name]()
+    batch = task.sample(5, task.lengths[-1], torch.Generator().manual_seed(0))
+    logits = 20 * (2 * batch.targets - 1)
+    assert not task.wrong(logits, batch).any()
+    assert task.loss(logits, batch) < 1e-6
+    logits[2, -1] = -logits[2, -1]
+    wrong = task.wrong(logits, batch)
+    assert wrong.any(1).tolist() == [False, False, True, False, False]
+    assert task.loss(logits, batch) > 0.1
+
+
+def test_delayed_copy_is_learned_and_everything_is_left_in_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", "delayed_copy", "--run", str(folder), "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "sequences without an error" in printed
+    assert "DNC" in printed
+    assert "LSTM" in printed
+
+    result = json.loads((folder / "result.json").read_text())
+    assert result["sequences_right"]["delay 4, as trained"]["dnc"] >= 0.99
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(LOG_EVERY, 501, LOG_EVERY))
+    assert float(rows[-1]["dnc_loss"]) < float(rows[0]["dnc_loss"]) / 10
+    for picture in ("learning_curve.png", "memory.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    # The weights are those that were evaluated, and reading them executes nothing.
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    dnc = Settings(**checkpoint["settings"]).make_dnc()
+    dnc.load_state_dict(checkpoint["learners"]["dnc"]["model"])
+    assert not list(folder.glob("*.part"))
+
+
+def test_interrupted_and_resumed_ends_with_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    steps = 3 * LOG_EVERY + 7
+    arguments = ["copy", *SMALL, "--steps", str(steps), "--controller", "lstm"]
+    assert main(["train", *arguments, "--run", str(whole)]) == 0
+
+    process = subprocess.Popen(command(*arguments, "--run", str(broken)), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert f"--resume {broken}" in printed
+    stopped_at = load_checkpoint(broken)["step"]
+    assert 0 < stopped_at < steps
+
+    assert main(["train", "copy", "--resume", str(broken)]) == 0
+    assert_same_bits(without_seconds(load_checkpoint(whole)), without_seconds(load_checkpoint(broken)))
+
+
+def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path) -> None:
+    """SIGTERM at an exact step: what was summed up for the next row of the metrics is resumed as well."""
+    settings = Settings(
+        "copy", {"max_length": 2}, steps=LOG_EVERY + 10, hidden_size=8, memory_size=4, word_size=4, batch_size=2
+    )
+    whole = Run(settings, tmp_path / "whole", torch.device("cpu"))
+    assert whole.train()
+
+    broken = Run(settings, tmp_path / "broken", torch.device("cpu"))
+    sample = broken.task.sample_training
+
+    def sample_then_stop(*arguments: object) -> object:
+        if broken.step == LOG_EVERY + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*arguments)
+
+    broken.task.sample_training = sample_then_stop  # type: ignore[method-assign]
+    assert not broken.train()
+    assert broken.step == LOG_EVERY + 4
+    resumed = Run.resume(tmp_path / "broken", torch.device("cpu"))
+    assert resumed.train()
+    assert_same_bits(
+        without_seconds(load_checkpoint(tmp_path / "whole")), without_seconds(load_checkpoint(tmp_path / "broken"))
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["train", "copy", *SMALL, "--steps", "100", "--no-baseline", "--run", str(tmp_path / "run")]
+    assert main([*arguments, "--learning-rate", "1e30"]) == 2
+    error = capsys.readouterr().err
+    assert "dnc_loss became" in error
+    assert "in steps 1 to 50" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["copy", "--steps", "0"], ["steps", "at least 1", "got 0"]),
+        (["copy", "--batch-size", "0"], ["batch_size", "at least 1", "got 0"]),
+        (["copy", "--learning-rate", "0"], ["learning_rate", "above 0", "got 0"]),
+        (["copy", "--controller", "transformer"], ["controller", "'lstm'", "'transformer'"]),
+        (["copy", "--memory-size", "0"], ["memory_size", "at least 1", "got 0"]),
+        (["copy", "--max-length", "0"], ["max_length", "got 1, 0"]),
+        (["copy", "--device", "abacus"], ["--device", "'abacus'"]),
+        (["copy", "--device", "cuda:99"], ["--device", "'cuda:99'"]),
+        (["copy", "--resume", "nowhere"], ["nowhere", "checkpoint.pt"]),
+        (["copy", "--resume"], ["--resume", "runs/copy-*", "none"]),
+        (["copy", "--resume", "nowhere", "--steps", "5"], ["--resume", "got also --steps"]),
+        (["delayed_copy", "--delay", "0"], ["delay", "at least 1", "got 0"]),
+        (["delayed_copy", "--num-symbols", "1"], ["num_symbols", "at least 2", "got 1"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments_get_a_clear_word(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"precious")
+    assert main(["train", "copy", "--run", str(tmp_path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"", "cannot be read"), (b"no checkpoint at all", "cannot be read"), (None, "format 1, got 99")],
+    ids=["empty", "garbage", "another version"],
+)
+def test_a_damaged_checkpoint_is_refused(
+    content: bytes | None, word: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"format": 99}, path)
+    else:
+        path.write_bytes(content)
+    assert main(["train", "copy", "--resume", str(tmp_path)]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_training_without_its_extra_says_what_to_install() -> None:
+    code = "import sys; sys.modules['tqdm'] = None; from dnc_triton.cli import main; sys.exit(main(['train', 'copy']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "tqdm is not installed" in done.stderr
+    assert "dnc_triton[train]" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_the_demo_copies_at_the_trained_lengths(seed: int, tmp_path: Path) -> None:
+    assert main(["train", "copy", "--run", str(tmp_path / "run"), "--seed", str(seed), "--no-baseline"]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["sequences_right"]["1 to 10 vectors, as trained"]["dnc"] >= 0.99
