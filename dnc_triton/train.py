@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import signal
 import sys
 import time
@@ -282,7 +283,16 @@ class Run:
         draw_learning_curve(self.rows, self.task.unit, self.folder / "learning_curve.png")
         draw_memory(seen, batch, self.folder / "memory.png")
         with _replacing(self.folder / "result.json") as path:
-            result = {"settings": asdict(self.settings), "seconds": round(self.seconds, 1), "sequences_right": shares}
+            result = {
+                "sequences_right": shares,
+                "seconds": round(self.seconds, 1),
+                "settings": asdict(self.settings),
+                "date": time.strftime("%Y-%m-%d"),
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            }
             path.write_text(json.dumps(result, indent=2) + "\n")
 
         columns = {"dnc": "DNC", "lstm": "LSTM"}
