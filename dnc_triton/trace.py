@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference import DNCCell, DNCState, memory_step_with_addressing
+from dnc_reference.interface import activate_interface
 
 
 class Trace(NamedTuple):
@@ -49,7 +50,14 @@ def trace(dnc: DNCCell, inputs: Tensor, state: DNCState | None = None) -> Trace:
     state = dnc.initial_state(inputs.shape[1]) if state is None else state
     steps = []
     for step_inputs in inputs:
-        hidden, controller_state, interface = dnc.control(step_inputs, state)
+        hidden, controller_state, vector = dnc.control(step_inputs, state)
+        interface = activate_interface(
+            vector,
+            num_reads=dnc.num_reads,
+            num_writes=dnc.num_writes,
+            word_size=dnc.word_size,
+            strength=dnc.strength,
+        )
         read_words, memory, _ = memory_step_with_addressing(interface, state.memory)
         outputs = dnc.project(torch.cat([hidden, read_words.flatten(1)], dim=-1))
         state = DNCState(controller_state, memory, read_words)

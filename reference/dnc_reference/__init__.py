@@ -1,6 +1,6 @@
 """The Differentiable Neural Computer in plain PyTorch: the text to read, the oracle that `dnc_triton` answers to."""
 
-from dnc_reference.dnc import DNCCell, unroll
+from dnc_reference.dnc import DNCCell, interface_step, unroll
 from dnc_reference.memory import Addressing, memory_step, memory_step_with_addressing
 from dnc_reference.types import DNCState, Interface, MemoryState
 
@@ -10,6 +10,7 @@ __all__ = [
     "DNCState",
     "Interface",
     "MemoryState",
+    "interface_step",
     "memory_step",
     "memory_step_with_addressing",
     "unroll",

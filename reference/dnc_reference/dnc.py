@@ -13,9 +13,36 @@ from torch.utils._pytree import tree_map
 from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.interface import STRENGTHS, activate_interface, interface_sizes
 from dnc_reference.memory import memory_step
-from dnc_reference.types import DNCState, Interface, MemoryState
+from dnc_reference.types import DNCState, MemoryState
 
-MemoryStep = Callable[..., tuple[Tensor, MemoryState]]
+InterfaceStep = Callable[..., tuple[Tensor, MemoryState]]
+
+
+def interface_step(
+    vector: Tensor,
+    state: MemoryState,
+    *,
+    num_reads: int,
+    num_writes: int,
+    strength: str,
+    stop_usage_gradient: bool,
+) -> tuple[Tensor, MemoryState]:
+    """The memory's part of a step from the interface vector as the controller gives it: activate, then `memory_step`.
+
+    Args:
+        vector: [B, S], S the sum of `interface_sizes`.
+        state: the memory before the step.
+        num_reads, num_writes: R, K.
+        strength: "oneplus" or "softplus".
+        stop_usage_gradient: as in `memory_step`.
+
+    Returns:
+        read words [B, R, W] and the memory after the step.
+    """
+    interface = activate_interface(
+        vector, num_reads=num_reads, num_writes=num_writes, word_size=state.memory.shape[-1], strength=strength
+    )
+    return memory_step(interface, state, stop_usage_gradient=stop_usage_gradient)
 
 
 class DNCCell(nn.Module):
@@ -110,40 +137,40 @@ class DNCCell(nn.Module):
         return self.project(features), state
 
     def step(
-        self, inputs: Tensor, state: DNCState, *, memory_step: MemoryStep = memory_step
+        self, inputs: Tensor, state: DNCState, *, interface_step: InterfaceStep = interface_step
     ) -> tuple[Tensor, DNCState]:
         """One step without the output layer, which nothing in the recurrence waits for.
 
         Args:
             inputs: [B, input_size].
             state: of the step before.
-            memory_step: what computes the memory's part, with the signature of `dnc_reference.memory_step`.
+            interface_step: what computes the memory's part, with the signature of `interface_step`.
 
         Returns:
             features [B, H + R·W], the controller's output and the words read; the state after the step.
         """
-        hidden, controller_state, interface = self.control(inputs, state)
+        hidden, controller_state, vector = self.control(inputs, state)
         # Under autocast the controller's products are rounded; the memory, which adds up over time, is not.
         with torch.autocast(inputs.device.type, enabled=False):
-            read_words, memory = memory_step(interface, state.memory, stop_usage_gradient=self.stop_usage_gradient)
+            read_words, memory = interface_step(
+                vector,
+                state.memory,
+                num_reads=self.num_reads,
+                num_writes=self.num_writes,
+                strength=self.strength,
+                stop_usage_gradient=self.stop_usage_gradient,
+            )
         features = torch.cat([hidden, read_words.flatten(1)], dim=-1)
         return features, DNCState(controller_state, memory, read_words)
 
-    def control(self, inputs: Tensor, state: DNCState) -> tuple[Tensor, Any, Interface]:
-        """The controller's part of a step: its output [B, H], its new state, and what it asks of the memory."""
+    def control(self, inputs: Tensor, state: DNCState) -> tuple[Tensor, Any, Tensor]:
+        """The controller's part of a step: its output [B, H], its new state, and the interface vector [B, S]."""
         dtype = state.read_words.dtype
         hidden, controller_state = self.controller(
             torch.cat([inputs, state.read_words.flatten(1)], dim=-1), state.controller
         )
         hidden, controller_state = self._clip(hidden.to(dtype)), tree_map(self._clip, controller_state)
-        interface = activate_interface(
-            self.interface(hidden).to(dtype),
-            num_reads=self.num_reads,
-            num_writes=self.num_writes,
-            word_size=self.word_size,
-            strength=self.strength,
-        )
-        return hidden, controller_state, interface
+        return hidden, controller_state, self.interface(hidden).to(dtype)
 
     def project(self, features: Tensor) -> Tensor:
         """The output layer: features [..., H + R·W] → [..., output_size]."""
@@ -168,7 +195,7 @@ def unroll(
     *,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
-    memory_step: MemoryStep = memory_step,
+    interface_step: InterfaceStep = interface_step,
 ) -> tuple[Tensor, DNCState]:
     """A cell over a sequence, step by step.
 
@@ -179,7 +206,7 @@ def unroll(
         lengths: [B] integer: row b runs for lengths[b] steps; after that its outputs are 0 and its state stays. What
             stands in the inputs there changes no output, state or gradient, be it NaN.
         reset: [T, B] bool: True puts that row's state back to the initial one before that step.
-        memory_step: as in `DNCCell.step`.
+        interface_step: as in `DNCCell.step`.
 
     Returns:
         outputs [T, B, output_size] and the state after each row's last step.
@@ -197,7 +224,7 @@ def unroll(
     for step in range(steps):
         if reset is not None and initial is not None:
             state = initial.where(reset[step], state)
-        step_features, new_state = cell.step(inputs[step], state, memory_step=memory_step)
+        step_features, new_state = cell.step(inputs[step], state, interface_step=interface_step)
         state = new_state if running is None else new_state.where(running[step], state)
         features.append(step_features)
     outputs = cell.project(torch.stack(features))

@@ -1,0 +1,298 @@
+"""Phase one of a step, a program per batch element: usage, allocation, write content lookup, write weights, precedence.
+
+Its adjoint is the last phase of the backward. All pointers are those of one batch element.
+"""
+
+import triton
+import triton.language as tl
+
+from dnc_triton.kernels.common import (
+    NORM_EPSILON,
+    SIMILARITY_EPSILON,
+    USAGE_EPSILON,
+    d_gate,
+    d_strength,
+    gate,
+    rounded,
+    softmax,
+    strength,
+)
+
+
+@triton.jit
+def in_allocation(usage):
+    """Usage as the allocation sees it, ε + (1 − ε)u."""
+    return usage * (1.0 - USAGE_EPSILON) + USAGE_EPSILON
+
+
+@triton.jit
+def sort_key(usage, offs_n, mask_n, COMPUTE: tl.constexpr):
+    """Integers that sort as the free list does: 1 − u descending, the lower slot first; the slot in the low 10 bits.
+
+    A number that is not negative sorts as its bits do. In float64 the slot takes the place of the last 9 bits.
+    """
+    free = tl.maximum(1.0 - in_allocation(usage), 0.0)
+    if COMPUTE == tl.float64:
+        taken = 0x3FF0000000000000 - free.to(tl.int64, bitcast=True)
+        key = ((taken << 1) & -1024) | offs_n
+    else:
+        taken = 0x3F800000 - free.to(tl.int32, bitcast=True)
+        key = (taken.to(tl.int64) << 32) | offs_n
+    return tl.where(mask_n, key, 0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def free_slots(usage_ptr, free_list_ptr, offs_n, mask_n, COMPUTE: tl.constexpr):
+    """Along the free list: its slots, their usage x and that of the one before (1 before the first).
+
+    Usage comes back through memory: between threads that is as cheap as anything else.
+    """
+    slots = tl.load(free_list_ptr + offs_n, mask=mask_n, other=0)
+    before = tl.load(free_list_ptr + offs_n - 1, mask=mask_n & (offs_n > 0), other=0)
+    x = in_allocation(tl.load(usage_ptr + slots, mask=mask_n, other=0.0).to(COMPUTE))
+    x_before = in_allocation(tl.load(usage_ptr + before, mask=mask_n, other=0.0).to(COMPUTE))
+    return slots, x, tl.where(offs_n > 0, x_before, 1.0)
+
+
+@triton.jit
+def address(
+    interface_ptr,
+    memory_ptr,
+    usage_ptr,
+    precedence_ptr,
+    read_weights_ptr,
+    write_weights_ptr,
+    new_usage_ptr,
+    new_precedence_ptr,
+    new_write_weights_ptr,
+    allocation_ptr,
+    similarity_ptr,
+    free_list_ptr,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    RAW: tl.constexpr,
+    STRENGTH_OFFSET: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Where to write. Keeps allocation, similarity of the write key and free list, each [N], for the backward."""
+    WRITE_KEY: tl.constexpr = R * W
+    WRITE_STRENGTH: tl.constexpr = R * W + 2 * W + R
+    FREE_GATES: tl.constexpr = WRITE_STRENGTH + 1 + W
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+
+    retention = tl.full([BLOCK_N], 1.0, COMPUTE)
+    for head in range(R):
+        free_gate = gate(tl.load(interface_ptr + FREE_GATES + head).to(COMPUTE), RAW)
+        weights = tl.load(read_weights_ptr + head * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+        retention = retention * (1.0 - free_gate * weights)
+    usage = tl.load(usage_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    written = tl.load(write_weights_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    usage = rounded((usage + (1.0 - usage) * written) * retention, new_usage_ptr)
+    tl.store(new_usage_ptr + offs_n, usage, mask=mask_n)
+
+    key = tl.sort(sort_key(usage, offs_n, mask_n, COMPUTE))
+    tl.store(free_list_ptr + offs_n, (key & 1023).to(tl.int32), mask=mask_n)
+
+    offs_w = tl.arange(0, BLOCK_W)
+    mask_w = offs_w < W
+    write_key = tl.load(interface_ptr + WRITE_KEY + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
+    key_norm = tl.sqrt(tl.sum(write_key * write_key) + NORM_EPSILON)
+    for start in range(0, N, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < N)[:, None] & mask_w[None, :]
+        memory = tl.load(memory_ptr + rows[:, None] * W + offs_w[None, :], mask=mask, other=0.0).to(COMPUTE)
+        norms = key_norm * tl.sqrt(tl.sum(memory * memory, 1) + NORM_EPSILON) + SIMILARITY_EPSILON
+        tl.store(similarity_ptr + rows, tl.sum(memory * write_key[None, :], 1) / norms, mask=rows < N)
+
+    tl.debug_barrier()  # usage, free list and similarity are read by other threads than wrote them
+    slots, x, x_before = free_slots(new_usage_ptr, free_list_ptr, offs_n, mask_n, COMPUTE)
+    tl.store(allocation_ptr + slots, (1.0 - x) * tl.cumprod(x_before, 0), mask=mask_n)
+    tl.debug_barrier()  # from the order of the free list to that of the slots
+    allocation = tl.load(allocation_ptr + offs_n, mask=mask_n, other=0.0)
+
+    similarity = tl.load(similarity_ptr + offs_n, mask=mask_n, other=0.0)
+    write_strength = strength(tl.load(interface_ptr + WRITE_STRENGTH).to(COMPUTE), RAW, STRENGTH_OFFSET)
+    content = softmax(similarity * write_strength, mask_n, 0)
+    allocation_gate = gate(tl.load(interface_ptr + FREE_GATES + R).to(COMPUTE), RAW)
+    write_gate = gate(tl.load(interface_ptr + FREE_GATES + R + 1).to(COMPUTE), RAW)
+    mixed = allocation_gate * allocation + (1.0 - allocation_gate) * content
+    write_weights = rounded(write_gate * mixed, new_write_weights_ptr)
+    tl.store(new_write_weights_ptr + offs_n, write_weights, mask=mask_n)
+
+    precedence = tl.load(precedence_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    precedence = (1.0 - tl.sum(write_weights)) * precedence + write_weights
+    tl.store(new_precedence_ptr + offs_n, precedence, mask=mask_n)
+
+
+@triton.jit
+def address_backward(
+    interface_ptr,
+    memory_ptr,
+    usage_ptr,
+    precedence_ptr,
+    read_weights_ptr,
+    write_weights_ptr,
+    new_usage_ptr,
+    new_write_weights_ptr,
+    allocation_ptr,
+    similarity_ptr,
+    free_list_ptr,
+    d_new_usage_ptr,
+    d_new_precedence_ptr,
+    d_new_write_weights_ptr,
+    d_interface_ptr,
+    d_memory_ptr,
+    d_usage_ptr,
+    d_precedence_ptr,
+    d_read_weights_ptr,
+    d_write_weights_ptr,
+    d_write_rows_ptr,
+    d_write_columns_ptr,
+    d_precedence_columns_ptr,
+    d_read_rows_ptr,
+    d_read_columns_ptr,
+    d_words_partial_ptr,
+    scratch_ptr,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    RAW: tl.constexpr,
+    STRENGTH_OFFSET: tl.constexpr,
+    STOP_USAGE_GRADIENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The adjoint of `address`, after that of linking.
+
+    Takes in what the row blocks left: gradients by row [N] and by column [NUM_BLOCKS, N] of the write weights, by
+    column of the precedence, by row [R, N] and by column [NUM_BLOCKS, R, N] of the previous read weights, and the parts
+    [NUM_BLOCKS, R + 2, W] of those of read keys, erase vector and write vector. Adds to the memory's gradient.
+    `scratch` is [2, N].
+    """
+    WRITE_KEY: tl.constexpr = R * W
+    WRITE_STRENGTH: tl.constexpr = R * W + 2 * W + R
+    FREE_GATES: tl.constexpr = WRITE_STRENGTH + 1 + W
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+
+    # read keys, erase vector, write vector: the blocks' parts summed up
+    offs_w = tl.arange(0, BLOCK_W)
+    mask_w = offs_w < W
+    for vector in range(R + 2):
+        total = tl.zeros([BLOCK_W], COMPUTE)
+        for block in range(NUM_BLOCKS):
+            total += tl.load(d_words_partial_ptr + (block * (R + 2) + vector) * W + offs_w, mask=mask_w, other=0.0)
+        place = tl.where(vector < R, vector * W, tl.where(vector == R, WRITE_STRENGTH + 1, WRITE_KEY + W))
+        tl.store(d_interface_ptr + place + offs_w, total, mask=mask_w)
+
+    # precedence: p' = (1 − Σ w) p + w
+    write_weights = tl.load(new_write_weights_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    precedence = tl.load(precedence_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    d_new_precedence = tl.load(d_new_precedence_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    d_precedence = (1.0 - tl.sum(write_weights)) * d_new_precedence
+    d_weights = tl.load(d_new_write_weights_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    d_weights += d_new_precedence - tl.sum(d_new_precedence * precedence)
+    d_weights += tl.load(d_write_rows_ptr + offs_n, mask=mask_n, other=0.0)
+    for block in range(NUM_BLOCKS):
+        d_weights += tl.load(d_write_columns_ptr + block * N + offs_n, mask=mask_n, other=0.0)
+        d_precedence += tl.load(d_precedence_columns_ptr + block * N + offs_n, mask=mask_n, other=0.0)
+    tl.store(d_precedence_ptr + offs_n, d_precedence, mask=mask_n)
+    d_weights = tl.where(mask_n, d_weights, 0.0)
+
+    # write weights: w = gʷ (gᵃ a + (1 − gᵃ) c)
+    allocation = tl.load(allocation_ptr + offs_n, mask=mask_n, other=0.0)
+    similarity = tl.load(similarity_ptr + offs_n, mask=mask_n, other=0.0)
+    raw_strength = tl.load(interface_ptr + WRITE_STRENGTH).to(COMPUTE)
+    write_strength = strength(raw_strength, RAW, STRENGTH_OFFSET)
+    content = softmax(similarity * write_strength, mask_n, 0)
+    allocation_gate = gate(tl.load(interface_ptr + FREE_GATES + R).to(COMPUTE), RAW)
+    write_gate = gate(tl.load(interface_ptr + FREE_GATES + R + 1).to(COMPUTE), RAW)
+    d_mixed = d_weights * write_gate
+    d_allocation_gate = tl.sum(d_mixed * (allocation - content))
+    d_write_gate = tl.sum(d_weights * (allocation_gate * allocation + (1.0 - allocation_gate) * content))
+    tl.store(d_interface_ptr + FREE_GATES + R, d_gate(d_allocation_gate, allocation_gate, RAW))
+    tl.store(d_interface_ptr + FREE_GATES + R + 1, d_gate(d_write_gate, write_gate, RAW))
+
+    # write content lookup on the previous memory
+    d_content = d_mixed * (1.0 - allocation_gate)
+    d_scaled = content * (d_content - tl.sum(d_content * content))
+    d_write_strength = tl.sum(d_scaled * similarity)
+    tl.store(d_interface_ptr + WRITE_STRENGTH, d_strength(d_write_strength, raw_strength, RAW))
+    tl.store(scratch_ptr + offs_n, d_scaled * write_strength, mask=mask_n)  # by the similarity
+    tl.store(scratch_ptr + N + offs_n, d_mixed * allocation_gate, mask=mask_n)  # by the allocation
+    tl.debug_barrier()  # read below by rows, and along the free list
+
+    write_key = tl.load(interface_ptr + WRITE_KEY + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
+    key_norm = tl.sqrt(tl.sum(write_key * write_key) + NORM_EPSILON)
+    d_key = tl.zeros([BLOCK_W], COMPUTE)
+    d_key_norm = 0.0
+    for start in range(0, N, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        offsets = rows[:, None] * W + offs_w[None, :]
+        mask = (rows < N)[:, None] & mask_w[None, :]
+        memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
+        norm = tl.sqrt(tl.sum(memory * memory, 1) + NORM_EPSILON)
+        d_dot = tl.load(scratch_ptr + rows, mask=rows < N, other=0.0) / (norm * key_norm + SIMILARITY_EPSILON)
+        d_norms = -d_dot * tl.load(similarity_ptr + rows, mask=rows < N, other=0.0)
+        d_key += tl.sum(d_dot[:, None] * memory, 0)
+        d_key_norm += tl.sum(d_norms * norm)
+        d_memory = tl.load(d_memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
+        d_memory += d_dot[:, None] * write_key[None, :] + (d_norms * key_norm / norm)[:, None] * memory
+        tl.store(d_memory_ptr + offsets, d_memory, mask=mask)
+    tl.store(d_interface_ptr + WRITE_KEY + offs_w, d_key + d_key_norm / key_norm * write_key, mask=mask_w)
+
+    # allocation, along the free list: dx_j = −d_j P_j + (Σ_{i>j} d_i a_i) / x_j
+    slots, x, x_before = free_slots(new_usage_ptr, free_list_ptr, offs_n, mask_n, COMPUTE)
+    product = tl.cumprod(x_before, 0)
+    d_allocation = tl.load(scratch_ptr + N + slots, mask=mask_n, other=0.0)
+    # The sum over the later slots: each term from the place before it, so that no sum has to be taken apart again.
+    has_next = offs_n < N - 1
+    next_slots = tl.load(free_list_ptr + offs_n + 1, mask=has_next, other=0)
+    d_next = tl.load(scratch_ptr + N + next_slots, mask=has_next, other=0.0)
+    allocation_next = tl.load(allocation_ptr + next_slots, mask=has_next, other=0.0)
+    later = tl.cumsum(d_next * allocation_next, 0, reverse=True)
+    d_x = later / x - d_allocation * product
+    tl.debug_barrier()  # all have read the scratch that is written again
+    tl.store(scratch_ptr + slots, d_x * (1.0 - USAGE_EPSILON), mask=mask_n)
+    tl.debug_barrier()
+    d_usage = tl.load(scratch_ptr + offs_n, mask=mask_n, other=0.0)
+    d_usage += tl.load(d_new_usage_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+
+    # usage: u' = (u + (1 − u) w) ψ, and retention: ψ = ∏_r (1 − f_r w_r)
+    usage = tl.load(usage_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    written = tl.load(write_weights_ptr + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    retention = tl.full([BLOCK_N], 1.0, COMPUTE)
+    for head in range(R):
+        free_gate = gate(tl.load(interface_ptr + FREE_GATES + head).to(COMPUTE), RAW)
+        weights = tl.load(read_weights_ptr + head * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+        retention = retention * (1.0 - free_gate * weights)
+    d_kept = d_usage * retention
+    tl.store(d_usage_ptr + offs_n, d_kept * (1.0 - written), mask=mask_n)
+    d_written = d_kept * (1.0 - usage)
+    if STOP_USAGE_GRADIENT:
+        d_written = tl.zeros([BLOCK_N], COMPUTE)
+    tl.store(d_write_weights_ptr + offs_n, d_written, mask=mask_n)
+    d_retention = d_usage * (usage + (1.0 - usage) * written)
+    for head in range(R):
+        # The product of the other heads' factors is multiplied out: one's own may be 0.
+        others = tl.full([BLOCK_N], 1.0, COMPUTE)
+        for other in range(R):
+            free_gate = gate(tl.load(interface_ptr + FREE_GATES + other).to(COMPUTE), RAW)
+            weights = tl.load(read_weights_ptr + other * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+            others = others * tl.where(other == head, 1.0, 1.0 - free_gate * weights)
+        d_factor = d_retention * others
+        free_gate = gate(tl.load(interface_ptr + FREE_GATES + head).to(COMPUTE), RAW)
+        weights = tl.load(read_weights_ptr + head * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+        tl.store(d_interface_ptr + FREE_GATES + head, d_gate(-tl.sum(d_factor * weights), free_gate, RAW))
+        d_weights = tl.load(d_read_rows_ptr + head * N + offs_n, mask=mask_n, other=0.0) - d_factor * free_gate
+        for block in range(NUM_BLOCKS):
+            d_weights += tl.load(d_read_columns_ptr + (block * R + head) * N + offs_n, mask=mask_n, other=0.0)
+        tl.store(d_read_weights_ptr + head * N + offs_n, d_weights, mask=mask_n)

@@ -1,0 +1,101 @@
+"""What the phases of the memory step share: the layout of their buffers, and small device functions.
+
+Every buffer of one batch element is contiguous. Sizes are compile-time constants: N slots, W word size, R read heads;
+BLOCK_N, BLOCK_W, BLOCK_R the next powers of two, at least 16 so that `tl.dot` takes them; ROWS the slots in a row
+block. Arithmetic is in float32, in float64 if the tensors are.
+"""
+
+import triton
+import triton.language as tl
+
+from dnc_reference import addressing
+
+NORM_EPSILON = tl.constexpr(addressing.NORM_EPSILON)
+SIMILARITY_EPSILON = tl.constexpr(addressing.SIMILARITY_EPSILON)
+USAGE_EPSILON = tl.constexpr(addressing.USAGE_EPSILON)
+
+
+@triton.jit
+def matmul(a, b):
+    """a @ b in full precision: tensor cores would round float32 to 10 bits."""
+    return tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e⁻ˣ), without overflow on either side."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + eˣ), without overflow."""
+    small = tl.exp(-tl.abs(x))
+    # log(1 + s) to full relative precision where s is small and 1 + s rounds: log(t) s / (t − 1).
+    total = 1.0 + small
+    rest = tl.where(total == 1.0, small, tl.log(total) * small / tl.where(total == 1.0, 1.0, total - 1.0))
+    return tl.maximum(x, 0.0) + rest
+
+
+@triton.jit
+def gate(x, RAW: tl.constexpr):
+    """A gate or erase vector from the interface, activated if it is raw."""
+    if RAW:
+        x = sigmoid(x)
+    return x
+
+
+@triton.jit
+def d_gate(d, activated, RAW: tl.constexpr):
+    """Adjoint of `gate`, from the activated value."""
+    if RAW:
+        d = d * activated * (1.0 - activated)
+    return d
+
+
+@triton.jit
+def strength(x, RAW: tl.constexpr, STRENGTH_OFFSET: tl.constexpr):
+    """A strength from the interface; raw it passes softplus, and 1 is added for oneplus."""
+    if RAW:
+        x = STRENGTH_OFFSET + softplus(x)
+    return x
+
+
+@triton.jit
+def d_strength(d, x, RAW: tl.constexpr):
+    """Adjoint of `strength`, from what stands in the interface."""
+    if RAW:
+        d = d * sigmoid(x)
+    return d
+
+
+@triton.jit
+def softmax(logits, mask, AXIS: tl.constexpr):
+    """Softmax along an axis over what the mask lets through, 0 elsewhere. Masked-out rows are all 0."""
+    logits = tl.where(mask, logits, float("-inf"))
+    largest = tl.max(logits, AXIS, keep_dims=True)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    exponential = tl.exp(logits - largest)
+    total = tl.sum(exponential, AXIS, keep_dims=True)
+    return tl.where(mask, exponential / tl.where(total == 0.0, 1.0, total), 0.0)
+
+
+@triton.jit
+def rounded(x, ptr):
+    """x as it will be read back from memory of this type: what follows must see what the next step sees."""
+    return x.to(ptr.dtype.element_ty).to(x.dtype)
+
+
+@triton.jit
+def read_modes(modes_ptr, offs_r, mask_r, RAW: tl.constexpr, COMPUTE: tl.constexpr):
+    """Backward, forward and content mode of each head [BLOCK_R], activated."""
+    backward = tl.load(modes_ptr + 3 * offs_r, mask=mask_r, other=0.0).to(COMPUTE)
+    forward = tl.load(modes_ptr + 3 * offs_r + 1, mask=mask_r, other=0.0).to(COMPUTE)
+    content = tl.load(modes_ptr + 3 * offs_r + 2, mask=mask_r, other=0.0).to(COMPUTE)
+    if RAW:
+        largest = tl.maximum(tl.maximum(backward, forward), content)
+        backward, forward, content = tl.exp(backward - largest), tl.exp(forward - largest), tl.exp(content - largest)
+        total = backward + forward + content
+        backward, forward, content = backward / total, forward / total, content / total
+    return backward, forward, content

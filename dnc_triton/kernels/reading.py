@@ -1,0 +1,147 @@
+"""Phase three of a step, a program per batch element: read content weights, read weights, the words read.
+
+Its adjoint is the first phase of the backward. All pointers are those of one batch element.
+"""
+
+import triton
+import triton.language as tl
+
+from dnc_triton.kernels.common import d_strength, matmul, read_modes, rounded, softmax, strength
+
+
+@triton.jit
+def read(
+    interface_ptr,
+    new_memory_ptr,
+    similarity_ptr,
+    forward_ptr,
+    backward_partial_ptr,
+    backward_ptr,
+    new_read_weights_ptr,
+    read_words_ptr,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    RAW: tl.constexpr,
+    STRENGTH_OFFSET: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Where to read, and what. Sums the parts of the backward weights up and keeps them [R, N]."""
+    READ_STRENGTHS: tl.constexpr = R * W + 2 * W
+    READ_MODES: tl.constexpr = READ_STRENGTHS + R + 1 + W + R + 2
+    offs_n, offs_r, offs_w = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_W)
+    mask_r, mask_w = offs_r < R, offs_w < W
+    offsets = offs_r[:, None] * N + offs_n[None, :]
+    mask = mask_r[:, None] & (offs_n < N)[None, :]
+
+    backward = tl.zeros([BLOCK_R, BLOCK_N], COMPUTE)
+    for block in range(NUM_BLOCKS):
+        backward += tl.load(backward_partial_ptr + block * R * N + offsets, mask=mask, other=0.0)
+    tl.store(backward_ptr + offsets, backward, mask=mask)
+    forward = tl.load(forward_ptr + offsets, mask=mask, other=0.0)
+    strengths = tl.load(interface_ptr + READ_STRENGTHS + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
+    strengths = strength(strengths, RAW, STRENGTH_OFFSET)
+    similarity = tl.load(similarity_ptr + offsets, mask=mask, other=0.0)
+    content = softmax(similarity * strengths[:, None], mask, 1)
+    mode_b, mode_f, mode_c = read_modes(interface_ptr + READ_MODES, offs_r, mask_r, RAW, COMPUTE)
+    weights = mode_b[:, None] * backward + mode_f[:, None] * forward + mode_c[:, None] * content
+    tl.store(new_read_weights_ptr + offsets, rounded(weights, new_read_weights_ptr), mask=mask)
+
+    tl.debug_barrier()  # the weights are read by rows, which other threads wrote
+    words = tl.zeros([BLOCK_R, BLOCK_W], COMPUTE)
+    for start in range(0, N, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask_rows = rows < N
+        at_rows, mask_at_rows = offs_r[:, None] * N + rows[None, :], mask_r[:, None] & mask_rows[None, :]
+        at_memory, mask_memory = rows[:, None] * W + offs_w[None, :], mask_rows[:, None] & mask_w[None, :]
+        weights_rows = tl.load(new_read_weights_ptr + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
+        memory = tl.load(new_memory_ptr + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
+        words += matmul(weights_rows, memory)
+    tl.store(read_words_ptr + offs_r[:, None] * W + offs_w[None, :], words, mask=mask_r[:, None] & mask_w[None, :])
+
+
+@triton.jit
+def read_backward(
+    interface_ptr,
+    new_memory_ptr,
+    similarity_ptr,
+    forward_ptr,
+    backward_ptr,
+    d_read_words_ptr,
+    d_new_read_weights_ptr,
+    d_interface_ptr,
+    d_forward_ptr,
+    d_backward_ptr,
+    d_similarity_ptr,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr,
+    RAW: tl.constexpr,
+    STRENGTH_OFFSET: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The adjoint of `read`: gradients of the forward weights, the backward weights and the similarity, each [R, N].
+
+    What the words read give back to the memory is left to the row blocks.
+    """
+    READ_STRENGTHS: tl.constexpr = R * W + 2 * W
+    READ_MODES: tl.constexpr = READ_STRENGTHS + R + 1 + W + R + 2
+    offs_n, offs_r, offs_w = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_W)
+    mask_r, mask_w = offs_r < R, offs_w < W
+
+    # words: r = w M'; the gradient of w goes through memory, from rows to whole heads
+    mask_words = mask_r[:, None] & mask_w[None, :]
+    d_words = tl.load(d_read_words_ptr + offs_r[:, None] * W + offs_w[None, :], mask=mask_words, other=0.0).to(COMPUTE)
+    for start in range(0, N, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask_rows = rows < N
+        at_rows, mask_at_rows = offs_r[:, None] * N + rows[None, :], mask_r[:, None] & mask_rows[None, :]
+        at_memory, mask_memory = rows[None, :] * W + offs_w[:, None], mask_w[:, None] & mask_rows[None, :]
+        memory = tl.load(new_memory_ptr + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
+        d_weights_rows = tl.load(d_new_read_weights_ptr + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
+        tl.store(d_similarity_ptr + at_rows, d_weights_rows + matmul(d_words, memory), mask=mask_at_rows)
+    tl.debug_barrier()
+
+    offsets = offs_r[:, None] * N + offs_n[None, :]
+    mask = mask_r[:, None] & (offs_n < N)[None, :]
+    d_weights = tl.load(d_similarity_ptr + offsets, mask=mask, other=0.0)
+    backward = tl.load(backward_ptr + offsets, mask=mask, other=0.0)
+    forward = tl.load(forward_ptr + offsets, mask=mask, other=0.0)
+    similarity = tl.load(similarity_ptr + offsets, mask=mask, other=0.0)
+    raw_strengths = tl.load(interface_ptr + READ_STRENGTHS + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
+    strengths = strength(raw_strengths, RAW, STRENGTH_OFFSET)
+    content = softmax(similarity * strengths[:, None], mask, 1)
+
+    mode_b, mode_f, mode_c = read_modes(interface_ptr + READ_MODES, offs_r, mask_r, RAW, COMPUTE)
+    d_mode_b = tl.sum(d_weights * backward, 1)
+    d_mode_f = tl.sum(d_weights * forward, 1)
+    d_mode_c = tl.sum(d_weights * content, 1)
+    if RAW:
+        mean = mode_b * d_mode_b + mode_f * d_mode_f + mode_c * d_mode_c
+        d_mode_b, d_mode_f, d_mode_c = (
+            mode_b * (d_mode_b - mean),
+            mode_f * (d_mode_f - mean),
+            mode_c * (d_mode_c - mean),
+        )
+    d_modes_ptr = d_interface_ptr + READ_MODES + 3 * offs_r
+    tl.store(d_modes_ptr, d_mode_b, mask=mask_r)
+    tl.store(d_modes_ptr + 1, d_mode_f, mask=mask_r)
+    tl.store(d_modes_ptr + 2, d_mode_c, mask=mask_r)
+
+    tl.store(d_forward_ptr + offsets, mode_f[:, None] * d_weights, mask=mask)
+    tl.store(d_backward_ptr + offsets, mode_b[:, None] * d_weights, mask=mask)
+    d_content = mode_c[:, None] * d_weights
+    d_scaled = content * (d_content - tl.sum(d_content * content, 1, keep_dims=True))
+    d_strengths = d_strength(tl.sum(d_scaled * similarity, 1), raw_strengths, RAW)
+    tl.store(d_interface_ptr + READ_STRENGTHS + offs_r, d_strengths, mask=mask_r)
+    tl.debug_barrier()  # all have read the gradient of the weights, whose place is taken
+    tl.store(d_similarity_ptr + offsets, d_scaled * strengths[:, None], mask=mask)
