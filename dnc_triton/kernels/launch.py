@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,43 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dnc_triton.kernels.layout import Layout
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a step is cut up.
-
-    Attributes:
-        fused: all phases in one launch; else one launch each.
-        rows: slots in a row block; a power of two, at least 16.
-        columns: columns of the link taken at once; a power of two, at least 16.
-        num_warps: per program.
-    """
-
-    fused: bool
-    rows: int
-    columns: int
-    num_warps: int
-
-
-def layouts(memory_size: int, word_size: int) -> list[Layout]:
-    """The layouts worth measuring for a memory of N slots of W numbers, the default one first.
-
-    The order is from counted registers and instructions; none of it has been measured on a GPU. None of them spills on
-    sm_90 up to N = 512, W = 64.
-    """
-    rows = 16 if memory_size <= 16 or word_size > 128 else 32
-    fused = [Layout(True, rows, rows, num_warps) for num_warps in ((4, 8) if memory_size <= 32 else (8, 4))]
-    split = [Layout(False, rows, columns, num_warps) for columns in (32, 64) for num_warps in (8, 4)]
-    if memory_size <= 64:
-        return fused + split[:1]
-    return split + fused[:1] if memory_size <= 128 else split
-
-
-def default_layout(memory_size: int, word_size: int) -> Layout:
-    """The layout that is taken where nothing was measured."""
-    return layouts(memory_size, word_size)[0]
 
 
 class StepResult(NamedTuple):
@@ -123,9 +87,14 @@ def step_forward(
 def step_backward(
     interface: Tensor,
     state: tuple[Tensor, ...],
-    result: StepResult,
-    gradients: tuple[Tensor, ...],
     *,
+    memory: Tensor,
+    usage: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    kept: Tensor,
+    free_list: Tensor,
+    gradients: tuple[Tensor, ...],
     raw: bool,
     strength_offset: float,
     stop_usage_gradient: bool,
@@ -135,27 +104,26 @@ def step_backward(
 
     Args:
         interface, state, raw, strength_offset, layout: as they went into `step_forward`.
-        result: what it returned.
+        memory, usage, read_weights, write_weights, kept, free_list: of the result that it returned.
         gradients: of the read words and of the fields of the new `MemoryState`, contiguous.
         stop_usage_gradient: as in `memory_step`.
     """
-    memory = state[0]
     batch, slots, word = memory.shape
-    num_reads = state[4].shape[1]
+    num_reads = read_weights.shape[1]
     blocks = triton.cdiv(slots, layout.rows)
     gradient = StepGradient(torch.empty_like(interface), *(torch.empty_like(tensor) for tensor in state))
     scratch_size = (3 + 4 * num_reads) * slots + blocks * (2 + num_reads) * (slots + word)
-    scratch = memory.new_empty((batch, scratch_size), dtype=result.kept.dtype)
+    scratch = memory.new_empty((batch, scratch_size), dtype=kept.dtype)
     for phase, grid in _launches(batch, blocks, layout):
         step_backward_kernel[grid](
             interface,
             *state,
-            result.memory,
-            result.usage,
-            result.read_weights,
-            result.write_weights,
-            result.kept,
-            result.free_list,
+            memory,
+            usage,
+            read_weights,
+            write_weights,
+            kept,
+            free_list,
             *gradients,
             *gradient,
             scratch,
@@ -163,7 +131,7 @@ def step_backward(
             RAW=raw,
             STRENGTH_OFFSET=strength_offset,
             STOP_USAGE_GRADIENT=stop_usage_gradient,
-            COMPUTE=_COMPUTE[result.kept.dtype],
+            COMPUTE=_COMPUTE[kept.dtype],
             PHASE=phase,
             num_warps=layout.num_warps,
         )

@@ -1,0 +1,40 @@
+"""How the kernels of a step are cut up. Without Triton: the dispatcher asks this before anything is compiled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """How a step is cut up.
+
+    Attributes:
+        fused: all phases in one launch; else one launch each.
+        rows: slots in a row block; a power of two, at least 16.
+        columns: columns of the link taken at once; a power of two, at least 16.
+        num_warps: per program.
+    """
+
+    fused: bool
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def layouts(memory_size: int, word_size: int) -> list[Layout]:
+    """The layouts worth measuring for a memory of N slots of W numbers, the default one first.
+
+    The order is from counted registers and instructions; none of it has been measured on a GPU. None of them spills on
+    sm_90 up to N = 512, W = 64.
+    """
+    rows = 16 if memory_size <= 16 or word_size > 128 else 32
+    fused = [Layout(True, rows, rows, num_warps) for num_warps in ((4, 8) if memory_size <= 32 else (8, 4))]
+    split = [Layout(False, rows, columns, num_warps) for columns in (32, 64) for num_warps in (8, 4)]
+    if memory_size <= 64:
+        return fused + split[:1]
+    return split + fused[:1] if memory_size <= 128 else split
+
+
+def default_layout(memory_size: int, word_size: int) -> Layout:
+    """The layout that is taken where nothing was measured."""
+    return layouts(memory_size, word_size)[0]

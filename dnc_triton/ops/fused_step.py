@@ -1,0 +1,186 @@
+"""The kernels of the memory step as an operator that PyTorch knows: with a fake implementation, and differentiable.
+
+Both directions are opaque to `torch.compile`, so what happens inside (Triton's own compilation, say) cannot break a
+graph. Neither mutates or aliases what it is given.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnc_reference import Interface, MemoryState
+from dnc_reference.interface import interface_sizes
+from dnc_triton.kernels.layout import Layout
+
+
+@torch.library.custom_op("dnc_triton::step", mutates_args=())
+def _step(
+    interface: Tensor,
+    memory: Tensor,
+    usage: Tensor,
+    link: Tensor,
+    precedence: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    raw: bool,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    layout: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`step_forward`: the words read, the new memory state, and what the backward needs (`kept`, `free_list`)."""
+    from dnc_triton.kernels.launch import step_forward
+
+    state = tuple(tensor.contiguous() for tensor in (memory, usage, link, precedence, read_weights, write_weights))
+    with _on(memory):
+        return step_forward(
+            interface.contiguous(),
+            state,
+            num_reads=read_weights.shape[1],
+            raw=raw,
+            strength_offset=strength_offset,
+            layout=_layout(layout),
+        )
+
+
+@_step.register_fake
+def _(
+    interface: Tensor,
+    memory: Tensor,
+    usage: Tensor,
+    link: Tensor,
+    precedence: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    raw: bool,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    layout: list[int],
+) -> tuple[Tensor, ...]:
+    batch, slots, word = memory.shape
+    reads = read_weights.shape[1]
+    compute = torch.promote_types(memory.dtype, torch.float32)
+    new_state = (
+        tensor.new_empty(tensor.shape) for tensor in (memory, usage, link, precedence, read_weights, write_weights)
+    )
+    return (
+        memory.new_empty(batch, reads, word),
+        *new_state,
+        memory.new_empty((batch, (2 + 3 * reads) * slots), dtype=compute),
+        memory.new_empty((batch, slots), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("dnc_triton::step_backward", mutates_args=())
+def _step_backward(
+    interface: Tensor,
+    state: list[Tensor],
+    result: list[Tensor],
+    gradients: list[Tensor],
+    raw: bool,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    layout: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`step_backward`: gradients of the interface vector and of the fields of the state."""
+    from dnc_triton.kernels.launch import step_backward
+
+    memory, usage, read_weights, write_weights, kept, free_list = result
+    with _on(memory):
+        return step_backward(
+            interface.contiguous(),
+            tuple(tensor.contiguous() for tensor in state),
+            memory=memory,
+            usage=usage,
+            read_weights=read_weights,
+            write_weights=write_weights,
+            kept=kept,
+            free_list=free_list,
+            gradients=tuple(tensor.contiguous() for tensor in gradients),
+            raw=raw,
+            strength_offset=strength_offset,
+            stop_usage_gradient=stop_usage_gradient,
+            layout=_layout(layout),
+        )
+
+
+@_step_backward.register_fake
+def _(
+    interface: Tensor,
+    state: list[Tensor],
+    result: list[Tensor],
+    gradients: list[Tensor],
+    raw: bool,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    layout: list[int],
+) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (interface, *state))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    interface, *state = inputs[:7]
+    _, memory, usage, _, _, read_weights, write_weights, kept, free_list = output
+    ctx.mark_non_differentiable(kept, free_list)
+    ctx.save_for_backward(interface, *state, memory, usage, read_weights, write_weights, kept, free_list)
+    ctx.arguments = inputs[7:]
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    interface, *saved = ctx.saved_tensors
+    state, result = saved[:6], saved[6:]
+    memory, read_weights = state[0], state[4]
+    shapes = [(memory.shape[0], read_weights.shape[1], memory.shape[2]), *(tensor.shape for tensor in state)]
+    # In the order of the outputs; one that nobody used may come without a gradient.
+    given = [
+        memory.new_zeros(shape) if gradient is None else gradient
+        for gradient, shape in zip(gradients[:7], shapes, strict=True)
+    ]
+    return *_step_backward(interface, state, result, given, *ctx.arguments), None, None, None, None
+
+
+_step.register_autograd(_backward, setup_context=_setup_context)
+
+
+def fused_memory_step(
+    interface: Interface, state: MemoryState, *, stop_usage_gradient: bool, layout: Layout
+) -> tuple[Tensor, MemoryState]:
+    """`dnc_reference.memory_step` by the kernels."""
+    fields = interface_sizes(state.read_weights.shape[1], 1, state.memory.shape[-1])
+    vector = torch.cat([getattr(interface, field).flatten(1) for field in fields], dim=1)
+    return _run(vector, state, False, 0.0, stop_usage_gradient, layout)
+
+
+def fused_interface_step(
+    vector: Tensor,
+    state: MemoryState,
+    *,
+    num_reads: int,
+    num_writes: int,
+    strength: str,
+    stop_usage_gradient: bool,
+    layout: Layout,
+) -> tuple[Tensor, MemoryState]:
+    """`dnc_reference.interface_step` by the kernels, which activate the interface themselves."""
+    return _run(vector, state, True, 1.0 if strength == "oneplus" else 0.0, stop_usage_gradient, layout)
+
+
+def _run(
+    vector: Tensor, state: MemoryState, raw: bool, strength_offset: float, stop_usage_gradient: bool, layout: Layout
+) -> tuple[Tensor, MemoryState]:
+    layout_values = [int(value) for value in layout]
+    result = _step(vector, *state, raw, strength_offset, stop_usage_gradient, layout_values)
+    return result[0], MemoryState(*result[1:7])
+
+
+def _layout(values: list[int]) -> Layout:
+    fused, rows, columns, num_warps = values
+    return Layout(bool(fused), rows, columns, num_warps)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
