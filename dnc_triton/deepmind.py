@@ -57,13 +57,23 @@ def from_deepmind(
     Raises:
         ValueError: a variable is missing, or has a shape that does not go with the sizes given.
     """
-    arrays = {name.removesuffix(":0"): value for name, value in variables.items()}
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"variables: expected a mapping of names to arrays, got {type(variables).__name__}")
+    for name, size in (("word_size", word_size), ("num_reads", num_reads), ("num_writes", num_writes)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an integer, got {size!r}")
+    arrays: dict[str, Any] = {}
+    for full_name, value in variables.items():
+        name = full_name.removesuffix(":0")
+        if name in arrays:
+            raise ValueError(f"variables: expected {name!r} once, got it as {name!r} and as {name + ':0'!r}")
+        arrays[name] = value
     scope = _scope(arrays)
 
     def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         if scope + name not in arrays:
             raise ValueError(f"variables: expected {scope + name!r}, got only {sorted(arrays)}")
-        array = torch.as_tensor(np.asarray(arrays[scope + name]), dtype=torch.float64)
+        array = _as_tensor(scope + name, arrays[scope + name])
         if shape is not None and array.shape != shape:
             raise ValueError(f"variables: expected {scope + name!r} of shape {list(shape)}, got {list(array.shape)}")
         return array
@@ -116,6 +126,17 @@ def from_deepmind(
         }
     )
     return dnc
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """A variable in float64, whatever holds it."""
+    try:
+        array = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"variables: expected {name!r} to be a floating array, got {type(value).__name__}") from error
+    if not array.is_floating_point():
+        raise TypeError(f"variables: expected {name!r} to be a floating array, got {array.dtype}")
+    return array.double()
 
 
 def _scope(arrays: Mapping[str, Any]) -> str:

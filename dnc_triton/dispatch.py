@@ -133,7 +133,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
 
 def check_backend(argument: str, name: str) -> None:
     """Raise ValueError, naming the argument, unless a backend has this name."""
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise ValueError(f"{argument}: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
@@ -144,6 +144,6 @@ def _asked(backend: str) -> tuple[str, str]:
         return backend, "the argument backend"
     if _in_use:
         return _in_use[-1], "use_backend"
-    name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     check_backend(ENVIRONMENT_VARIABLE, name)
     return name, f"the environment variable {ENVIRONMENT_VARIABLE}" if name != "auto" else "default"

@@ -72,6 +72,8 @@ class DNC(DNCCell):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_backend("backend", backend)
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first: expected a bool, got {batch_first!r}")
         super().__init__(
             input_size,
             hidden_size,
@@ -147,8 +149,10 @@ class DNC(DNCCell):
         outputs, state = choose(problem, self.backend).unroll(self, inputs, state, lengths=lengths, reset=reset)
         return outputs.transpose(0, 1) if self.batch_first else outputs, state
 
-    def problem(self, inputs: Tensor) -> Problem:
+    def problem(self, inputs: Tensor | PackedSequence) -> Problem:
         """What the dispatcher is asked for this input. Raises the errors that `forward` documents for `inputs`."""
+        if isinstance(inputs, PackedSequence):
+            inputs, _ = pad_packed_sequence(inputs, batch_first=self.batch_first)
         order = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
         weight = self.output.weight
         if not isinstance(inputs, Tensor):
@@ -161,8 +165,11 @@ class DNC(DNCCell):
             )
         if inputs.device != weight.device:
             raise ValueError(f"inputs: expected a tensor on {weight.device}, as the parameters, got {inputs.device}")
+        kind = inputs.device.type
         if inputs.dtype != weight.dtype and not (
-            inputs.is_floating_point() and torch.is_autocast_enabled(inputs.device.type)
+            torch.amp.is_autocast_available(kind)
+            and torch.is_autocast_enabled(kind)
+            and inputs.dtype == torch.get_autocast_dtype(kind)
         ):
             raise TypeError(f"inputs: expected {weight.dtype}, as the parameters, got {inputs.dtype}")
         batch, steps = inputs.shape[:2] if self.batch_first else (inputs.shape[1], inputs.shape[0])
@@ -194,8 +201,12 @@ class DNC(DNCCell):
         tensors, structure = tree_flatten(state)
         if self.controller_kind == "custom":  # which may grow its state as it goes: only the batch is known of it
             for tensor in tensors:
-                if isinstance(tensor, Tensor) and tensor.shape[:1] != (batch,):
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(f"state.controller: expected a nest of tensors, got {type(tensor).__name__} in it")
+                if tensor.shape[:1] != (batch,):
                     raise ValueError(f"state.controller: expected batch {batch} first, got shape {list(tensor.shape)}")
+                dtype = self.output.weight.dtype if tensor.is_floating_point() else tensor.dtype
+                check_tensor("state.controller", tensor, tensor.shape, dtype=dtype, device=self.output.weight.device)
             return
         weight = self.output.weight
         expected = self.controller.initial_state(batch, device=weight.device, dtype=weight.dtype)  # type: ignore[operator]
@@ -215,7 +226,7 @@ class DNC(DNCCell):
         return text if self.backend == "auto" else text + f", backend={self.backend!r}"
 
 
-def explain(dnc: DNC, inputs: Tensor) -> str:
+def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
     """Which backend would run `dnc(inputs)`, what each of them answers, and why.
 
     Args:
@@ -229,10 +240,16 @@ def explain(dnc: DNC, inputs: Tensor) -> str:
 
 
 def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tensor:
-    lengths = torch.as_tensor(lengths)
+    try:
+        lengths = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths: expected a tensor or a list of integers, got a {type(lengths).__name__}") from error
+    if lengths.is_meta:
+        raise ValueError("lengths: expected a tensor with values, got one on the meta device")
     integers = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
     if not integers and lengths.numel() > 0:  # an empty list has no integers to tell its dtype from
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    lengths = lengths.long()
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape [{batch}], one per row of the batch, got {list(lengths.shape)}")
     # While a graph is captured nobody may look at values.

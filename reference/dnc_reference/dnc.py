@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.interface import STRENGTHS, activate_interface, interface_sizes
-from dnc_reference.memory import memory_step
+from dnc_reference.memory import memory_step, without_autocast
 from dnc_reference.types import DNCState, MemoryState
 
 InterfaceStep = Callable[..., tuple[Tensor, MemoryState]]
@@ -95,14 +96,17 @@ class DNCCell(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if strength not in STRENGTHS:
             raise ValueError(f"strength: expected one of {', '.join(map(repr, STRENGTHS))}, got {strength!r}")
+        for name, number in (("clip", clip), ("dropout", dropout)):
+            if not (number is None and name == "clip") and (isinstance(number, bool) or not isinstance(number, Real)):
+                raise TypeError(f"{name}: expected a number, got {number!r}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected None or a number above 0, got {clip!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-        if dropout > 0 and num_layers == 1:
-            warnings.warn(f"dropout: {dropout} has no effect with num_layers=1, it acts between layers", stacklevel=2)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        if not isinstance(stop_usage_gradient, bool):
+            raise TypeError(f"stop_usage_gradient: expected a bool, got {stop_usage_gradient!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
 
         self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, output_size
         self.memory_size, self.word_size = memory_size, word_size
@@ -119,6 +123,8 @@ class DNCCell(nn.Module):
         interface_size = sum(interface_sizes(num_reads, num_writes, word_size).values())
         self.interface = nn.Linear(hidden_size, interface_size, **factory)
         self.output = nn.Linear(hidden_size + read_size, output_size, **factory)
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(f"dropout: {dropout} has no effect with num_layers=1, it acts between layers", stacklevel=3)
 
     def initial_state(self, batch_size: int) -> DNCState:
         """The state before the first step: zeros, in the parameters' dtype and on their device."""
@@ -150,8 +156,8 @@ class DNCCell(nn.Module):
             features [B, H + R·W], the controller's output and the words read; the state after the step.
         """
         hidden, controller_state, vector = self.control(inputs, state)
-        # Under autocast the controller's products are rounded; the memory, which adds up over time, is not.
-        with torch.autocast(inputs.device.type, enabled=False):
+        # Under autocast the controller's products are rounded; the memory is not.
+        with without_autocast(inputs.device):
             read_words, memory = interface_step(
                 vector,
                 state.memory,
@@ -166,10 +172,19 @@ class DNCCell(nn.Module):
     def control(self, inputs: Tensor, state: DNCState) -> tuple[Tensor, Any, Tensor]:
         """The controller's part of a step: its output [B, H], its new state, and the interface vector [B, S]."""
         dtype = state.read_words.dtype
+
+        def carried(x: Any) -> Any:  # as it goes on to the next step, whatever autocast made of it
+            return self._clip(x.to(dtype)) if isinstance(x, Tensor) and x.is_floating_point() else x
+
         hidden, controller_state = self.controller(
             torch.cat([inputs, state.read_words.flatten(1)], dim=-1), state.controller
         )
-        hidden, controller_state = self._clip(hidden.to(dtype)), tree_map(self._clip, controller_state)
+        if hidden.shape != (inputs.shape[0], self.hidden_size):
+            raise ValueError(
+                f"controller: expected it to return an output of shape {[inputs.shape[0], self.hidden_size]}, "
+                f"got {list(hidden.shape)}"
+            )
+        hidden, controller_state = carried(hidden), tree_map(carried, controller_state)
         return hidden, controller_state, self.interface(hidden).to(dtype)
 
     def project(self, features: Tensor) -> Tensor:
@@ -218,6 +233,7 @@ def unroll(
     if lengths is not None:
         running = torch.arange(steps, device=inputs.device).unsqueeze(1) < lengths  # [T, B]
         inputs = torch.where(running.unsqueeze(-1), inputs, 0)
+        reset = None if reset is None else reset & running
     initial = None if reset is None else cell.initial_state(batch)
 
     features = []
@@ -248,7 +264,7 @@ def _make_controller(
             names = ", ".join(map(repr, CONTROLLERS))
             raise ValueError(f"controller: expected one of {names} or a factory of your own, got {controller!r}")
         return Controller(controller, input_size, hidden_size, num_layers, dropout, device=device, dtype=dtype)
-    if not callable(controller):
+    if isinstance(controller, nn.Module) or not callable(controller):
         raise TypeError(f"controller: expected a name or a factory, got {type(controller).__name__}")
     if num_layers != 1 or dropout != 0:
         raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ def memory_step_with_addressing(
 ) -> tuple[Tensor, MemoryState, Addressing]:
     """`memory_step`, and how it came to its weights."""
     check_memory_step(interface, state)
+    with without_autocast(state.memory.device):
+        return _memory_step(interface, state, stop_usage_gradient)
+
+
+def _memory_step(
+    interface: Interface, state: MemoryState, stop_usage_gradient: bool
+) -> tuple[Tensor, MemoryState, Addressing]:
     prev = state
     prev_write_weights = prev.write_weights.detach() if stop_usage_gradient else prev.write_weights
 
@@ -88,8 +96,19 @@ def memory_step_with_addressing(
     )
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off: what adds up over the steps of a sequence is not rounded in each of them."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def check_memory_step(interface: Interface, state: MemoryState) -> None:
     """Raise the errors that `memory_step` documents, naming the field, what was expected and what came."""
+    if not isinstance(interface, Interface):
+        raise TypeError(f"interface: expected an Interface, got {type(interface).__name__}")
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
     # The sizes are read off these three, and all else is held against them.
     for name, tensor, letters in (
         ("state.memory", state.memory, "[B, N, W]"),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import _register_namedtuple, tree_map
 
 
 class Interface(NamedTuple):
@@ -135,5 +135,20 @@ class DNCState(NamedTuple):
         return self.map(Tensor.detach)
 
     def where(self, rows: Tensor, other: DNCState) -> DNCState:
-        """This state in the batch rows where `rows` ([B], bool) is True, `other` in the rest."""
-        return tree_map(lambda a, b: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), self, other)
+        """This state in the batch rows where `rows` ([B], bool) is True, `other` in the rest.
+
+        Raises:
+            ValueError: the states are not of one shape, as those of a controller that grows its state are not.
+        """
+
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            if a.shape != b.shape:
+                raise ValueError(f"state: expected one shape in every step, got {list(a.shape)} and {list(b.shape)}")
+            return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+        return tree_map(pick, self, other)
+
+
+# So that an exported program can be saved.
+for _type in (Interface, MemoryState, DNCState):
+    _register_namedtuple(_type, serialized_type_name=f"dnc_reference.{_type.__name__}")

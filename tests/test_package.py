@@ -1,0 +1,147 @@
+"""What is installed, and what an import brings in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dnc_triton
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that has to succeed."""
+    environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def python(code: str, cwd: Path, **environment: str):
+    """What a fresh interpreter prints, as JSON. It does not see the working tree but through what is installed."""
+    return json.loads(run(sys.executable, "-c", code, cwd=cwd, **environment))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built as a release is: a source distribution, and the wheel from that."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = (sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT))
+    if importlib.util.find_spec("hatchling"):
+        run(*build, "--no-isolation", cwd=folder)
+    else:
+        try:
+            run(*build, cwd=folder)
+        except AssertionError as error:
+            pytest.skip(f"hatchling is not installed, and fetching it failed: {error}")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder with what the wheel installs and nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    install = ("install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--target", str(folder))
+    run(sys.executable, "-m", "pip", *install, str(wheel), cwd=folder)
+    return folder
+
+
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_versions_agree(wheel):
+    (declared,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert dnc_triton.__version__ == declared
+    assert wheel.name == f"dnc_triton-{declared}-py3-none-any.whl"
+
+
+def test_the_wheel_puts_two_names_into_site_packages(wheel, installed):
+    names = {"dnc_triton", "dnc_reference", f"dnc_triton-{dnc_triton.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in contents(wheel)} == names
+    assert {path.name for path in installed.iterdir()} == names
+
+
+def test_the_wheel_has_all_modules_types_and_the_license(wheel):
+    names = contents(wheel)
+    for package, source in (("dnc_triton", ROOT / "dnc_triton"), ("dnc_reference", ROOT / "reference/dnc_reference")):
+        modules = {f"{package}/{path.relative_to(source).as_posix()}" for path in source.rglob("*.py")}
+        assert modules <= names
+        assert f"{package}/py.typed" in names
+    assert f"dnc_triton-{dnc_triton.__version__}.dist-info/licenses/LICENSE" in names
+
+
+def test_what_is_installed_imports_and_runs(installed, tmp_path):
+    code = """
+import dnc_triton, dnc_reference, json, torch
+dnc = dnc_triton.DNC(3, 5, 2, memory_size=4, word_size=3, num_reads=2)
+outputs, state = dnc(torch.randn(2, 3, 3))
+outputs.sum().backward()
+print(json.dumps([dnc_triton.__file__, dnc_reference.__file__, list(outputs.shape)]))
+"""
+    *files, shape = python(code, tmp_path, PYTHONPATH=str(installed))
+    assert files == [str(installed / name / "__init__.py") for name in ("dnc_triton", "dnc_reference")]
+    assert shape == [2, 3, 2]
+
+
+def test_public_names():
+    promised = {"DNC", "DNCState", "MemoryState", "Interface", "memory_step", "use_backend", "explain", "from_deepmind"}
+    assert set(dnc_triton.__all__) == promised
+    assert all(getattr(dnc_triton, name).__doc__ for name in promised)
+
+
+def imported(module: str, cwd: Path) -> set[str]:
+    """The top-level names that importing a module adds to what torch and NumPy have brought in already."""
+    code = f"""
+import importlib, json, pkgutil, sys
+import numpy, torch
+before = set(sys.modules)
+module = importlib.import_module({module!r})
+if module.__name__ == "dnc_reference":  # all of it, not only what its __init__ needs
+    for info in pkgutil.walk_packages(module.__path__, "dnc_reference."):
+        importlib.import_module(info.name)
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    return {name.split(".")[0] for name in python(code, cwd)}
+
+
+def test_the_reference_imports_neither_triton_nor_the_product(tmp_path):
+    new = imported("dnc_reference", tmp_path)
+    assert "dnc_reference" in new
+    assert not new & {"triton", "dnc_triton"}
+
+
+def test_the_product_imports_no_extras(tmp_path):
+    """Progress bars and pictures are for the command line: neither is needed to use the layer."""
+    new = imported("dnc_triton", tmp_path)
+    assert {"dnc_triton", "dnc_reference"} <= new
+    assert not new & {"matplotlib", "tqdm"}
+
+
+@pytest.mark.parametrize("absent", ["triton", "matplotlib", "tqdm"])
+def test_runs_where_something_is_absent(absent, tmp_path):
+    """Triton has no wheels for macOS and Windows; there the layer runs on what is left."""
+    code = f"""
+import sys
+sys.modules[{absent!r}] = None  # importing it raises ModuleNotFoundError, as if it were not installed
+import json, torch, dnc_triton
+dnc = dnc_triton.DNC(3, 5, 2, memory_size=4, word_size=3, num_reads=2)
+inputs = torch.randn(2, 3, 3)
+outputs, state = dnc(inputs, lengths=[1, 3])
+outputs.sum().backward()
+print(json.dumps([dnc_triton.explain(dnc, inputs), bool(dnc.output.weight.grad.isfinite().all())]))
+"""
+    explanation, finite = python(code, tmp_path, DNC_TRITON_BACKEND="auto")
+    assert "* reference" in explanation
+    assert finite
