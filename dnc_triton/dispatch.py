@@ -1,7 +1,9 @@
 """Which backend serves a call: one table, what each entry can do, and how one is chosen.
 
 Who is asked first: the `backend` argument of the call or layer, then `use_backend`, then the environment variable
-DNC_TRITON_BACKEND, then "auto", which takes the first entry of the table that serves the call.
+DNC_TRITON_BACKEND, then "auto". "auto" is the reference on a CPU. On a GPU it is what was the fastest when measured,
+which happens on the first call of a kind (`tuning`); while a graph is traced or captured nothing is measured, and what
+is remembered or else the first in rank is taken.
 """
 
 from __future__ import annotations
@@ -9,47 +11,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import dnc_reference
 from dnc_reference import DNCState, MemoryState
+from dnc_triton import tuning
+from dnc_triton.kernels.layout import Layout, layouts
+from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
+from dnc_triton.problem import Problem
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a backend is asked to do; everything that may decide whether it can.
-
-    Attributes:
-        device, dtype: of the state.
-        batch, steps: B, and T, which is 1 for a single memory step.
-        memory_size, word_size, num_reads, num_writes: N, W, R, K.
-        controller: "lstm", "gru", "rnn", "feedforward", "custom"; None for a memory step by itself.
-        needs_gradient: whether a backward pass may follow.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
-    steps: int
-    memory_size: int
-    word_size: int
-    num_reads: int
-    num_writes: int
-    controller: str | None
-    needs_gradient: bool
-
-    def __str__(self) -> str:
-        what = "memory step" if self.controller is None else f"sequence, {self.controller} controller"
-        return (
-            f"{what}, {self.device}, {str(self.dtype).removeprefix('torch.')}, B={self.batch}, T={self.steps}, "
-            f"N={self.memory_size}, W={self.word_size}, R={self.num_reads}, K={self.num_writes}, "
-            f"{'with' if self.needs_gradient else 'without'} gradients"
-        )
+LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -60,19 +38,94 @@ class Backend:
         supports: problem → (whether this backend serves it, why or why not).
         memory_step: with the signature of `dnc_reference.memory_step`.
         unroll: with the signature of `dnc_reference.unroll`.
+        rank: problem → the lower, the sooner it is taken where nothing was measured.
+        layouts: problem → how the work may be cut up, the default first. If there is any, `memory_step` and `unroll`
+            take one of them as `layout`.
     """
 
     supports: Callable[[Problem], tuple[bool, str]]
     memory_step: Callable[..., tuple[Tensor, MemoryState]]
     unroll: Callable[..., tuple[Tensor, DNCState]]
+    rank: Callable[[Problem], int] = lambda problem: 0
+    layouts: Callable[[Problem], list[Layout]] = lambda problem: []
+
+    def with_layout(self, layout: Layout | None) -> Backend:
+        """This backend with one layout settled."""
+        if layout is None:
+            return self
+        return replace(
+            self,
+            memory_step=partial(self.memory_step, layout=layout),
+            unroll=partial(self.unroll, layout=layout),
+        )
 
 
-# Best first. The last one serves everything.
+def _fused_unroll(*arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
+    """The reference's unroll with the kernels for the memory's part of each step."""
+    step = partial(fused_interface_step, layout=layout)
+    return dnc_reference.unroll(*arguments, interface_step=step, **keywords)
+
+
+def _kernels_support(problem: Problem) -> tuple[bool, str]:
+    """What the kernels of the step can do, in one launch or three."""
+    limits = (
+        ("num_writes", problem.num_writes, 1),
+        ("memory_size", problem.memory_size, 1024),
+        ("word_size", problem.word_size, 256),
+        ("num_reads", problem.num_reads, 16),
+    )
+    for name, value, limit in limits:
+        if value > limit:
+            return False, f"{name} is {value}, the kernels go up to {limit}"
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return False, f"dtype is {problem.dtype}, the kernels take float32, bfloat16, float16 and float64"
+    if find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if problem.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return False, "device is the CPU, and TRITON_INTERPRET=1 is not set"
+        return True, "interpreted, which is slow: for tests"
+    if problem.device.type != "cuda":
+        return False, f"device is {problem.device.type}, the kernels run on CUDA and ROCm"
+    # Asked once per device, and not while a graph is traced, which could not follow.
+    if not torch.compiler.is_compiling() and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(problem.device)
+        if capability < LEAST_CAPABILITY:
+            return False, f"compute capability is {capability}, the kernels need {LEAST_CAPABILITY}"
+    return True, "Triton kernels"
+
+
+def _fused_supports(problem: Problem) -> tuple[bool, str]:
+    if problem.memory_size > 128:
+        return False, f"memory_size is {problem.memory_size}, one program per batch element goes up to 128"
+    return _kernels_support(problem)
+
+
+def _kernels_rank(problem: Problem, rank: int) -> int:
+    """On a CPU the kernels are interpreted: for those who ask for them by name."""
+    return 9 if problem.device.type == "cpu" else rank
+
+
 BACKENDS: dict[str, Backend] = {
+    "triton_fused": Backend(
+        supports=_fused_supports,
+        memory_step=fused_memory_step,
+        unroll=_fused_unroll,
+        rank=lambda problem: _kernels_rank(problem, 0 if problem.memory_size <= 64 else 2),
+        layouts=lambda problem: [x for x in layouts(problem.memory_size, problem.word_size) if x.fused],
+    ),
+    "triton_split": Backend(
+        supports=_kernels_support,
+        memory_step=fused_memory_step,
+        unroll=_fused_unroll,
+        rank=lambda problem: _kernels_rank(problem, 1),
+        layouts=lambda problem: [x for x in layouts(problem.memory_size, problem.word_size) if not x.fused],
+    ),
     "reference": Backend(
         supports=lambda problem: (True, "plain PyTorch: every device, floating dtype, size and controller"),
         memory_step=dnc_reference.memory_step,
         unroll=dnc_reference.unroll,
+        rank=lambda problem: 3,
     ),
 }
 
@@ -100,7 +153,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(problem: Problem, backend: str = "auto") -> Backend:
-    """The backend for a problem.
+    """The backend for a problem, its layout settled.
 
     Args:
         problem: the call.
@@ -110,24 +163,32 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         ValueError: no backend has the name that was asked for.
         RuntimeError: the backend asked for by name does not serve this problem; its reason is in the message.
     """
-    name, asked_by = _asked(backend)
-    if name != "auto":
-        supported, reason = BACKENDS[name].supports(problem)
+    asked, asked_by = _asked(backend)
+    if asked == "auto":
+        serving = [name for name in BACKENDS if BACKENDS[name].supports(problem)[0]]
+    else:
+        supported, reason = BACKENDS[asked].supports(problem)
         if not supported:
-            raise RuntimeError(f"backend {name!r}, asked for by {asked_by}, does not serve this call: {reason}")
-        return BACKENDS[name]
-    return next(candidate for candidate in BACKENDS.values() if candidate.supports(problem)[0])
+            raise RuntimeError(f"backend {asked!r}, asked for by {asked_by}, does not serve this call: {reason}")
+        serving = [asked]
+    name, layout = _best(problem, serving)
+    return BACKENDS[name].with_layout(layout)
 
 
 def explain_problem(problem: Problem, backend: str = "auto") -> str:
-    """The table of backends for a problem, one line each: the chosen one is starred."""
-    name, asked_by = _asked(backend)
-    answers = {candidate: BACKENDS[candidate].supports(problem) for candidate in BACKENDS}
-    chosen = next(candidate for candidate in BACKENDS if answers[candidate][0]) if name == "auto" else name
-    lines = [str(problem), f"asked for: {name!r}, by {asked_by}"]
-    for candidate, (supported, reason) in answers.items():
-        star = "*" if candidate == chosen and supported else " "
-        lines.append(f"{star} {candidate:<12} {'serves' if supported else 'declines'}: {reason}")
+    """The table of backends for a problem, a line each, with what was measured; the chosen one is starred."""
+    asked, asked_by = _asked(backend)
+    answers = {name: BACKENDS[name].supports(problem) for name in BACKENDS}
+    serving = [name for name in BACKENDS if answers[name][0] and asked in ("auto", name)]
+    chosen = _best(problem, serving, measure=False)[0] if serving else None
+    times = tuning.remembered(problem)
+    lines = [str(problem), f"asked for: {asked!r}, by {asked_by}"]
+    for name, (supported, reason) in answers.items():
+        measured = [f"{_label(layout)}{time:.1f} µs" for candidate, layout, time in times if candidate == name]
+        lines.append(
+            f"{'*' if name == chosen else ' '} {name:<12} {'serves' if supported else 'declines'}: {reason}"
+            + (f"; measured per step: {', '.join(measured)}" if measured else "")
+        )
     return "\n".join(lines)
 
 
@@ -147,3 +208,20 @@ def _asked(backend: str) -> tuple[str, str]:
     name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     check_backend(ENVIRONMENT_VARIABLE, name)
     return name, f"the environment variable {ENVIRONMENT_VARIABLE}" if name != "auto" else "default"
+
+
+def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[str, Layout | None]:
+    """Of the backends that serve a problem the fastest, with its layout."""
+    ranked = sorted(serving, key=lambda name: BACKENDS[name].rank(problem))
+    candidates: list[tuple[str, Layout | None]] = []
+    for name in ranked:
+        candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
+    # Tracing comes first: a traced function may look neither at a file nor at a clock.
+    if len(candidates) == 1 or torch.compiler.is_compiling() or problem.device.type != "cuda":
+        return candidates[0]
+    steps = {candidate: BACKENDS[candidate[0]].with_layout(candidate[1]).memory_step for candidate in candidates}
+    return tuning.fastest(problem, steps, measure=measure)
+
+
+def _label(layout: Layout | None) -> str:
+    return "" if layout is None else f"{layout.rows}×{layout.columns} tiles, {layout.num_warps} warps "

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten
 
 from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_reference.memory import check_memory_state, check_tensor
-from dnc_triton.dispatch import Problem, check_backend, choose, explain_problem
+from dnc_triton.dispatch import check_backend, choose, explain_problem
+from dnc_triton.problem import Problem
 
 
 class DNC(DNCCell):

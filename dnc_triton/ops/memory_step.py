@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dnc_reference import Interface, MemoryState
 from dnc_reference.memory import check_memory_step
-from dnc_triton.dispatch import Problem, choose
+from dnc_triton.dispatch import choose
+from dnc_triton.problem import Problem
 
 
 def memory_step(
