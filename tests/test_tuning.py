@@ -1,0 +1,301 @@
+"""Choosing by measurement: what is measured, what is remembered, and what happens to the memory of it.
+
+There is no GPU here: a fake device and a fake clock stand in, everything else is real.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnc_triton import dispatch, tuning
+from dnc_triton.kernels.layout import Layout, default_layout, layouts
+from dnc_triton.problem import Problem
+
+PROBLEM = Problem(
+    device=torch.device("cuda", 0),
+    dtype=torch.float32,
+    batch=12,
+    steps=5,
+    memory_size=16,
+    word_size=8,
+    num_reads=2,
+    num_writes=1,
+    controller="lstm",
+    needs_gradient=True,
+)
+FAST, SLOW, REFERENCE = Layout(True, 16, 16, 4), Layout(False, 16, 32, 8), None
+
+
+class Clock:
+    """Answers with made-up times, and counts how often it was asked."""
+
+    def __init__(self, **microseconds: float) -> None:
+        self.microseconds, self.asked = microseconds, []
+
+    def __call__(self, step: object, *call: object) -> float:
+        self.asked.append(step)
+        return self.microseconds[str(step)]
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Straw 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(tuning, "_random_call", lambda problem: ())
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DNC_TRITON_MEASURE", raising=False)
+    monkeypatch.delenv("DNC_TRITON_BACKEND", raising=False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock(fast=10.0, slow=30.0, reference=900.0)
+    monkeypatch.setattr(tuning, "_measure", clock)
+    return clock
+
+
+STEPS = {("split", SLOW): "slow", ("fused", FAST): "fast", ("reference", REFERENCE): "reference"}
+
+
+def forget() -> None:
+    """What a new process knows: nothing but the files."""
+    tuning._known.clear()
+
+
+def files() -> list[Path]:
+    return sorted(tuning.cache_directory().glob("*"))
+
+
+def test_the_fastest_is_chosen_and_measured_once(clock: Clock) -> None:
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert clock.asked == ["slow", "fast", "reference"]
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert len(clock.asked) == 3
+
+
+def test_another_process_reads_what_this_one_measured(clock: Clock) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    forget()
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert len(clock.asked) == 3
+    assert tuning.remembered(PROBLEM) == [("split", SLOW, 30.0), ("fused", FAST, 10.0), ("reference", None, 900.0)]
+    assert [path.suffix for path in files()] == [".json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.bfloat16},
+        {"batch": 17},
+        {"memory_size": 17},
+        {"word_size": 9},
+        {"num_reads": 3},
+        {"needs_gradient": False},
+    ],
+    ids=str,
+)
+def test_another_problem_is_measured_by_itself(clock: Clock, change: dict) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    tuning.fastest(replace(PROBLEM, **change), STEPS)
+    assert len(clock.asked) == 6
+
+
+@pytest.mark.parametrize("change", [{"batch": 16}, {"batch": 9}, {"steps": 99}, {"controller": None}], ids=str)
+def test_what_makes_no_difference_is_not_measured_again(clock: Clock, change: dict) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    tuning.fastest(replace(PROBLEM, **change), STEPS)
+    assert len(clock.asked) == 3
+
+
+@pytest.mark.parametrize("changed", ["device", "torch", "triton"])
+def test_another_device_or_version_is_measured_again(
+    clock: Clock, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    tuning.fastest(PROBLEM, STEPS)
+    forget()
+    if changed == "device":
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Straw 9001")
+    else:
+        monkeypatch.setattr({"torch": torch, "triton": triton}[changed], "__version__", "99.0")
+    tuning.fastest(PROBLEM, STEPS)
+    assert len(clock.asked) == 6
+    assert len(files()) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "null", "[]", "{}", '{"bucket": "another", "times": []}', "\x00\xff", None], ids=repr
+)
+def test_a_damaged_file_is_measured_again_and_replaced(clock: Clock, content: str | None) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    (path,) = files()
+    whole = path.read_text()
+    if content is None:  # the right key, rows that make no sense
+        path.write_text(json.dumps({**json.loads(whole), "times": [["fused"]]}))
+    else:
+        path.write_text(content)
+    forget()
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert len(clock.asked) == 6
+    assert path.read_text() == whole
+
+
+def test_new_candidates_are_measured_beside_the_old(clock: Clock) -> None:
+    one = {("split", SLOW): "slow", ("reference", REFERENCE): "reference"}
+    assert tuning.fastest(PROBLEM, one) == ("split", SLOW)
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert tuning.fastest(PROBLEM, one) == ("split", SLOW), "only what was asked for may be chosen"
+    assert len(clock.asked) == 5
+
+
+def test_measuring_can_be_switched_off(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "the first"
+    assert not clock.asked
+    assert not files()
+
+
+def test_nothing_is_measured_during_capture_but_the_memory_is_used(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "the first"
+    assert not clock.asked
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tuning.fastest(PROBLEM, STEPS)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_survived(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "file" / "cache"))
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert "cannot keep the measured times" in caplog.text
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert len(clock.asked) == 3
+
+
+def test_measuring_is_logged_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dnc_triton")
+    tuning.fastest(PROBLEM, STEPS)
+    tuning.fastest(PROBLEM, STEPS)
+    (message,) = caplog.messages
+    assert "measured 3 candidates" in message
+    assert "N=16" in message
+    assert "fused" in message
+    assert "10.0 µs" in message
+
+
+def test_what_does_not_fit_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", Clock(fast=float("inf"), slow=30.0, reference=900.0))
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+    forget()
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "infinity survives the file"
+
+
+def test_many_processes_may_write_at_once(clock: Clock, tmp_path: Path) -> None:
+    """Every reader sees a whole file, whoever wrote it last, and no part is left behind."""
+    code = """
+import sys, torch
+torch.cuda.get_device_name = lambda device=None: "Straw 9000"
+from test_tuning import PROBLEM, STEPS
+from dnc_triton import tuning
+for _ in range(200):
+    tuning._remember(PROBLEM, [(name, layout, 10.0) for name, layout in STEPS])
+    tuning._known.clear()
+    assert len(tuning.remembered(PROBLEM)) == 3
+"""
+    here = str(Path(__file__).parent)
+
+    def write(_: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in pool.map(write, range(3)):
+            assert done.returncode == 0, done.stderr
+    assert [path.suffix for path in files()] == [".json"]
+
+
+# --- through the dispatcher
+
+
+def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = layouts(16, 8)[1]
+
+    def measure(step: object, *call: object) -> float:
+        layout = getattr(step, "keywords", {}).get("layout")
+        return 5.0 if layout == wanted else 50.0
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    chosen = dispatch.choose(PROBLEM)
+    assert chosen.unroll.keywords["layout"] == wanted
+    assert chosen.memory_step.keywords["layout"] == wanted
+    lines = dispatch.explain_problem(PROBLEM).splitlines()
+    (starred,) = [line for line in lines if line.startswith("*")]
+    assert "triton_fused" in starred
+    assert "5.0 µs" in starred
+    assert sum("50.0 µs" in line for line in lines) == 3
+
+
+def test_the_dispatcher_may_find_the_reference_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", lambda step, *call: 50.0 if hasattr(step, "keywords") else 5.0)
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["reference"]
+
+
+@pytest.mark.parametrize(("slots", "name"), [(16, "triton_fused"), (64, "triton_fused"), (100, "triton_split")])
+def test_without_measuring_the_default_is_taken(slots: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    problem = replace(PROBLEM, memory_size=slots)
+    assert dispatch.choose(problem).unroll.keywords["layout"] == default_layout(slots, 8)
+    assert f"* {name}" in dispatch.explain_problem(problem)
+
+
+def test_explain_measures_nothing(clock: Clock) -> None:
+    dispatch.explain_problem(PROBLEM)
+    assert not clock.asked
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_writes": 2}, "num_writes is 2"),
+        ({"memory_size": 1025}, "memory_size is 1025"),
+        ({"word_size": 257}, "word_size is 257"),
+        ({"num_reads": 17}, "num_reads is 17"),
+        ({"dtype": torch.float8_e5m2}, "float8_e5m2"),
+        ({"device": torch.device("mps")}, "device is mps"),
+        ({"device": torch.device("cpu")}, "device is the CPU"),
+    ],
+    ids=str,
+)
+def test_the_kernels_decline_with_a_reason(change: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    problem = replace(PROBLEM, **change)
+    supported, answer = dispatch.BACKENDS["triton_split"].supports(problem)
+    assert not supported
+    assert reason in answer
+    with pytest.raises(RuntimeError, match="does not serve this call"):
+        dispatch.choose(problem, "triton_split")
+
+
+def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "(7, 5)" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert "not installed" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["reference"]
