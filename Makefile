@@ -2,12 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format clean help
+.PHONY: demo test test-slow test-oldest fuzz lint format clean help
 
 help:
 	@echo "make demo       train a DNC on the copy task (about 3 minutes on two CPU cores); ARGS='--help' shows what it takes"
 	@echo "make test       the tests (under 10 minutes on two CPU cores)"
-	@echo "make test-slow  the tests that take longer: trainings"
+	@echo "make test-slow  the tests that take longer: trainings, and every kernel for every target"
+	@echo "make test-oldest  the tests with the oldest supported versions, in .venv-oldest"
+	@echo "make fuzz       random small problems through the kernels; COUNT=1000000 says how many"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
 	@echo "make clean      remove .venv and what tools leave behind"
@@ -21,6 +23,13 @@ test: .venv/.dev
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-oldest: .venv-oldest/.dev
+	.venv-oldest/bin/python -m pytest $(ARGS)
+
+COUNT ?= 1000000
+fuzz: .venv/.dev
+	$(BIN)/python -m tests.fuzz --count $(COUNT) $(ARGS)
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,12 +40,19 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # One stamp per set of extras: .venv/.train for users, .venv/.dev for the tests and linters on top.
 .venv/.train .venv/.dev: .venv/.%: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
-	touch $@
+	$(call install,.venv,constraints.txt,$*)
+
+.venv-oldest/.dev: pyproject.toml constraints-oldest.txt
+	$(call install,.venv-oldest,constraints-oldest.txt,dev)
+
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	{ echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[$(3)]'
+touch $(1)/.$(3)
+endef
