@@ -28,6 +28,8 @@ from dnc_triton.problem import Problem
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
 LEAST_CAPABILITY = (8, 0)
+# Looked up once: while a graph is traced it cannot be.
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
             return False, f"{name} is {value}, the kernels go up to {limit}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return False, f"dtype is {problem.dtype}, the kernels take float32, bfloat16, float16 and float64"
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return False, "Triton is not installed"
     if problem.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -87,7 +89,7 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
         return True, "interpreted, which is slow: for tests"
     if problem.device.type != "cuda":
         return False, f"device is {problem.device.type}, the kernels run on CUDA and ROCm"
-    # Asked once per device, and not while a graph is traced, which could not follow.
+    # Not while a graph is traced, which could not follow.
     if not torch.compiler.is_compiling() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(problem.device)
         if capability < LEAST_CAPABILITY:

@@ -296,6 +296,6 @@ def test_the_kernels_decline_with_a_reason(change: dict, reason: str, monkeypatc
 def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert "(7, 5)" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     assert "not installed" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["reference"]
