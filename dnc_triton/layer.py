@@ -168,9 +168,7 @@ class DNC(DNCCell):
             raise ValueError(f"inputs: expected a tensor on {weight.device}, as the parameters, got {inputs.device}")
         kind = inputs.device.type
         if inputs.dtype != weight.dtype and not (
-            torch.amp.is_autocast_available(kind)
-            and torch.is_autocast_enabled(kind)
-            and inputs.dtype == torch.get_autocast_dtype(kind)
+            kind != "meta" and torch.is_autocast_enabled(kind) and inputs.dtype == torch.get_autocast_dtype(kind)
         ):
             raise TypeError(f"inputs: expected {weight.dtype}, as the parameters, got {inputs.dtype}")
         batch, steps = inputs.shape[:2] if self.batch_first else (inputs.shape[1], inputs.shape[0])

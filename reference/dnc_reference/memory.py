@@ -98,7 +98,7 @@ def _memory_step(
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off: what adds up over the steps of a sequence is not rounded in each of them."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type == "meta":  # which knows no autocast
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
