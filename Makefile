@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-oldest fuzz lint format clean help
+.PHONY: demo test test-slow test-oldest fuzz gpu lint format clean help
 
 help:
 	@echo "make demo       train a DNC on the copy task (about 3 minutes on two CPU cores); ARGS='--help' shows what it takes"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-slow  the tests that take longer: trainings, and every kernel for every target"
 	@echo "make test-oldest  the tests with the oldest supported versions, in .venv-oldest"
 	@echo "make fuzz       random small problems through the kernels; COUNT=1000000 says how many"
+	@echo "make gpu        on a machine with a GPU: parity there, then the time of every layout; installs nothing"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
 	@echo "make clean      remove .venv and what tools leave behind"
@@ -29,6 +30,11 @@ test-oldest: .venv-oldest/.dev
 COUNT ?= 1000000
 fuzz: .venv/.dev
 	$(BIN)/python -m tests.fuzz --count $(COUNT) $(ARGS)
+
+# On a machine with a GPU, a PyTorch and a pytest of its own: nothing is installed.
+gpu:
+	PYTHONPATH=.:reference $(PYTHON) -m pytest -m gpu -q tests/gpu
+	PYTHONPATH=.:reference $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

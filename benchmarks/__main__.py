@@ -8,21 +8,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import dnc_triton
 from benchmarks.configurations import CONFIGURATIONS
+from benchmarks.machine import describe_machine
 from benchmarks.measure import Row, measure
 
 HERE = Path(__file__).parent
@@ -39,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"argument --output: {error}")
     torch.set_num_threads(options.threads)
-    machine = _machine(arguments)
+    machine = describe_machine(shlex.join(["python", "-m", "benchmarks", *arguments]))
     if machine["load"] > BUSY:
         print(f"Other programs are running (load {machine['load']:.1f}): expect times far too long", file=sys.stderr)
 
@@ -98,39 +94,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
-
-
-def _machine(arguments: Sequence[str]) -> dict[str, Any]:
-    """What a time means nothing without."""
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
-        "commit": _commit(),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,  # Windows has none
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dnc_triton": dnc_triton.__version__,
-    }
-
-
-def _commit() -> str:
-    """The commit, with "-dirty" behind it if tracked files differ from it; "unknown" outside a git repository."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _record(row: Row, machine: dict[str, Any], rounds: int) -> dict[str, Any]:

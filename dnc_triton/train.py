@@ -56,13 +56,13 @@ class Settings:
     task: str
     task_arguments: dict[str, int] = field(default_factory=dict)
     seed: int = 0
-    steps: int = 2000
+    steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 1e-2
     max_gradient_norm: float = 1.0
     controller: str = "feedforward"
     hidden_size: int = 64
-    memory_size: int = 24
+    memory_size: int = 32
     word_size: int = 16
     num_reads: int = 1
     baseline: bool = True

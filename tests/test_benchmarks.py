@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 from types import ModuleType
@@ -72,11 +74,12 @@ def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys)
 
     machine = content["machine"]
     assert list(machine) == [
-        *("date", "command", "commit", "cpu", "cores", "threads", "load", "system", "python", "torch", "dnc_triton")
+        *("date", "command", "commit", "cpu", "cores", "threads", "load", "system", "python"),
+        *("torch", "triton", "gpu", "dnc_triton"),
     ]
     assert machine["command"].startswith("python -m benchmarks --configurations tiny --rounds 1")
     assert machine["threads"] == 1
-    assert all(value not in ("", None) for value in machine.values())
+    assert all(value not in ("", None) for key, value in machine.items() if key not in ("triton", "gpu"))
     assert [{key: "" if x is None else str(x) for key, x in row.items()} for row in content["rows"]] == rows
 
     printed = capsys.readouterr().out
@@ -130,3 +133,44 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+GPU_BENCHMARK = """
+import time, torch
+from benchmarks import gpu
+from dnc_triton.kernels.layout import layouts
+
+def clock(call):
+    start = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - start)
+
+gpu.layouts = lambda *sizes: [layouts(*sizes)[0], layouts(*sizes)[-1]]
+gpu.torch.compile = lambda step: step
+gpu.STATES = 2
+print(gpu.markdown(gpu.measure(2, 4, 3, 2, torch.device("cpu"), clock, clock)))
+exact = gpu.step_forward
+gpu.step_forward = lambda *a, **k: (lambda r: r._replace(usage=r.usage + 0.001))(exact(*a, **k))
+print(gpu.markdown(gpu.measure(2, 4, 3, 2, torch.device("cpu"), clock, clock)))
+"""
+
+
+def test_the_gpu_benchmark_holds_every_layout_against_the_oracle_before_it_is_timed():
+    """Its code, on the CPU with interpreted kernels and a clock of its own; then again with a kernel that is off."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", GPU_BENCHMARK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = [[line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 2, 4")]]
+    right, wrong = tables[0][:4], tables[0][4:]
+    assert [row[1] for row in right] == [row[1] for row in wrong]
+    assert all(float(row[2]) < 1e-5 and float(row[3]) > 0 and float(row[4]) > 0 for row in right[:2])
+    assert all(float(row[2]) > 1e-4 and row[3] == row[4] == "not measured" for row in wrong[:2])
+    assert all(float(row[3]) > 0 for row in wrong[2:]), "the reference is timed all the same"
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so(capsys, monkeypatch):
+    from benchmarks import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err

@@ -26,7 +26,7 @@ class CopyTask(Task):
 
     name: ClassVar[str] = "copy"
     unit: ClassVar[str] = "bit"
-    defaults: ClassVar[dict[str, Any]] = {"steps": 2000, "memory_size": 24}
+    defaults: ClassVar[dict[str, Any]] = {"steps": 1000, "memory_size": 32}
 
     def __init__(self, min_length: int = 1, max_length: int = 10, num_bits: int = 8) -> None:
         if not 1 <= min_length <= max_length:

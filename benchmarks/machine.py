@@ -1,0 +1,51 @@
+"""On what machine, with what versions, and from what commit something was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dnc_triton
+
+
+def describe_machine(command: str) -> dict[str, Any]:
+    """What a time means nothing without: date, commit, processor, versions, and the command that measured it."""
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,  # Windows has none
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "dnc_triton": dnc_triton.__version__,
+    }
+
+
+def _commit() -> str:
+    """The commit, with "-dirty" behind it if tracked files differ from it; "unknown" outside a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
