@@ -36,6 +36,7 @@ FORMAT = 1
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
 SECONDS = 1.0  # per candidate, compilation not counted
+TOTAL_SECONDS = 60.0  # compilation counted; candidates that are not reached are not chosen
 
 logger = logging.getLogger("dnc_triton")
 _known: dict[str, list[tuple[str, Layout | None, float]]] = {}
@@ -138,7 +139,10 @@ def _remember(problem: Problem, times: list[tuple[str, Layout | None, float]]) -
 def _measure_all(problem: Problem, steps: Mapping[Candidate, Step]) -> list[tuple[str, Layout | None, float]]:
     started = time.perf_counter()
     call = _random_call(problem)
-    times = [(name, layout, _measure(step, *call)) for (name, layout), step in steps.items()]
+    times = []
+    for (name, layout), step in steps.items():
+        late = time.perf_counter() - started > TOTAL_SECONDS
+        times.append((name, layout, float("inf") if late else _measure(step, *call)))
     name, layout, microseconds = min(times, key=lambda row: row[2])
     logger.info(
         "measured %d candidates for %s in %.1f s: %s %s with %.1f µs per step",

@@ -208,6 +208,13 @@ def test_what_does_not_fit_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "infinity survives the file"
 
 
+def test_measuring_stops_when_its_time_is_up(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
+    assert tuning.fastest(PROBLEM, STEPS) in STEPS
+    assert not clock.asked
+    assert [row[2] for row in tuning.remembered(PROBLEM)] == [float("inf")] * 3
+
+
 def test_many_processes_may_write_at_once(clock: Clock, tmp_path: Path) -> None:
     """Every reader sees a whole file, whoever wrote it last, and no part is left behind."""
     code = """
