@@ -272,6 +272,16 @@ def test_without_measuring_the_default_is_taken(slots: int, name: str, monkeypat
     assert f"* {name}" in dispatch.explain_problem(problem)
 
 
+def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a measurement nor the memory of one decides, and a row gets the same layout in every batch."""
+    monkeypatch.setattr(tuning, "_measure", lambda step, *call: 50.0 if hasattr(step, "keywords") else 5.0)
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["reference"]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for batch in (1, 12, 500):
+        chosen = dispatch.choose(replace(PROBLEM, batch=batch))
+        assert chosen.unroll.keywords["layout"] == default_layout(16, 8)
+
+
 def test_explain_measures_nothing(clock: Clock) -> None:
     dispatch.explain_problem(PROBLEM)
     assert not clock.asked
