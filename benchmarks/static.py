@@ -1,0 +1,370 @@
+"""What the compiler makes of each kernel, for GPUs that nobody here need have: `python -m benchmarks.static`.
+
+Triton compiles for a named target with no GPU present. That shows, per kernel, shape and target, the registers of a
+thread, the bytes it spills, the shared memory of a block and the number of instructions, and it shows a type error that
+the interpreter lets pass. On the way the intermediate code is searched for missing barriers (`benchmarks.barriers`).
+
+The numbers of each Triton version are kept in `results/static.json`, and a number that grew is an error until that file
+is written anew with --update. The same version of Triton gives the same numbers on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.errors import TritonError
+
+from benchmarks import barriers
+from dnc_triton.kernels.launch import _sizes
+from dnc_triton.kernels.layout import Layout, default_layout, layouts
+from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+RECORD = Path(__file__).parent / "results" / "static.json"
+SHAPES = [(16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)]  # N, W, R
+LARGEST = (1024, 256, 16)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes a block may have. A kernel that wants more compiles, and fails when it is launched.
+SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
+TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is launched, and what for."""
+
+    direction: str
+    phase: str
+    shape: tuple[int, int, int]
+    layout: Layout
+    dtype: str
+    target: str
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
+        return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}"
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Of two batch elements."""
+        return (2, triton.cdiv(self.shape[0], self.layout.rows)) if self.phase == "middle" else (2,)
+
+    @property
+    def may_spill(self) -> bool:
+        """Only what runs by default, on the target that the layouts were chosen for, is held to spill nothing."""
+        chosen = self.layout == default_layout(*self.shape[:2]) and self.shape in SHAPES
+        return not (chosen and self.dtype == "float32" and self.target == "sm_90")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a kernel takes."""
+
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread
+    shared: int  # bytes of a block
+    instructions: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What became of a case."""
+
+    case: Case
+    numbers: Numbers | None  # None if it does not compile
+    errors: list[str]  # of compiling it, and races
+    barriers: dict[str, bool]  # by place in the source, whether the kernel would be wrong without it
+
+    def problems(self) -> list[str]:
+        """What must not be, in words."""
+        return [f"{self.case}: {problem}" for problem in self.errors + self._excesses()]
+
+    def _excesses(self) -> list[str]:
+        found: list[str] = []
+        if self.numbers is None:
+            return found
+        if self.numbers.spilled and not self.case.may_spill:
+            found.append(f"spills {self.numbers.spilled} bytes")
+        if self.numbers.shared > (limit := SHARED_LIMITS[self.case.target]):
+            found.append(f"wants {self.numbers.shared:,} bytes of shared memory, there are {limit:,}")
+        return found
+
+
+# --- which ------------------------------------------------------------------------------------------------------------
+
+
+def cases(complete: bool = False) -> list[Case]:
+    """What to compile: all shapes for sm_90 and some of them for the other targets and dtypes, or everything.
+
+    Everything is also all the layouts that may be measured against each other, on sm_90.
+    """
+    found = []
+    for shape in SHAPES:
+        found += _cases(shape, "sm_90")
+        for target in TARGETS:
+            if complete:
+                found += _cases(shape, target)
+            elif shape in (SHAPES[0], SHAPES[3], SHAPES[-1]):
+                found += [case for case in _cases(shape, target) if case.phase in ("middle", "whole")]
+    # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
+    found += _cases(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
+    for dtype in TRITON_TYPES:
+        found += _cases(SHAPES[0], "sm_90", dtype=dtype)
+        if complete:
+            found += _cases(SHAPES[5], "sm_90", dtype=dtype)
+            found += _cases(LARGEST, "sm_90", dtype=dtype)
+    if complete:
+        for shape in SHAPES:
+            for layout in layouts(*shape[:2]):
+                found += _cases(shape, "sm_90", layout=layout)
+    return list(dict.fromkeys(found))
+
+
+def _cases(
+    shape: tuple[int, int, int], target: str, *, dtype: str = "float32", layout: Layout | None = None
+) -> list[Case]:
+    """Every launch of a step and its backward."""
+    layout = layout or default_layout(*shape[:2])
+    return [
+        Case(direction, phase, shape, layout, dtype, target)
+        for direction in ("forward", "backward")
+        for phase in (("whole",) if layout.fused else ("first", "middle", "last"))
+    ]
+
+
+# --- one case ---------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case) -> Measurement:
+    """Compile a case, count what it takes and look for races."""
+    try:
+        asm, shared = _compile(case)
+    except (TritonError, RuntimeError) as error:
+        while isinstance(error.__cause__, TritonError):  # from a call to what stands in the called function
+            error = error.__cause__
+        return Measurement(case, None, [f"does not compile: {error}"], {})
+    counts = _count_amd(asm["amdgcn"]) if case.target.startswith("gfx") else _count_nvidia(asm["cubin"])
+    numbers, ttgir = Numbers(shared=shared, **counts), asm["ttgir"]
+    try:
+        needed = {place: bool(barriers.races(without)) for place, without in barriers.without_barriers(ttgir)}
+        return Measurement(case, numbers, barriers.races(ttgir, case.grid), needed)
+    except barriers.Unchecked as error:
+        return Measurement(case, numbers, [f"barriers cannot be checked: {error}"], {})
+
+
+def _compile(case: Case) -> tuple[dict[str, Any], int]:
+    """The code at each stage of the compilation, and the bytes of shared memory."""
+    kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
+    compute = "float64" if case.dtype == "float64" else "float32"
+    constants = dict(
+        _sizes(*case.shape, case.layout),
+        RAW=True,
+        STRENGTH_OFFSET=1.0,
+        COMPUTE=getattr(tl, compute),
+        PHASE=PHASES[case.phase].value,
+    )
+    if case.direction == "backward":
+        constants["STOP_USAGE_GRADIENT"] = False
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        dtype = TRITON_TYPES[compute if name in ("kept_ptr", "scratch_ptr") else case.dtype]
+        signature[name] = "*i32" if name == "free_list_ptr" else f"*{dtype}"
+        attributes[(position,)] = [["tt.divisibility", 16]]  # as at a launch: tensors begin at multiples of 16 bytes
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=TARGETS[case.target],
+        options={"num_warps": case.layout.num_warps},
+    )
+    return compiled.asm, compiled.metadata.shared
+
+
+def _count_nvidia(cubin: bytes) -> dict[str, int]:
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [str(cuobjdump), "--dump-resource-usage", str(file)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "spilled": _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        "instructions": _count_instructions(cubin),
+    }
+
+
+def _count_instructions(cubin: bytes) -> int:
+    """Instructions in the executable sections of an ELF file, no-operations aside, which fill them up.
+
+    An instruction has 16 bytes, its operation in the low 12 bits. nvdisasm counts the same, and takes half a second.
+    """
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    total = 0
+    for header in range(headers, headers + count * size, size):
+        flags, _, start, length = struct.unpack_from("<QQQQ", cubin, header + 8)
+        if flags & 4:  # executable
+            operations = np.frombuffer(cubin, "<u2", length // 2, start)[::8] & 0xFFF
+            total += int((operations != 0x918).sum())
+    return total
+
+
+def _count_amd(listing: str) -> dict[str, int]:
+    return {
+        "registers": _number(r"^\s+\.vgpr_count:\s+(\d+)", listing),
+        "spilled": _number(r"^\s+\.private_segment_fixed_size:\s+(\d+)", listing),
+        "instructions": len(re.findall(r"^\t[a-z]\w+(?!\w*:)", listing, re.M)),
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text, re.M)
+    if not match:
+        raise ValueError(f"nothing matches {pattern!r} in {text[:500]!r}")
+    return int(match[1])
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def compiling_map(function: Callable[[Item], Result], items: Iterable[Item], *, jobs: int = 2) -> Generator[Result]:
+    """Map a function over items, in order, in processes where kernels compile.
+
+    They do not in one that came up with TRITON_INTERPRET=1, as that of the tests does.
+    """
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(function, items)
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+
+def idle_barriers(measurements: Iterable[Measurement]) -> list[str]:
+    """Barriers that no kernel would be wrong without."""
+    needed: dict[str, bool] = {}
+    for measurement in measurements:
+        for place, is_needed in measurement.barriers.items():
+            needed[place] = needed.get(place, False) or is_needed
+    return sorted(place for place, is_needed in needed.items() if not is_needed)
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def read_record(path: Path) -> dict[str, Numbers]:
+    """The numbers committed for this version of Triton, by case; empty for a version that has none."""
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {case: Numbers(**numbers) for case, numbers in recorded.get(triton.__version__, {}).items()}
+
+
+def update_record(measurements: Iterable[Measurement], path: Path) -> None:
+    """Record these numbers for this version of Triton; drop those of cases that are no more."""
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    now = {str(measured.case): asdict(measured.numbers) for measured in measurements if measured.numbers}
+    before = recorded.get(triton.__version__, {})
+    numbers = {name: now.get(name, before.get(name)) for name in map(str, cases(complete=True))}
+    recorded[triton.__version__] = {name: entry for name, entry in numbers.items() if entry}
+    versions = []
+    for version, numbers in sorted(recorded.items()):
+        lines = [f"    {json.dumps(case)}: {json.dumps(entry)}" for case, entry in numbers.items()]
+        versions.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n  }")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(versions) + "\n}\n", encoding="utf-8")
+
+
+def worse_than_recorded(measurements: Iterable[Measurement], record: dict[str, Numbers]) -> list[str]:
+    """Numbers that grew, and cases that were never recorded."""
+    found = []
+    for measurement in measurements:
+        if measurement.numbers is None:  # a problem of its own
+            continue
+        before = record.get(str(measurement.case))
+        if before is None:
+            found.append(f"{measurement.case}: not recorded")
+            continue
+        for name, number in asdict(measurement.numbers).items():
+            if number > (was := getattr(before, name)):
+                found.append(f"{measurement.case}: {name} {was} -> {number}")
+    return found
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns its exit status: 1 if something is wrong, or worse than recorded."""
+    options = _parser().parse_args(arguments)
+    selected = [case for case in cases(options.complete) if options.select in str(case)]
+    measurements = []
+    print("| kernel | registers | spilled | shared | instructions |\n|---|---|---|---|---|")
+    with contextlib.closing(compiling_map(measure, selected, jobs=options.jobs)) as results:
+        for measurement in results:
+            measurements.append(measurement)
+            if measurement.numbers:
+                print(f"| {measurement.case} | {' | '.join(map(str, astuple(measurement.numbers)))} |", flush=True)
+
+    problems = [problem for measurement in measurements for problem in measurement.problems()]
+    if options.update:
+        update_record(measurements, RECORD)
+    elif record := read_record(RECORD):
+        problems += worse_than_recorded(measurements, record)
+    else:
+        print(f"Nothing is recorded for Triton {triton.__version__}", file=sys.stderr)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    for place in idle_barriers(measurements):
+        print(f"No kernel here would be wrong without the barrier at {place}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.static",
+        description="Compile the kernels for GPUs that need not be there. Prints, per kernel, shape (N x W x R), "
+        "layout (rows x columns / warps), dtype and target, the registers and spilled bytes of a thread, the shared "
+        "memory of a block and the number of instructions. Fails on spills where there must be none, too much shared "
+        "memory, a missing barrier, or a number above the recorded one.",
+    )
+    parser.add_argument("--complete", action="store_true", help="every target, dtype and layout; takes minutes")
+    parser.add_argument("--select", default="", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at once (default: %(default)s)")
+    parser.add_argument(
+        "--update", action="store_true", help=f"record the numbers in {RECORD.name}, as those of this Triton version"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The tests of the kernels run them on the CPU, in Triton's interpreter.
+
+Triton decides when it is imported whether its functions are interpreted, its own (`tl.sort`, `tl.sum`) as well as ours,
+and asks again at each call; the dispatcher asks the environment too. So Triton and the kernels are imported here with
+TRITON_INTERPRET=1, and each test of this directory runs with it: the other tests do not see it.
+
+Where there is a GPU nothing is interpreted unless the environment already asks for it: tests/gpu runs the same tests on
+the device, which an interpreted Triton could not.
+"""
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+VARIABLE = "TRITON_INTERPRET"
+INTERPRETED = os.environ.get(VARIABLE) == "1" or not torch.cuda.is_available()
+
+
+def _import_interpreted() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "1")
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpretedFunction
+
+        from dnc_triton.kernels.step import step_forward_kernel
+
+    if not all(isinstance(function, InterpretedFunction) for function in (step_forward_kernel, tl.sort)):
+        raise pytest.UsageError(f"Triton was imported without {VARIABLE}=1, by {sys.argv[0]} or one of its plugins")
+
+
+def _prepare_once_per_launch() -> None:
+    """Halve the time that the interpreter takes.
+
+    It replaces the functions of `tl` at each launch, and again at each call of a device function; but those of one
+    module share one `tl`. Once per launch and module is enough.
+    """
+    from triton.runtime import interpreter
+
+    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    prepared: set[int] = set()
+
+    def prepare_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in prepared:
+            return None  # what would be undone after the launch: the first one does it
+        prepared.add(module)
+        return prepare(function)
+
+    def launch_anew(*args: Any, **kwargs: Any) -> Any:
+        prepared.clear()
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = prepare_once, launch_anew
+
+
+if INTERPRETED:
+    _import_interpreted()
+    _prepare_once_per_launch()
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not INTERPRETED:
+        pytest.skip(f"there is a GPU: `pytest -m gpu tests/gpu` runs this on it, {VARIABLE}=1 on the CPU")
+    monkeypatch.setenv(VARIABLE, "1")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu")

@@ -1,0 +1,125 @@
+"""The kernels against what DeepMind's own code computed: one step, from the same state, forward and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import GOLDEN_NAMES, INTERFACE_KEYS, STATE_KEYS, as_leaves, load_golden
+from parity import margins
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dnc_reference import DNCState, MemoryState
+from dnc_reference.addressing import softplus
+from dnc_triton import from_deepmind, memory_step
+
+STEPS = [name for name in GOLDEN_NAMES if name.startswith("memory_step_") and "K1_" in name]
+# In float32 each file goes through one of the two layouts.
+CASES = [
+    pytest.param(name, dtype, backend, id=f"{name}-{dtype}-{backend}")
+    for index, name in enumerate(STEPS)
+    for dtype in (torch.float64, torch.float32)
+    for backend in ("triton_fused", "triton_split")
+    if load_golden(name).comparable(dtype)
+    and (dtype == torch.float64 or (backend == "triton_fused") == (index % 2 == 0))
+]
+
+
+def test_every_variant_is_visited() -> None:
+    variants = {name.split("K1_")[1].rsplit("_", 1)[0] for name in STEPS}
+    assert variants >= {"generic", "fresh", "zerowarm", "ties", "saturated", "gates01", "bigstrength", "tinyscale"}
+    assert variants >= {"usage01", "zerokeys", "keyrows", "writegate0"}
+    assert len(STEPS) == 24
+
+
+@pytest.mark.parametrize(("name", "dtype", "backend"), CASES)
+def test_memory_step(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    golden = load_golden(name)
+    with margins() as around:
+        given = golden.interface("in_", dtype), golden.state("prev_", dtype)
+        raw, prev = as_leaves(tree_map(lambda x: around.copy(x.to(device)), given))
+        # The files keep strengths as the controller gives them, everything else as the memory takes it.
+        interface = raw._replace(
+            read_strengths=softplus(raw.read_strengths), write_strengths=softplus(raw.write_strengths)
+        )
+        read_words, new = memory_step(interface, prev, stop_usage_gradient=True, backend=backend)
+        results = {"out_read_words": read_words, **named("next_", STATE_KEYS, new)}
+        loss = weighted(golden, results)
+        strengths = {
+            "act_read_strengths": interface.read_strengths,
+            "act_write_strengths": interface.write_strengths,
+        }
+        leaves = {**named("in_", INTERFACE_KEYS, raw), **named("prev_", STATE_KEYS, prev), **strengths}
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    results |= {"loss": loss, **strengths, **named("grad_", leaves, gradients)}
+    golden.check(tree_map(torch.Tensor.cpu, results), without=("mid_",))
+
+
+def named(prefix: str, keys, values) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in zip(keys, values, strict=True)}
+
+
+def weighted(golden, results: dict[str, Tensor]) -> Tensor:
+    """The loss of a file: its weights times its results."""
+    terms = [(golden.tensor(f"lossw_{key}", x.dtype).to(x.device) * x).sum() for key, x in results.items()]
+    return torch.stack(terms).sum()
+
+
+# --- over several steps: what one step hands to the next, forward and backward
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("memory_rollout_B2N1W4R1K1_warm_s208", "triton_fused"),
+        ("memory_rollout_B3N16W8R1K1_warm_s201", "triton_split"),
+    ],
+)
+def test_memory_rollout(name: str, backend: str, device: torch.device) -> None:
+    golden = load_golden(name)
+    given = golden.interface("in_", torch.float64), golden.state("init_", torch.float64)
+    raw, init = as_leaves(tree_map(lambda x: x.to(device), given))
+    state, words, states = init, [], []
+    for step in range(golden.meta["T"]):
+        interface = tree_map(lambda x, step=step: x[step], raw)
+        interface = interface._replace(
+            read_strengths=softplus(interface.read_strengths), write_strengths=softplus(interface.write_strengths)
+        )
+        read_words, state = memory_step(interface, state, stop_usage_gradient=True, backend=backend)
+        words.append(read_words)
+        states.append(state)
+    results = {"out_read_words": torch.stack(words)}
+    loss = weighted(golden, results)
+    trajectory = MemoryState(*(torch.stack(field) for field in zip(*states, strict=True)))
+    steps = torch.as_tensor(golden.arrays["traj_link_steps"])
+    trajectory = trajectory._replace(link=trajectory.link[steps])
+    leaves = {**named("in_", INTERFACE_KEYS, raw), **named("init_", STATE_KEYS, init)}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    results |= {"loss": loss, **named("traj_", STATE_KEYS, trajectory), **named("grad_", leaves, gradients)}
+    golden.check(tree_map(torch.Tensor.cpu, results), without=("mid_",))
+
+
+@pytest.mark.parametrize("backend", ["triton_fused"])
+def test_cell_rollout(backend: str, device: torch.device) -> None:
+    """DeepMind's parameters in the layer: its softplus, its clip, its stopped gradient, and the raw interface."""
+    golden = load_golden("dnc_cell_rollout_B2N1W4R1K1_warm_clipNone_s310")
+    variables = {name: golden.tensor("var." + name.replace("/", ".")) for name in golden.meta["variable_names"]}
+    sizes = {key: size for key, size in golden.meta["config"].items() if key != "batch"}
+    options = dict(clip=golden.meta["clip_value"], batch_first=False, dtype=torch.float64)
+    dnc = from_deepmind(variables, **sizes, **options).to(device)
+    dnc.backend = backend
+    hidden, cell, read_words = (golden.tensor(f"init_{key}") for key in ("hidden", "cell", "access_output"))
+    given = golden.tensor("inputs"), DNCState(((hidden, cell),), golden.state("init_", torch.float64), read_words)
+    inputs, init = as_leaves(tree_map(lambda x: x.to(device), given))
+    outputs, final = dnc(inputs, init)
+    results = {"out_y": outputs, **named_state("final_", final)}
+    loss = weighted(golden, {"out_y": outputs})
+    leaves = {"inputs": inputs, **named_state("init_", init)}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    results |= {"loss": loss, **named("grad_", leaves, gradients)}
+    golden.check(tree_map(torch.Tensor.cpu, results), without=("mid_", "traj_", "grad_var."))
+
+
+def named_state(prefix: str, state: DNCState) -> dict[str, Tensor]:
+    keys = ["hidden", "cell", *STATE_KEYS, "access_output"]
+    return named(prefix, keys, tree_leaves(state))

@@ -1,0 +1,152 @@
+"""The kernels, forward and each gradient, against the float64 oracle, with NaN in and around every buffer."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from parity import Case, Outcome, Problem, assert_parity, draw, margins, outcome, pairwise, pick_layout, run_kernels
+from torch.utils._pytree import tree_map
+
+from dnc_reference import Interface, MemoryState
+from dnc_triton.kernels.layout import Layout, layouts
+
+# Every two values of two of these meet in some case.
+CASES = [
+    Case(batch=1 + index % 3 if row["slots"] < 48 else 1 + (row["strides"] == "expanded"), **row)
+    for index, row in enumerate(
+        pairwise(
+            dict(
+                slots=(1, 5, 16, 48, 64, 100, 128),
+                word=(1, 6, 12, 20, 32, 64),
+                reads=(1, 3, 4, 8),
+                dtype=("float32", "bfloat16", "float64", "float16"),
+                layout=("fused", "split", "split64"),
+                interface=("oneplus", "activated", "softplus"),
+                strides=("contiguous", "gaps", "transposed", "expanded"),
+                stop_usage_gradient=(False, True),
+            )
+        )
+    )
+]
+
+
+def run(case: Case, problem: Problem, device: torch.device, layout: Layout | None = None) -> Outcome:
+    """What the kernels make of a problem."""
+    layout = layout or pick_layout(case.layout, case.slots, case.word)
+    with margins() as around:
+        given = tree_map(lambda x: around.copy(x.to(device), case.strides), problem)
+        inputs = len(around.buffers)
+        result = outcome(run_kernels, given, layout=layout, **case.options)
+        assert len(around.buffers) >= inputs + 2 * (1 + len(problem.state)), "outputs without margins"
+    assert_same_bits(tree_map(torch.Tensor.cpu, given), problem, name="what was given")
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case: Case, device: torch.device) -> None:
+    problem = draw(case)
+    assert_parity(run(case, problem, device), problem, **case.options)
+
+
+def test_pairwise() -> None:
+    """The table above has every pair: of a value of N and one of W, say."""
+    for first, second in [("slots", "word"), ("dtype", "slots"), ("layout", "interface"), ("strides", "dtype")]:
+        values = {name: {getattr(case, name) for case in CASES} for name in (first, second)}
+        pairs = {(getattr(case, first), getattr(case, second)) for case in CASES}
+        assert len(pairs) == len(values[first]) * len(values[second])
+
+
+# --- sizes at the limits, and every layout that may be chosen
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        (Case(1, 3, 256, 16, "float32", interface="oneplus"), None),
+        (Case(1, 3, 256, 16, "float64", "split"), None),
+        (Case(1, 130, 3, 2, "float32", "split"), None),
+        # All of the 10 bits that the sort has for the slot.
+        (Case(1, 1024, 1, 1, "float64", "split"), Layout(False, 256, 256, 4)),
+        (Case(1, 1000, 2, 1, "float32", "split", "oneplus"), Layout(False, 256, 256, 4)),
+    ],
+    ids=str,
+)
+def test_limits(case: Case, layout: Layout | None, device: torch.device) -> None:
+    problem = draw(case)
+    assert_parity(run(case, problem, device, layout), problem, **case.options)
+
+
+@pytest.mark.parametrize(
+    ("slots", "word", "layout"),
+    [
+        pytest.param(slots, word, layout, id=f"N{slots}W{word}-{'fused' if layout.fused else 'split'}{layout[1:]}")
+        for slots, word in [(7, 3), (40, 2), (80, 2), (40, 129)]
+        # On the CPU nothing depends on the number of warps.
+        for layout in {layout[:3]: layout for layout in reversed(layouts(slots, word))}.values()
+    ],
+)
+def test_every_layout(slots: int, word: int, layout: Layout, device: torch.device) -> None:
+    case = Case(1, slots, word, 2, interface="oneplus")
+    problem = draw(case)
+    assert_parity(run(case, problem, device, layout), problem, **case.options)
+
+
+# --- one output, one gradient at a time
+
+
+@pytest.mark.parametrize("layout", ["fused", "split"])
+@pytest.mark.parametrize("output", ["read_words", *MemoryState._fields])
+def test_gradients_of_each_output(output: str, layout: str, device: torch.device) -> None:
+    """Sent back alone: nothing else hides what is missing."""
+    case = Case(1, 18, 3, 2, "float64", layout, "activated" if layout == "fused" else "oneplus")
+    problem = draw(case)
+    read_words, state = problem.gradients
+    alone = {name: tensor if name == output else torch.zeros_like(tensor) for name, tensor in state._asdict().items()}
+    read_words = read_words if output == "read_words" else torch.zeros_like(read_words)
+    problem = problem._replace(gradients=(read_words, MemoryState(**alone)))
+    assert_parity(run(case, problem, device), problem, **case.options)
+
+
+@cache
+def all_gradients(layout: str, interface: str, device: torch.device) -> tuple[Outcome, Problem, Case]:
+    case = Case(2, 20, 5, 3, "float32", layout, interface)
+    problem = draw(case)
+    return run(case, problem, device), problem, case
+
+
+@pytest.mark.parametrize("interface", ["activated", "oneplus"])
+@pytest.mark.parametrize("layout", ["fused", "split"])
+@pytest.mark.parametrize("field", [*Interface._fields, *MemoryState._fields])
+def test_each_gradient(field: str, layout: str, interface: str, device: torch.device) -> None:
+    """By name, so that a failure says which one it is, and that none is missing or zero."""
+    result, problem, case = all_gradients(layout, interface, device)
+    assert result.backward[f"d_{field}"].abs().max() > 1e-3
+    assert_parity(result, problem, only=f"d_{field}", **case.options)
+
+
+def test_stopped_usage_gradient(device: torch.device) -> None:
+    """The previous write weights matter to usage alone."""
+    case = Case(1, 5, 3, 2, stop_usage_gradient=True)
+    result = run(case, draw(case), device)
+    assert not result.backward["d_write_weights"].any()
+
+
+@pytest.mark.parametrize("layout", ["fused", "split"])
+def test_products_are_not_rounded(layout: str, device: torch.device) -> None:
+    """Where one slot alone is read, what is read is what stands in it: no tensor core cuts it to ten bits."""
+    slots, word = 33, 5
+    problem = draw(Case(1, slots, word, 2, "float32", layout))
+    one_by_one = torch.roll(torch.eye(slots), 1, 0)  # slot i was written after slot i − 1
+    modes = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+    inputs = problem.inputs._replace(read_modes=modes, write_gates=torch.zeros(1, 1))
+    read_weights = torch.eye(slots)[[7, 32]].unsqueeze(0)
+    state = problem.state._replace(link=one_by_one.expand(1, 1, -1, -1), read_weights=read_weights)
+    read_words, new = run_kernels(
+        *tree_map(lambda x: x.to(device), (inputs, state)), layout=pick_layout(layout, slots, word)
+    )
+    # The first head goes back from slot 7, the second on from the last one.
+    assert_same_bits(new.read_weights.cpu(), torch.eye(slots)[[6, 0]].unsqueeze(0))
+    assert_same_bits(read_words.cpu(), state.memory[:, [6, 0]])
