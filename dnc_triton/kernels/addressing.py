@@ -233,7 +233,7 @@ def address_backward(
     write_key = tl.load(interface_ptr + WRITE_KEY + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
     key_norm = tl.sqrt(tl.sum(write_key * write_key) + NORM_EPSILON)
     d_key = tl.zeros([BLOCK_W], COMPUTE)
-    d_key_norm = 0.0
+    d_key_norm = tl.full([], 0.0, COMPUTE)
     for start in range(0, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         offsets = rows[:, None] * W + offs_w[None, :]
