@@ -275,9 +275,12 @@ def check_batch(index: int, *, seed: int, rows: int, engine: str, row: int | Non
         first, problem = row, tree_map(lambda x: x[row : row + 1], problem)
     given = tree_map(lambda x: x.to("cuda" if engine == "gpu" else "cpu"), problem)
     options = dict(strength=batch.strength, stop_usage_gradient=batch.stop_usage_gradient)
-    with batched_interpreter() if engine == "batched" else nullcontext():
-        actual = outcome(run_kernels, given, layout=batch.layout, **options)
-    mismatch = compare(batch, problem, actual)
+    try:
+        with batched_interpreter() if engine == "batched" else nullcontext():
+            actual = outcome(run_kernels, given, layout=batch.layout, **options)
+        mismatch = compare(batch, problem, actual)
+    except Exception as error:  # whatever it is, who reads it wants to see it again
+        mismatch = Mismatch(0, f"{type(error).__name__}: {error}")
     count = tree_leaves(problem)[0].shape[0]
     if mismatch is None:
         return count, ""

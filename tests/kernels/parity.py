@@ -134,9 +134,7 @@ class Case(NamedTuple):
 def pick_layout(name: str, slots: int, word: int) -> Layout:
     """The first layout that may be taken for this size, of those that are "fused", "split", or "split64"."""
     candidates = [layout for layout in layouts(slots, word) if layout.fused == (name == "fused")]
-    if name == "split64":  # wider than high
-        return candidates[0]._replace(columns=64)
-    return candidates[0] if candidates else Layout(True, 32, 32, 4)
+    return candidates[0]._replace(columns=64) if name == "split64" else candidates[0]  # wider than high
 
 
 class Problem(NamedTuple):
@@ -147,23 +145,30 @@ class Problem(NamedTuple):
     gradients: tuple[Tensor, MemoryState]
 
 
-def draw(case: Case) -> Problem:
-    """The first random problem of that case in which the order of slots is decided by more than rounding."""
+def draw(case: Case, *, tie: bool = True) -> Problem:
+    """The first random problem of that case in which the order of slots is decided by more than rounding.
+
+    Args:
+        case: what is drawn.
+        tie: let two slots be equally used, exactly: there a step is not continuous, but has the gradient of its order.
+    """
     dtype = getattr(torch, case.dtype)
     for seed in range(100):
-        problem = _draw(case, dtype, seed)
+        problem = _draw(case, dtype, seed, tie)
         if slot_order_is_safe(problem, dtype).all():
             return problem
     raise AssertionError(f"{case}: no problem found")
 
 
-def _draw(case: Case, dtype: torch.dtype, seed: int) -> Problem:
+def _draw(case: Case, dtype: torch.dtype, seed: int, tie: bool) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     size = sum(interface_sizes(case.reads, 1, case.word).values())
     inputs: Interface | Tensor = 1.5 * torch.randn(case.batch, size, generator=generator, dtype=torch.float64)
     _, state = random_problem(case.batch, case.slots, case.word, case.reads, seed=seed)
     if torch.finfo(dtype).bits == 16:
         state = _with_coarse_usage(state, inputs, generator)
+    if tie:
+        state = _with_a_tie(state, inputs)
     if case.strides == "expanded":
         inputs, state = tree_map(lambda x: x[:1].expand_as(x), (inputs, state))
     if case.interface == "activated":
@@ -181,8 +186,7 @@ def _with_coarse_usage(state: MemoryState, vector: Tensor, generator: torch.Gene
     A few of the slots, at random, end up far from each other in the lower half, whatever frees and fills them. The
     others are neither read nor written before and so keep a usage that is exact in 8 bits, some of them the same one.
     """
-    batch, slots, word = state.memory.shape
-    reads = state.read_weights.shape[1]
+    batch, slots, _ = state.memory.shape
     few = min(slots, 8)
     order = torch.rand(batch, slots, generator=generator).argsort(-1)
     steps = torch.rand(batch, few, generator=generator, dtype=torch.float64) / 4 + torch.arange(few) + 0.5
@@ -190,13 +194,29 @@ def _with_coarse_usage(state: MemoryState, vector: Tensor, generator: torch.Gene
     chosen = aims > 0
     read_weights = torch.where(chosen.unsqueeze(1), state.read_weights, 0)
     write_weights = torch.where(chosen.unsqueeze(1), state.write_weights.clamp(max=aims.unsqueeze(1)), 0)
-    free_gates = activate_interface(vector, num_reads=reads, num_writes=1, word_size=word).free_gates
+    retention = _retention(state._replace(read_weights=read_weights), vector)
     written = write_weights[:, 0]
-    usage = ((aims / addressing.retention(free_gates, read_weights) - written) / (1 - written)).clamp(0, 1)
+    usage = ((aims / retention - written) / (1 - written)).clamp(0, 1)
     others = torch.randint(128, 256, (batch, slots), generator=generator) / 256
     return state._replace(
         usage=torch.where(chosen, usage, others), read_weights=read_weights, write_weights=write_weights
     )
+
+
+def _with_a_tie(state: MemoryState, vector: Tensor) -> MemoryState:
+    """The state, with a slot that comes out just as used as the least used one: the lower of them comes first."""
+    slots = state.memory.shape[1]
+    usage = addressing.update_usage(state.usage, state.write_weights, _retention(state, vector))
+    least = usage.argmin(-1, keepdim=True)
+    source = torch.arange(slots).expand(len(usage), slots).scatter(1, (least + slots // 2) % slots, least)
+    fields = {name: getattr(state, name) for name in ("usage", "read_weights", "write_weights")}
+    shaped = {name: source.view(-1, *[1] * (x.dim() - 2), slots).expand_as(x) for name, x in fields.items()}
+    return state._replace(**{name: x.gather(-1, shaped[name]) for name, x in fields.items()})
+
+
+def _retention(state: MemoryState, vector: Tensor) -> Tensor:
+    sizes = dict(num_reads=state.read_weights.shape[1], num_writes=1, word_size=state.memory.shape[-1])
+    return addressing.retention(activate_interface(vector, **sizes).free_gates, state.read_weights)
 
 
 # Usages that differ by less than this may come out in another order, those that do not differ at all may not.
