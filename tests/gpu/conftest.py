@@ -10,12 +10,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "gpu: needs a GPU; `pytest -m gpu tests/gpu` runs these, in a process of their own"
-    )
-
-
 @pytest.fixture(autouse=True)
 def _first_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested does not depend on what is the fastest here: nothing is measured, or remembered."""

@@ -50,6 +50,7 @@ from test_kernel_parity import (
     test_limits,
     test_parity,
     test_products_are_not_rounded,
+    test_sixteen_bits_are_for_storage,
     test_stopped_usage_gradient,
 )
 from test_kernel_rows import (
