@@ -1,0 +1,226 @@
+"""The layers of a controller over a sequence: each kind's steps forward, and its steps backward without autograd.
+
+The same cells as `dnc_reference.controller`. What comes from the network's input is multiplied for all steps before the
+loop and stands in `pre`, with the biases. At every step a cell adds what comes from below (the words read last for the
+first layer, the hidden vector of the layer below for the others) and its own recurrence. Gradients by weights are one
+product over all steps after the loop, from what the loop leaves in `d_pre` and `d_pre_hidden`.
+
+Letters in every shape: T steps, B batch, H hidden size, G the size of all gates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dnc_triton.sequence.product import Product
+
+
+class Cell:
+    """A layer without a state of its own, and what all kinds have in common: h = tanh(pre + W below).
+
+    Args:
+        gates: [T, B, G]: what is added up before the loop, which the forward turns into the gates themselves.
+        below, recurrent: the products with what comes from below and with the layer's own hidden vector.
+        hidden_bias: [G], what is added to the product with the hidden vector where it stands apart (GRU).
+        clip: bound on the absolute value of hidden vector and state, or None.
+        kept: `count_kept` buffers [T, B, H] for what a backward wants to have besides the gates.
+    """
+
+    gates_per_unit = 1
+    states = 0  # [B, H] each, the hidden vector first
+
+    def __init__(
+        self,
+        gates: Tensor,
+        below: Product,
+        recurrent: Product | None,
+        hidden_bias: Tensor | None,
+        clip: float | None,
+        kept: list[Tensor],
+    ) -> None:
+        self.below, self.recurrent, self.hidden_bias, self.clip = below, recurrent, hidden_bias, clip
+        self.all_gates, self.pre = gates, gates.unbind(0)
+        self.hidden_size = gates.shape[-1] // self.gates_per_unit
+        self.kept = kept
+        self.d_pre = self.d_pre_hidden = gates  # until a backward makes its own
+
+    @staticmethod
+    def count_kept(clip: float | None) -> int:
+        """How many buffers."""
+        return 0
+
+    def forward(self, step: int, below: Tensor, prev: list[Tensor], new: list[Tensor]) -> None:
+        """One step.
+
+        Args:
+            step: which.
+            below: [B, ·].
+            prev: the layer's state before, [B, H] each, the hidden vector first.
+            new: where the hidden vector and the rest of the state go, likewise.
+        """
+        gates = self._gates(step, below, prev).tanh_()
+        new[0].copy_(gates)
+        self._clamp(new)
+
+    def begin_backward(self, prev: list[Tensor]) -> None:
+        """What depends on the forward alone, for all steps at once, from the states before them, [T, B, H] each."""
+        self._make_d_pre()
+        self.by = (1 - self.all_gates * self.all_gates).unbind(0)
+        self._within(self.all_gates)
+
+    def backward(self, step: int, d: list[Tensor], d_below: Tensor) -> None:
+        """The adjoint of one step.
+
+        Args:
+            step: which.
+            d: gradients by the hidden vector, all it goes to included, and the rest of the new state; when this
+                returns, by the state before.
+            d_below: [B, ·], where the gradient by what comes from below goes.
+        """
+        d_hidden = self._through_clamp(step, d)
+        torch.mul(d_hidden, self.by[step], out=self.d_pre_steps[step])
+        self.below.backward(self.d_pre_steps[step], d_below)
+        if self.recurrent is None:
+            d_hidden.zero_()
+        else:
+            self.recurrent.backward(self.d_pre_steps[step], d_hidden)
+
+    def _gates(self, step: int, below: Tensor, prev: list[Tensor]) -> Tensor:
+        gates = self.pre[step]
+        self.below.add_to(gates, below, gates)
+        if self.recurrent is not None:
+            self.recurrent.add_to(gates, prev[0], gates)
+        return gates
+
+    def _make_d_pre(self) -> None:
+        self.d_pre = self.d_pre_hidden = torch.empty_like(self.all_gates)
+        self.d_pre_steps = self.d_pre.unbind(0)
+
+    def _clamp(self, new: list[Tensor]) -> None:
+        if self.clip is not None:
+            for tensor in new:
+                tensor.clamp_(-self.clip, self.clip)
+
+    def _within(self, *raw: Tensor) -> None:
+        """Keep where the clip lets gradients through, from the unclipped hidden vectors and states."""
+        self.within = [] if self.clip is None else [(x.abs() <= self.clip).to(x.dtype).unbind(0) for x in raw]
+
+    def _through_clamp(self, step: int, d: list[Tensor]) -> Tensor:
+        for gradient, within in zip(d, self.within, strict=False):
+            gradient.mul_(within[step])
+        return d[0]
+
+
+class RNN(Cell):
+    """h' = tanh(pre + W below + U h)."""
+
+    states = 1
+
+
+class LSTM(Cell):
+    """i, f, g, o = pre + W below + U h;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
+
+    Kept: tanh(g), tanh(c'), and c' before it is clipped.
+    """
+
+    gates_per_unit = 4
+    states = 2
+
+    @staticmethod
+    def count_kept(clip: float | None) -> int:
+        return 2 if clip is None else 3
+
+    def forward(self, step: int, below: Tensor, prev: list[Tensor], new: list[Tensor]) -> None:
+        gates = self._gates(step, below, prev)
+        i, f, g, o = gates.chunk(4, -1)
+        tanh_g, tanh_cell = self.kept[0][step], self.kept[1][step]
+        torch.tanh(g, out=tanh_g)
+        gates.sigmoid_()
+        hidden, cell = new
+        torch.mul(f, prev[1], out=cell).addcmul_(i, tanh_g)
+        torch.tanh(cell, out=tanh_cell)
+        torch.mul(o, tanh_cell, out=hidden)
+        if self.clip is not None:
+            self.kept[2][step].copy_(cell)
+            self._clamp(new)
+
+    def begin_backward(self, prev: list[Tensor]) -> None:
+        self._make_d_pre()
+        i, f, _, o = self.all_gates.chunk(4, -1)
+        g, tanh_cell = self.kept[:2]
+        by = [g * i * (1 - i), prev[1] * f * (1 - f), i * (1 - g * g), tanh_cell * o * (1 - o)]
+        self.by = torch.stack(by, dim=2).unbind(0)  # [B, 4, H]
+        self.by_cell = (o * (1 - tanh_cell * tanh_cell)).unbind(0)
+        self.forget = f.unbind(0)
+        self.d_gates = self.d_pre.unflatten(-1, (4, -1)).unbind(0)
+        if self.clip is not None:
+            self._within(o * tanh_cell, self.kept[2])
+        else:
+            self._within()
+
+    def backward(self, step: int, d: list[Tensor], d_below: Tensor) -> None:
+        d_hidden, d_cell = self._through_clamp(step, d), d[1]
+        by, d_gates = self.by[step], self.d_gates[step]
+        d_cell.addcmul_(d_hidden, self.by_cell[step])
+        torch.mul(d_cell.unsqueeze(1), by[:, :3], out=d_gates[:, :3])
+        torch.mul(d_hidden, by[:, 3], out=d_gates[:, 3])
+        d_cell.mul_(self.forget[step])
+        self.below.backward(self.d_pre_steps[step], d_below)
+        assert self.recurrent is not None
+        self.recurrent.backward(self.d_pre_steps[step], d_hidden)
+
+
+class GRU(Cell):
+    """r, z = σ(pre + W below + U h + b);  n = tanh(pre + W below + r (U h + b));  h' = (1 − z) n + z h.
+
+    Kept: U h + b of n, and h' before it is clipped.
+    """
+
+    gates_per_unit = 3
+    states = 1
+
+    @staticmethod
+    def count_kept(clip: float | None) -> int:
+        return 1 if clip is None else 2
+
+    def forward(self, step: int, below: Tensor, prev: list[Tensor], new: list[Tensor]) -> None:
+        gates, hidden = self.pre[step], new[0]
+        size = self.hidden_size
+        assert self.recurrent is not None and self.hidden_bias is not None
+        self.below.add_to(gates, below, gates)
+        from_hidden = self.recurrent.add_to(self.hidden_bias, prev[0], torch.empty_like(gates))
+        reset_update, n = gates[:, : 2 * size], gates[:, 2 * size :]
+        reset_update.add_(from_hidden[:, : 2 * size]).sigmoid_()
+        self.kept[0][step].copy_(from_hidden[:, 2 * size :])
+        n.addcmul_(gates[:, :size], from_hidden[:, 2 * size :]).tanh_()
+        torch.lerp(n, prev[0], gates[:, size : 2 * size], out=hidden)
+        if self.clip is not None:
+            self.kept[1][step].copy_(hidden)
+            self._clamp(new)
+
+    def begin_backward(self, prev: list[Tensor]) -> None:
+        self._make_d_pre()
+        self.d_pre_hidden = torch.empty_like(self.d_pre)
+        self.d_hidden_steps = self.d_pre_hidden.unbind(0)
+        r, z, n = self.all_gates.chunk(3, -1)
+        by_n = (1 - z) * (1 - n * n)
+        by = [by_n * self.kept[0] * r * (1 - r), (prev[0] - n) * z * (1 - z), by_n]
+        self.by = torch.stack(by, dim=2).unbind(0)  # [B, 3, H]
+        self.reset, self.update = r.unbind(0), z.unbind(0)
+        self.d_gates = self.d_pre.unflatten(-1, (3, -1)).unbind(0)
+        self._within(*self.kept[1:])
+
+    def backward(self, step: int, d: list[Tensor], d_below: Tensor) -> None:
+        d_hidden = self._through_clamp(step, d)
+        assert self.recurrent is not None
+        torch.mul(d_hidden.unsqueeze(1), self.by[step], out=self.d_gates[step])
+        self.below.backward(self.d_pre_steps[step], d_below)
+        d_from_hidden = self.d_hidden_steps[step].copy_(self.d_pre_steps[step])
+        d_from_hidden[:, 2 * self.hidden_size :].mul_(self.reset[step])
+        kept = d_hidden * self.update[step]
+        self.recurrent.backward(d_from_hidden, d_hidden)
+        d_hidden.add_(kept)
+
+
+CELLS: dict[str, type[Cell]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN, "feedforward": Cell}

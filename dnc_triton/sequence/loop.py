@@ -1,0 +1,333 @@
+"""A DNC over a sequence as one operation: the loop forward, and the loop backward through time, written by hand.
+
+Products with the inputs are made for all steps before the loop, those of the outputs after it, and gradients by weights
+after the backward loop, one product each over all steps and the batch. What a step leaves behind goes to buffers that
+are allocated once. Of memory and link, by far the largest, all states are kept, or every k-th: the others are then made
+again on the way back, from the kept weights, without any addressing.
+
+Letters in every shape: T steps, B batch, H hidden size, N memory slots, W word size, R read heads, S the size of an
+interface vector. K = 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dnc_reference.types import MemoryState
+from dnc_triton.sequence.cells import CELLS
+from dnc_triton.sequence.history import Carried, Checkpoints, History
+from dnc_triton.sequence.product import Product
+from dnc_triton.sequence.torch_memory import TorchMemory
+
+
+class Settings(NamedTuple):
+    """What does not change over a sequence.
+
+    Attributes:
+        controller: a key of `CELLS`.
+        num_layers: of the controller.
+        clip: bound on the controller's state and on the output, or None.
+        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
+        stop_usage_gradient: as in `dnc_reference.memory_step`.
+        product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
+        checkpoint: memory and link are kept every so many steps; 1 keeps all.
+    """
+
+    controller: str
+    num_layers: int
+    clip: float | None
+    strength_offset: float
+    stop_usage_gradient: bool
+    product_dtype: torch.dtype
+    checkpoint: int
+
+
+class Sequence:
+    """A network with its weights, a stretch of a sequence, and the buffers of that: forward, and later backward.
+
+    Args:
+        settings: see there.
+        parameters: in the order of `DNCCell.parameters()`.
+        inputs: [T, B, input_size], T at least 1.
+        state: before the first step.
+        running: [T, B] bool, or None: where it is False the row has ended, and its state stays.
+        reset: [T, B] bool, or None: where it is True the row starts from zeros.
+        dropout: per layer but the first what its input is multiplied by, [T, B, H] each; or empty.
+        history: what the forward left, for its backward; None for a forward.
+        last: memory and link after the last step, for a backward; None for a forward.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        parameters: list[Tensor],
+        inputs: Tensor,
+        state: Carried,
+        running: Tensor | None,
+        reset: Tensor | None,
+        dropout: list[Tensor],
+        *,
+        history: History | None = None,
+        last: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.settings, self.dropout, self.running = settings, dropout, running
+        self.steps, self.batch, input_size = inputs.shape
+        if running is not None:
+            inputs = torch.where(running.unsqueeze(-1), inputs, 0)
+            reset = None if reset is None else reset & running
+        self.inputs, self.reset = inputs, reset
+        self.stops = _any_by_step(None if running is None else ~running, self.steps)
+        self.resets = _any_by_step(reset, self.steps)
+        self._products(parameters, input_size)
+
+        forwards = history is None
+        self.history = history = self._allocate(state) if history is None else history
+        first = state.memory.memory, state.memory.link
+        last = (torch.empty_like(first[0]), torch.empty_like(first[1])) if last is None else last
+        spare = 2 if forwards else settings.checkpoint - 1
+        self.checkpoints = Checkpoints(
+            first, last, history.memories, history.links, self.steps, settings.checkpoint, spare
+        )
+        self.carried = [trail.unbind(0) for trail in history.carried]
+        self.layers = [[trail.unbind(0) for trail in layer] for layer in history.layers]
+        self.vectors = history.vectors.unbind(0)
+        kind = CELLS[settings.controller]
+        self.cells = [
+            kind(gates, below, recurrent, biases[-1], settings.clip, kept)
+            for gates, below, recurrent, biases, kept in zip(
+                history.gates, self.below, self.recurrent, self.biases, history.cells, strict=True
+            )
+        ]
+        _, slots, word = first[0].shape
+        self.memory = TorchMemory(
+            history.vectors,
+            slots=slots,
+            word=word,
+            reads=state.words.shape[1],
+            strength_offset=settings.strength_offset,
+            stop_usage_gradient=settings.stop_usage_gradient,
+            kept=history.memory,
+        )
+
+    def forward(self) -> tuple[Tensor, Carried]:
+        """Returns the outputs [T, B, output_size] and the state after the last step."""
+        history = self.history
+        for layer, (gates, biases) in enumerate(zip(history.gates, self.biases, strict=True)):
+            # The GRU's second bias stands apart.
+            bias = biases[0] if self.settings.controller == "gru" else torch.stack(biases).sum(0)
+            torch.add(self.from_inputs(self.inputs), bias, out=gates) if layer == 0 else gates.copy_(bias)
+        for step in range(self.steps):
+            before, after = self._before(step), self._after(step)
+            below = before.words.flatten(1)
+            for layer, cell in enumerate(self.cells):
+                if layer and self.dropout:
+                    below = below * self.dropout[layer - 1][step]
+                cell.forward(step, below, before.layers[layer], after.layers[layer])
+                below = after.layers[layer][0]
+            self.interface.add_to(self.interface_bias, below, self.vectors[step])
+            self.memory.forward(step, before.memory, after.memory, after.words, fresh=self.resets[step])
+            if self.stops[step]:
+                self._keep_ended(step, after.flatten(), before.flatten())
+        outputs = self._project()
+        if self.settings.clip is not None:
+            outputs.clamp_(-self.settings.clip, self.settings.clip)
+        if self.running is not None:
+            outputs = torch.where(self.running.unsqueeze(-1), outputs, 0)
+        memory, words, layers = self._after(self.steps - 1)
+        memory = MemoryState(memory.memory, memory.usage.clone(), memory.link, *(x.clone() for x in memory[3:]))
+        states = CELLS[self.settings.controller].states
+        return outputs, Carried(memory, words.clone(), [[x.clone() for x in layer[:states]] for layer in layers])
+
+    def backward(self, d_outputs: Tensor, d_last: Carried) -> tuple[Tensor, Carried, list[Tensor]]:
+        """From the gradients by what `forward` returned to those by inputs, state and parameters. Overwrites `d_last`."""
+        settings, history = self.settings, self.history
+        if self.running is not None:
+            d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
+        if settings.clip is not None:
+            d_outputs = d_outputs * (self._project().abs() <= settings.clip)
+        d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
+        d_words_out = self.from_words.all_backward(d_outputs).unflatten(-1, d_last.words.shape[1:]).unbind(0)
+
+        d_layers = d_last.layers
+        if CELLS[settings.controller].states == 0:
+            d_layers = [[torch.zeros_like(layer[0][0])] for layer in self.layers]
+        d = Carried(d_last.memory, d_last.words, d_layers)
+        every = d.flatten()
+        d_below = torch.empty_like(d_layers[0][0])
+        d_words = d.words.flatten(1)
+        carried_before = [self._start(trail[:-1]) for trail in history.carried]
+        layers_before = [[self._start(trail[:-1]) for trail in layer] for layer in history.layers]
+        d_vectors = torch.empty_like(history.vectors)
+        self.memory.begin_backward(carried_before[0], carried_before[2], carried_before[3], d_vectors)
+        for cell, layer_before in zip(self.cells, layers_before, strict=True):
+            cell.begin_backward(layer_before)
+
+        for step in reversed(range(self.steps)):
+            if step == self.steps - 1 or (step + 1) % settings.checkpoint == 0:
+                self._replay(step - step % settings.checkpoint, step)
+            before, after = self._before(step), self._after(step)
+            passed = [gradient.clone() for gradient in every] if self.stops[step] else []
+            d.words.add_(d_words_out[step])
+            self.memory.backward(step, before.memory, after.memory, d.words, d.memory)
+            self._clear_ended(step, d_vectors)
+            d.layers[-1][0].add_(d_hidden_out[step])
+            self.interface.add_backward(d_vectors[step], d.layers[-1][0])
+            for layer in reversed(range(settings.num_layers)):
+                cell = self.cells[layer]
+                cell.backward(step, d.layers[layer], d_below if layer else d_words)
+                self._clear_ended(step, cell.d_pre, cell.d_pre_hidden)
+                if layer:
+                    d.layers[layer - 1][0].add_(d_below * self.dropout[layer - 1][step] if self.dropout else d_below)
+            if passed:
+                self._keep_ended(step, every, passed)
+            if self.resets[step]:
+                for gradient in every:
+                    gradient.masked_fill_(_rows(self.reset[step], gradient), 0)  # type: ignore[index]
+
+        d_parameters = self._weight_gradients(d_outputs, d_vectors, carried_before[4], layers_before)
+        return self.from_inputs.all_backward(self.cells[0].d_pre), d, d_parameters
+
+    def _products(self, parameters: list[Tensor], input_size: int) -> None:
+        """The parameters as the products they are used in."""
+        recurs = CELLS[self.settings.controller].states > 0
+        dtype = self.settings.product_dtype
+        remaining = list(parameters)
+        self.below: list[Product] = []
+        self.recurrent: list[Product | None] = []
+        self.biases: list[list[Tensor]] = []
+        for layer in range(self.settings.num_layers):
+            weight = remaining.pop(0)
+            if layer == 0:
+                self.from_inputs = Product(weight[:, :input_size], dtype)
+                weight = weight[:, input_size:]
+            self.below.append(Product(weight, dtype))
+            self.recurrent.append(Product(remaining.pop(0), dtype) if recurs else None)
+            self.biases.append([remaining.pop(0) for _ in range(2 if recurs else 1)])
+        interface_weight, self.interface_bias, output_weight, self.output_bias = remaining
+        self.interface = Product(interface_weight, dtype)
+        self.from_hidden = Product(output_weight[:, : interface_weight.shape[1]], dtype)
+        self.from_words = Product(output_weight[:, interface_weight.shape[1] :], dtype)
+
+    def _allocate(self, state: Carried) -> History:
+        """Buffers, with the state before the sequence in them."""
+        settings, kind = self.settings, CELLS[self.settings.controller]
+        memory, usage, link, *others = state.memory
+        batch, slots, word = memory.shape
+        empty = memory.new_empty
+        hidden_size = self.interface.weight.shape[1]
+        shape = (self.steps, batch, hidden_size)
+
+        def trail(first: Tensor) -> Tensor:
+            buffer = empty(self.steps + 1, *first.shape)
+            buffer[0] = first
+            return buffer
+
+        kept = TorchMemory.kept_shapes(batch, slots, word, state.words.shape[1])
+        count = Checkpoints.count(self.steps, settings.checkpoint)
+        return History(
+            gates=[empty(*shape[:2], kind.gates_per_unit * hidden_size) for _ in state.layers],
+            layers=[[trail(x) for x in layer] or [empty(self.steps + 1, *shape[1:])] for layer in state.layers],
+            cells=[[empty(shape) for _ in range(kind.count_kept(settings.clip))] for _ in state.layers],
+            vectors=empty(self.steps, batch, self.interface.weight.shape[0]),
+            carried=[trail(x) for x in (usage, *others, state.words)],
+            memory=[
+                empty((self.steps, *shape), dtype=torch.int64 if name == "free_list" else None)
+                for name, shape in kept.items()
+            ],
+            memories=empty(count, *memory.shape),
+            links=empty(count, *link.shape),
+        )
+
+    def _before(self, step: int) -> Carried:
+        """What goes into a step, rows that it resets at zero."""
+        state = self._at(step)
+        if not self.resets[step]:
+            return state
+        rows = self.reset[step]  # type: ignore[index]
+        return Carried.unflatten([x.masked_fill(_rows(rows, x), 0) for x in state.flatten()], len(state.layers))
+
+    def _after(self, step: int) -> Carried:
+        return self._at(step + 1)
+
+    def _at(self, step: int) -> Carried:
+        memory, link = self.checkpoints[step]
+        usage, precedence, read_weights, write_weights, words = (trail[step] for trail in self.carried)
+        return Carried(
+            MemoryState(memory, usage, link, precedence, read_weights, write_weights),
+            words,
+            [[trail[step] for trail in layer] for layer in self.layers],
+        )
+
+    def _start(self, trail: Tensor) -> Tensor:
+        """A quantity as it goes into each step: [T, B, ...], rows that a step resets at zero."""
+        if self.reset is None:
+            return trail
+        return trail.masked_fill(self.reset.view(*self.reset.shape, *[1] * (trail.dim() - 2)), 0)
+
+    def _replay(self, first: int, last: int) -> None:
+        """Make memory and link again for the steps after `first`, which is kept, up to `last`."""
+        for step in range(first, last):
+            before, after = self._before(step).memory, self._after(step).memory
+            self.memory.replay(step, before, after)
+            if self.stops[step]:
+                self._keep_ended(step, [after.memory, after.link], [before.memory, before.link])
+
+    def _project(self) -> Tensor:
+        """The output layer over all steps, before the clip."""
+        hidden, words = self.history.layers[-1][0][1:], self.history.carried[4][1:].flatten(2)
+        return self.from_hidden(hidden).add_(self.from_words(words)).add_(self.output_bias)
+
+    def _weight_gradients(
+        self, d_outputs: Tensor, d_vectors: Tensor, words_before: Tensor, layers_before: list[list[Tensor]]
+    ) -> list[Tensor]:
+        """One product each, in the order of the parameters."""
+        gradients: list[Tensor] = []
+        for layer, cell in enumerate(self.cells):
+            if layer == 0:
+                from_inputs = self.from_inputs.weight_gradient(cell.d_pre, self.inputs)
+                from_words = self.below[0].weight_gradient(cell.d_pre, words_before.flatten(2))
+                gradients.append(torch.cat([from_inputs, from_words], 1))
+            else:
+                below = self.history.layers[layer - 1][0][1:]
+                below = below * self.dropout[layer - 1] if self.dropout else below
+                gradients.append(self.below[layer].weight_gradient(cell.d_pre, below))
+            recurrent = self.recurrent[layer]
+            if recurrent is not None:
+                gradients.append(recurrent.weight_gradient(cell.d_pre_hidden, layers_before[layer][0]))
+                gradients.append(cell.d_pre.sum((0, 1)))
+            gradients.append(cell.d_pre_hidden.sum((0, 1)))
+        hidden, words = self.history.layers[-1][0][1:], self.history.carried[4][1:].flatten(2)
+        gradients += [self.interface.weight_gradient(d_vectors, hidden), d_vectors.sum((0, 1))]
+        from_hidden = self.from_hidden.weight_gradient(d_outputs, hidden)
+        from_words = self.from_words.weight_gradient(d_outputs, words)
+        return [*gradients, torch.cat([from_hidden, from_words], 1), d_outputs.sum((0, 1))]
+
+    def _keep_ended(self, step: int, tensors: list[Tensor], kept: list[Tensor]) -> None:
+        """Put rows that have ended back to what they were."""
+        rows = self.running[step]  # type: ignore[index]
+        for tensor, old in zip(tensors, kept, strict=False):
+            tensor.copy_(torch.where(_rows(rows, tensor), tensor, old))
+
+    def _clear_ended(self, step: int, *tensors: Tensor) -> None:
+        """Zeros in rows that have ended, of one step of [T, B, ...] tensors."""
+        if self.stops[step]:
+            for tensor in tensors:
+                tensor[step].masked_fill_(~_rows(self.running[step], tensor[step]), 0)  # type: ignore[index]
+
+
+def _rows(rows: Tensor, like: Tensor) -> Tensor:
+    """A mask [B] that applies to [B, ...]."""
+    return rows.view(-1, *[1] * (like.dim() - 1))
+
+
+def _any_by_step(mask: Tensor | None, steps: int) -> list[bool]:
+    """Whether a step has any row marked. Only a CPU is asked; from a GPU the answer would have to be waited for."""
+    if mask is None:
+        return [False] * steps
+    if mask.device.type != "cpu":
+        return [True] * steps
+    answers: list[bool] = mask.any(1).tolist()
+    return answers
