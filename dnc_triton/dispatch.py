@@ -1,9 +1,9 @@
 """Which backend serves a call: one table, what each entry can do, and how one is chosen.
 
 Who is asked first: the `backend` argument of the call or layer, then `use_backend`, then the environment variable
-DNC_TRITON_BACKEND, then "auto". "auto" is the reference on a CPU. On a GPU it is what was the fastest when measured,
-which happens on the first call of a kind (`tuning`); while a graph is traced or captured nothing is measured, and what
-is remembered or else the first in rank is taken.
+DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else the
+reference. On a GPU it is what was the fastest when measured, which happens on the first call of a kind (`tuning`); while
+a graph is traced or captured nothing is measured, and what is remembered or else the first in rank is taken.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 import dnc_reference
-from dnc_reference import DNCState, MemoryState
+from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_triton import tuning
 from dnc_triton.kernels.layout import Layout, layouts
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
+from dnc_triton.sequence.op import unroll_sequence
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
 LEAST_CAPABILITY = (8, 0)
@@ -39,7 +41,7 @@ class Backend:
     Attributes:
         supports: problem → (whether this backend serves it, why or why not).
         memory_step: with the signature of `dnc_reference.memory_step`.
-        unroll: with the signature of `dnc_reference.unroll`.
+        unroll: with the signature of `dnc_reference.unroll`, and `checkpoint` as `DNC` has it.
         rank: problem → the lower, the sooner it is taken where nothing was measured.
         layouts: problem → how the work may be cut up, the default first. If there is any, `memory_step` and `unroll`
             take one of them as `layout`.
@@ -62,10 +64,53 @@ class Backend:
         )
 
 
+def _stepwise_unroll(
+    cell: DNCCell,
+    inputs: Tensor,
+    state: DNCState,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    checkpoint: int | str | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, DNCState]:
+    """The reference's unroll, with autograd's own checkpoints if they are asked for."""
+    if not isinstance(checkpoint, int) or not torch.is_grad_enabled():
+        return dnc_reference.unroll(cell, inputs, state, lengths=lengths, reset=reset, **keywords)
+    pieces = []
+    for start in range(0, max(1, inputs.shape[0]), checkpoint):
+        here = slice(start, start + checkpoint)
+        outputs, state = torch.utils.checkpoint.checkpoint(
+            dnc_reference.unroll,
+            cell,
+            inputs[here],
+            state,
+            lengths=None if lengths is None else lengths - start,
+            reset=None if reset is None else reset[here],
+            **keywords,
+            use_reentrant=False,
+        )
+        pieces.append(outputs)
+    return torch.cat(pieces), state
+
+
 def _fused_unroll(*arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
-    """The reference's unroll with the kernels for the memory's part of each step."""
-    step = partial(fused_interface_step, layout=layout)
-    return dnc_reference.unroll(*arguments, interface_step=step, **keywords)
+    """Step by step, with the kernels for the memory's part."""
+    return _stepwise_unroll(*arguments, interface_step=partial(fused_interface_step, layout=layout), **keywords)
+
+
+def _sequence_supports(problem: Problem) -> tuple[bool, str]:
+    if problem.controller is None:
+        return False, "it is a single memory step"
+    if problem.controller == "custom":
+        return False, "the controller or another part is the user's own, or has hooks"
+    if problem.num_writes > 1:
+        return False, f"num_writes is {problem.num_writes}, its backward is written for 1"
+    if problem.dtype not in (torch.float32, torch.float64):
+        return False, f"dtype is {problem.dtype}, it takes float32 and float64"
+    if _is_transformed():
+        return False, "a transform of torch.func is at work"
+    return True, "plain PyTorch, a backward written by hand, which is not differentiable again"
 
 
 def _kernels_support(problem: Problem) -> tuple[bool, str]:
@@ -81,6 +126,8 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
             return False, f"{name} is {value}, the kernels go up to {limit}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return False, f"dtype is {problem.dtype}, the kernels take float32, bfloat16, float16 and float64"
+    if _is_transformed():
+        return False, "a transform of torch.func is at work"
     if not HAS_TRITON:
         return False, "Triton is not installed"
     if problem.device.type == "cpu":
@@ -95,6 +142,11 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
         if capability < LEAST_CAPABILITY:
             return False, f"compute capability is {capability}, the kernels need {LEAST_CAPABILITY}"
     return True, "Triton kernels"
+
+
+def _is_transformed() -> bool:
+    """Whether vmap, grad or their like look into what is called, which an operator of its own does not let them."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _fused_supports(problem: Problem) -> tuple[bool, str]:
@@ -123,11 +175,17 @@ BACKENDS: dict[str, Backend] = {
         rank=lambda problem: _kernels_rank(problem, 1),
         layouts=lambda problem: [x for x in layouts(problem.memory_size, problem.word_size) if not x.fused],
     ),
+    "torch_sequence": Backend(
+        supports=_sequence_supports,
+        memory_step=dnc_reference.memory_step,
+        unroll=unroll_sequence,
+        rank=lambda problem: 3,
+    ),
     "reference": Backend(
         supports=lambda problem: (True, "plain PyTorch: every device, floating dtype, size and controller"),
         memory_step=dnc_reference.memory_step,
-        unroll=dnc_reference.unroll,
-        rank=lambda problem: 3,
+        unroll=_stepwise_unroll,
+        rank=lambda problem: 4,
     ),
 }
 
@@ -188,7 +246,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     for name, (supported, reason) in answers.items():
         measured = [f"{_label(layout)}{time:.1f} µs" for candidate, layout, time in times if candidate == name]
         lines.append(
-            f"{'*' if name == chosen else ' '} {name:<12} {'serves' if supported else 'declines'}: {reason}"
+            f"{'*' if name == chosen else ' '} {name:<14} {'serves' if supported else 'declines'}: {reason}"
             + (f"; measured per step: {', '.join(measured)}" if measured else "")
         )
     return "\n".join(lines)
@@ -214,6 +272,8 @@ def _asked(backend: str) -> tuple[str, str]:
 
 def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[str, Layout | None]:
     """Of the backends that serve a problem the fastest, with its layout."""
+    if "torch_sequence" in serving and "reference" in serving:  # the same in fewer calls: no clock is needed
+        serving = [name for name in serving if name != "reference"]
     ranked = sorted(serving, key=lambda name: BACKENDS[name].rank(problem))
     candidates: list[tuple[str, Layout | None]] = []
     for name in ranked:

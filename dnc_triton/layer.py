@@ -14,6 +14,7 @@ from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_reference.memory import check_memory_state, check_tensor
 from dnc_triton.dispatch import check_backend, choose, explain_problem
 from dnc_triton.problem import Problem
+from dnc_triton.sequence.op import is_plain
 
 
 class DNC(DNCCell):
@@ -34,6 +35,9 @@ class DNC(DNCCell):
         clip: bound on the absolute value of the controller's output and state and of the output; None for none.
         strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
         stop_usage_gradient: no gradient from usage to earlier writes, as in DeepMind's published code.
+        checkpoint: what is kept of memory and link, by far the most of it, for the backward. None: every step's; an
+            integer k: every k-th step's, the others are computed again on the way back, to the same bits, at the cost
+            of that; "auto": every step's while they take less than a quarter of the device's memory, then every √T-th.
         backend: "auto", or the name of the one to use; see `explain`.
         device, dtype: of the parameters. The state has the same.
 
@@ -68,11 +72,17 @@ class DNC(DNCCell):
         clip: float | None = None,
         strength: str = "oneplus",
         stop_usage_gradient: bool = False,
+        checkpoint: int | str | None = "auto",
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_backend("backend", backend)
+        if checkpoint is not None and checkpoint != "auto":
+            if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
+                raise TypeError(f"checkpoint: expected 'auto', None or an integer, got {checkpoint!r}")
+            if checkpoint < 1:
+                raise ValueError(f"checkpoint: expected at least 1 step, got {checkpoint}")
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first: expected a bool, got {batch_first!r}")
         super().__init__(
@@ -93,6 +103,7 @@ class DNC(DNCCell):
             dtype=dtype,
         )
         self.batch_first = batch_first
+        self.checkpoint = checkpoint
         self.backend = backend
 
     def forward(  # type: ignore[override]
@@ -131,6 +142,25 @@ class DNC(DNCCell):
             return _pack_like(inputs, outputs, packed_lengths, self.batch_first), state
         return self._run(inputs, state, lengths, reset)
 
+    def step(self, inputs: Tensor, state: DNCState | None = None) -> tuple[Tensor, DNCState]:
+        """One step, for streams: what `forward` does with a sequence of one.
+
+        Args:
+            inputs: [B, input_size].
+            state: what the step before returned, or None for the initial state.
+
+        Returns:
+            outputs [B, output_size], and the state after the step.
+
+        Raises:
+            as `forward`.
+        """
+        if isinstance(inputs, Tensor) and inputs.dim() != 2:
+            raise ValueError(f"inputs: expected 2 dimensions [B, input_size], got shape {list(inputs.shape)}")
+        time = 1 if self.batch_first else 0
+        outputs, state = self._run(inputs.unsqueeze(time), state, None, None)
+        return outputs.squeeze(time), state
+
     def _run(
         self, inputs: Tensor, state: DNCState | None, lengths: Tensor | list[int] | None, reset: Tensor | None
     ) -> tuple[Tensor, DNCState]:
@@ -147,7 +177,9 @@ class DNC(DNCCell):
             check_tensor("reset", reset, shape, dtype=torch.bool, device=inputs.device)
         if self.batch_first:
             inputs, reset = inputs.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
-        outputs, state = choose(problem, self.backend).unroll(self, inputs, state, lengths=lengths, reset=reset)
+        outputs, state = choose(problem, self.backend).unroll(
+            self, inputs, state, lengths=lengths, reset=reset, checkpoint=self.checkpoint
+        )
         return outputs.transpose(0, 1) if self.batch_first else outputs, state
 
     def problem(self, inputs: Tensor | PackedSequence) -> Problem:
@@ -181,7 +213,7 @@ class DNC(DNCCell):
             word_size=self.word_size,
             num_reads=self.num_reads,
             num_writes=self.num_writes,
-            controller=self.controller_kind,
+            controller=self.controller_kind if is_plain(self) else "custom",
             needs_gradient=torch.is_grad_enabled(),
         )
 
@@ -222,6 +254,8 @@ class DNC(DNCCell):
         text = super().extra_repr()
         if not self.batch_first:
             text += ", batch_first=False"
+        if self.checkpoint != "auto":
+            text += f", checkpoint={self.checkpoint!r}"
         return text if self.backend == "auto" else text + f", backend={self.backend!r}"
 
 

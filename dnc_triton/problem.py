@@ -15,7 +15,8 @@ class Problem:
         device, dtype: of the state.
         batch, steps: B, and T, which is 1 for a single memory step.
         memory_size, word_size, num_reads, num_writes: N, W, R, K.
-        controller: "lstm", "gru", "rnn", "feedforward", "custom"; None for a memory step by itself.
+        controller: "lstm", "gru", "rnn", "feedforward"; "custom" for a controller or a part of the user's own, or one
+            with hooks, which must be called step by step; None for a memory step by itself.
         needs_gradient: whether a backward pass may follow.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,8 +46,8 @@ class Spy:
         self.calls.append(("memory_step", kwargs))
         return dnc_reference.memory_step(*args, **kwargs)
 
-    def unroll(self, *args, **kwargs):
-        self.calls.append(("unroll", kwargs))
+    def unroll(self, *args, checkpoint, **kwargs):
+        self.calls.append(("unroll", {**kwargs, "checkpoint": checkpoint}))
         return dnc_reference.unroll(*args, **kwargs)
 
 
@@ -70,9 +71,11 @@ def add_backends(monkeypatch):
 # --- Who is asked
 
 
-def test_the_reference_serves_a_cpu():
-    assert choose(PROBLEM) is BACKENDS["reference"]
+def test_plain_pytorch_serves_a_cpu():
+    assert choose(PROBLEM) is BACKENDS["torch_sequence"]
     assert list(BACKENDS)[-1] == "reference"
+    for change in ({"controller": "custom"}, {"controller": None}, {"num_writes": 2}, {"dtype": torch.bfloat16}):
+        assert choose(replace(PROBLEM, **change)) is BACKENDS["reference"]
 
 
 def test_precedence(add_backends, monkeypatch):
@@ -168,7 +171,7 @@ def test_a_named_backend_that_declines_raises_its_reason(
             dnc(inputs)
         with pytest.raises(RuntimeError, match=message):
             memory_step(interface, state, backend=layer_backend)
-        assert "  declining    declines: needs a GPU" in explain(dnc, inputs)
+        assert "  declining      declines: needs a GPU" in explain(dnc, inputs)
     assert spy.calls == []
 
 
@@ -178,9 +181,9 @@ def test_explain(add_backends):
     assert lines == [
         "sequence, lstm controller, cpu, float32, B=2, T=3, N=5, W=4, R=2, K=1, with gradients",
         "asked for: 'auto', by default",
-        "  fused        declines: needs a GPU",
-        "* stepwise     serves: one launch per step",
-        "  reference    serves: plain PyTorch: every device, floating dtype, size and controller",
+        "  fused          declines: needs a GPU",
+        "* stepwise       serves: one launch per step",
+        "  reference      serves: plain PyTorch: every device, floating dtype, size and controller",
     ]
 
 
@@ -248,7 +251,7 @@ def test_the_layer_asks_and_is_served(add_backends, batch_first):
     # A backend has the signature of `dnc_reference.unroll`, which is time first.
     ((name, options),) = spy.calls
     assert name == "unroll"
-    assert options.keys() == {"lengths", "reset"}
+    assert options.keys() == {"lengths", "reset", "checkpoint"}
     assert options["lengths"].tolist() == [3, 7]
     assert options["reset"].shape == (7, 2)
 

@@ -392,7 +392,7 @@ def test_clip_bounds_controller_and_output():
     outputs, state = clipped(inputs)
     for x in (outputs, *state.controller[0]):
         assert x.abs().max() == 0.125
-    assert clipped.step(inputs[:, 0], clipped.initial_state(BATCH))[0][:, :HIDDEN].abs().max() == 0.125
+    assert clipped.advance(inputs[:, 0], clipped.initial_state(BATCH))[0][:, :HIDDEN].abs().max() == 0.125
     assert_close(loose(inputs), free(inputs), **EXACT)
     assert free(inputs)[0].abs().max() > 0.125
     # The bound has no gradient beyond it, and the memory is not clipped.

@@ -7,9 +7,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
+from dnc_triton.sequence.cells import CELLS
+from dnc_triton.sequence.torch_memory import TorchMemory
 
 Pair = tuple[Tensor, Tensor]
+
+
+class Settings(NamedTuple):
+    """What does not change over a sequence.
+
+    Attributes:
+        controller: a key of `CELLS`.
+        num_layers: of the controller.
+        clip: bound on the controller's state and on the output, or None.
+        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
+        stop_usage_gradient: as in `dnc_reference.memory_step`.
+        product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
+        checkpoint: memory and link are kept every so many steps; 1 keeps all.
+    """
+
+    controller: str
+    num_layers: int
+    clip: float | None
+    strength_offset: float
+    stop_usage_gradient: bool
+    product_dtype: torch.dtype
+    checkpoint: int
 
 
 class History(NamedTuple):
@@ -34,6 +59,32 @@ class History(NamedTuple):
     memories: Tensor
     links: Tensor
 
+    def trails(self) -> list[Tensor]:
+        """The buffers that begin with what was before the sequence, in the order of `Carried.light`."""
+        states = [trail for layer in self.layers for trail in layer]
+        return [*self.carried, *states]
+
+    def flatten(self) -> list[Tensor]:
+        """As a list."""
+        nested = [self.gates, *self.layers, *self.cells, [self.vectors], self.carried, self.memory]
+        return [*(tensor for tensors in nested for tensor in tensors), self.memories, self.links]
+
+    @classmethod
+    def unflatten(cls, tensors: list[Tensor], settings: Settings) -> History:
+        """The inverse."""
+        remaining = iter(tensors)
+        kind, layers = CELLS[settings.controller], range(settings.num_layers)
+
+        def take(count: int) -> list[Tensor]:
+            return [next(remaining) for _ in range(count)]
+
+        gates = take(settings.num_layers)
+        states = [take(max(kind.states, 1)) for _ in layers]
+        cells = [take(kind.count_kept(settings.clip)) for _ in layers]
+        vectors, carried = next(remaining), take(5)
+        *memory, memories, links = remaining
+        return cls(gates, states, cells, vectors, carried, memory, memories, links)
+
 
 class Carried(NamedTuple):
     """What one step hands to the next.
@@ -51,6 +102,11 @@ class Carried(NamedTuple):
     def flatten(self) -> list[Tensor]:
         """As a list: the fields of the memory, the words, the layers' states."""
         return [*self.memory, self.words, *(tensor for layer in self.layers for tensor in layer)]
+
+    def light(self) -> list[Tensor]:
+        """All but memory and link."""
+        _, usage, _, *others = self.memory
+        return [usage, *others, self.words, *(tensor for layer in self.layers for tensor in layer)]
 
     @classmethod
     def unflatten(cls, tensors: list[Tensor], num_layers: int) -> Carried:
@@ -93,3 +149,28 @@ class Checkpoints:
 
     def __getitem__(self, step: int) -> Pair:
         return self._pairs[step]
+
+
+def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -> History:
+    """Buffers for T steps from a state of these sizes. Nothing is filled in."""
+    kind = CELLS[settings.controller]
+    memory, link = state.memory.memory, state.memory.link
+    batch, slots, word = memory.shape
+    reads = state.words.shape[1]
+    vector_size = sum(interface_sizes(reads, 1, word).values())
+    kept = TorchMemory.kept_shapes(batch, slots, word, reads)
+    count = Checkpoints.count(steps, settings.checkpoint)
+    empty = memory.new_empty
+    hidden = (steps, batch, hidden_size)
+    return History(
+        gates=[empty(steps, batch, kind.gates_per_unit * hidden_size) for _ in state.layers],
+        layers=[[empty(steps + 1, batch, hidden_size) for _ in range(max(kind.states, 1))] for _ in state.layers],
+        cells=[[empty(hidden) for _ in range(kind.count_kept(settings.clip))] for _ in state.layers],
+        vectors=empty(steps, batch, vector_size),
+        carried=[empty(steps + 1, *x.shape) for x in Carried(state.memory, state.words, []).light()],
+        memory=[
+            empty((steps, *shape), dtype=torch.int64 if name == "free_list" else None) for name, shape in kept.items()
+        ],
+        memories=empty(count, *memory.shape),
+        links=empty(count, *link.shape),
+    )

@@ -11,38 +11,14 @@ interface vector. K = 1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence.cells import CELLS
-from dnc_triton.sequence.history import Carried, Checkpoints, History
+from dnc_triton.sequence.history import Carried, Checkpoints, History, Settings, allocate
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import TorchMemory
-
-
-class Settings(NamedTuple):
-    """What does not change over a sequence.
-
-    Attributes:
-        controller: a key of `CELLS`.
-        num_layers: of the controller.
-        clip: bound on the controller's state and on the output, or None.
-        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
-        stop_usage_gradient: as in `dnc_reference.memory_step`.
-        product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
-        checkpoint: memory and link are kept every so many steps; 1 keeps all.
-    """
-
-    controller: str
-    num_layers: int
-    clip: float | None
-    strength_offset: float
-    stop_usage_gradient: bool
-    product_dtype: torch.dtype
-    checkpoint: int
 
 
 class Sequence:
@@ -83,8 +59,15 @@ class Sequence:
         self.resets = _any_by_step(reset, self.steps)
         self._products(parameters, input_size)
 
-        forwards = history is None
-        self.history = history = self._allocate(state) if history is None else history
+        kind, forwards = CELLS[settings.controller], history is None
+        if history is None:
+            history = allocate(settings, state, self.steps, self.interface.weight.shape[1])
+            starts = state.light()
+            if kind.states == 0:  # its hidden vector is nobody's state, but must not be NaN in a row that never runs
+                starts += [torch.zeros_like(layer[0][0]) for layer in history.layers]
+            for trail, start in zip(history.trails(), starts, strict=True):
+                trail[0] = start
+        self.history = history
         first = state.memory.memory, state.memory.link
         last = (torch.empty_like(first[0]), torch.empty_like(first[1])) if last is None else last
         spare = 2 if forwards else settings.checkpoint - 1
@@ -94,7 +77,6 @@ class Sequence:
         self.carried = [trail.unbind(0) for trail in history.carried]
         self.layers = [[trail.unbind(0) for trail in layer] for layer in history.layers]
         self.vectors = history.vectors.unbind(0)
-        kind = CELLS[settings.controller]
         self.cells = [
             kind(gates, below, recurrent, biases[-1], settings.clip, kept)
             for gates, below, recurrent, biases, kept in zip(
@@ -119,6 +101,7 @@ class Sequence:
             # The GRU's second bias stands apart.
             bias = biases[0] if self.settings.controller == "gru" else torch.stack(biases).sum(0)
             torch.add(self.from_inputs(self.inputs), bias, out=gates) if layer == 0 else gates.copy_(bias)
+        self.memory.begin_forward()
         for step in range(self.steps):
             before, after = self._before(step), self._after(step)
             below = before.words.flatten(1)
@@ -139,6 +122,7 @@ class Sequence:
         memory, words, layers = self._after(self.steps - 1)
         memory = MemoryState(memory.memory, memory.usage.clone(), memory.link, *(x.clone() for x in memory[3:]))
         states = CELLS[self.settings.controller].states
+        # Nothing that is returned is a part of the history.
         return outputs, Carried(memory, words.clone(), [[x.clone() for x in layer[:states]] for layer in layers])
 
     def backward(self, d_outputs: Tensor, d_last: Carried) -> tuple[Tensor, Carried, list[Tensor]]:
@@ -155,7 +139,6 @@ class Sequence:
         if CELLS[settings.controller].states == 0:
             d_layers = [[torch.zeros_like(layer[0][0])] for layer in self.layers]
         d = Carried(d_last.memory, d_last.words, d_layers)
-        every = d.flatten()
         d_below = torch.empty_like(d_layers[0][0])
         d_words = d.words.flatten(1)
         carried_before = [self._start(trail[:-1]) for trail in history.carried]
@@ -169,9 +152,9 @@ class Sequence:
             if step == self.steps - 1 or (step + 1) % settings.checkpoint == 0:
                 self._replay(step - step % settings.checkpoint, step)
             before, after = self._before(step), self._after(step)
-            passed = [gradient.clone() for gradient in every] if self.stops[step] else []
+            passed = [gradient.clone() for gradient in d.flatten()] if self.stops[step] else []
             d.words.add_(d_words_out[step])
-            self.memory.backward(step, before.memory, after.memory, d.words, d.memory)
+            d = d._replace(memory=self.memory.backward(step, before.memory, after.memory, d.words, d.memory))
             self._clear_ended(step, d_vectors)
             d.layers[-1][0].add_(d_hidden_out[step])
             self.interface.add_backward(d_vectors[step], d.layers[-1][0])
@@ -182,9 +165,9 @@ class Sequence:
                 if layer:
                     d.layers[layer - 1][0].add_(d_below * self.dropout[layer - 1][step] if self.dropout else d_below)
             if passed:
-                self._keep_ended(step, every, passed)
+                self._keep_ended(step, d.flatten(), passed)
             if self.resets[step]:
-                for gradient in every:
+                for gradient in d.flatten():
                     gradient.masked_fill_(_rows(self.reset[step], gradient), 0)  # type: ignore[index]
 
         d_parameters = self._weight_gradients(d_outputs, d_vectors, carried_before[4], layers_before)
@@ -210,36 +193,6 @@ class Sequence:
         self.interface = Product(interface_weight, dtype)
         self.from_hidden = Product(output_weight[:, : interface_weight.shape[1]], dtype)
         self.from_words = Product(output_weight[:, interface_weight.shape[1] :], dtype)
-
-    def _allocate(self, state: Carried) -> History:
-        """Buffers, with the state before the sequence in them."""
-        settings, kind = self.settings, CELLS[self.settings.controller]
-        memory, usage, link, *others = state.memory
-        batch, slots, word = memory.shape
-        empty = memory.new_empty
-        hidden_size = self.interface.weight.shape[1]
-        shape = (self.steps, batch, hidden_size)
-
-        def trail(first: Tensor) -> Tensor:
-            buffer = empty(self.steps + 1, *first.shape)
-            buffer[0] = first
-            return buffer
-
-        kept = TorchMemory.kept_shapes(batch, slots, word, state.words.shape[1])
-        count = Checkpoints.count(self.steps, settings.checkpoint)
-        return History(
-            gates=[empty(*shape[:2], kind.gates_per_unit * hidden_size) for _ in state.layers],
-            layers=[[trail(x) for x in layer] or [empty(self.steps + 1, *shape[1:])] for layer in state.layers],
-            cells=[[empty(shape) for _ in range(kind.count_kept(settings.clip))] for _ in state.layers],
-            vectors=empty(self.steps, batch, self.interface.weight.shape[0]),
-            carried=[trail(x) for x in (usage, *others, state.words)],
-            memory=[
-                empty((self.steps, *shape), dtype=torch.int64 if name == "free_list" else None)
-                for name, shape in kept.items()
-            ],
-            memories=empty(count, *memory.shape),
-            links=empty(count, *link.shape),
-        )
 
     def _before(self, step: int) -> Carried:
         """What goes into a step, rows that it resets at zero."""

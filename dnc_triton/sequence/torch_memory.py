@@ -90,7 +90,6 @@ class TorchMemory:
         everything = self.all = dict(zip(self.kept_shapes(batch, slots, word, reads), kept, strict=True))
         for name, tensor in everything.items():
             setattr(self, name, tensor.unbind(0))
-        everything["product"][..., 0] = 1
         erase, free, allocation_gate, write_gate = everything["squashed"].split([word, reads, 1, 1], dim=-1)
         self.erase = erase.unsqueeze(-2).unbind(0)  # [B, 1, W]
         self.free = free.unsqueeze(-1).unbind(0)  # [B, R, 1]
@@ -111,6 +110,10 @@ class TorchMemory:
         self.heads, self.three_ways = empty(batch, reads, slots), empty(3, batch, reads, slots)
         self.words = empty(batch, slots, word)
         self.sum = empty(batch, 1)
+
+    def begin_forward(self) -> None:
+        """Before the first step."""
+        self.all["product"][..., 0] = 1  # of no factors
 
     def forward(self, step: int, prev: MemoryState, new: MemoryState, read_words: Tensor, *, fresh: bool) -> None:
         """One step.
@@ -258,14 +261,19 @@ class TorchMemory:
         self.ones = usage.new_ones(batch, slots, 1)
         self.later = usage.new_ones(slots, slots).tril_(-1)
 
-    def backward(self, step: int, prev: MemoryState, new: MemoryState, d_read_words: Tensor, d: MemoryState) -> None:
+    def backward(
+        self, step: int, prev: MemoryState, new: MemoryState, d_read_words: Tensor, d: MemoryState
+    ) -> MemoryState:
         """The adjoint of one step.
 
         Args:
             step: which.
             prev, new: the memory before and after it.
             d_read_words: [B, R, W], gradient by the words read.
-            d: gradient by `new`; when this returns, by `prev`.
+            d: gradient by `new`, which is overwritten.
+
+        Returns:
+            the gradient by `prev`; that by the interface vector goes to where `begin_backward` was told.
         """
         t, raw, reads, row = step, self.raw, self.reads, self.row
         write_weights, prev_link, new_link = new.write_weights, prev.link.squeeze(1), new.link.squeeze(1)
@@ -353,6 +361,7 @@ class TorchMemory:
         torch.bmm(self.d_free_by[t], d_retention.unsqueeze(-1), out=self.d_free[t].unsqueeze(-1))
         d_read_weights.addcmul_(d_retention.unsqueeze(1), self.d_freed_by[t])
         self.d_vectors[t].mul_(self.slopes[t])
+        return d
 
     def _look_up_backward(
         self,

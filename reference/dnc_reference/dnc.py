@@ -139,10 +139,10 @@ class DNCCell(nn.Module):
 
     def forward(self, inputs: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
         """One step: inputs [B, input_size] → output [B, output_size], state."""
-        features, state = self.step(inputs, state)
+        features, state = self.advance(inputs, state)
         return self.project(features), state
 
-    def step(
+    def advance(
         self, inputs: Tensor, state: DNCState, *, interface_step: InterfaceStep = interface_step
     ) -> tuple[Tensor, DNCState]:
         """One step without the output layer, which nothing in the recurrence waits for.
@@ -221,7 +221,7 @@ def unroll(
         lengths: [B] integer: row b runs for lengths[b] steps; after that its outputs are 0 and its state stays. What
             stands in the inputs there changes no output, state or gradient, be it NaN.
         reset: [T, B] bool: True puts that row's state back to the initial one before that step.
-        interface_step: as in `DNCCell.step`.
+        interface_step: as in `DNCCell.advance`.
 
     Returns:
         outputs [T, B, output_size] and the state after each row's last step.
@@ -240,7 +240,7 @@ def unroll(
     for step in range(steps):
         if reset is not None and initial is not None:
             state = initial.where(reset[step], state)
-        step_features, new_state = cell.step(inputs[step], state, interface_step=interface_step)
+        step_features, new_state = cell.advance(inputs[step], state, interface_step=interface_step)
         state = new_state if running is None else new_state.where(running[step], state)
         features.append(step_features)
     outputs = cell.project(torch.stack(features))

@@ -1,0 +1,299 @@
+"""The sequence as an operator that PyTorch knows: with a fake implementation, and differentiable once.
+
+Both directions are opaque to `torch.compile`: a sequence is one node of the graph, whatever its length. Neither mutates
+or aliases what it is given.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dnc_reference.controller import CONTROLLERS, Controller
+from dnc_reference.dnc import DNCCell
+from dnc_reference.memory import without_autocast
+from dnc_reference.types import DNCState, MemoryState
+from dnc_triton.sequence.history import Carried, History, Settings, allocate
+from dnc_triton.sequence.loop import Sequence
+
+CHUNK = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
+SHARE = 4  # all of the history is kept while it takes less than this part of the device's memory
+
+
+@torch.library.custom_op("dnc_triton::sequence", mutates_args=())
+def _sequence(
+    inputs: Tensor,
+    state: list[Tensor],
+    parameters: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: list[Tensor],
+    controller: str,
+    num_layers: int,
+    clip: float | None,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    product_dtype: torch.dtype,
+    checkpoint: int,
+    keep: bool,
+) -> list[Tensor]:
+    """Outputs [T, B, output_size], the state after the last step, and with `keep` the history."""
+    settings = Settings(controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint)
+    carried = Carried.unflatten([tensor.contiguous() for tensor in state], num_layers)
+    running = _running(inputs, lengths)
+    if keep:
+        sequence = Sequence(settings, parameters, inputs, carried, running, reset, dropout)
+        outputs, last = sequence.forward()
+        return [outputs, *last.flatten(), *sequence.history.flatten()]
+
+    def piece(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor[start : start + CHUNK]
+
+    pieces = []
+    for start in range(0, inputs.shape[0], CHUNK):
+        sequence = Sequence(
+            settings._replace(checkpoint=CHUNK),
+            parameters,
+            piece(inputs),
+            carried,
+            piece(running),
+            piece(reset),
+            [piece(mask) for mask in dropout],
+        )
+        outputs, carried = sequence.forward()
+        pieces.append(outputs)
+    return [torch.cat(pieces), *carried.flatten()]
+
+
+@_sequence.register_fake
+def _(
+    inputs: Tensor,
+    state: list[Tensor],
+    parameters: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: list[Tensor],
+    controller: str,
+    num_layers: int,
+    clip: float | None,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    product_dtype: torch.dtype,
+    checkpoint: int,
+    keep: bool,
+) -> list[Tensor]:
+    settings = Settings(controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint)
+    outputs = inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0])
+    last = [tensor.new_empty(tensor.shape) for tensor in state]
+    if not keep:
+        return [outputs, *last]
+    hidden_size = parameters[-4].shape[1]
+    history = allocate(settings, Carried.unflatten(last, num_layers), inputs.shape[0], hidden_size)
+    return [outputs, *last, *history.flatten()]
+
+
+@torch.library.custom_op("dnc_triton::sequence_backward", mutates_args=())
+def _sequence_backward(
+    gradients: list[Tensor],
+    inputs: Tensor,
+    state: list[Tensor],
+    parameters: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: list[Tensor],
+    last: list[Tensor],
+    history: list[Tensor],
+    controller: str,
+    num_layers: int,
+    clip: float | None,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    product_dtype: torch.dtype,
+    checkpoint: int,
+) -> list[Tensor]:
+    """The gradients by inputs, state and parameters, from those by the outputs and the state after the last step."""
+    settings = Settings(controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint)
+    sequence = Sequence(
+        settings,
+        parameters,
+        inputs,
+        Carried.unflatten([tensor.contiguous() for tensor in state], num_layers),
+        _running(inputs, lengths),
+        reset,
+        dropout,
+        history=History.unflatten(history, settings),
+        last=(last[0], last[1]),
+    )
+    d_outputs, *d_last = gradients
+    d_last = [gradient.clone(memory_format=torch.contiguous_format) for gradient in d_last]
+    d_inputs, d_state, d_parameters = sequence.backward(d_outputs, Carried.unflatten(d_last, num_layers))
+    return [d_inputs, *d_state.flatten()[: len(state)], *d_parameters]
+
+
+@_sequence_backward.register_fake
+def _(
+    gradients: list[Tensor], inputs: Tensor, state: list[Tensor], parameters: list[Tensor], *arguments: Any
+) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in (inputs, *state, *parameters)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    sequence_inputs, state, parameters, lengths, reset, dropout, *settings, _ = inputs
+    last, history = output[1 : 1 + len(state)], output[1 + len(state) :]
+    ctx.mark_non_differentiable(*history)
+    nested = [sequence_inputs, state, parameters, lengths, reset, dropout, [last[0], last[2]], history]
+    tensors, ctx.structure = tree_flatten(nested)
+    ctx.present = [isinstance(tensor, Tensor) for tensor in tensors]
+    ctx.save_for_backward(*(tensor for tensor in tensors if isinstance(tensor, Tensor)))
+    ctx.settings = settings
+
+
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    nested = tree_unflatten([next(saved) if present else None for present in ctx.present], ctx.structure)
+    inputs, state, parameters = nested[:3]
+    like = [inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0]), *state]
+    given = [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for gradient, tensor in zip(gradients[: len(like)], like, strict=True)
+    ]
+    d_inputs, *others = _sequence_backward(given, *nested, *ctx.settings)
+    d_state, d_parameters = others[: len(state)], others[len(state) :]
+    return d_inputs, d_state, d_parameters, None, None, [None] * len(nested[5]), *[None] * (len(ctx.settings) + 1)
+
+
+_sequence.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "second derivatives: expected backend='reference', whose backward is differentiable, got a sequence operation, "
+        "whose backward is written by hand"
+    )
+
+
+_sequence_backward.register_autograd(_no_second_backward)
+
+
+def unroll_sequence(
+    cell: DNCCell,
+    inputs: Tensor,
+    state: DNCState,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    checkpoint: int | str | None = None,
+) -> tuple[Tensor, DNCState]:
+    """`dnc_reference.unroll` as one operation, for the built-in controllers and one write head.
+
+    Args:
+        cell, inputs, state, lengths, reset: as there.
+        checkpoint: memory and link are kept for the backward at every so many steps, and made again in between; None
+            keeps them at every step; "auto" does too while that takes less than a quarter of the device's memory, and
+            else takes the square root of T.
+    """
+    steps, batch = inputs.shape[:2]
+    if steps == 0:
+        return cell.project(inputs.new_empty(0, batch, cell.output.in_features)), state
+    parameters = _parameters(cell)
+    dtype, kind = state.read_words.dtype, inputs.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    product_dtype = torch.get_autocast_dtype(kind) if autocast else dtype
+    dropout = []
+    if cell.training and cell.dropout > 0:
+        ones = torch.ones(steps, batch, cell.hidden_size, dtype=dtype, device=inputs.device)
+        dropout = [F.dropout(ones, cell.dropout) for _ in range(cell.num_layers - 1)]
+    controller_state, structure = tree_flatten(state.controller)
+    carried = [*state.memory, state.read_words, *controller_state]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
+    with without_autocast(inputs.device):
+        outputs, *others = _sequence(
+            inputs.to(dtype),
+            carried,
+            parameters,
+            lengths,
+            reset,
+            dropout,
+            cell.controller_kind,
+            cell.num_layers,
+            cell.clip,
+            1.0 if cell.strength == "oneplus" else 0.0,
+            cell.stop_usage_gradient,
+            product_dtype,
+            _checkpoint(checkpoint, steps, state.memory),
+            keep,
+        )
+    last = others[: len(carried)]
+    new_state = DNCState(tree_unflatten(last[7:], structure), MemoryState(*last[:6]), last[6])
+    return outputs.to(product_dtype), new_state
+
+
+def is_plain(cell: DNCCell) -> bool:
+    """Whether the layer is made of the parts it was built with and nothing else, so that its weights say it all.
+
+    A controller of the user's, a part that was replaced or parametrized, a hook on a part or a method that a subclass
+    overrides: all of these must be called, step by step.
+    """
+    parts = [cell.interface, cell.output, cell.controller]
+    if type(cell.interface) is not nn.Linear or type(cell.output) is not nn.Linear:
+        return False
+    if cell.controller_kind == "custom" or type(cell.controller) is not Controller:
+        return False
+    layers = list(cell.controller.layers)
+    if any(type(layer) is not CONTROLLERS[cell.controller_kind] for layer in layers):
+        return False
+    parts += layers
+    if any(getattr(part, hooks) for part in parts for hooks in _HOOKS):
+        return False
+    if any(getattr(type(cell), name) is not getattr(DNCCell, name) for name in ("advance", "control", "project")):
+        return False
+    weight = cell.output.weight
+    return all(x.dtype == weight.dtype and x.device == weight.device for x in _parameters(cell))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _parameters(cell: DNCCell) -> list[Tensor]:
+    """Those of a plain cell, as `Sequence` wants them."""
+    parts = [*cell.controller.layers, cell.interface, cell.output]  # type: ignore[union-attr, misc]
+    return [parameter for part in parts for parameter in part.parameters(recurse=False)]
+
+
+def _running(inputs: Tensor, lengths: Tensor | None) -> Tensor | None:
+    if lengths is None:
+        return None
+    return torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
+
+
+def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState) -> int:
+    """Every how many steps to keep memory and link."""
+    if isinstance(checkpoint, int):
+        return checkpoint
+    if checkpoint is None:
+        return 1
+    per_step = (memory.memory.numel() + memory.link.numel()) * memory.memory.element_size()
+    return 1 if steps * per_step * SHARE <= _device_memory(memory.memory.device) else math.isqrt(steps - 1) + 1
+
+
+def _device_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return HOST_MEMORY
+
+
+def _host_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8 * 2**30
+
+
+HOST_MEMORY = _host_memory()  # once: while a graph is traced nobody may ask
