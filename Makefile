@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-oldest fuzz gpu lint format clean help
+.PHONY: demo test test-slow test-oldest fuzz bench gpu lint format clean help
 
 help:
 	@echo "make demo       train a DNC on the copy task (about half a minute on two CPU cores); ARGS='--help' shows what it takes"
@@ -10,7 +10,8 @@ help:
 	@echo "make test-slow  the tests that take longer: trainings, and every kernel for every target"
 	@echo "make test-oldest  the tests with the oldest supported versions, in .venv-oldest"
 	@echo "make fuzz       random small problems through the kernels; COUNT=1000000 says how many"
-	@echo "make gpu        on a machine with a GPU: parity there, then the time of every layout; installs nothing"
+	@echo "make bench      the times beside those of others, on a CPU or a GPU; ARGS='--help' shows what it takes"
+	@echo "make gpu        on a machine with a GPU: parity there, then all the times, under 9 minutes; installs nothing"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
 	@echo "make clean      remove .venv and what tools leave behind"
@@ -31,10 +32,23 @@ COUNT ?= 1000000
 fuzz: .venv/.dev
 	$(BIN)/python -m tests.fuzz --count $(COUNT) $(ARGS)
 
-# On a machine with a GPU, a PyTorch and a pytest of its own: nothing is installed.
+# Here, on a CPU or a GPU; the peer from PyPI is fetched without what it depends on, which the benchmark does not need.
+bench: .venv/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps dnc==2.0.0b1 || true
+	$(BIN)/python -m benchmarks run $(ARGS)
+
+# On a machine with a GPU, a PyTorch and a pytest of its own: nothing is installed. Under 9 minutes: parity, then the
+# time of every layout, then the benchmark with its report in what is left of GPU_SECONDS, after which nothing is begun.
+GPU_SECONDS ?= 440
+gpu: export PYTHONPATH := .:reference
 gpu:
-	PYTHONPATH=.:reference $(PYTHON) -m pytest -m gpu -q tests/gpu
-	PYTHONPATH=.:reference $(PYTHON) -m benchmarks.gpu $(ARGS)
+	@start=$$(date +%s); status=0; \
+	$(PYTHON) -m pytest -m gpu -q tests/gpu || status=1; \
+	$(PYTHON) -m benchmarks.gpu --seconds 45 || status=1; \
+	left=$$(($(GPU_SECONDS) + start - $$(date +%s))); \
+	$(PYTHON) -m benchmarks run --device cuda --sweeps B,N,T --rounds 20 --case-seconds 3 --compile-seconds 150 \
+		--seconds $$((left > 0 ? left : 0)) $(ARGS) || status=1; \
+	exit $$status
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: measure configurations on the CPU, write the results, print a table.
+"""The command line: measure, report, compare.
 
 python -m benchmarks --configurations sam_scaling,adnc_babi --rounds 10
 """
@@ -6,87 +6,248 @@ python -m benchmarks --configurations sam_scaling,adnc_babi --rounds 10
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.configurations import CONFIGURATIONS
+from benchmarks import compare, files, report
+from benchmarks.configurations import CONFIGURATIONS, SWEEPS, Case, LeftOutError, case_of, sweep_cases
+from benchmarks.floors import bytes_per_second
 from benchmarks.machine import describe_machine
-from benchmarks.measure import Row, measure
+from benchmarks.measure import WRONG, Session, measure
+from benchmarks.modes import MODES
+from benchmarks.peers import all_peers
+from benchmarks.progress import Progress
 
 HERE = Path(__file__).parent
 BUSY = 0.5  # processes running on average in the last minute; threads that wait for a core cost up to a hundredfold
+COMMANDS = ("run", "report", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns its exit status: 1 if our layer was wrong on a configuration."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command line.
+
+    Returns:
+        its exit status. 1: this project's layer or a backend was wrong somewhere, or `compare` found a regression. 2:
+        there was nothing to measure on, or a file could not be read.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
+        arguments = ["run", *arguments]
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command == "compare":
+        return _compare(options)
+    if options.command == "report":
+        return _report(options)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --output: {error}")
+    command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    started = time.monotonic()
+    statuses = []
+    for device in _devices(options.device):
+        statuses.append(_run(torch.device(device), options, command, started))
+    return max(statuses, default=2)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def _devices(asked: Sequence[str]) -> list[str]:
+    """Those that are here; a word about those that are not."""
+    here = torch.cuda.is_available()
+    devices = ["cuda" if here else "cpu"] if "auto" in asked else list(dict.fromkeys(asked))
+    if "cuda" in devices and not here:
+        print("There is no GPU here: nothing was measured on one", file=sys.stderr)
+        devices.remove("cuda")
+    return devices
+
+
+def _run(device: torch.device, options: argparse.Namespace, command: str, started: float) -> int:
+    """Measure on one device, write, report."""
     torch.set_num_threads(options.threads)
-    machine = describe_machine(shlex.join(["python", "-m", "benchmarks", *arguments]))
-    if machine["load"] > BUSY:
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # everybody computes in float32
+    machine = {"device": device.type, **describe_machine(command)}
+    if device.type == "cpu" and machine["load"] > BUSY:
         print(f"Other programs are running (load {machine['load']:.1f}): expect times far too long", file=sys.stderr)
+    machine["bytes_per_second"] = bytes_per_second(device)
 
-    rows = [
-        row for name in options.configurations for row in measure(name, CONFIGURATIONS[name], rounds=options.rounds)
-    ]
-    records = [_record(row, machine, options.rounds) for row in rows]
-    stem = options.output / f"cpu-{machine['date'][:10]}"
-    _write_csv(stem.with_suffix(".csv"), records)
-    _write_json(stem.with_suffix(".json"), {"machine": machine, "rows": records})
+    cases, notes = _cases(options, device.type)
+    named = options.peers or [name for name, peer in all_peers().items() if device.type == "cuda" or not peer.gpu_only]
+    session = Session(
+        device=device,
+        bytes_per_second=machine["bytes_per_second"],
+        rounds=options.rounds,
+        case_seconds=options.case_seconds,
+        compile_seconds=options.compile_seconds,
+        deadline=float("inf") if options.seconds is None else started + options.seconds,
+        peak_memory=not options.no_memory,
+        left_out=notes,
+    )
+    records = []
+    with Progress(sum(len(_modes(case, options)) for case in cases)) as progress:
+        session.report = progress.describe
+        try:
+            for case in cases:
+                peers = [name for name in named if not case.sweep or all_peers()[name].sweeps or options.peers]
+                rows = measure(case, peers, _modes(case, options), session, progress.advance)
+                records += [files.record_of(row) for row in rows]
+        except KeyboardInterrupt:
+            session.left_out.append(f"{case.configuration} and what follows: interrupted")
+    stem = options.output / f"{'gpu' if device.type == 'cuda' else 'cpu'}-{machine['date'][:10]}"
+    files.write_results(stem, machine, records, session.left_out)
+    _write_report({"machine": machine, "left_out": session.left_out, "rows": records}, stem)
+    return 1 if any(record["status"] == WRONG for record in records) else 0
 
-    print(_markdown_table(rows))
-    for note in dict.fromkeys(row.note for row in rows if row.note):
-        print(f"Not measured: {note}")
-    print(f"Written: {stem}.csv, {stem}.json")
-    return 1 if any(row.status == "wrong" for row in rows) else 0
+
+def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[str]]:
+    """What to measure, and what of it there is nothing for on this device."""
+    cases, notes = [], []
+    for name in options.configurations:
+        try:
+            cases.append(case_of(name, CONFIGURATIONS[name], device))
+        except LeftOutError as reason:
+            notes.append(str(reason))
+    return cases + sweep_cases(options.sweeps, device), notes
+
+
+def _modes(case: Case, options: argparse.Namespace) -> list[str]:
+    """A sweep shows how training scales, unless that was not asked for."""
+    modes: list[str] = options.modes
+    return ["training"] if case.sweep and "training" in modes else modes
+
+
+# --- report and compare -----------------------------------------------------------------------------------------------
+
+
+def _write_report(results: dict[str, Any], stem: Path) -> None:
+    """Write <stem>.md and the pictures, and print the tables."""
+    pictures: list[Path] = []
+    if find_spec("matplotlib"):
+        from benchmarks.pictures import draw
+
+        pictures = draw(results, stem)
+    else:
+        print("No pictures: matplotlib is not installed; install it with: pip install matplotlib", file=sys.stderr)
+    page = report.markdown(results, [path.name for path in pictures])
+    stem.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
+    print(f"Written: {', '.join(str(path) for path in [*_written(stem), *pictures])}")
+
+
+def _written(stem: Path) -> list[Path]:
+    return [path for path in (stem.with_suffix(suffix) for suffix in (".json", ".csv", ".md")) if path.exists()]
+
+
+def _report(options: argparse.Namespace) -> int:
+    try:
+        results = files.read_results(options.result)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    _write_report(results, options.result.with_suffix(""))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    try:
+        old, new = files.read_results(options.old), files.read_results(options.new)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    comparison = compare.compare(old, new, options.margin / 100)
+    print(compare.describe(comparison, options.margin / 100))
+    return 1 if comparison.regressions else 0
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Milliseconds per time step, forward and backward, of this project's DNC and of its peers, taking "
-        "turns in one process on the CPU. The layer is timed only if it agrees with the float64 oracle.",
-        epilog=f"configurations: {', '.join(CONFIGURATIONS)}",
+        description="How long a DNC takes per time step: this project's layer and its backends beside the reference, "
+        "eager and compiled, the package dnc of PyPI, and nn.LSTM, taking turns in one process, on a GPU if there is "
+        "one. A network is timed only if it agrees with the float64 oracle.",
+        epilog="Without a command: run. `python -m benchmarks run --help` says what it takes.",
     )
-    every = ",".join(CONFIGURATIONS)
-    parser.add_argument(
-        "--configurations", type=_names, default=every, metavar="A,B", help="which ones, with commas (default: all)"
-    )
-    parser.add_argument(
-        "--rounds", type=_positive, default=50, metavar="N", help="how often each is timed (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--threads", type=_positive, default=2, metavar="N", help="of torch's operations (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=HERE / "results",
-        metavar="DIR",
-        help="folder for cpu-<date>.csv and .json, which replace those of the same day (default: %(default)s)",
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_run(commands.add_parser("run", help="measure, write the results, print the tables", epilog=_epilog()))
+    told = commands.add_parser("report", help="tables and pictures of a result, beside it")
+    told.add_argument("result", type=Path, metavar="RESULT", help="a JSON file that `run` has written")
+    compared = commands.add_parser("compare", help="what became slower from one result to the next; status 1 if any")
+    compared.add_argument("old", type=Path, metavar="OLD", help="a JSON file that `run` has written")
+    compared.add_argument("new", type=Path, metavar="NEW", help="a later one, of the same machine")
+    compared.add_argument(
+        "--margin",
+        type=_number,
+        default=100 * compare.MARGIN,
+        metavar="PERCENT",
+        help="slower is what has its 20th percentile above the old 80th by more than this (default: %(default)g)",
     )
     return parser
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in CONFIGURATIONS:
-            known = ", ".join(CONFIGURATIONS)
-            raise argparse.ArgumentTypeError(f"unknown configuration {name!r}, expected some of {known}")
+def _epilog() -> str:
+    known = {
+        "Configurations": list(CONFIGURATIONS),
+        "Peers": list(all_peers()),
+        "Modes": list(MODES),
+        "Sweeps": list(SWEEPS),
+    }
+    return " ".join(f"{title}: {', '.join(names)}." for title, names in known.items())
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    def add(flag: str, kind: Callable[[str], Any], default: Any, metavar: str, text: str) -> None:
+        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+
+    devices = {"auto": None, "cpu": None, "cuda": None}
+    add("--device", _some("device", devices), "auto", "A,B", "auto, cpu, cuda (default: the GPU if there is one)")
+    every = ",".join(CONFIGURATIONS)
+    add("--configurations", _some("configuration", CONFIGURATIONS), every, "A,B", "which, with commas (default: all)")
+    add("--sweeps", _some("sweep", SWEEPS), [], "A,B", "sizes to vary one at a time, B,N,T (default: none)")
+    add("--peers", _some("peer", all_peers()), [], "A,B", "who (default: all that can run here)")
+    add("--modes", _some("mode", MODES), ",".join(MODES), "A,B", "what is done with them (default: all)")
+    add("--rounds", _positive, 30, "N", "how often each is timed at most (default: %(default)s)")
+    add(
+        "--case-seconds",
+        _number,
+        10.0,
+        "S",
+        "shorter, but at least 5 rounds, if they take longer (default: %(default)g)",
+    )
+    add("--compile-seconds", _number, 150.0, "S", "start no torch.compile after so much of it (default: %(default)g)")
+    add("--seconds", _number, None, "S", "start nothing after this time, and say what was left out (default: no limit)")
+    add("--threads", _positive, 2, "N", "of PyTorch's operations on the CPU (default: %(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak of memory")
+    add(
+        "--output",
+        Path,
+        HERE / "results",
+        "DIR",
+        "folder for cpu-<date> or gpu-<date> .json, .csv, .md and pictures, which replace those of the same day "
+        "(default: %(default)s)",
+    )
+
+
+def _some(what: str, known: Any) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        found = [name.strip() for name in text.split(",") if name.strip()]
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown {what} {name!r}, expected some of {', '.join(known)}")
+        return list(dict.fromkeys(found))
+
     return names
 
 
@@ -96,39 +257,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _record(row: Row, machine: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """A row that can be read without the others: what was measured, on what sizes, by what means."""
-    means = {key: machine[key] for key in ("cpu", "threads", "load", "python", "torch", "commit", "date")}
-    return {**asdict(row), "rounds": rounds, "dtype": "float32", **asdict(CONFIGURATIONS[row.configuration]), **means}
-
-
-def _write_csv(path: Path, records: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _markdown_table(rows: list[Row]) -> str:
-    lines = [
-        "| configuration | N | W | R | H | B | T | who | ms per step, median | 20th to 80th percentile | ratio |",
-        "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|",
-    ]
-    for row in rows:
-        c = CONFIGURATIONS[row.configuration]
-        hidden = c.hidden_size if c.num_layers == 1 else f"{c.num_layers}×{c.hidden_size}"
-        cells = [row.configuration, c.memory_size, c.word_size, c.num_reads, hidden, c.cpu_batch, c.cpu_steps, row.peer]
-        if row.status == "measured":
-            spread = f"{row.ms_per_step_p20:.2f} to {row.ms_per_step_p80:.2f}"
-            cells += [f"{row.ms_per_step_p50:.2f}", spread, f"{row.ratio:.2f}"]
-        else:
-            cells += [row.status, "", ""]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return number
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""The published configurations that are measured."""
+"""What is measured: published networks by name, and sweeps of one size at a time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+class LeftOutError(Exception):
+    """Something that was asked for is not measured; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,8 @@ class Configuration:
         memory_size, word_size, num_reads, hidden_size: N, W, R, H.
         input_size, output_size: of the network.
         published_batch, published_steps: B and T as the source has them.
-        cpu_batch, cpu_steps: B and T as run on a CPU.
+        cpu_batch, cpu_steps: B and T as run on a CPU; 0 if a CPU would take too long.
+        gpu_batch, gpu_steps: B and T as run on a GPU.
         num_layers: LSTM layers of the controller, each of hidden_size.
     """
 
@@ -31,9 +37,38 @@ class Configuration:
     published_steps: str
     cpu_batch: int
     cpu_steps: int
+    gpu_batch: int
+    gpu_steps: int
     num_layers: int = 1
 
 
+@dataclass(frozen=True)
+class Case:
+    """One network on one batch: what is timed.
+
+    Attributes:
+        configuration: its name; of a sweep with what was changed, "base/N=64".
+        sweep: the letter that a sweep varies, or empty.
+        source: who published the network.
+        batch, steps, memory_size, word_size, num_reads, hidden_size: B, T, N, W, R, H.
+        num_layers, input_size, output_size: of the network.
+    """
+
+    configuration: str
+    sweep: str
+    source: str
+    batch: int
+    steps: int
+    memory_size: int
+    word_size: int
+    num_reads: int
+    hidden_size: int
+    num_layers: int
+    input_size: int
+    output_size: int
+
+
+# The project's goals are set on the first and the second, so they come first.
 CONFIGURATIONS: dict[str, Configuration] = {
     "deepmind_repeat_copy": Configuration(
         source="DeepMind's code, defaults",
@@ -47,6 +82,23 @@ CONFIGURATIONS: dict[str, Configuration] = {
         published_steps="9 to 20",
         cpu_batch=16,
         cpu_steps=20,
+        gpu_batch=16,
+        gpu_steps=20,
+    ),
+    "nature_babi_wide": Configuration(
+        source="Graves et al. 2016, extended data table 2, in a batch that fills a GPU",
+        memory_size=256,
+        word_size=64,
+        num_reads=4,
+        hidden_size=256,
+        input_size=159,
+        output_size=159,
+        published_batch="1 in each of 16 workers",
+        published_steps="about 70 to 400",
+        cpu_batch=0,
+        cpu_steps=0,
+        gpu_batch=64,
+        gpu_steps=100,
     ),
     "csordas_repeat_copy": Configuration(
         source="Csordás & Schmidhuber's code",
@@ -60,6 +112,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
         published_steps="at most 240",
         cpu_batch=16,
         cpu_steps=40,
+        gpu_batch=16,
+        gpu_steps=40,
     ),
     "sam_scaling": Configuration(
         source="Rae et al. 2016, supplement: N sweeps to 2048",
@@ -73,6 +127,23 @@ CONFIGURATIONS: dict[str, Configuration] = {
         published_steps="10",
         cpu_batch=8,
         cpu_steps=10,
+        gpu_batch=8,
+        gpu_steps=10,
+    ),
+    "sam_scaling_2048": Configuration(
+        source="Rae et al. 2016, supplement: the end of its sweep over N",
+        memory_size=2048,
+        word_size=32,
+        num_reads=4,
+        hidden_size=100,
+        input_size=8,
+        output_size=8,
+        published_batch="8",
+        published_steps="10",
+        cpu_batch=0,
+        cpu_steps=0,
+        gpu_batch=8,
+        gpu_steps=10,
     ),
     "adnc_babi": Configuration(
         source="ADNC, README",
@@ -86,6 +157,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
         published_steps="at most 1000",
         cpu_batch=8,
         cpu_steps=20,
+        gpu_batch=32,
+        gpu_steps=200,
     ),
     "nature_babi": Configuration(
         source="Graves et al. 2016, extended data table 2",
@@ -99,6 +172,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
         published_steps="about 70 to 400",
         cpu_batch=2,
         cpu_steps=30,
+        gpu_batch=16,
+        gpu_steps=100,
     ),
     "nature_traversal": Configuration(
         source="Graves et al. 2016",
@@ -113,5 +188,70 @@ CONFIGURATIONS: dict[str, Configuration] = {
         published_steps="as long as its graph",
         cpu_batch=2,
         cpu_steps=20,
+        gpu_batch=2,
+        gpu_steps=50,
     ),
 }
+
+# What the sweeps vary, one size at a time.
+BASE = Configuration(
+    source="of no publication: a middling network to vary",
+    memory_size=128,
+    word_size=32,
+    num_reads=4,
+    hidden_size=128,
+    input_size=32,
+    output_size=32,
+    published_batch="",
+    published_steps="",
+    cpu_batch=8,
+    cpu_steps=10,
+    gpu_batch=8,
+    gpu_steps=20,
+)
+SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {
+    "B": {"cpu": (1, 4, 16, 64), "cuda": (1, 4, 16, 64)},
+    "N": {"cpu": (16, 64, 128, 256, 512), "cuda": (16, 64, 256, 512, 1024, 2048)},
+    "T": {"cpu": (5, 10, 30, 100), "cuda": (10, 30, 100, 300, 1000)},
+}
+SWEPT = {"B": "batch", "N": "memory_size", "T": "steps"}
+
+
+def case_of(name: str, configuration: Configuration, device: str) -> Case:
+    """A configuration with the batch of a device.
+
+    Raises:
+        LeftOutError: it is none for this device.
+    """
+    batch, steps = (
+        (configuration.cpu_batch, configuration.cpu_steps)
+        if device == "cpu"
+        else (configuration.gpu_batch, configuration.gpu_steps)
+    )
+    if not batch:
+        raise LeftOutError(f"{name}: too large for a CPU, it is measured on a GPU")
+    return Case(
+        configuration=name,
+        sweep="",
+        source=configuration.source,
+        batch=batch,
+        steps=steps,
+        memory_size=configuration.memory_size,
+        word_size=configuration.word_size,
+        num_reads=configuration.num_reads,
+        hidden_size=configuration.hidden_size,
+        num_layers=configuration.num_layers,
+        input_size=configuration.input_size,
+        output_size=configuration.output_size,
+    )
+
+
+def sweep_cases(sweeps: Sequence[str], device: str) -> list[Case]:
+    """The cases of sweeps, given by letter: the base with one size changed."""
+    base = case_of("base", BASE, device)
+    cases = []
+    for sweep in sweeps:
+        for value in SWEEPS[sweep][device]:
+            changed = {"configuration": f"base/{sweep}={value}", "sweep": sweep, SWEPT[sweep]: value}
+            cases.append(replace(base, **changed))  # type: ignore[arg-type]
+    return cases

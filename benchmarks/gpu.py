@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             break
         rows += measure(*bucket, torch.device("cuda"), graph_time, call_time)
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+    if not rows:
+        return 0
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"gpu-step-{machine['date'][:10]}"
     records = [asdict(row) for row in rows]

@@ -1,47 +1,185 @@
-"""Who is measured: one function each, from a configuration and inputs to a callable that runs forward and backward.
+"""Who is measured: one function each, from a case and a device to a network that runs.
 
-Every peer has the same sizes, inputs and loss, the mean square of its outputs, and gradients of all its parameters.
+Every peer has the same sizes and inputs. Those that compute a DNC as the paper has it have the same parameters as well
+and are held against the oracle; PyPI's package and `nn.LSTM` compute something else, and are there for their speed.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from benchmarks.configurations import Configuration
-from dnc_triton import DNC
+from benchmarks.configurations import Case
+from dnc_reference import DNCCell
+from dnc_triton import DNC, explain
+from dnc_triton.dispatch import BACKENDS
 
-ForwardBackward = Callable[[], None]
 PYPI_DNC_VERSION = "2.0.0b1"
+OURS = "dnc_triton"
+EAGER = "reference"
+SEED = 0
 
 
 class MissingPeerError(Exception):
-    """A peer is not installed; the message says how to install it."""
+    """A peer cannot run here; the message says what is missing, and how to get it."""
 
 
-def dnc_layer(configuration: Configuration) -> DNC:
-    """The public layer in the sizes of a configuration, on the reference backend."""
+class DeclinedError(Exception):
+    """A backend does not serve a call; the message is its reason."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A peer in the sizes of a case.
+
+    Attributes:
+        module: whose parameters are trained.
+        run: inputs [B, T, I], a state of an earlier call or None → outputs, state.
+        backend: inputs → which backend of ours will serve them, empty for the others. It answers for the present
+            `torch.is_grad_enabled()` and raises DeclinedError if there is none.
+        single: inputs of one step [B, I], a state → outputs [B, O], state; None if `run` with T = 1 is how it is done.
+    """
+
+    module: nn.Module
+    run: Callable[[Tensor, Any], tuple[Tensor, Any]]
+    backend: Callable[[Tensor], str] = lambda inputs: ""
+    single: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None
+
+    def step(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One step, as a user would take it: inputs [B, I] → outputs [B, O], state."""
+        if self.single is not None:
+            return self.single(inputs, state)
+        outputs, state = self.run(inputs.unsqueeze(1), state)
+        return outputs.squeeze(1), state
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody who is measured.
+
+    Attributes:
+        label: as tables and pictures call it.
+        make: case, device → its network. Raises MissingPeerError.
+        checked: whether it is held against the oracle.
+        compiles: whether its first call compiles for a minute or so, which has a budget of its own.
+        gpu_only: whether it makes no sense on a CPU.
+        sweeps: whether it takes part in the sweeps.
+        hides_memory: whether it allocates where PyTorch's count of a call does not see it.
+        has_memory: whether it is a DNC, and so has a floor.
+    """
+
+    label: str
+    make: Callable[[Case, torch.device], Network]
+    checked: bool = True
+    compiles: bool = False
+    gpu_only: bool = False
+    sweeps: bool = False
+    hides_memory: bool = False
+    has_memory: bool = True
+
+
+def dnc_layer(case: Case, device: torch.device, backend: str) -> DNC:
+    """The public layer in the sizes of a case; the parameters are the same on every device and backend."""
+    torch.manual_seed(SEED)
     return DNC(
-        configuration.input_size,
-        configuration.hidden_size,
-        configuration.output_size,
-        memory_size=configuration.memory_size,
-        word_size=configuration.word_size,
-        num_reads=configuration.num_reads,
-        num_layers=configuration.num_layers,
-        backend="reference",
+        case.input_size,
+        case.hidden_size,
+        case.output_size,
+        memory_size=case.memory_size,
+        word_size=case.word_size,
+        num_reads=case.num_reads,
+        num_layers=case.num_layers,
+        backend=backend,
+    ).to(device)
+
+
+def reference_cell(case: Case, device: torch.device, dtype: torch.dtype) -> DNCCell:
+    """The reference's cell, with the parameters of `dnc_layer`."""
+    cell = DNCCell(
+        case.input_size,
+        case.hidden_size,
+        case.output_size,
+        memory_size=case.memory_size,
+        word_size=case.word_size,
+        num_reads=case.num_reads,
+        num_layers=case.num_layers,
+        device=device,
+        dtype=dtype,
     )
+    cell.load_state_dict(dnc_layer(case, device, EAGER).state_dict())
+    return cell
 
 
-def dnc_triton(configuration: Configuration, inputs: Tensor) -> ForwardBackward:
-    """This project's layer."""
-    layer = dnc_layer(configuration)
-    return _forward_backward(layer, lambda: layer(inputs)[0])
+def make_layer(case: Case, device: torch.device, *, backend: str) -> Network:
+    """This project's layer on one backend, or on the one it chooses."""
+    layer = dnc_layer(case, device, backend)
+
+    def serving(inputs: Tensor) -> str:
+        if backend == "auto":
+            chosen = [line for line in explain(layer, inputs).splitlines() if line.startswith("*")]
+            return chosen[0].split()[1]
+        supported, reason = BACKENDS[backend].supports(layer.problem(inputs))
+        if not supported:
+            raise DeclinedError(reason)
+        return backend
+
+    return Network(layer, layer, serving, layer.step)
 
 
-def pypi_dnc(configuration: Configuration, inputs: Tensor) -> ForwardBackward:
+def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
+    """The reference with `torch.compile`: its step, for a whole sequence would compile for many minutes.
+
+    Args:
+        case: the sizes.
+        device: where to run.
+        mode: of `torch.compile`. "reduce-overhead" replays CUDA graphs.
+
+    Raises:
+        MissingPeerError: what the compiler needs is not here.
+    """
+    if mode == "reduce-overhead" and device.type != "cuda":
+        raise MissingPeerError("CUDA graphs need a GPU")
+    _check_compiler(device)
+    cell = reference_cell(case, device, torch.float32)
+    step = torch.compile(cell.advance, mode=mode)
+
+    def run(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if mode == "reduce-overhead":  # graphs may take back the memory of what the call before returned
+            torch.compiler.cudagraph_mark_step_begin()
+        state = cell.initial_state(len(inputs)) if state is None else state
+        features = []
+        for inputs_of_step in inputs.unbind(1):
+            features_of_step, state = step(inputs_of_step, state)
+            features.append(features_of_step)
+        outputs = cell.project(torch.stack(features, 1))
+        if mode == "reduce-overhead" and not torch.is_grad_enabled():  # the state is to outlive the graphs' memory
+            state = tree_map(torch.clone, state)
+        return outputs, state
+
+    return Network(cell, run)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Say what is missing before the compiler says it in fifty lines."""
+    names = ["g++", "clang++", "cl"] if device.type == "cpu" else ["gcc", "cc", "clang"]
+    variable = "CXX" if device.type == "cpu" else "CC"
+    if not os.environ.get(variable) and not any(map(shutil.which, names)):
+        raise MissingPeerError(f"torch.compile needs a C++ compiler, none of {', '.join(names)} is installed")
+    if device.type == "cuda" and not find_spec("triton"):
+        raise MissingPeerError("torch.compile needs Triton on a GPU, which is not installed")
+
+
+def make_pypi_dnc(case: Case, device: torch.device) -> Network:
     """The package `dnc` of PyPI, clipping at 20 as it does by default.
 
     A peer in speed, not in numbers: its controller gets zeros where the words read last should be, and its outputs are
@@ -53,7 +191,7 @@ def pypi_dnc(configuration: Configuration, inputs: Tensor) -> ForwardBackward:
     install = f"install it with: pip install --no-deps dnc=={PYPI_DNC_VERSION}"
     try:
         version = importlib.metadata.version("dnc")
-        import dnc
+        import dnc  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         if error.name != "dnc":
             raise
@@ -61,28 +199,50 @@ def pypi_dnc(configuration: Configuration, inputs: Tensor) -> ForwardBackward:
     if version != PYPI_DNC_VERSION:
         raise MissingPeerError(f"dnc is installed in version {version}; {install}")
     network = dnc.DNC(
-        configuration.input_size,
-        configuration.hidden_size,
+        case.input_size,
+        case.hidden_size,
         num_layers=1,
-        num_hidden_layers=configuration.num_layers,
-        nr_cells=configuration.memory_size,
-        cell_size=configuration.word_size,
-        read_heads=configuration.num_reads,
+        num_hidden_layers=case.num_layers,
+        nr_cells=case.memory_size,
+        cell_size=case.word_size,
+        read_heads=case.num_reads,
         batch_first=True,
+        device=device if device.type == "cuda" else None,
     )
-    return _forward_backward(network, lambda: network(inputs, None, reset_experience=True)[0])
+
+    def run(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        outputs, state = network(inputs, state, reset_experience=state is None)[:2]
+        return outputs, state
+
+    return Network(network, run)
 
 
-OURS = "dnc_triton"
-PEERS: dict[str, Callable[[Configuration, Tensor], ForwardBackward]] = {
-    OURS: dnc_triton,
-    f"dnc (PyPI) {PYPI_DNC_VERSION}": pypi_dnc,
-}
+def make_lstm(case: Case, device: torch.device) -> Network:
+    """`nn.LSTM` of the same hidden size with an output layer; on a GPU cuDNN runs it. What a user of it gives up."""
+    lstm = nn.LSTM(case.input_size, case.hidden_size, case.num_layers, batch_first=True)
+    module = nn.ModuleDict({"lstm": lstm, "output": nn.Linear(case.hidden_size, case.output_size)}).to(device)
+
+    def run(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        hidden, state = module["lstm"](inputs, state)
+        return module["output"](hidden), state
+
+    return Network(module, run)
 
 
-def _forward_backward(module: nn.Module, outputs: Callable[[], Tensor]) -> ForwardBackward:
-    def forward_backward() -> None:
-        module.zero_grad(set_to_none=True)
-        outputs().square().mean().backward()
-
-    return forward_backward
+def all_peers() -> dict[str, Peer]:
+    """Every peer by name, ours first. Which backends there are, the dispatcher's table says."""
+    return {
+        OURS: Peer("dnc_triton", partial(make_layer, backend="auto"), sweeps=True),
+        **{name: Peer(f"dnc_triton, {name}", partial(make_layer, backend=name)) for name in BACKENDS if name != EAGER},
+        EAGER: Peer("reference, eager", partial(make_layer, backend=EAGER), sweeps=True),
+        "compiled": Peer("reference, torch.compile", partial(make_compiled, mode="default"), compiles=True),
+        "compiled_cuda_graphs": Peer(
+            "reference, torch.compile with CUDA graphs",
+            partial(make_compiled, mode="reduce-overhead"),
+            compiles=True,
+            gpu_only=True,
+            hides_memory=True,
+        ),
+        "pypi_dnc": Peer(f"PyPI dnc {PYPI_DNC_VERSION}", make_pypi_dnc, checked=False),
+        "lstm": Peer("nn.LSTM", make_lstm, checked=False, sweeps=True, has_memory=False),
+    }

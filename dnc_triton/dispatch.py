@@ -2,8 +2,8 @@
 
 Who is asked first: the `backend` argument of the call or layer, then `use_backend`, then the environment variable
 DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else the
-reference. On a GPU it is what was the fastest when measured, which happens on the first call of a kind (`tuning`); while
-a graph is traced or captured nothing is measured, and what is remembered or else the first in rank is taken.
+reference. On a GPU it is what was the fastest when measured, which happens on the first call of a kind (`tuning`);
+while a graph is traced or captured nothing is measured, and what is remembered or else the first in rank is taken.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ BACKENDS: dict[str, Backend] = {
         supports=_sequence_supports,
         memory_step=dnc_reference.memory_step,
         unroll=unroll_sequence,
-        rank=lambda problem: 3,
+        # For a single step without a backward there is nothing to gain from what it prepares.
+        rank=lambda problem: 5 if problem.steps == 1 and not problem.needs_gradient else 3,
     ),
     "reference": Backend(
         supports=lambda problem: (True, "plain PyTorch: every device, floating dtype, size and controller"),
@@ -272,11 +273,13 @@ def _asked(backend: str) -> tuple[str, str]:
 
 def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[str, Layout | None]:
     """Of the backends that serve a problem the fastest, with its layout."""
-    if "torch_sequence" in serving and "reference" in serving:  # the same in fewer calls: no clock is needed
-        serving = [name for name in serving if name != "reference"]
     ranked = sorted(serving, key=lambda name: BACKENDS[name].rank(problem))
+    # Of the two in plain PyTorch the rank decides: a clock that measures a single step cannot tell them apart.
+    plain = [name for name in ranked if name in ("torch_sequence", "reference")]
     candidates: list[tuple[str, Layout | None]] = []
     for name in ranked:
+        if name in plain[1:]:
+            continue
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
     # Tracing comes first: a traced function may look neither at a file nor at a clock.
     if len(candidates) == 1 or torch.compiler.is_compiling() or problem.device.type != "cuda":

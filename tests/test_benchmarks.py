@@ -7,17 +7,31 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import floors, measure, memory, peers, verify
 from benchmarks.__main__ import main
-from benchmarks.configurations import CONFIGURATIONS, Configuration
-from benchmarks.peers import OURS, PEERS, MissingPeerError, pypi_dnc
+from benchmarks.configurations import (
+    BASE,
+    CONFIGURATIONS,
+    SWEEPS,
+    SWEPT,
+    Configuration,
+    LeftOutError,
+    case_of,
+    sweep_cases,
+)
+from benchmarks.modes import MODES, call_of, draw_inputs
+from benchmarks.peers import EAGER, OURS, MissingPeerError, Network, all_peers
+from dnc_triton.dispatch import BACKENDS
 
+CPU = torch.device("cpu")
 TINY = Configuration(
     source="tests",
     memory_size=6,
@@ -30,102 +44,412 @@ TINY = Configuration(
     published_steps="any",
     cpu_batch=2,
     cpu_steps=3,
+    gpu_batch=4,
+    gpu_steps=7,
     num_layers=2,
 )
+CASE = case_of("tiny", TINY, "cpu")
+QUICK = [OURS, EAGER, "pypi_dnc", "lstm"]
 COLUMNS = [
-    *("configuration", "peer", "status", "error", "ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80", "ratio"),
-    *("note", "rounds", "dtype", "source", "memory_size", "word_size", "num_reads", "hidden_size", "input_size"),
-    *("output_size", "published_batch", "published_steps", "cpu_batch", "cpu_steps", "num_layers"),
-    *("cpu", "threads", "load", "python", "torch", "commit", "date"),
+    *("configuration", "sweep", "source", "batch", "steps", "memory_size", "word_size", "num_reads", "hidden_size"),
+    *("num_layers", "input_size", "output_size", "dtype", "mode", "peer", "status", "backend", "error"),
+    *("allowed_error", "rounds", "ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80", "ratio", "peak_bytes"),
+    *("floor_bytes", "bytes_per_second", "floor_share", "note"),
+    *("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def _tiny_configuration_without_peer(monkeypatch):
-    """A configuration "tiny", no package `dnc` to import, and torch's threads put back afterwards."""
+    """A configuration "tiny", no package `dnc` to import, no GPU, and torch's threads put back afterwards."""
     threads = torch.get_num_threads()
     monkeypatch.setitem(CONFIGURATIONS, "tiny", TINY)
     monkeypatch.setitem(sys.modules, "dnc", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(floors, "COPIED_BYTES", {"cpu": 2**20})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield
     torch.set_num_threads(threads)
 
 
+def session(**settings):
+    usual = dict(device=CPU, bytes_per_second=1e9, rounds=1, case_seconds=1.0, compile_seconds=1.0, peak_memory=False)
+    return measure.Session(**{**usual, **settings})
+
+
 def run(folder, *arguments):
     """Exit status, rows of the CSV, content of the JSON."""
-    status = main(["--configurations", "tiny", "--rounds", "1", "--output", str(folder), *arguments])
+    usual = ["--configurations", "tiny", "--peers", ",".join(QUICK), "--rounds", "1", "--no-memory"]
+    status = main(["run", *usual, "--output", str(folder), *arguments])
     (csv_file,), (json_file,) = folder.glob("cpu-*.csv"), folder.glob("cpu-*.json")
     with csv_file.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return status, rows, json.loads(json_file.read_text(encoding="utf-8"))
 
 
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
 def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys):
     status, rows, content = run(tmp_path, "--threads", "1")
     assert status == 0
-    assert [row["peer"] for row in rows] == list(PEERS)
+    assert [(row["mode"], row["peer"]) for row in rows] == [(mode, peer) for mode in MODES for peer in QUICK]
     assert all(list(row) == COLUMNS for row in rows)
 
-    ours, peer = rows
-    assert (ours["status"], ours["note"], float(ours["ratio"])) == ("measured", "", 1.0)
-    assert 0 < float(ours["ms_per_step_p20"]) <= float(ours["ms_per_step_p50"]) <= float(ours["ms_per_step_p80"])
-    assert 0 < float(ours["error"]) <= measure.ALLOWED_ERROR
-    message = "dnc is not installed; install it with: pip install --no-deps dnc==2.0.0b1"
-    assert (peer["status"], peer["note"], peer["ms_per_step_p50"]) == ("missing", message, "")
+    for row in rows:
+        if row["peer"] == "pypi_dnc":
+            message = "dnc is not installed; install it with: pip install --no-deps dnc==2.0.0b1"
+            assert (row["status"], row["note"], row["ms_per_step_p50"]) == ("missing", message, "")
+            continue
+        assert (row["status"], row["note"]) == ("measured", "")
+        assert 0 < float(row["ms_per_step_p20"]) <= float(row["ms_per_step_p50"]) <= float(row["ms_per_step_p80"])
+        assert float(row["ratio"]) > 0
+        assert (row["error"] == "") == (row["floor_bytes"] == "") == (row["peer"] == "lstm")
+        if row["error"]:
+            assert 0 < float(row["error"]) <= float(row["allowed_error"]) < 2 * verify.ALLOWED_ERROR
+    assert {row["backend"] for row in rows if row["peer"] == OURS} <= set(BACKENDS)
 
     machine = content["machine"]
     assert list(machine) == [
-        *("date", "command", "commit", "cpu", "cores", "threads", "load", "system", "python"),
-        *("torch", "triton", "gpu", "dnc_triton"),
+        *("device", "date", "command", "commit", "cpu", "cores", "threads", "load", "system", "python"),
+        *("torch", "triton", "gpu", "cuda", "cudnn", "dnc_triton", "bytes_per_second"),
     ]
-    assert machine["command"].startswith("python -m benchmarks --configurations tiny --rounds 1")
-    assert machine["threads"] == 1
-    assert all(value not in ("", None) for key, value in machine.items() if key not in ("triton", "gpu"))
-    assert [{key: "" if x is None else str(x) for key, x in row.items()} for row in content["rows"]] == rows
+    assert machine["command"].startswith("python -m benchmarks run --configurations tiny")
+    assert (machine["device"], machine["threads"], machine["gpu"]) == ("cpu", 1, None)
+    means = [key for key in COLUMNS if key in machine and key != "bytes_per_second"]
+    flat = [{**row, **{key: machine[key] for key in means}} for row in content["rows"]]
+    assert [{key: "" if x is None else str(x) for key, x in row.items()} for row in flat] == rows
 
     printed = capsys.readouterr().out
-    assert f"| tiny | 6 | 4 | 2 | 2×5 | 2 | 3 | {OURS} |" in printed
+    assert "tiny (6, 4, 2, 2×5; 2, 3)" in printed
     assert message in printed
 
 
-def test_a_wrong_layer_gets_no_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "worst_error", lambda configuration, inputs: float("nan"))
-    status, rows, _ = run(tmp_path)
+def test_everybody_runs(monkeypatch):
+    """With a compiler that leaves the code as it is: what is around it."""
+    monkeypatch.setattr(torch, "compile", lambda step, mode: step)
+    rows = measure.measure(CASE, list(all_peers()), list(MODES), session())
+    statuses = {peer: {row.status for row in rows if row.peer == peer} for peer in all_peers()}
+    assert statuses.pop("pypi_dnc") == statuses.pop("compiled_cuda_graphs") == {"missing"}
+    assert statuses.pop("triton_fused") == statuses.pop("triton_split") == {"declined"}
+    assert all(status <= {"measured", "declined"} for status in statuses.values()), statuses
+    assert statuses[OURS] == statuses[EAGER] == statuses["compiled"] == {"measured"}
+    notes = {row.note for row in rows}
+    assert "CUDA graphs need a GPU" in notes
+    assert "triton_split: device is the CPU, and TRITON_INTERPRET=1 is not set" in notes
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("sweep", ["B", "N", "T"])
+def test_a_sweep_changes_one_size(sweep, device):
+    base = case_of("base", BASE, device)
+    cases = sweep_cases([sweep], device)
+    assert len(cases) == len(SWEEPS[sweep][device])
+    for case in cases:
+        size = int(case.configuration.removeprefix(f"base/{sweep}="))
+        assert case == replace(base, configuration=case.configuration, sweep=sweep, **{SWEPT[sweep]: size})
+
+
+def test_a_sweep_is_trained_by_few(tmp_path, monkeypatch):
+    monkeypatch.setitem(SWEEPS, "N", {"cpu": (2, 3), "cuda": ()})
+    arguments = ["--configurations", "", "--sweeps", "N", "--rounds", "1", "--output", str(tmp_path)]
+    assert main(arguments) == 0  # `run` goes without saying
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    swept = [name for name, peer in all_peers().items() if peer.sweeps]
+    names = [(f"base/N={size}", "training", peer) for size in (2, 3) for peer in swept]
+    assert [(row["configuration"], row["mode"], row["peer"]) for row in rows] == names
+    if sys.platform != "win32":
+        assert all(row["peak_bytes"] >= 0 for row in rows)
+
+
+def test_a_configuration_for_gpus_is_said_to_be_left_out(tmp_path, capsys):
+    _, rows, content = run(tmp_path, "--configurations", "nature_babi_wide")
+    assert rows == []
+    assert content["left_out"] == ["nature_babi_wide: too large for a CPU, it is measured on a GPU"]
+    assert content["left_out"][0] in capsys.readouterr().out
+    case = case_of("tiny", TINY, "cuda")
+    assert (case.batch, case.steps) == (4, 7)
+    with pytest.raises(LeftOutError):
+        case_of("huge", replace(TINY, cpu_batch=0), "cpu")
+
+
+# --- right or wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [float("nan"), 1.0])
+def test_a_wrong_layer_gets_no_time(tmp_path, monkeypatch, capsys, off):
+    monkeypatch.setattr(verify, "error", lambda network, mode, truth: off)
+    status, rows, _ = run(tmp_path, "--modes", "forward")
     assert status == 1
-    assert {row["status"] for row in rows} == {"wrong"}
+    assert [row["status"] for row in rows] == ["wrong", "wrong", "missing", "wrong"]
     assert not any(row["ms_per_step_p50"] for row in rows)
-    assert f"{OURS} is wrong on tiny: off by nan" in capsys.readouterr().out
+    assert f"{OURS} is wrong on tiny, forward: off by {off:.1e}" in capsys.readouterr().out
 
 
-def test_a_wrong_gradient_is_noticed(monkeypatch):
-    inputs = torch.randn(TINY.cpu_batch, TINY.cpu_steps, TINY.input_size)
-    layer = measure.dnc_layer(TINY)
-    layer.interface.weight.register_hook(lambda gradient: gradient * 1.001)
-    monkeypatch.setattr(measure, "dnc_layer", lambda configuration: layer)
-    assert measure.worst_error(TINY, inputs) > measure.ALLOWED_ERROR
+def test_another_wrong_network_costs_the_others_nothing(monkeypatch):
+    exact = peers.make_layer
+
+    def off(case, device, *, backend):
+        network = exact(case, device, backend=backend)
+        return replace(network, run=lambda inputs, state: (network.run(inputs, state)[0] * 1.01, None))
+
+    peer = replace(all_peers()[EAGER], make=partial(off, backend=EAGER))
+    known = {**all_peers(), EAGER: peer}
+    monkeypatch.setattr(measure, "all_peers", lambda: known)
+    rows = {row.peer: row for row in measure.measure(CASE, [OURS, EAGER], ["training"], session())}
+    assert (rows[OURS].status, rows[EAGER].status) == ("measured", "wrong")
+    assert rows[EAGER].ms_per_step_p50 is None
+    assert "reference is wrong on tiny, training: off by" in rows[EAGER].note
+
+
+@pytest.mark.parametrize("parameter", ["interface.weight", "output.bias"])
+def test_a_wrong_gradient_is_noticed(parameter):
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["training"])
+    network = peers.make_layer(CASE, CPU, backend="auto")
+    assert verify.error(network, "training", truth) <= truth.allowed["training"]
+    network.module.get_parameter(parameter).register_hook(lambda gradient: gradient * 1.001)
+    assert verify.error(network, "training", truth) > truth.allowed["training"]
+
+
+def test_a_state_that_is_lost_is_noticed():
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["step"])
+    layer = peers.make_layer(CASE, CPU, backend="auto").module
+    assert verify.error(Network(layer, layer), "step", truth) <= truth.allowed["step"]
+    forgetful = Network(layer, lambda inputs, state: layer(inputs, None))
+    assert verify.error(forgetful, "step", truth) > truth.allowed["step"]
+
+
+def test_a_poor_reference_does_not_widen_the_tolerance_at_will(monkeypatch):
+    monkeypatch.setattr(verify, "error", lambda network, mode, truth: 0.5)
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["forward"])
+    assert truth.allowed["forward"] <= verify.ALLOWED_ERROR + 2 * verify.REFERENCE_LIMIT
+
+
+def test_a_peer_that_breaks_costs_the_others_nothing(monkeypatch):
+    def broken(case, device):
+        def run(inputs, state):
+            raise RuntimeError("no memory left\nand many more lines")
+
+        return Network(torch.nn.Linear(1, 1), run)
+
+    known = {**all_peers(), "lstm": replace(all_peers()["lstm"], make=broken)}
+    monkeypatch.setattr(measure, "all_peers", lambda: known)
+    rows = {row.peer: row for row in measure.measure(CASE, [OURS, "lstm"], ["step"], session())}
+    assert rows[OURS].status == "measured"
+    assert (rows["lstm"].status, rows["lstm"].ms_per_step_p50) == ("failed", None)
+    assert rows["lstm"].note == "lstm failed on tiny: RuntimeError: no memory left"
+
+
+def test_an_oracle_that_breaks_leaves_the_case_without_times(monkeypatch):
+    monkeypatch.setattr(verify, "find_truth", lambda *arguments: 1 / 0)
+    rows = measure.measure(CASE, [OURS], list(MODES), session())
+    assert [(row.mode, row.status) for row in rows] == [(mode, "failed") for mode in MODES]
+    assert rows[0].note == "the oracle failed on tiny: ZeroDivisionError: division by zero"
 
 
 def test_another_version_of_the_peer_counts_as_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "dnc", ModuleType("dnc"))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
     with pytest.raises(MissingPeerError, match=r"dnc is installed in version 1\.0; install it with"):
-        pypi_dnc(TINY, torch.randn(TINY.cpu_batch, TINY.cpu_steps, TINY.input_size))
+        peers.make_pypi_dnc(CASE, CPU)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    with pytest.raises(MissingPeerError, match=r"torch\.compile needs a C\+\+ compiler, none of g\+\+, clang\+\+"):
+        all_peers()["compiled"].make(CASE, CPU)
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
 
 
 def test_peers_take_turns():
     calls = []
     runs = {peer: partial(calls.append, peer) for peer in "ab"}
-    seconds = measure._time_in_turns(runs, 3, description="turns")
-    warm_up = 2 * measure.WARM_UP_ROUNDS
-    assert "".join(calls[warm_up:]) == "abbaab"
+    seconds = measure._time_in_turns(runs, session(rounds=3))
+    assert "".join(calls) == "abbaab"
     assert {peer: len(times) for peer, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_what_takes_long_gets_fewer_rounds():
+    seconds = measure._time_in_turns({"a": lambda: time.sleep(0.002)}, session(rounds=1000, case_seconds=0.03))
+    assert measure.LEAST_ROUNDS <= len(seconds["a"]) <= 16
+    seconds = measure._time_in_turns({"a": lambda: None}, session(rounds=1000, case_seconds=0.0))
+    assert len(seconds["a"]) == measure.LEAST_ROUNDS
+
+
+def test_percentiles_and_what_follows_from_them():
+    row = measure.Row(CASE, "training", OURS, "measured")
+    seconds = [0.003 * i for i in range(1, 12)]  # 1 to 11 ms a step
+    timed = measure._timed(row, seconds, [x / 2 for x in seconds], session(bytes_per_second=1e6))
+    percentiles = timed.ms_per_step_p20, timed.ms_per_step_p50, timed.ms_per_step_p80
+    assert percentiles == pytest.approx((3, 6, 9))
+    assert (timed.rounds, timed.ratio) == (11, pytest.approx(2))
+    assert timed.floor_bytes == 2 * (8 * 36 + 8 * 24 + 12 * 36 + 8 * 24)
+    assert timed.bytes_per_second == pytest.approx(timed.floor_bytes / 0.006)
+    assert timed.floor_share == pytest.approx(timed.bytes_per_second / 1e6)
+    step = measure._timed(replace(row, mode="step"), seconds, None, session())
+    assert (step.ms_per_step_p50, step.ratio, step.floor_bytes) == (pytest.approx(18), None, 2 * (8 * 36 + 8 * 24))
+
+
+def test_after_the_time_is_up_nothing_is_started(tmp_path, capsys):
+    status, rows, content = run(tmp_path, "--seconds", "0")
+    assert (status, rows) == (0, [])
+    assert content["left_out"] == [f"tiny, {mode}: the time is up" for mode in MODES]
+    assert "- tiny, training: the time is up" in capsys.readouterr().out
+
+
+def test_compiling_has_a_budget(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, mode: step)
+    for settings in ({"compile_seconds": 0.0}, {"deadline": time.monotonic() + 30}):
+        rows = {row.peer: row for row in measure.measure(CASE, [OURS, "compiled"], ["step"], session(**settings))}
+        assert (rows[OURS].status, rows["compiled"].status) == ("measured", "left out")
+        assert rows["compiled"].note == "compiled, where it has no time: that for compiling was spent"
+    spent = session(compile_seconds=1e-9)
+    measure.measure(CASE, ["compiled"], ["step"], spent)
+    assert spent.compile_seconds < 0
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the system does not tell")
+def test_peak_of_memory_on_a_cpu_is_a_process_growth():
+    """Of a network whose kept links are counted easily: at least one N² tensor per step, at most 40."""
+    case = replace(CASE, memory_size=256, batch=4, steps=6, num_layers=1)
+    links = case.batch * case.steps * case.memory_size**2 * 4
+    grown = memory.cpu_peak(case, EAGER, "training", threads=1)
+    assert links < grown < 40 * links
+
+
+def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 130)
+    assert memory.gpu_peak(lambda: done.append("call"), torch.nn.Linear(1, 1)) == 30
+    assert done == ["reset", "call"]
+
+
+def test_cuda_graphs_hide_their_memory_and_everybody_else_is_counted(monkeypatch):
+    monkeypatch.setattr(measure, "gpu_peak", lambda call, module: 7)
+    network = Network(torch.nn.Linear(1, 1), lambda inputs, state: (inputs, state))
+    cuda = session(device=torch.device("cuda"))
+    for name, peak in ((OURS, 7), ("lstm", 7), ("compiled", 7), ("compiled_cuda_graphs", None)):
+        row = measure.Row(CASE, "training", name, "measured")
+        assert measure._with_peak(row, network, lambda: None, cuda).peak_bytes == peak
+
+
+# --- the GPU's part, without one --------------------------------------------------------------------------------------
+
+
+def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
+    """On the CPU, with a compiler that does nothing: as many marks as calls, and a state of its own memory."""
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    monkeypatch.setattr(peers, "_check_compiler", lambda device: None)
+    made = []
+
+    def compile_nothing(step, mode):
+        assert mode == "reduce-overhead"
+
+        def recorded(*arguments):
+            features, state = step(*arguments)
+            made.append(state.memory.link)
+            return features, state
+
+        return recorded
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    cell = peers.reference_cell(CASE, CPU, torch.float32)
+    monkeypatch.setattr(peers, "reference_cell", lambda case, device, dtype: cell)
+    network = peers.make_compiled(CASE, torch.device("cuda"), mode="reduce-overhead")
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), list(MODES))
+    for mode in MODES:
+        assert verify.error(network, mode, truth) <= truth.allowed[mode]
+    marks.clear()
+    call_of("training", network, draw_inputs(CASE, CPU))()
+    assert len(marks) == 1
+    with torch.no_grad():
+        _, state = network.run(truth.inputs, None)
+    assert torch.equal(state.memory.link, made[-1])
+    assert state.memory.link.data_ptr() != made[-1].data_ptr()
+
+
+def test_a_device_is_waited_for_before_and_after_each_call(monkeypatch):
+    happened = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("wait"))
+    measure._time_in_turns({"a": lambda: happened.append("call")}, session(device=torch.device("cuda"), rounds=1))
+    assert happened == ["wait", "call", "wait"]
+
+
+def test_the_floor_knows_an_h200_and_measures_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert floors.bytes_per_second(torch.device("cuda")) == 4.3e12
+    assert 1e8 < floors.bytes_per_second(CPU) < 1e13
+
+
+def test_without_a_gpu_its_benchmark_says_so_and_the_cpu_is_measured(tmp_path, capsys):
+    message = "There is no GPU here: nothing was measured on one"
+    assert main(["run", "--device", "cuda", "--configurations", "tiny", "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    status, rows, _ = run(tmp_path, "--device", "cuda,cpu", "--modes", "step")
+    assert status == 0
+    assert {row["device"] for row in rows} == {"cpu"}
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGURATIONS, "tiny_too", TINY)
+    exact = verify.find_truth
+
+    def interrupted(case, *arguments):
+        if case.configuration == "tiny_too":
+            raise KeyboardInterrupt
+        return exact(case, *arguments)
+
+    monkeypatch.setattr(verify, "find_truth", interrupted)
+    _, rows, content = run(tmp_path, "--configurations", "tiny,tiny_too", "--modes", "step")
+    assert {row["configuration"] for row in rows} == {"tiny"}
+    assert content["left_out"] == ["tiny_too and what follows: interrupted"]
+
+
+def test_a_failure_while_timing_or_counting_memory_is_noted(monkeypatch):
+    monkeypatch.setattr(measure, "cpu_peak", lambda *arguments: 1 / 0)
+    (row,) = measure.measure(CASE, [OURS], ["training"], session(peak_memory=True))
+    assert row.status == "measured"
+    assert row.note == "measuring the memory of dnc_triton failed on tiny: ZeroDivisionError: division by zero"
+    monkeypatch.setattr(measure, "_time_in_turns", lambda *arguments: 1 / 0)
+    (row,) = measure.measure(CASE, [OURS], ["training"], session())
+    assert (row.status, row.ms_per_step_p50) == ("failed", None)
+
+
+def test_without_tqdm_there_are_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert run(tmp_path, "--modes", "step")[0] == 0
+    printed = capsys.readouterr().err
+    assert "tqdm is not installed" in printed
+    assert "tiny, step: timing" in printed
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--configurations", "tiny,huge"], "unknown configuration 'huge', expected some of deepmind_repeat_copy"),
+        (["--peers", "tensorflow"], "unknown peer 'tensorflow', expected some of dnc_triton"),
+        (["--modes", "backward"], "unknown mode 'backward', expected some of training, forward, step"),
+        (["--sweeps", "X"], "unknown sweep 'X', expected some of B, N, T"),
+        (["--device", "tpu"], "unknown device 'tpu', expected some of auto, cpu, cuda"),
         (["--rounds", "0"], "argument --rounds: expected an integer of at least 1, got '0'"),
+        (["--seconds", "-1"], "argument --seconds: expected a number of at least 0, got '-1'"),
         (["--output", __file__], "argument --output"),
+        (["compare", "one.json"], "the following arguments are required: NEW"),
     ],
 )
 def test_bad_arguments_are_explained(arguments, message, capsys):
@@ -134,6 +458,19 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--help"], ["run", "report", "compare"]), (["run", "--help"], QUICK)]
+)
+def test_help_names_what_there_is(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words)
+
+
+# --- the step on a GPU ------------------------------------------------------------------------------------------------
 
 GPU_BENCHMARK = """
 import time, torch

@@ -187,7 +187,8 @@ class GRU(Cell):
     def forward(self, step: int, below: Tensor, prev: list[Tensor], new: list[Tensor]) -> None:
         gates, hidden = self.pre[step], new[0]
         size = self.hidden_size
-        assert self.recurrent is not None and self.hidden_bias is not None
+        assert self.recurrent is not None
+        assert self.hidden_bias is not None
         self.below.add_to(gates, below, gates)
         from_hidden = self.recurrent.add_to(self.hidden_bias, prev[0], torch.empty_like(gates))
         reset_update, n = gates[:, : 2 * size], gates[:, 2 * size :]

@@ -1,4 +1,4 @@
-"""What a forward over a sequence keeps for its backward: a buffer per quantity, allocated once, with an entry per step."""
+"""What a forward over a sequence keeps for its backward: buffers that are allocated once, with an entry per step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence.cells import CELLS
-from dnc_triton.sequence.torch_memory import TorchMemory
+from dnc_triton.sequence.torch_memory import Kept
 
 Pair = tuple[Tensor, Tensor]
 
@@ -158,7 +158,6 @@ def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -
     batch, slots, word = memory.shape
     reads = state.words.shape[1]
     vector_size = sum(interface_sizes(reads, 1, word).values())
-    kept = TorchMemory.kept_shapes(batch, slots, word, reads)
     count = Checkpoints.count(steps, settings.checkpoint)
     empty = memory.new_empty
     hidden = (steps, batch, hidden_size)
@@ -168,9 +167,7 @@ def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -
         cells=[[empty(hidden) for _ in range(kind.count_kept(settings.clip))] for _ in state.layers],
         vectors=empty(steps, batch, vector_size),
         carried=[empty(steps + 1, *x.shape) for x in Carried(state.memory, state.words, []).light()],
-        memory=[
-            empty((steps, *shape), dtype=torch.int64 if name == "free_list" else None) for name, shape in kept.items()
-        ],
+        memory=list(Kept.empty(memory, steps, batch, slots, word, reads)),
         memories=empty(count, *memory.shape),
         links=empty(count, *link.shape),
     )

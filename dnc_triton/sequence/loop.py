@@ -18,7 +18,7 @@ from dnc_reference.types import MemoryState
 from dnc_triton.sequence.cells import CELLS
 from dnc_triton.sequence.history import Carried, Checkpoints, History, Settings, allocate
 from dnc_triton.sequence.product import Product
-from dnc_triton.sequence.torch_memory import TorchMemory
+from dnc_triton.sequence.torch_memory import Kept, TorchMemory
 
 
 class Sequence:
@@ -86,12 +86,12 @@ class Sequence:
         _, slots, word = first[0].shape
         self.memory = TorchMemory(
             history.vectors,
+            Kept(*history.memory),
             slots=slots,
             word=word,
             reads=state.words.shape[1],
             strength_offset=settings.strength_offset,
             stop_usage_gradient=settings.stop_usage_gradient,
-            kept=history.memory,
         )
 
     def forward(self) -> tuple[Tensor, Carried]:
@@ -126,7 +126,7 @@ class Sequence:
         return outputs, Carried(memory, words.clone(), [[x.clone() for x in layer[:states]] for layer in layers])
 
     def backward(self, d_outputs: Tensor, d_last: Carried) -> tuple[Tensor, Carried, list[Tensor]]:
-        """From the gradients by what `forward` returned to those by inputs, state and parameters. Overwrites `d_last`."""
+        """From gradients by what `forward` returned to those by inputs, state and parameters; overwrites `d_last`."""
         settings, history = self.settings, self.history
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)

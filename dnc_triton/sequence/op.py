@@ -52,19 +52,17 @@ def _sequence(
         outputs, last = sequence.forward()
         return [outputs, *last.flatten(), *sequence.history.flatten()]
 
-    def piece(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor[start : start + CHUNK]
-
     pieces = []
     for start in range(0, inputs.shape[0], CHUNK):
+        steps = slice(start, start + CHUNK)
         sequence = Sequence(
             settings._replace(checkpoint=CHUNK),
             parameters,
-            piece(inputs),
+            inputs[steps],
             carried,
-            piece(running),
-            piece(reset),
-            [piece(mask) for mask in dropout],
+            None if running is None else running[steps],
+            None if reset is None else reset[steps],
+            [mask[steps] for mask in dropout],
         )
         outputs, carried = sequence.forward()
         pieces.append(outputs)
@@ -262,7 +260,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def _parameters(cell: DNCCell) -> list[Tensor]:
     """Those of a plain cell, as `Sequence` wants them."""
-    parts = [*cell.controller.layers, cell.interface, cell.output]  # type: ignore[union-attr, misc]
+    parts = [*cell.controller.layers, cell.interface, cell.output]  # type: ignore[misc]
     return [parameter for part in parts for parameter in part.parameters(recurse=False)]
 
 

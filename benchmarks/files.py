@@ -1,0 +1,53 @@
+"""Results on disk: JSON with everything, and CSV whose rows can be read without the others."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Row
+
+# What stands in every row of the CSV, that it may be read by itself.
+MEANS = ("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date")
+NEEDED = ("configuration", "peer", "mode", "status", "ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80")
+
+
+def record_of(row: Row) -> dict[str, Any]:
+    """A row as it is written: flat."""
+    record = asdict(row)
+    return {**record.pop("case"), "dtype": "float32", **record}
+
+
+def write_results(stem: Path, machine: dict[str, Any], rows: list[dict[str, Any]], left_out: list[str]) -> None:
+    """Write <stem>.json and <stem>.csv."""
+    content = {"machine": machine, "left_out": left_out, "rows": rows}
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    stem.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    means = {key: machine[key] for key in MEANS}
+    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*(rows[0] if rows else ()), *means], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **means} for row in rows)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `write_results` has written as JSON.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no results of this benchmark.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    results: dict[str, Any] = content if isinstance(content, dict) else {}
+    if not isinstance(results.get("rows"), list) or not isinstance(results.get("machine"), dict):
+        raise ValueError(f"{path}: expected a JSON object with machine and rows")
+    for row in results["rows"]:
+        missing = [key for key in NEEDED if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise ValueError(f"{path}: expected rows with {', '.join(NEEDED)}; {missing[0]} is missing in one")
+    return results

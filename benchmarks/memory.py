@@ -1,0 +1,60 @@
+"""The memory that a call takes at its peak, beyond what was there before it.
+
+On a GPU PyTorch counts the tensors. On a CPU nobody does: a call runs in a process of its own, and what counts is by
+how much the most memory that the process ever held has grown. That includes what PyTorch's libraries set up for
+themselves and what the allocator rounds up, a few MB, so it says little of small networks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from benchmarks.configurations import Case
+from benchmarks.modes import call_of, draw_inputs
+from benchmarks.peers import all_peers
+
+
+def gpu_peak(call: Callable[[], None], module: torch.nn.Module) -> int:
+    """Bytes of tensors that a call allocates at its peak, the gradients of the parameters included."""
+    module.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak(case: Case, peer: str, mode: str, threads: int) -> int | None:
+    """Bytes by which a process grows in a call; None where the system does not tell (Windows).
+
+    The processes are forked from one that has loaded PyTorch and done nothing yet.
+    """
+    if sys.platform == "win32":
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_growth, case, peer, mode, threads).result()
+
+
+def _growth(case: Case, peer: str, mode: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    inputs = draw_inputs(case, torch.device("cpu"))
+    network = all_peers()[peer].make(case, inputs.device)
+    call_of(mode, network, inputs[:1, :1])()  # loads libraries, starts threads
+    network.module.zero_grad(set_to_none=True)
+    call = call_of(mode, network, inputs)
+    before = _most_held()
+    call()
+    return _most_held() - before
+
+
+def _most_held() -> int:
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
