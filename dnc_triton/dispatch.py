@@ -26,7 +26,7 @@ from dnc_triton import tuning
 from dnc_triton.kernels.layout import Layout, layouts
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
-from dnc_triton.sequence.op import unroll_sequence
+from dnc_triton.sequence.op import is_plain, unroll_sequence
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
 LEAST_CAPABILITY = (8, 0)
@@ -94,9 +94,12 @@ def _stepwise_unroll(
     return torch.cat(pieces), state
 
 
-def _fused_unroll(*arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
-    """Step by step, with the kernels for the memory's part."""
-    return _stepwise_unroll(*arguments, interface_step=partial(fused_interface_step, layout=layout), **keywords)
+def _fused_unroll(cell: DNCCell, *arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
+    """As one operation with the kernels for the memory's part; step by step where the layer's parts must be called."""
+    if is_plain(cell):
+        return unroll_sequence(cell, *arguments, layout=layout, **keywords)
+    step = partial(fused_interface_step, layout=layout)
+    return _stepwise_unroll(cell, *arguments, interface_step=step, **keywords)
 
 
 def _sequence_supports(problem: Problem) -> tuple[bool, str]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.layout import Layout
+from dnc_triton.kernels.layout import Layout, kept_shapes
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
 
 
@@ -54,7 +54,7 @@ def step_forward(
     """
     memory, usage, link, precedence, read_weights, write_weights = state
     batch, slots, word = memory.shape
-    compute = torch.promote_types(memory.dtype, torch.float32)
+    kept, free_list = kept_shapes(batch, slots, num_reads)
     result = StepResult(
         read_words=memory.new_empty(batch, num_reads, word),
         memory=torch.empty_like(memory),
@@ -63,12 +63,55 @@ def step_forward(
         precedence=torch.empty_like(precedence),
         read_weights=torch.empty_like(read_weights),
         write_weights=torch.empty_like(write_weights),
-        kept=memory.new_empty((batch, (2 + 3 * num_reads) * slots), dtype=compute),
-        free_list=memory.new_empty((batch, slots), dtype=torch.int32),
+        kept=memory.new_empty(kept, dtype=_compute_dtype(memory)),
+        free_list=memory.new_empty(free_list, dtype=torch.int32),
     )
+    launch_forward(
+        interface,
+        state,
+        result,
+        forward_scratch(memory, num_reads, layout),
+        raw=raw,
+        strength_offset=strength_offset,
+        layout=layout,
+    )
+    return result
+
+
+def forward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
+    """Work space of `launch_forward`."""
+    batch, slots, _ = memory.shape
     blocks = triton.cdiv(slots, layout.rows)
-    scratch = memory.new_empty((batch, blocks * num_reads * slots), dtype=compute)
-    for phase, grid in _launches(batch, blocks, layout):
+    return memory.new_empty((batch, blocks * num_reads * slots), dtype=_compute_dtype(memory))
+
+
+def launch_forward(
+    interface: Tensor,
+    state: tuple[Tensor, ...],
+    result: StepResult,
+    scratch: Tensor,
+    *,
+    raw: bool,
+    strength_offset: float,
+    layout: Layout,
+    replay: bool = False,
+) -> None:
+    """Launch the forward into buffers that are there already.
+
+    Args:
+        interface, state, raw, strength_offset, layout: as in `step_forward`.
+        result: where everything goes, contiguous.
+        scratch: as `forward_scratch` makes it.
+        replay: only the middle phase, which writes memory and link, with the write weights that `result` has.
+    """
+    memory = state[0]
+    batch, slots, word = memory.shape
+    num_reads = result.read_words.shape[1]
+    blocks = triton.cdiv(slots, layout.rows)
+    launches = (
+        _launches(batch, blocks, layout._replace(fused=False))[1:2] if replay else _launches(batch, blocks, layout)
+    )
+    for phase, grid in launches:
         step_forward_kernel[grid](
             interface,
             *state,
@@ -77,11 +120,10 @@ def step_forward(
             **_sizes(slots, word, num_reads, layout),
             RAW=raw,
             STRENGTH_OFFSET=strength_offset,
-            COMPUTE=_COMPUTE[compute],
+            COMPUTE=_COMPUTE[scratch.dtype],
             PHASE=phase,
             num_warps=layout.num_warps,
         )
-    return result
 
 
 def step_backward(
@@ -108,22 +150,59 @@ def step_backward(
         gradients: of the read words and of the fields of the new `MemoryState`, contiguous.
         stop_usage_gradient: as in `memory_step`.
     """
-    batch, slots, word = memory.shape
-    num_reads = read_weights.shape[1]
-    blocks = triton.cdiv(slots, layout.rows)
     gradient = StepGradient(torch.empty_like(interface), *(torch.empty_like(tensor) for tensor in state))
-    scratch_size = (3 + 4 * num_reads) * slots + blocks * (2 + num_reads) * (slots + word)
-    scratch = memory.new_empty((batch, scratch_size), dtype=kept.dtype)
-    for phase, grid in _launches(batch, blocks, layout):
+    launch_backward(
+        interface,
+        state,
+        (memory, usage, read_weights, write_weights, kept, free_list),
+        gradients,
+        gradient,
+        backward_scratch(memory, read_weights.shape[1], layout),
+        raw=raw,
+        strength_offset=strength_offset,
+        stop_usage_gradient=stop_usage_gradient,
+        layout=layout,
+    )
+    return gradient
+
+
+def backward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
+    """Work space of `launch_backward`."""
+    batch, slots, word = memory.shape
+    blocks = triton.cdiv(slots, layout.rows)
+    size = (3 + 4 * num_reads) * slots + blocks * (2 + num_reads) * (slots + word)
+    return memory.new_empty((batch, size), dtype=_compute_dtype(memory))
+
+
+def launch_backward(
+    interface: Tensor,
+    state: tuple[Tensor, ...],
+    result: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
+    gradient: StepGradient,
+    scratch: Tensor,
+    *,
+    raw: bool,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    layout: Layout,
+) -> None:
+    """Launch the backward into buffers that are there already.
+
+    Args:
+        interface, state, raw, strength_offset, stop_usage_gradient, layout: as in `step_backward`.
+        result: of the forward: memory, usage, read weights, write weights, `kept` and `free_list`.
+        gradients: as in `step_backward`; not where `gradient` goes.
+        gradient: where everything goes, contiguous.
+        scratch: as `backward_scratch` makes it.
+    """
+    batch, slots, word = state[0].shape
+    num_reads = gradients[0].shape[1]
+    for phase, grid in _launches(batch, triton.cdiv(slots, layout.rows), layout):
         step_backward_kernel[grid](
             interface,
             *state,
-            memory,
-            usage,
-            read_weights,
-            write_weights,
-            kept,
-            free_list,
+            *result,
             *gradients,
             *gradient,
             scratch,
@@ -131,11 +210,15 @@ def step_backward(
             RAW=raw,
             STRENGTH_OFFSET=strength_offset,
             STOP_USAGE_GRADIENT=stop_usage_gradient,
-            COMPUTE=_COMPUTE[kept.dtype],
+            COMPUTE=_COMPUTE[scratch.dtype],
             PHASE=phase,
             num_warps=layout.num_warps,
         )
-    return gradient
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Of the arithmetic."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}

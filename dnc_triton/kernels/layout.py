@@ -1,4 +1,4 @@
-"""How the kernels of a step are cut up. Without Triton: the dispatcher asks this before anything is compiled."""
+"""How the kernels of a step are cut up, and what they keep. Without Triton: it is asked before anything is compiled."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
 def default_layout(memory_size: int, word_size: int) -> Layout:
     """The layout that is taken where nothing was measured."""
     return layouts(memory_size, word_size)[0]
+
+
+def kept_shapes(batch: int, slots: int, reads: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a step keeps for its backward: `kept`, in the dtype of the arithmetic, and `free_list`, int32."""
+    return (batch, (2 + 3 * reads) * slots), (batch, slots)

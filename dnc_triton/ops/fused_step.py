@@ -35,14 +35,14 @@ def _step(
     from dnc_triton.kernels.launch import step_forward
 
     state = tuple(tensor.contiguous() for tensor in (memory, usage, link, precedence, read_weights, write_weights))
-    with _on(memory):
+    with on_device(memory):
         return step_forward(
             interface.contiguous(),
             state,
             num_reads=read_weights.shape[1],
             raw=raw,
             strength_offset=strength_offset,
-            layout=_layout(layout),
+            layout=as_layout(layout),
         )
 
 
@@ -89,7 +89,7 @@ def _step_backward(
     from dnc_triton.kernels.launch import step_backward
 
     memory, usage, read_weights, write_weights, kept, free_list = result
-    with _on(memory):
+    with on_device(memory):
         return step_backward(
             interface.contiguous(),
             tuple(tensor.contiguous() for tensor in state),
@@ -103,7 +103,7 @@ def _step_backward(
             raw=raw,
             strength_offset=strength_offset,
             stop_usage_gradient=stop_usage_gradient,
-            layout=_layout(layout),
+            layout=as_layout(layout),
         )
 
 
@@ -176,11 +176,12 @@ def _run(
     return result[0], MemoryState(*result[1:7])
 
 
-def _layout(values: list[int]) -> Layout:
+def as_layout(values: list[int]) -> Layout:
+    """From how an operator takes it."""
     fused, rows, columns, num_warps = values
     return Layout(bool(fused), rows, columns, num_warps)
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -29,6 +29,7 @@ class Cell:
 
     gates_per_unit = 1
     states = 0  # [B, H] each, the hidden vector first
+    more_kept = 0  # besides what a clip needs
 
     def __init__(
         self,
@@ -42,13 +43,13 @@ class Cell:
         self.below, self.recurrent, self.hidden_bias, self.clip = below, recurrent, hidden_bias, clip
         self.all_gates, self.pre = gates, gates.unbind(0)
         self.hidden_size = gates.shape[-1] // self.gates_per_unit
-        self.kept = kept
+        self.kept, self.unclipped = kept[: self.more_kept], kept[self.more_kept :]
         self.d_pre = self.d_pre_hidden = gates  # until a backward makes its own
 
-    @staticmethod
-    def count_kept(clip: float | None) -> int:
-        """How many buffers."""
-        return 0
+    @classmethod
+    def count_kept(cls, clip: float | None) -> int:
+        """How many buffers: those of the kind and, with a clip, one for each of its unclipped results."""
+        return cls.more_kept + (0 if clip is None else max(cls.states, 1))
 
     def forward(self, step: int, below: Tensor, prev: list[Tensor], new: list[Tensor]) -> None:
         """One step.
@@ -61,24 +62,27 @@ class Cell:
         """
         gates = self._gates(step, below, prev).tanh_()
         new[0].copy_(gates)
-        self._clamp(new)
+        self._clip(step, new)
 
     def begin_backward(self, prev: list[Tensor]) -> None:
         """What depends on the forward alone, for all steps at once, from the states before them, [T, B, H] each."""
         self._make_d_pre()
         self.by = (1 - self.all_gates * self.all_gates).unbind(0)
-        self._within(self.all_gates)
 
-    def backward(self, step: int, d: list[Tensor], d_below: Tensor) -> None:
+    def above(self, step: int, new: list[Tensor]) -> Tensor:
+        """What the layer above is given: the hidden vector before it is clipped, [B, H]."""
+        return new[0] if self.clip is None else self.unclipped[0][step]
+
+    def backward(self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor) -> None:
         """The adjoint of one step.
 
         Args:
             step: which.
-            d: gradients by the hidden vector, all it goes to included, and the rest of the new state; when this
-                returns, by the state before.
+            d: gradients by the new state, the hidden vector first; when this returns, by the state before.
+            d_above: by what the layer above was given, if there is one.
             d_below: [B, ·], where the gradient by what comes from below goes.
         """
-        d_hidden = self._through_clamp(step, d)
+        d_hidden = self._unclip(step, d, d_above)
         torch.mul(d_hidden, self.by[step], out=self.d_pre_steps[step])
         self.below.backward(self.d_pre_steps[step], d_below)
         if self.recurrent is None:
@@ -97,19 +101,18 @@ class Cell:
         self.d_pre = self.d_pre_hidden = torch.empty_like(self.all_gates)
         self.d_pre_steps = self.d_pre.unbind(0)
 
-    def _clamp(self, new: list[Tensor]) -> None:
+    def _clip(self, step: int, new: list[Tensor]) -> None:
         if self.clip is not None:
-            for tensor in new:
+            for tensor, unclipped in zip(new, self.unclipped, strict=True):
+                unclipped[step] = tensor
                 tensor.clamp_(-self.clip, self.clip)
 
-    def _within(self, *raw: Tensor) -> None:
-        """Keep where the clip lets gradients through, from the unclipped hidden vectors and states."""
-        self.within = [] if self.clip is None else [(x.abs() <= self.clip).to(x.dtype).unbind(0) for x in raw]
-
-    def _through_clamp(self, step: int, d: list[Tensor]) -> Tensor:
-        for gradient, within in zip(d, self.within, strict=False):
-            gradient.mul_(within[step])
-        return d[0]
+    def _unclip(self, step: int, d: list[Tensor], d_above: Tensor | None) -> Tensor:
+        """Let gradients through where the clip did; what went to the layer above had not been clipped."""
+        if self.clip is not None:
+            for gradient, unclipped in zip(d, self.unclipped, strict=True):
+                gradient.mul_(unclipped[step].abs() <= self.clip)
+        return d[0] if d_above is None else d[0].add_(d_above)
 
 
 class RNN(Cell):
@@ -121,15 +124,12 @@ class RNN(Cell):
 class LSTM(Cell):
     """i, f, g, o = pre + W below + U h;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
 
-    Kept: tanh(g), tanh(c'), and c' before it is clipped.
+    Kept: tanh(g), tanh(c').
     """
 
     gates_per_unit = 4
     states = 2
-
-    @staticmethod
-    def count_kept(clip: float | None) -> int:
-        return 2 if clip is None else 3
+    more_kept = 2
 
     def forward(self, step: int, below: Tensor, prev: list[Tensor], new: list[Tensor]) -> None:
         gates = self._gates(step, below, prev)
@@ -141,26 +141,20 @@ class LSTM(Cell):
         torch.mul(f, prev[1], out=cell).addcmul_(i, tanh_g)
         torch.tanh(cell, out=tanh_cell)
         torch.mul(o, tanh_cell, out=hidden)
-        if self.clip is not None:
-            self.kept[2][step].copy_(cell)
-            self._clamp(new)
+        self._clip(step, new)
 
     def begin_backward(self, prev: list[Tensor]) -> None:
         self._make_d_pre()
         i, f, _, o = self.all_gates.chunk(4, -1)
-        g, tanh_cell = self.kept[:2]
+        g, tanh_cell = self.kept
         by = [g * i * (1 - i), prev[1] * f * (1 - f), i * (1 - g * g), tanh_cell * o * (1 - o)]
         self.by = torch.stack(by, dim=2).unbind(0)  # [B, 4, H]
         self.by_cell = (o * (1 - tanh_cell * tanh_cell)).unbind(0)
         self.forget = f.unbind(0)
         self.d_gates = self.d_pre.unflatten(-1, (4, -1)).unbind(0)
-        if self.clip is not None:
-            self._within(o * tanh_cell, self.kept[2])
-        else:
-            self._within()
 
-    def backward(self, step: int, d: list[Tensor], d_below: Tensor) -> None:
-        d_hidden, d_cell = self._through_clamp(step, d), d[1]
+    def backward(self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor) -> None:
+        d_hidden, d_cell = self._unclip(step, d, d_above), d[1]
         by, d_gates = self.by[step], self.d_gates[step]
         d_cell.addcmul_(d_hidden, self.by_cell[step])
         torch.mul(d_cell.unsqueeze(1), by[:, :3], out=d_gates[:, :3])
@@ -174,15 +168,12 @@ class LSTM(Cell):
 class GRU(Cell):
     """r, z = σ(pre + W below + U h + b);  n = tanh(pre + W below + r (U h + b));  h' = (1 − z) n + z h.
 
-    Kept: U h + b of n, and h' before it is clipped.
+    Kept: U h + b of n.
     """
 
     gates_per_unit = 3
     states = 1
-
-    @staticmethod
-    def count_kept(clip: float | None) -> int:
-        return 1 if clip is None else 2
+    more_kept = 1
 
     def forward(self, step: int, below: Tensor, prev: list[Tensor], new: list[Tensor]) -> None:
         gates, hidden = self.pre[step], new[0]
@@ -196,9 +187,7 @@ class GRU(Cell):
         self.kept[0][step].copy_(from_hidden[:, 2 * size :])
         n.addcmul_(gates[:, :size], from_hidden[:, 2 * size :]).tanh_()
         torch.lerp(n, prev[0], gates[:, size : 2 * size], out=hidden)
-        if self.clip is not None:
-            self.kept[1][step].copy_(hidden)
-            self._clamp(new)
+        self._clip(step, new)
 
     def begin_backward(self, prev: list[Tensor]) -> None:
         self._make_d_pre()
@@ -210,10 +199,9 @@ class GRU(Cell):
         self.by = torch.stack(by, dim=2).unbind(0)  # [B, 3, H]
         self.reset, self.update = r.unbind(0), z.unbind(0)
         self.d_gates = self.d_pre.unflatten(-1, (3, -1)).unbind(0)
-        self._within(*self.kept[1:])
 
-    def backward(self, step: int, d: list[Tensor], d_below: Tensor) -> None:
-        d_hidden = self._through_clamp(step, d)
+    def backward(self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor) -> None:
+        d_hidden = self._unclip(step, d, d_above)
         assert self.recurrent is not None
         torch.mul(d_hidden.unsqueeze(1), self.by[step], out=self.d_gates[step])
         self.below.backward(self.d_pre_steps[step], d_below)

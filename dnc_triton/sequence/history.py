@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
+from dnc_triton.kernels.layout import Layout, kept_shapes
 from dnc_triton.sequence.cells import CELLS
 from dnc_triton.sequence.torch_memory import Kept
 
@@ -26,6 +28,7 @@ class Settings(NamedTuple):
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
         checkpoint: memory and link are kept every so many steps; 1 keeps all.
+        layout: of the kernels for the memory's part; None for plain PyTorch.
     """
 
     controller: str
@@ -35,6 +38,7 @@ class Settings(NamedTuple):
     stop_usage_gradient: bool
     product_dtype: torch.dtype
     checkpoint: int
+    layout: Layout | None
 
 
 class History(NamedTuple):
@@ -159,15 +163,31 @@ def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -
     reads = state.words.shape[1]
     vector_size = sum(interface_sizes(reads, 1, word).values())
     count = Checkpoints.count(steps, settings.checkpoint)
-    empty = memory.new_empty
-    hidden = (steps, batch, hidden_size)
+
+    def over_steps(entries: int, *shape: int, dtype: torch.dtype = memory.dtype) -> Tensor:
+        """[entries, *shape], each entry at a multiple of 16 bytes: kernels are compiled anew for what is not."""
+        size = math.prod(shape)
+        unit = max(1, 16 // dtype.itemsize)
+        stride = -(-size // unit) * unit
+        return memory.new_empty((entries, stride), dtype=dtype)[:, :size].unflatten(1, shape)
+
+    if settings.layout is None:
+        kept = list(Kept.empty(memory, steps, batch, slots, word, reads))
+    else:
+        shapes = kept_shapes(batch, slots, reads)
+        kept = [
+            over_steps(steps, *shapes[0], dtype=torch.promote_types(memory.dtype, torch.float32)),
+            over_steps(steps, *shapes[1], dtype=torch.int32),
+        ]
+    states = range(max(kind.states, 1))
+    hidden = (batch, hidden_size)
     return History(
-        gates=[empty(steps, batch, kind.gates_per_unit * hidden_size) for _ in state.layers],
-        layers=[[empty(steps + 1, batch, hidden_size) for _ in range(max(kind.states, 1))] for _ in state.layers],
-        cells=[[empty(hidden) for _ in range(kind.count_kept(settings.clip))] for _ in state.layers],
-        vectors=empty(steps, batch, vector_size),
-        carried=[empty(steps + 1, *x.shape) for x in Carried(state.memory, state.words, []).light()],
-        memory=list(Kept.empty(memory, steps, batch, slots, word, reads)),
-        memories=empty(count, *memory.shape),
-        links=empty(count, *link.shape),
+        gates=[over_steps(steps, batch, kind.gates_per_unit * hidden_size) for _ in state.layers],
+        layers=[[over_steps(steps + 1, *hidden) for _ in states] for _ in state.layers],
+        cells=[[over_steps(steps, *hidden) for _ in range(kind.count_kept(settings.clip))] for _ in state.layers],
+        vectors=over_steps(steps, batch, vector_size),
+        carried=[over_steps(steps + 1, *x.shape) for x in Carried(state.memory, state.words, []).light()],
+        memory=kept,
+        memories=over_steps(count, *memory.shape),
+        links=over_steps(count, *link.shape),
     )

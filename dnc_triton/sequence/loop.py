@@ -11,6 +11,8 @@ interface vector. K = 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,16 +85,7 @@ class Sequence:
                 history.gates, self.below, self.recurrent, self.biases, history.cells, strict=True
             )
         ]
-        _, slots, word = first[0].shape
-        self.memory = TorchMemory(
-            history.vectors,
-            Kept(*history.memory),
-            slots=slots,
-            word=word,
-            reads=state.words.shape[1],
-            strength_offset=settings.strength_offset,
-            stop_usage_gradient=settings.stop_usage_gradient,
-        )
+        self.memory = self._memory(first[0], state.words.shape[1])
 
     def forward(self) -> tuple[Tensor, Carried]:
         """Returns the outputs [T, B, output_size] and the state after the last step."""
@@ -109,8 +102,8 @@ class Sequence:
                 if layer and self.dropout:
                     below = below * self.dropout[layer - 1][step]
                 cell.forward(step, below, before.layers[layer], after.layers[layer])
-                below = after.layers[layer][0]
-            self.interface.add_to(self.interface_bias, below, self.vectors[step])
+                below = cell.above(step, after.layers[layer])
+            self.interface.add_to(self.interface_bias, after.layers[-1][0], self.vectors[step])
             self.memory.forward(step, before.memory, after.memory, after.words, fresh=self.resets[step])
             if self.stops[step]:
                 self._keep_ended(step, after.flatten(), before.flatten())
@@ -158,12 +151,12 @@ class Sequence:
             self._clear_ended(step, d_vectors)
             d.layers[-1][0].add_(d_hidden_out[step])
             self.interface.add_backward(d_vectors[step], d.layers[-1][0])
+            d_above = None
             for layer in reversed(range(settings.num_layers)):
                 cell = self.cells[layer]
-                cell.backward(step, d.layers[layer], d_below if layer else d_words)
+                cell.backward(step, d.layers[layer], d_above, d_below if layer else d_words)
                 self._clear_ended(step, cell.d_pre, cell.d_pre_hidden)
-                if layer:
-                    d.layers[layer - 1][0].add_(d_below * self.dropout[layer - 1][step] if self.dropout else d_below)
+                d_above = d_below.mul_(self.dropout[layer - 1][step]) if layer and self.dropout else d_below
             if passed:
                 self._keep_ended(step, d.flatten(), passed)
             if self.resets[step]:
@@ -193,6 +186,21 @@ class Sequence:
         self.interface = Product(interface_weight, dtype)
         self.from_hidden = Product(output_weight[:, : interface_weight.shape[1]], dtype)
         self.from_words = Product(output_weight[:, interface_weight.shape[1] :], dtype)
+
+    def _memory(self, memory: Tensor, reads: int) -> Any:
+        """The memory's part, by kernels or in plain PyTorch; which is a question of the layout."""
+        settings, history = self.settings, self.history
+        options: dict[str, Any] = {
+            "strength_offset": settings.strength_offset,
+            "stop_usage_gradient": settings.stop_usage_gradient,
+            "reads": reads,
+        }
+        if settings.layout is None:
+            _, slots, word = memory.shape
+            return TorchMemory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
+        from dnc_triton.sequence.triton_memory import TritonMemory
+
+        return TritonMemory(history.vectors, history.memory, memory, layout=settings.layout, **options)
 
     def _before(self, step: int) -> Carried:
         """What goes into a step, rows that it resets at zero."""
@@ -244,7 +252,8 @@ class Sequence:
                 from_words = self.below[0].weight_gradient(cell.d_pre, words_before.flatten(2))
                 gradients.append(torch.cat([from_inputs, from_words], 1))
             else:
-                below = self.history.layers[layer - 1][0][1:]
+                under = self.cells[layer - 1]
+                below = self.history.layers[layer - 1][0][1:] if under.clip is None else under.unclipped[0]
                 below = below * self.dropout[layer - 1] if self.dropout else below
                 gradients.append(self.below[layer].weight_gradient(cell.d_pre, below))
             recurrent = self.recurrent[layer]

@@ -19,6 +19,8 @@ from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.dnc import DNCCell
 from dnc_reference.memory import without_autocast
 from dnc_reference.types import DNCState, MemoryState
+from dnc_triton.kernels.layout import Layout
+from dnc_triton.ops.fused_step import as_layout, on_device
 from dnc_triton.sequence.history import Carried, History, Settings, allocate
 from dnc_triton.sequence.loop import Sequence
 
@@ -41,12 +43,29 @@ def _sequence(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    layout: list[int] | None,
     keep: bool,
 ) -> list[Tensor]:
     """Outputs [T, B, output_size], the state after the last step, and with `keep` the history."""
-    settings = Settings(controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint)
+    settings = _settings(
+        controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint, layout
+    )
     carried = Carried.unflatten([tensor.contiguous() for tensor in state], num_layers)
     running = _running(inputs, lengths)
+    with on_device(inputs):
+        return _forward(settings, parameters, inputs, carried, running, reset, dropout, keep)
+
+
+def _forward(
+    settings: Settings,
+    parameters: list[Tensor],
+    inputs: Tensor,
+    carried: Carried,
+    running: Tensor | None,
+    reset: Tensor | None,
+    dropout: list[Tensor],
+    keep: bool,
+) -> list[Tensor]:
     if keep:
         sequence = Sequence(settings, parameters, inputs, carried, running, reset, dropout)
         outputs, last = sequence.forward()
@@ -84,9 +103,12 @@ def _(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    layout: list[int] | None,
     keep: bool,
 ) -> list[Tensor]:
-    settings = Settings(controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint)
+    settings = _settings(
+        controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint, layout
+    )
     outputs = inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0])
     last = [tensor.new_empty(tensor.shape) for tensor in state]
     if not keep:
@@ -114,9 +136,12 @@ def _sequence_backward(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    layout: list[int] | None,
 ) -> list[Tensor]:
     """The gradients by inputs, state and parameters, from those by the outputs and the state after the last step."""
-    settings = Settings(controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint)
+    settings = _settings(
+        controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint, layout
+    )
     sequence = Sequence(
         settings,
         parameters,
@@ -130,7 +155,8 @@ def _sequence_backward(
     )
     d_outputs, *d_last = gradients
     d_last = [gradient.clone(memory_format=torch.contiguous_format) for gradient in d_last]
-    d_inputs, d_state, d_parameters = sequence.backward(d_outputs, Carried.unflatten(d_last, num_layers))
+    with on_device(inputs):
+        d_inputs, d_state, d_parameters = sequence.backward(d_outputs, Carried.unflatten(d_last, num_layers))
     return [d_inputs, *d_state.flatten()[: len(state)], *d_parameters]
 
 
@@ -187,6 +213,7 @@ def unroll_sequence(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     checkpoint: int | str | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, DNCState]:
     """`dnc_reference.unroll` as one operation, for the built-in controllers and one write head.
 
@@ -195,6 +222,7 @@ def unroll_sequence(
         checkpoint: memory and link are kept for the backward at every so many steps, and made again in between; None
             keeps them at every step; "auto" does too while that takes less than a quarter of the device's memory, and
             else takes the square root of T.
+        layout: of the kernels for the memory's part; None for plain PyTorch.
     """
     steps, batch = inputs.shape[:2]
     if steps == 0:
@@ -225,6 +253,7 @@ def unroll_sequence(
             cell.stop_usage_gradient,
             product_dtype,
             _checkpoint(checkpoint, steps, state.memory),
+            None if layout is None else [int(value) for value in layout],
             keep,
         )
     last = others[: len(carried)]
@@ -262,6 +291,11 @@ def _parameters(cell: DNCCell) -> list[Tensor]:
     """Those of a plain cell, as `Sequence` wants them."""
     parts = [*cell.controller.layers, cell.interface, cell.output]  # type: ignore[misc]
     return [parameter for part in parts for parameter in part.parameters(recurse=False)]
+
+
+def _settings(*arguments: Any) -> Settings:
+    settings = Settings(*arguments)
+    return settings if settings.layout is None else settings._replace(layout=as_layout(list(settings.layout)))
 
 
 def _running(inputs: Tensor, lengths: Tensor | None) -> Tensor | None:

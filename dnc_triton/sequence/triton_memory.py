@@ -1,0 +1,100 @@
+"""The memory's part of a sequence by the kernels: the counterpart of `TorchMemory`, with the same methods."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dnc_reference.types import MemoryState
+from dnc_triton.kernels.launch import (
+    StepGradient,
+    StepResult,
+    backward_scratch,
+    forward_scratch,
+    launch_backward,
+    launch_forward,
+)
+from dnc_triton.kernels.layout import Layout
+
+
+class TritonMemory:
+    """Steps forward and backward over one stretch of a sequence.
+
+    Args:
+        vectors: [T, B, S], the raw interface vectors, each filled in before its step.
+        kept: `kept` and `free_list` of each step, of `layout.kept_shapes`, with T in front.
+        memory: any state's memory, [B, N, W].
+        reads: R.
+        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
+        stop_usage_gradient: as in `dnc_reference.memory_step`.
+        layout: of the kernels.
+    """
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        kept: list[Tensor],
+        memory: Tensor,
+        *,
+        reads: int,
+        strength_offset: float,
+        stop_usage_gradient: bool,
+        layout: Layout,
+    ) -> None:
+        self.vectors, self.reads, self.layout = vectors.unbind(0), reads, layout
+        self.strength_offset, self.stop_usage_gradient = strength_offset, stop_usage_gradient
+        self.kept, self.free_list = (tensor.unbind(0) for tensor in kept)
+        self.like = memory
+        self.scratch = forward_scratch(memory, reads, layout)
+        self.unread = memory.new_empty(memory.shape[0], reads, memory.shape[2])
+
+    def begin_forward(self) -> None:
+        """Before the first step: nothing."""
+
+    def forward(self, step: int, prev: MemoryState, new: MemoryState, read_words: Tensor, *, fresh: bool) -> None:
+        """As in `TorchMemory`; `fresh` does not matter."""
+        self._launch(step, prev, new, read_words)
+
+    def replay(self, step: int, prev: MemoryState, new: MemoryState) -> None:
+        """As in `TorchMemory`. What the step kept is written again, to the same bits."""
+        self._launch(step, prev, new, self.unread, replay=True)
+
+    def begin_backward(self, usage: Tensor, read_weights: Tensor, write_weights: Tensor, d_vectors: Tensor) -> None:
+        """As in `TorchMemory`; only `d_vectors` matters."""
+        self.d_vectors = d_vectors.unbind(0)
+        self.scratch = backward_scratch(self.like, self.reads, self.layout)
+        self.spare: MemoryState | None = None
+
+    def backward(
+        self, step: int, prev: MemoryState, new: MemoryState, d_read_words: Tensor, d: MemoryState
+    ) -> MemoryState:
+        """As in `TorchMemory`. Two sets of buffers take turns as what is given and what is returned."""
+        spare = MemoryState(*map(torch.empty_like, d)) if self.spare is None else self.spare
+        launch_backward(
+            self.vectors[step],
+            tuple(prev),
+            (new.memory, new.usage, new.read_weights, new.write_weights, self.kept[step], self.free_list[step]),
+            (d_read_words, *d),
+            StepGradient(self.d_vectors[step], *spare),
+            self.scratch,
+            raw=True,
+            strength_offset=self.strength_offset,
+            stop_usage_gradient=self.stop_usage_gradient,
+            layout=self.layout,
+        )
+        self.spare = d
+        return spare
+
+    def _launch(
+        self, step: int, prev: MemoryState, new: MemoryState, read_words: Tensor, *, replay: bool = False
+    ) -> None:
+        launch_forward(
+            self.vectors[step],
+            tuple(prev),
+            StepResult(read_words, *new, self.kept[step], self.free_list[step]),
+            self.scratch,
+            raw=True,
+            strength_offset=self.strength_offset,
+            layout=self.layout,
+            replay=replay,
+        )
