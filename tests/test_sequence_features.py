@@ -1,0 +1,212 @@
+"""What PyTorch and users do around the sequence operation: compilers, autocast, hooks, dropout, second derivatives."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import assert_close, assert_same_bits
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dnc_triton import DNC, explain, use_backend
+
+INPUTS = (3, 5, 3)
+
+
+def make(**options) -> DNC:
+    torch.manual_seed(0)
+    sizes = dict(memory_size=5, word_size=4, num_reads=2)
+    return DNC(3, 6, 2, **{**sizes, "dtype": torch.float64, **options})
+
+
+def warm(dnc: DNC):
+    """A state in which no two slots are used equally."""
+    weight = dnc.output.weight
+    with torch.no_grad():
+        return dnc(torch.randn(INPUTS[0], 6, 3, dtype=weight.dtype))[1]
+
+
+def run(dnc: DNC, inputs, state, module=None, **options):
+    """Outputs and gradients by parameters."""
+    dnc.zero_grad()
+    outputs, final = (dnc if module is None else module)(inputs, state, **options)
+    (outputs.square().sum() + final.memory.link.square().sum() + final.read_words.sum()).backward()
+    return outputs.detach(), [parameter.grad.clone() for parameter in dnc.parameters()]
+
+
+def test_compiled_it_is_one_node_and_computes_the_same():
+    dnc = make()
+    state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(dnc, fullgraph=True, backend="aot_eager")
+    assert_same_bits(run(dnc, inputs, state, compiled), run(dnc, inputs, state))
+
+
+@pytest.mark.parametrize("options", [{}, {"controller": "gru", "num_layers": 2, "clip": 0.3}], ids=["lstm", "gru"])
+def test_the_operator_is_what_it_says(options):
+    """Schema, fake implementation and autograd registration."""
+    dnc = make(dtype=torch.float32, checkpoint=2, **options)
+    state, inputs = warm(dnc), torch.randn(INPUTS, requires_grad=True)
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.dnc_triton.sequence.default:
+                calls.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        dnc(inputs, state, lengths=[5, 2, 0])
+    (arguments,) = calls
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dnc_triton.sequence.default, arguments, test_utils=checks)
+
+
+def test_autocast_rounds_products_and_not_the_memory():
+    dnc = make(dtype=torch.float32)
+    state, inputs = warm(dnc), torch.randn(INPUTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs, final = dnc(inputs, state)
+        with use_backend("reference"):
+            expected, expected_final = dnc(inputs, state)
+    assert outputs.dtype == expected.dtype == torch.bfloat16
+    for x, want in zip(tree_leaves(final), tree_leaves(expected_final), strict=True):
+        assert x.dtype == want.dtype == torch.float32
+        assert (x != x.bfloat16()).any()
+        assert_close(x, want, rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_is_drawn_anew_and_off_in_evaluation():
+    dnc = make(num_layers=2, dropout=0.5)
+    state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
+    torch.manual_seed(1)
+    first = run(dnc, inputs, state)
+    torch.manual_seed(1)
+    assert_same_bits(run(dnc, inputs, state), first)
+    assert (run(dnc, inputs, state)[0] != first[0]).any()
+    without = copy.deepcopy(dnc)
+    without.dropout = 0.0
+    assert_same_bits(run(dnc.eval(), inputs, state), run(without, inputs, state))
+
+
+def test_the_gradient_of_dropout():
+    """Along one direction of the parameters, with the same masks."""
+    dnc = make(num_layers=2, dropout=0.5)
+    state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
+    direction = [torch.randn_like(parameter) for parameter in dnc.parameters()]
+
+    def loss(distance: float) -> float:
+        moved = copy.deepcopy(dnc)
+        with torch.no_grad():
+            for parameter, step in zip(moved.parameters(), direction, strict=True):
+                parameter.add_(step, alpha=distance)
+            torch.manual_seed(1)
+            return moved(inputs, state)[0].square().sum().item()
+
+    torch.manual_seed(1)
+    gradients = torch.autograd.grad(dnc(inputs, state)[0].square().sum(), list(dnc.parameters()))
+    slope = sum((gradient * step).sum().item() for gradient, step in zip(gradients, direction, strict=True))
+    assert slope == pytest.approx((loss(1e-6) - loss(-1e-6)) / 2e-6, rel=1e-5)
+
+
+def test_second_derivatives_are_refused_with_the_remedy():
+    dnc = make()
+    inputs = torch.randn(INPUTS, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(dnc(inputs)[0].square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backend='reference'"):
+        gradient.square().sum().backward()
+    dnc.backend = "reference"
+    (gradient,) = torch.autograd.grad(dnc(inputs)[0].square().sum(), inputs, create_graph=True)
+    gradient.square().sum().backward()
+    assert inputs.grad.any()
+
+
+class Loud(nn.Linear):
+    """A part of the user's own."""
+
+
+class Overriding(DNC):
+    """Whoever overrides a part of the step wants it called."""
+
+    def control(self, *arguments):
+        return super().control(*arguments)
+
+
+def hooked(dnc: DNC) -> DNC:
+    dnc.interface.register_forward_hook(lambda *_: dnc.heard.append(1))
+    dnc.heard = []
+    return dnc
+
+
+def replaced(dnc: DNC) -> DNC:
+    dnc.output = Loud(dnc.output.in_features, dnc.output.out_features, dtype=torch.float64)
+    return dnc
+
+
+def parametrized(dnc: DNC) -> DNC:
+    nn.utils.parametrizations.weight_norm(dnc.interface)
+    return dnc
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, parametrized])
+def test_parts_of_the_users_own_are_called(change):
+    dnc = make()
+    inputs = torch.randn(INPUTS, dtype=torch.float64)
+    assert "* torch_sequence" in explain(dnc, inputs)
+    dnc = change(dnc)
+    assert "* reference" in explain(dnc, inputs)
+    dnc(inputs)
+    assert len(getattr(dnc, "heard", INPUTS[1] * [1])) == INPUTS[1]
+
+
+def test_an_overridden_method_is_called():
+    dnc = Overriding(3, 6, 2, memory_size=5, word_size=4)
+    assert "* reference" in explain(dnc, torch.randn(INPUTS))
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_writes": 2}, {"controller": lambda i, h: make().controller.__class__("rnn", i, h)}]
+)
+def test_checkpoints_step_by_step(options):
+    """Where autograd keeps count, its own checkpoints serve."""
+    dnc = make(**options)
+    state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
+    arguments = dict(lengths=[5, 3, 0], reset=torch.rand(INPUTS[:2]) < 0.3)
+    expected = run(dnc, inputs, state, **arguments)
+    dnc.checkpoint = 2
+    assert_close(run(dnc, inputs, state, **arguments), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "error"),
+    [(0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError), ("all", TypeError)],
+)
+def test_bad_checkpoints(checkpoint, error):
+    with pytest.raises(error, match=r"^checkpoint: expected .*got"):
+        make(checkpoint=checkpoint)
+
+
+def test_it_is_kept_by_copies():
+    dnc = make(checkpoint=7)
+    for again in (copy.deepcopy(dnc), pickle.loads(pickle.dumps(dnc))):
+        assert again.checkpoint == 7
+        assert "checkpoint=7" in repr(again)
+
+
+def test_twice_in_one_graph_and_twice_backwards():
+    dnc = make()
+    inputs = torch.randn(INPUTS, dtype=torch.float64)
+
+    def gradients(**options):
+        outputs, state = dnc(inputs)
+        loss = outputs.sum() + dnc(inputs.flip(1), state)[0].square().sum()
+        first = torch.autograd.grad(loss, list(dnc.parameters()), retain_graph=True)
+        assert_same_bits(torch.autograd.grad(loss, list(dnc.parameters())), first)
+        return first
+
+    actual = gradients()
+    with use_backend("reference"):
+        assert_close(actual, gradients(), rtol=1e-12, atol=1e-14)
