@@ -125,6 +125,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     interface, *state = inputs[:7]
     _, memory, usage, _, _, read_weights, write_weights, kept, free_list = output
     ctx.mark_non_differentiable(kept, free_list)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros for these two as well
     ctx.save_for_backward(interface, *state, memory, usage, read_weights, write_weights, kept, free_list)
     ctx.arguments = inputs[7:]
 

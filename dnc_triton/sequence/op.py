@@ -171,6 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     sequence_inputs, state, parameters, lengths, reset, dropout, *settings, _ = inputs
     last, history = output[1 : 1 + len(state)], output[1 + len(state) :]
     ctx.mark_non_differentiable(*history)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the history
     nested = [sequence_inputs, state, parameters, lengths, reset, dropout, [last[0], last[2]], history]
     tensors, ctx.structure = tree_flatten(nested)
     ctx.present = [isinstance(tensor, Tensor) for tensor in tensors]
