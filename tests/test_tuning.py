@@ -259,9 +259,9 @@ def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.Mo
     assert sum("50.0 µs" in line for line in lines) == 3
 
 
-def test_the_dispatcher_may_find_the_reference_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_measure", lambda step, *call: 50.0 if hasattr(step, "keywords") else 5.0)
-    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["reference"]
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
 
 
 @pytest.mark.parametrize(("slots", "name"), [(16, "triton_fused"), (64, "triton_fused"), (100, "triton_split")])
@@ -275,7 +275,7 @@ def test_without_measuring_the_default_is_taken(slots: int, name: str, monkeypat
 def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a measurement nor the memory of one decides, and a row gets the same layout in every batch."""
     monkeypatch.setattr(tuning, "_measure", lambda step, *call: 50.0 if hasattr(step, "keywords") else 5.0)
-    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["reference"]
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     for batch in (1, 12, 500):
         chosen = dispatch.choose(replace(PROBLEM, batch=batch))
@@ -315,4 +315,4 @@ def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPa
     assert "(7, 5)" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     assert "not installed" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
-    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["reference"]
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
