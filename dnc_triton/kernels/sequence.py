@@ -75,6 +75,7 @@ def matvec(
 
 @triton.jit
 def control(
+    pre_ptr,
     gates_ptr,
     features_ptr,
     cell_ptr,
@@ -96,7 +97,7 @@ def control(
 
     i, f, g, o = pre + W [h, r];  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
 
-    `gates` is pre, from the inputs, and holds σ(i), σ(f), tanh(g), σ(o) afterwards, H each.
+    Pre, from the inputs, and what is left in `gates`, σ(i), σ(f), tanh(g), σ(o), are [4, H].
     """
     for start in range(0, H, BLOCK_ROWS):
         units = start + tl.arange(0, BLOCK_ROWS)
@@ -105,10 +106,10 @@ def control(
         f = matvec(recurrent_ptr + H * F, features_ptr, units, H, F, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
         g = matvec(recurrent_ptr + 2 * H * F, features_ptr, units, H, F, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
         o = matvec(recurrent_ptr + 3 * H * F, features_ptr, units, H, F, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
-        i = sigmoid(i + tl.load(gates_ptr + units, mask=mask, other=0.0).to(COMPUTE))
-        f = sigmoid(f + tl.load(gates_ptr + H + units, mask=mask, other=0.0).to(COMPUTE))
-        g = tanh(g + tl.load(gates_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE))
-        o = sigmoid(o + tl.load(gates_ptr + 3 * H + units, mask=mask, other=0.0).to(COMPUTE))
+        i = sigmoid(i + tl.load(pre_ptr + units, mask=mask, other=0.0).to(COMPUTE))
+        f = sigmoid(f + tl.load(pre_ptr + H + units, mask=mask, other=0.0).to(COMPUTE))
+        g = tanh(g + tl.load(pre_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE))
+        o = sigmoid(o + tl.load(pre_ptr + 3 * H + units, mask=mask, other=0.0).to(COMPUTE))
         tl.store(gates_ptr + units, i, mask=mask)
         tl.store(gates_ptr + H + units, f, mask=mask)
         tl.store(gates_ptr + 2 * H + units, g, mask=mask)
@@ -131,12 +132,14 @@ def control_backward(
     d_interface_ptr,
     d_new_features_ptr,
     d_new_cell_ptr,
+    d_sent_back_ptr,
     d_features_ptr,
     d_cell_ptr,
     d_gates_ptr,
     recurrent_t_ptr,
     interface_weight_t_ptr,
     kept,
+    has_sender,
     H: tl.constexpr,
     F: tl.constexpr,
     S: tl.constexpr,
@@ -147,8 +150,9 @@ def control_backward(
 ):
     """The adjoint of `control`, from its gates, after that of the memory's part.
 
-    Leaves the gradient of pre in `d_gates`; adds to that of the features, which also went to the output layer, unless
-    the step did not begin with them: where `kept` is 0.
+    Leaves the gradient of pre in `d_gates`, and that of the features the step before left: what the output layer
+    `sent_back` to them, if there was such a step (`has_sender`), and what went to this one, unless it was reset (not
+    `kept`).
     """
     for start in range(0, H, BLOCK_ROWS):
         units = start + tl.arange(0, BLOCK_ROWS)
@@ -175,13 +179,14 @@ def control_backward(
     for start in range(0, F, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         mask = rows < F
-        d_features = tl.load(d_features_ptr + rows, mask=mask, other=0.0).to(COMPUTE)
+        d_features = tl.load(d_sent_back_ptr + rows, mask=mask & has_sender, other=0.0).to(COMPUTE)
         d_recurrent = matvec(recurrent_t_ptr, d_gates_ptr, rows, F, 4 * H, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
         tl.store(d_features_ptr + rows, d_features + tl.where(kept, d_recurrent, 0.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["batch", "steps"])
 def sequence_forward_kernel(
+    pre_ptr,
     gates_ptr,
     features_ptr,
     cells_ptr,
@@ -241,6 +246,7 @@ def sequence_forward_kernel(
         read_similarity_ptr = step_kept_ptr + 2 * N
         forward_ptr = step_kept_ptr + (2 + R) * N
         control(
+            pre_ptr + now * 4 * H,
             gates_ptr + now * 4 * H,
             features_ptr + before * F,
             cells_ptr + before * H,
@@ -345,6 +351,7 @@ def sequence_backward_kernel(
     write_weights_ptr,
     kept_ptr,
     free_list_ptr,
+    d_sent_back_ptr,
     d_gates_ptr,
     d_interface_ptr,
     d_features_ptr,
@@ -380,9 +387,10 @@ def sequence_backward_kernel(
 ):
     """Grid: (B,).
 
-    The gradient of the features has an entry for each, which begins as what the output layer sends back. That of
-    anything else that is carried on takes turns in two: entry t % 2 of [2, B, ...] is that of what step t begins with.
-    With `reset` there is a third, of zeros: what a step that it marks sends back is lost.
+    The gradient of what is carried on takes turns in two entries: entry t % 2 of [2, B, ...] is that of what step t
+    begins with. With `reset` all but the features have a third, of zeros, instead of what a step that it marks sends
+    back. `d_sent_back` [T, B, F] is what the output layer sends back to the features, to the last ones excepted, whose
+    gradient it is a part of already.
     """
     S: tl.constexpr = R * W + 3 * W + 5 * R + 3
     F: tl.constexpr = H + R * W
@@ -408,6 +416,8 @@ def sequence_backward_kernel(
         after = now + batch
         d_before = step % 2 * batch + element
         d_after = (step + 1) % 2 * batch + element
+        d_new_features_ptr = d_features_ptr + d_after * F
+        d_words_ptr = d_new_features_ptr + H
         before, kept = now, True
         if reset_ptr is not None:
             kept = tl.load(reset_ptr + now) == 0
@@ -416,7 +426,6 @@ def sequence_backward_kernel(
             d_after = tl.where(lost, 2 * batch + element, d_after)
         step_interface_ptr = interface_ptr + now * S
         d_step_interface_ptr = d_interface_ptr + now * S
-        d_words_ptr = d_features_ptr + after * F + H
         step_kept_ptr = kept_ptr + now * (2 + 3 * R) * N
         read_similarity_ptr = step_kept_ptr + 2 * N
         read_backward(
@@ -525,14 +534,16 @@ def sequence_backward_kernel(
             gates_ptr + now * 4 * H,
             cells_ptr + before * H,
             d_step_interface_ptr,
-            d_features_ptr + after * F,
+            d_new_features_ptr,
             d_cells_ptr + d_after * H,
-            d_features_ptr + now * F,
+            d_sent_back_ptr + (now - batch) * F,
+            d_features_ptr + d_before * F,
             d_cells_ptr + d_before * H,
             d_gates_ptr + now * 4 * H,
             recurrent_t_ptr,
             interface_weight_t_ptr,
             kept,
+            step > 0,
             H,
             F,
             S,
