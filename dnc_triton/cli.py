@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from dnc_triton.tasks import Task
     from dnc_triton.train import Run
 
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
@@ -32,32 +35,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dnc_triton.tasks import CopyTask, DelayedCopyTask
+    from dnc_triton.tasks import TASKS
 
     parser = argparse.ArgumentParser(prog="python -m dnc_triton", description="Differentiable Neural Computers.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a DNC on a task, an LSTM of the same hidden size beside it")
     tasks = train.add_subparsers(dest="task", required=True, metavar="TASK")
 
-    copy = _add_task(tasks, CopyTask, "repeat a sequence of random bit vectors after its end")
-    copy.add_argument("--min-length", type=int, help="vectors in the shortest training sequence (default: 1)")
-    copy.add_argument("--max-length", type=int, help="vectors in the longest training sequence (default: 10)")
-    copy.add_argument("--num-bits", type=int, help="bits in a vector (default: 8)")
-
-    delayed = _add_task(tasks, DelayedCopyTask, "give back a symbol after blanks: 8 _ _ _ _ gives _ _ _ _ 8")
-    delayed.add_argument("--delay", type=int, help="blanks after the symbol (default: 4)")
-    delayed.add_argument("--num-symbols", type=int, help="how many symbols there are (default: 10)")
+    for task in TASKS.values():
+        _add_task(tasks, task)
     return parser
 
 
-def _add_task(tasks: Any, task: Any, text: str) -> argparse.ArgumentParser:
+def _add_task(tasks: Any, task: type[Task]) -> argparse.ArgumentParser:
     """The parser of one task with the options that all tasks share; what is not given keeps the task's default."""
-    from dnc_triton.train import Settings
+    from dnc_triton.settings import Settings
 
     parser: argparse.ArgumentParser = tasks.add_parser(
-        task.name, help=text, description=text, argument_default=argparse.SUPPRESS
+        task.name, help=task.summary, description=task.summary, argument_default=argparse.SUPPRESS
     )
-    defaults = Settings(task.name, **task.defaults)
+    defaults = Settings.read(task.name)
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--run", type=Path, help=f"folder for the run (default: runs/{task.name}-DATE-TIME)")
     folder.add_argument(
@@ -68,34 +65,39 @@ def _add_task(tasks: Any, task: Any, text: str) -> argparse.ArgumentParser:
         help=f"go on with the run in this folder (default: the latest runs/{task.name}-*)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-    group = parser.add_argument_group("settings of a new run")
-    for name, kind, meaning in (
-        ("seed", int, "of the weights and of the data"),
-        ("steps", int, "optimisation steps"),
-        ("batch_size", int, "sequences per step"),
-        ("learning_rate", float, "of Adam at the start; it falls to 0 along a cosine"),
-        ("max_gradient_norm", float, "longer gradients are scaled down to it"),
-        ("controller", str, "lstm, gru, rnn or feedforward"),
-        ("hidden_size", int, "of the controller, and of the LSTM beside it"),
-        ("memory_size", int, "slots of the memory"),
-        ("word_size", int, "numbers in a slot"),
-        ("num_reads", int, "read heads"),
-    ):
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, help=f"{meaning} (default: {getattr(defaults, name)})")
-    group.add_argument("--no-baseline", dest="baseline", action="store_false", help="train no LSTM beside the DNC")
+    parser.add_argument("--config", type=Path, help="TOML file of settings (default: the one that comes with the task)")
+    group = parser.add_argument_group("settings of a new run; they take the place of those in the file")
+    for setting in fields(Settings):
+        if "meaning" in setting.metadata:
+            _add_flag(group, setting.name, setting.metadata["meaning"], getattr(defaults, setting.name))
+    group = parser.add_argument_group("the task; these too")
+    for name, parameter in inspect.signature(task).parameters.items():
+        _add_flag(group, name, task.arguments[name], defaults.task_arguments.get(name, parameter.default))
     return parser
 
 
-def _train(options: argparse.Namespace) -> int:
-    from dnc_triton.tasks import TASKS
-    from dnc_triton.train import Run, Settings
+def _add_flag(group: Any, name: str, meaning: str, default: Any) -> None:
+    """--name, or --name and --no-name, of the type that the default has."""
+    flag = "--" + name.replace("_", "-")
+    text = f"{meaning} (default: {default})"
+    if isinstance(default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        group.add_argument(flag, type=str if default is None else type(default), help=text)
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "device", "run", "resume")}
+
+def _train(options: argparse.Namespace) -> int:
+    from dnc_triton.settings import Settings
+    from dnc_triton.train import Run
+
+    own = ("command", "device", "run", "resume", "config")
+    given = {name: value for name, value in vars(options).items() if name not in own}
     task = given.pop("task")
     device = _device(options.device)
     run: Run
     if hasattr(options, "resume"):
+        if hasattr(options, "config"):
+            given["config"] = options.config
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"--resume: a run goes on with the settings it was started with, got also {flags}")
@@ -103,9 +105,7 @@ def _train(options: argparse.Namespace) -> int:
         if run.settings.task != task:
             raise ValueError(f"--resume: expected a run of {task!r}, got one of {run.settings.task!r}")
     else:
-        fields = set(Settings.__dataclass_fields__)
-        arguments = {name: given.pop(name) for name in list(given) if name not in fields}
-        settings = Settings(task, task_arguments=arguments, **(TASKS[task].defaults | given))
+        settings = Settings.read(task, getattr(options, "config", None), **given)
         folder = getattr(options, "run", Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}")
         if (folder / "checkpoint.pt").exists():
             raise ValueError(f"--run: {folder} holds a run; go on with it by --resume {folder}, or name another folder")

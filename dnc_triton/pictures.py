@@ -63,7 +63,7 @@ def draw_memory(trace: Trace, batch: Batch, path: Path) -> None:
     steps = len(first["usage"])
     panels: list[tuple[str, np.ndarray, float]] = [
         ("input", batch.inputs[0].cpu().numpy().T, 1.0),
-        ("target", batch.targets[0].cpu().numpy().T, 1.0),
+        ("target", batch.targets[0].float().cpu().numpy().T, 1.0),
     ]
     for kind in ("write", "read"):
         heads = first[f"{kind}_weights"]  # [T, heads, N]

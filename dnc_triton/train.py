@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,70 +29,14 @@ from tqdm import tqdm
 
 from dnc_triton.layer import DNC
 from dnc_triton.pictures import draw_learning_curve, draw_memory
-from dnc_triton.tasks import TASKS, Task
+from dnc_triton.settings import Settings
+from dnc_triton.tasks import Batch, Task
+from dnc_triton.tasks.data import TrainingBatches, generator
 from dnc_triton.trace import trace
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 LOG_EVERY = 50  # steps between two rows of metrics.csv, and between two checkpoints
 EVALUATION_SEQUENCES = 1000  # per row of the final table, in batches of one length
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made of; the same settings give the same run on the same machine.
-
-    Attributes:
-        task: a key of `TASKS`.
-        task_arguments: of the task, as its class takes them.
-        seed: of the weights and of the data.
-        steps: optimisation steps.
-        batch_size: sequences per step.
-        learning_rate: of Adam at the start; it falls to 0 along a cosine.
-        max_gradient_norm: longer gradients are scaled down to it.
-        controller, hidden_size, memory_size, word_size, num_reads: of the DNC.
-        baseline: train an `nn.LSTM` of the same hidden size on the same batches.
-    """
-
-    task: str
-    task_arguments: dict[str, int] = field(default_factory=dict)
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 16
-    learning_rate: float = 1e-2
-    max_gradient_norm: float = 1.0
-    controller: str = "feedforward"
-    hidden_size: int = 64
-    memory_size: int = 32
-    word_size: int = 16
-    num_reads: int = 1
-    baseline: bool = True
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}, got {self.task!r}")
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_gradient_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-
-    def make_task(self) -> Task:
-        """The task that these settings name."""
-        return TASKS[self.task](**self.task_arguments)
-
-    def make_dnc(self) -> DNC:
-        """The DNC that these settings describe, with fresh weights."""
-        task = self.make_task()
-        return DNC(
-            task.input_size,
-            self.hidden_size,
-            task.output_size,
-            memory_size=self.memory_size,
-            word_size=self.word_size,
-            num_reads=self.num_reads,
-            controller=self.controller,
-        )
 
 
 class LSTMBaseline(nn.Module):
@@ -103,8 +47,8 @@ class LSTMBaseline(nn.Module):
         self.lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
         self.output = nn.Linear(hidden_size, output_size)
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Any]:
-        """inputs [B, T, input_size] → outputs [B, T, output_size], state."""
+    def forward(self, inputs: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+        """inputs [B, T, input_size] → outputs [B, T, output_size], state; past `lengths` without meaning."""
         hidden, state = self.lstm(inputs)
         return self.output(hidden), state
 
@@ -118,17 +62,23 @@ class Learner:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=settings.steps)
 
-    def learn(self, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
-        """One optimisation step: the loss, and the share of units that were wrong before it."""
+    def learn(self, task: Task, batch: Batch) -> dict[str, Tensor]:
+        """One optimisation step: the loss, and the shares of units wrong and of sequences right before it."""
         self.model.train()
-        outputs, _ = self.model(batch.inputs)
-        loss = task.loss(outputs, batch)
+        outputs = task.run(self.model, batch)
+        units = task.units(batch)
+        loss = task.loss(outputs, batch) / units
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
         self.optimizer.step()
         self.schedule.step()
-        return loss.detach(), task.wrong(outputs.detach(), batch).float().mean()
+        outputs = outputs.detach()
+        return {
+            "loss": loss.detach(),
+            f"{task.unit}_error": task.wrong(outputs, batch).sum() / units,
+            "right": task.right(outputs, batch).float().mean(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -160,8 +110,8 @@ class Run:
         self.rows: list[dict[str, float]] = []
         self.sums: dict[str, Any] = {}  # of the metrics, since the last row
         torch.manual_seed(settings.seed)
-        self.data = torch.Generator().manual_seed(settings.seed)
-        self.learners = {"dnc": Learner(settings.make_dnc().to(device), settings)}
+        self.lesson = 0
+        self.learners = {"dnc": Learner(settings.make_dnc(self.task).to(device), settings)}
         if settings.baseline:
             lstm = LSTMBaseline(self.task.input_size, settings.hidden_size, self.task.output_size)
             self.learners["lstm"] = Learner(lstm.to(device), settings)
@@ -178,9 +128,8 @@ class Run:
         run = cls(Settings(**checkpoint["settings"]), folder, device)
         for name, learner in run.learners.items():
             learner.load_state_dict(checkpoint["learners"][name])
-        for name in ("step", "seconds", "rows", "sums"):
+        for name in ("step", "lesson", "seconds", "rows", "sums"):
             setattr(run, name, checkpoint[name])
-        run.data.set_state(checkpoint["data"])
         torch.set_rng_state(checkpoint["random"])
         return run
 
@@ -191,11 +140,11 @@ class Run:
             "format": CHECKPOINT_FORMAT,
             "settings": asdict(self.settings),
             "step": self.step,
+            "lesson": self.lesson,
             "seconds": self.seconds,
             "rows": self.rows,
             "sums": self.sums,
             "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
-            "data": self.data.get_state(),
             "random": torch.get_rng_state(),
         }
         with _replacing(self.folder / "checkpoint.pt") as path:
@@ -219,11 +168,11 @@ class Run:
         started = time.perf_counter() - self.seconds
         with _asked_to_stop() as stop, self._progress() as progress:
             while self.step < settings.steps and not stop:
-                batch = self.task.sample_training(settings.batch_size, self.data).to(self.device)
+                batches = TrainingBatches(self.task, settings.batch_size, settings.seed, self.lesson)
+                batch = batches[self.step].to(self.device)
                 for name, learner in self.learners.items():
-                    loss, wrong = learner.learn(self.task, batch)
-                    for key, value in ((f"{name}_loss", loss), (f"{name}_{unit}_error", wrong)):
-                        self.sums[key] = self.sums.get(key, 0.0) + value
+                    for key, value in learner.learn(self.task, batch).items():
+                        self.sums[f"{name}_{key}"] = self.sums.get(f"{name}_{key}", 0.0) + value
                 self.step += 1
                 self.seconds = time.perf_counter() - started
                 progress.update()
@@ -250,32 +199,34 @@ class Run:
                     f"{key} became {value} in steps {self.step - steps + 1} to {self.step}. The checkpoint in "
                     f"{self.folder} is from before; try a lower --learning-rate"
                 )
-        self.rows.append({"step": self.step, **row, "seconds": round(self.seconds, 2)})
+        self.rows.append({"step": self.step, "lesson": self.lesson, **row, "seconds": round(self.seconds, 2)})
         self.sums = {}
+        if row["dnc_right"] >= self.settings.advance_at and self.lesson + 1 < len(self.task.lessons):
+            self.lesson += 1
         return row
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Share of sequences without an error, evaluation → model → share, on sequences that no training saw."""
         shares: dict[str, dict[str, float]] = {}
-        for name, lengths in self.task.evaluations.items():
-            # Seeded apart from the training data, and the same for every model.
-            data = torch.Generator().manual_seed(self.settings.seed + 2**32)
+        for name, sizes in self.task.evaluations.items():
             right = dict.fromkeys(self.learners, 0)
-            count = math.ceil(EVALUATION_SEQUENCES / len(lengths))
-            for length in lengths:
-                batch = self.task.sample(count, length, data).to(self.device)
+            count = math.ceil(EVALUATION_SEQUENCES / len(sizes))
+            for size in sizes:
+                batch = self.task.sample(count, size, generator(self.settings.seed, "test", size), split="test")
+                batch = batch.to(self.device)
                 for model, learner in self.learners.items():
-                    outputs, _ = learner.model.eval()(batch.inputs)
-                    right[model] += int((~self.task.wrong(outputs, batch)).all(1).sum())
-            shares[name] = {model: right[model] / (count * len(lengths)) for model in right}
+                    outputs = self.task.run(learner.model.eval(), batch)
+                    right[model] += int(self.task.right(outputs, batch).sum())
+            shares[name] = {model: right[model] / (count * len(sizes)) for model in right}
         return shares
 
     def report(self) -> str:
         """Evaluate, draw the pictures, write `result.json`, and say it all in words."""
         shares = self.evaluate()
-        data = torch.Generator().manual_seed(self.settings.seed + 2**33)
-        batch = self.task.sample(1, self.task.lengths[-1], data).to(self.device)
+        sizes = self.task.lessons[-1]
+        batch = self.task.sample(1, sizes[-1], generator(self.settings.seed, "validation", 0), split="validation")
+        batch = batch.to(self.device)
         dnc = self.learners["dnc"].model.eval()
         assert isinstance(dnc, DNC)
         seen = trace(dnc, batch.inputs.transpose(0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import signal
@@ -10,13 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dnc_triton.cli import main
-from dnc_triton.tasks import TASKS, CopyTask, DelayedCopyTask
-from dnc_triton.train import LOG_EVERY, Run, Settings, load_checkpoint
+from dnc_triton.settings import Settings
+from dnc_triton.tasks import TASKS, Batch, CopyTask, DelayedCopyTask, Task
+from dnc_triton.tasks.data import TrainingBatches, generator
+from dnc_triton.train import LOG_EVERY, Run, load_checkpoint
 
 SMALL = ["--hidden-size", "16", "--memory-size", "8", "--word-size", "8", "--batch-size", "4", "--max-length", "3"]
 
@@ -51,13 +55,13 @@ def test_copy_sequences_are_what_the_task_says() -> None:
     batch = task.sample(7, 4, torch.Generator().manual_seed(0))
     assert batch.inputs.shape == (7, 9, 4)
     assert batch.targets.shape == (7, 9, 3)
-    assert batch.scored.tolist() == [False] * 5 + [True] * 4
+    assert batch.scored.tolist() == [[False] * 5 + [True] * 4] * 7
     torch.testing.assert_close(batch.inputs[:, :4, :3], batch.targets[:, 5:])
     assert batch.inputs[:, 4].tolist() == [[0, 0, 0, 1]] * 7
     assert not batch.inputs[:, 5:].any()
     assert 0.2 < batch.targets[:, 5:].mean() < 0.8
     lengths = {
-        (task.sample_training(1, torch.Generator().manual_seed(seed)).inputs.shape[1] - 1) // 2 for seed in range(50)
+        (task.sample_training(1, 0, torch.Generator().manual_seed(seed)).inputs.shape[1] - 1) // 2 for seed in range(50)
     }
     assert lengths == {2, 3, 4, 5}
 
@@ -65,29 +69,77 @@ def test_copy_sequences_are_what_the_task_says() -> None:
 def test_delayed_copy_gives_the_symbol_back_at_the_end() -> None:
     task = DelayedCopyTask(delay=4)
     batch = task.sample(100, 4, torch.Generator().manual_seed(0))
-    inputs, targets = batch.inputs.argmax(-1), batch.targets.argmax(-1)
+    inputs, targets = batch.inputs.argmax(-1), batch.targets.squeeze(-1)
     blank = 10
     assert (inputs[:, 1:] == blank).all()
     assert (targets[:, :-1] == blank).all()
     assert (inputs[:, 0] == targets[:, -1]).all()
     assert set(inputs[:, 0].tolist()) == set(range(10))
-    lines = task.show(batch.targets, batch).splitlines()
+    right = torch.nn.functional.one_hot(targets, 11).float()
+    lines = task.show(right, batch).splitlines()
     symbol = str(int(inputs[0, 0]))
     assert lines[0].split() == ["input", symbol, "_", "_", "_", "_"]
     assert lines[2].split() == ["output", "_", "_", "_", "_", symbol]
 
 
+def right_logits(task: Task, batch: Batch) -> torch.Tensor:
+    """Outputs that are sure of every target."""
+    targets = batch.targets
+    if not targets.is_floating_point():
+        targets = torch.nn.functional.one_hot(targets, task.output_size // targets.shape[-1]).flatten(2)
+    return 20 * (2 * targets.float() - 1)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_right_outputs_are_right_and_each_flip_is_counted(name: str) -> None:
-    task = TASKS[name]()
-    batch = task.sample(5, task.lengths[-1], torch.Generator().manual_seed(0))
-    logits = 20 * (2 * batch.targets - 1)
+    task = Settings.read(name).make_task()
+    batch = task.sample(5, task.lessons[-1][-1], generator(0, "train", 0))
+    logits = right_logits(task, batch)
     assert not task.wrong(logits, batch).any()
-    assert task.loss(logits, batch) < 1e-6
-    logits[2, -1] = -logits[2, -1]
+    assert task.right(logits, batch).all()
+    assert task.loss(logits, batch) / task.units(batch) < 1e-6
+    last = batch.scored[2].nonzero()[-1]
+    logits[2, last] = -logits[2, last]
     wrong = task.wrong(logits, batch)
-    assert wrong.any(1).tolist() == [False, False, True, False, False]
-    assert task.loss(logits, batch) > 0.1
+    assert wrong.flatten(1).any(1).tolist() == [False, False, True, False, False]
+    assert task.right(logits, batch).tolist() == [True, True, False, True, True]
+    assert task.loss(logits, batch) > 1
+    # What is not scored changes nothing.
+    logits[~batch.scored] = torch.randn_like(logits[~batch.scored])
+    assert torch.equal(task.wrong(logits, batch), wrong)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_batch_is_what_its_number_says(name: str) -> None:
+    """The same from any worker, in any order; another number, seed or split gives another."""
+    task = Settings.read(name).make_task()
+    batches = TrainingBatches(task, 4, 7, 0)
+    first = batches[3]
+    batches[5]
+    again = TrainingBatches(Settings.read(name).make_task(), 4, 7, 0)[3]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None)
+    drawn = {
+        tuple(torch.randint(2**31, (4,), generator=generator(seed, split, number)).tolist())
+        for seed in (7, 8, 7 + 2**32)
+        for split in ("train", "validation", "test")
+        for number in (3, 4)
+    }
+    assert len(drawn) == 18
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_says_what_it_needs_to_be_trained(name: str) -> None:
+    settings = Settings.read(name)
+    task = settings.make_task()
+    generated = generator(1, "train", 0)
+    for lesson in range(len(task.lessons)):
+        batch = task.sample_training(3, lesson, generated)
+        assert batch.inputs.shape == (*batch.scored.shape, task.input_size)
+        assert batch.targets.shape[:2] == batch.scored.shape
+        assert batch.scored.any(1).all()
+    for parameter in inspect.signature(type(task)).parameters:
+        assert type(task).arguments[parameter]
+    assert set(task.symbols(task.run(settings.make_dnc(task), batch), batch)) == {"input", "target", "output"}
 
 
 def test_delayed_copy_is_learned_and_everything_is_left_in_the_folder(
@@ -109,7 +161,8 @@ def test_delayed_copy_is_learned_and_everything_is_left_in_the_folder(
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     # The weights are those that were evaluated, and reading them executes nothing.
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    dnc = Settings(**checkpoint["settings"]).make_dnc()
+    settings = Settings(**checkpoint["settings"])
+    dnc = settings.make_dnc(settings.make_task())
     dnc.load_state_dict(checkpoint["learners"]["dnc"]["model"])
     assert not list(folder.glob("*.part"))
 
@@ -146,7 +199,7 @@ def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path) -> None:
     broken = Run(settings, tmp_path / "broken", torch.device("cpu"))
     sample = broken.task.sample_training
 
-    def sample_then_stop(*arguments: object) -> object:
+    def sample_then_stop(*arguments: Any) -> Batch:
         if broken.step == LOG_EVERY + 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return sample(*arguments)
@@ -212,7 +265,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(b"", "cannot be read"), (b"no checkpoint at all", "cannot be read"), (None, "format 1, got 99")],
+    [(b"", "cannot be read"), (b"no checkpoint at all", "cannot be read"), (None, "format 2, got 99")],
     ids=["empty", "garbage", "another version"],
 )
 def test_a_damaged_checkpoint_is_refused(

@@ -1,8 +1,11 @@
-"""Tasks to train on: what a sequence is, what counts as right, and a configuration that is known to work."""
+"""Tasks to train on: what a sequence is and what counts as right.
 
-from dnc_triton.tasks.base import Batch, Task
+`configurations/NAME.toml` holds the training settings that are known to work for a task.
+"""
+
+from dnc_triton.tasks.base import Batch, BitTask, SymbolTask, Task
 from dnc_triton.tasks.copying import CopyTask, DelayedCopyTask
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (CopyTask, DelayedCopyTask)}
 
-__all__ = ["TASKS", "Batch", "CopyTask", "DelayedCopyTask", "Task"]
+__all__ = ["TASKS", "Batch", "BitTask", "CopyTask", "DelayedCopyTask", "SymbolTask", "Task"]

@@ -3,67 +3,176 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
-    """Sequences of one length, and what is asked of the network.
+    """Sequences, and what is asked of the network. U is how many units an output step has: bits, or symbols.
 
     Attributes:
         inputs: [B, T, input_size].
-        targets: [B, T, output_size].
-        scored: [T] bool: the steps at which the output counts.
+        targets: [B, T, U]: bits, 0 or 1 in the dtype of the inputs, or symbols, int64.
+        scored: [B, T] bool: the steps at which the output counts.
+        lengths: [B] int64, the steps that each sequence has, or None: T. What comes after them is padding.
     """
 
     inputs: Tensor
     targets: Tensor
     scored: Tensor
+    lengths: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the sequences, as the processes of a distributed run share them out."""
+        return Batch._make(None if tensor is None else tensor[rows] for tensor in self)
 
 
 class Task(ABC):
     """A task: sequences drawn at random, their loss, and which of the outputs are wrong.
 
+    What is drawn depends on the arguments and the generator alone, so any worker may draw any batch.
+
     Attributes:
         name: on the command line.
+        summary: one line of help.
+        arguments: help for the constructor's arguments, name → text; each becomes a flag.
         unit: what an output is right or wrong about, "bit" say.
-        defaults: the training settings that are known to work for it.
         input_size, output_size: of the network.
-        lengths: those it is trained on.
-        evaluations: what to report at the end, name → lengths.
+        lessons: the curriculum, from easy to hard: the sizes that a training batch is drawn from in each lesson.
+        evaluations: what to report at the end, name → sizes.
+
+    A size says how hard a sequence is; what it counts is the task's own matter (vectors to copy, say).
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]
+    arguments: ClassVar[dict[str, str]] = {}
     unit: ClassVar[str]
-    defaults: ClassVar[dict[str, Any]]
     input_size: int
     output_size: int
-    lengths: range
-    evaluations: dict[str, range]
+    lessons: Sequence[Sequence[int]]
+    evaluations: dict[str, Sequence[int]]
 
     @abstractmethod
-    def sample(self, batch_size: int, length: int, generator: torch.Generator) -> Batch:
-        """Sequences of one length, drawn with `generator`, on the CPU."""
+    def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        """Sequences of one size, drawn with `generator`, on the CPU.
+
+        `split` is "train", "validation" or "test". A task that makes its sequences at random may ignore it, since
+        no two splits share a seed; one that reads them from a file, or has few, keeps the splits apart.
+        """
+
+    def sample_training(self, batch_size: int, lesson: int, generator: torch.Generator) -> Batch:
+        """A batch to train on: its size is drawn evenly from those of the lesson."""
+        sizes = self.lessons[lesson]
+        pick = int(torch.randint(len(sizes), (1,), generator=generator))
+        return self.sample(batch_size, sizes[pick], generator)
+
+    def run(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The outputs [B, T, output_size] of a model, which is called as a `DNC`, for a batch.
+
+        A task in which the network sees its own answers does that here.
+        """
+        outputs: Tensor = model(batch.inputs, lengths=batch.lengths)[0]
+        return outputs
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean loss over what is scored, for outputs [B, T, output_size]."""
+        """The loss, summed over the scored units, of outputs [B, T, output_size]."""
 
     @abstractmethod
     def wrong(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """[B, S] bool: which of each sequence's S scored units the outputs have wrong."""
+        """[B, T, U] bool: which of the scored units the outputs have wrong; False where nothing is scored."""
 
     @abstractmethod
+    def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
+        """The first sequence in words: "input", "target" and "output", one short text per step, "" for nothing."""
+
+    def units(self, batch: Batch) -> Tensor:
+        """How many units of a batch are scored, a scalar."""
+        return batch.scored.sum() * batch.targets.shape[-1]
+
+    def right(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """[B] bool: which sequences were solved; those without a wrong unit unless the task says otherwise."""
+        return ~self.wrong(outputs, batch).flatten(1).any(1)
+
     def show(self, outputs: Tensor, batch: Batch) -> str:
         """The first sequence of a batch as text: input, target and output."""
+        symbols = self.symbols(outputs, batch)
+        widths = [max(map(len, step)) for step in zip(*symbols.values(), strict=True)]
+        return "\n".join(
+            f"{name:<8}" + " ".join(f"{text:<{width}}" for text, width in zip(texts, widths, strict=True)).rstrip()
+            for name, texts in symbols.items()
+        )
 
-    def sample_training(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """A batch to train on: its length is drawn evenly from `lengths`."""
-        pick = int(torch.randint(len(self.lengths), (1,), generator=generator))
-        return self.sample(batch_size, self.lengths[pick], generator)
+
+class BitTask(Task):
+    """A task whose outputs are logits of bits, one for each channel."""
+
+    unit: ClassVar[str] = "bit"
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            outputs[batch.scored], batch.targets[batch.scored].to(outputs.dtype), reduction="sum"
+        )
+
+    def wrong(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return ((outputs > 0) != (batch.targets > 0.5)) & batch.scored.unsqueeze(-1)
+
+    def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
+        def text(bits: Tensor, where: Tensor) -> list[str]:
+            return [
+                "".join("█" if bit else "·" for bit in step) if shown else ""
+                for step, shown in zip((bits > 0).tolist(), where.tolist(), strict=True)
+            ]
+
+        inputs = batch.inputs[0]
+        return {
+            "input": text(inputs, inputs.any(-1)),
+            "target": text(batch.targets[0], batch.scored[0]),
+            "output": text(outputs[0], batch.scored[0]),
+        }
+
+
+class SymbolTask(Task):
+    """A task whose outputs are logits of symbols, `len(vocabulary)` for each of the U symbols of a step.
+
+    Attributes:
+        vocabulary: the symbols of the targets.
+        input_vocabulary: what each input channel stands for; a step is shown as those that are on.
+    """
+
+    unit: ClassVar[str] = "symbol"
+    vocabulary: Sequence[str]
+    input_vocabulary: Sequence[str]
+
+    def _logits(self, outputs: Tensor) -> Tensor:
+        return outputs.unflatten(-1, (-1, len(self.vocabulary)))  # [B, T, U, V]
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        logits, targets = self._logits(outputs)[batch.scored], batch.targets[batch.scored]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    def wrong(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return (self._logits(outputs).argmax(-1) != batch.targets) & batch.scored.unsqueeze(-1)
+
+    def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
+        def text(symbols: Tensor) -> list[str]:
+            return [
+                " ".join(self.vocabulary[symbol] for symbol in step) if shown else ""
+                for step, shown in zip(symbols.tolist(), batch.scored[0].tolist(), strict=True)
+            ]
+
+        on = [[channel for channel, value in enumerate(step) if value] for step in batch.inputs[0].tolist()]
+        return {
+            "input": [" ".join(self.input_vocabulary[channel] for channel in channels) for channels in on],
+            "target": text(batch.targets[0]),
+            "output": text(self._logits(outputs[:1]).argmax(-1)[0]),
+        }

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnc_triton.tasks.base import Batch, Task
+from dnc_triton.tasks.base import Batch, BitTask, SymbolTask
 
 
-class CopyTask(Task):
+class CopyTask(BitTask):
     """Repeat a sequence of random bit vectors after its end.
 
-    Input: `length` vectors of bits, then one step on whose extra channel a 1 says "now you", then zeros.
+    Input: `size` vectors of bits, then one step on whose extra channel a 1 says "now you", then zeros.
     Target: the same vectors in the same order, right after that step; before it, the output does not count.
 
     Args:
@@ -25,8 +25,12 @@ class CopyTask(Task):
     """
 
     name: ClassVar[str] = "copy"
-    unit: ClassVar[str] = "bit"
-    defaults: ClassVar[dict[str, Any]] = {"steps": 1000, "memory_size": 32}
+    summary: ClassVar[str] = "repeat a sequence of random bit vectors after its end"
+    arguments: ClassVar[dict[str, str]] = {
+        "min_length": "vectors in the shortest training sequence",
+        "max_length": "vectors in the longest training sequence",
+        "num_bits": "bits in a vector",
+    }
 
     def __init__(self, min_length: int = 1, max_length: int = 10, num_bits: int = 8) -> None:
         if not 1 <= min_length <= max_length:
@@ -37,31 +41,26 @@ class CopyTask(Task):
             raise ValueError(f"num_bits: expected at least 1, got {num_bits}")
         self.num_bits = num_bits
         self.input_size, self.output_size = num_bits + 1, num_bits
-        self.lengths = range(min_length, max_length + 1)
+        trained = range(min_length, max_length + 1)
+        self.lessons = [trained]
         self.evaluations = {
-            f"{min_length} to {max_length} vectors, as trained": self.lengths,
+            f"{min_length} to {max_length} vectors, as trained": trained,
             f"{max_length + 1} to {2 * max_length} vectors": range(max_length + 1, 2 * max_length + 1),
-            f"{2 * max_length} vectors, twice the longest": range(2 * max_length, 2 * max_length + 1),
+            f"{2 * max_length} vectors, twice the longest": [2 * max_length],
         }
 
-    def sample(self, batch_size: int, length: int, generator: torch.Generator) -> Batch:
-        bits = torch.randint(2, (batch_size, length, self.num_bits), generator=generator).float()
-        steps = 2 * length + 1
+    def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        bits = torch.randint(2, (batch_size, size, self.num_bits), generator=generator).float()
+        steps = 2 * size + 1
         inputs = torch.zeros(batch_size, steps, self.input_size)
-        inputs[:, :length, : self.num_bits] = bits
-        inputs[:, length, self.num_bits] = 1
+        inputs[:, :size, : self.num_bits] = bits
+        inputs[:, size, self.num_bits] = 1
         targets = torch.zeros(batch_size, steps, self.output_size)
-        targets[:, length + 1 :] = bits
-        return Batch(inputs, targets, torch.arange(steps) > length)
-
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return F.binary_cross_entropy_with_logits(outputs[:, batch.scored], batch.targets[:, batch.scored])
-
-    def wrong(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return ((outputs > 0) != (batch.targets > 0.5))[:, batch.scored].flatten(1)
+        targets[:, size + 1 :] = bits
+        return Batch(inputs, targets, (torch.arange(steps) > size).expand(batch_size, -1))
 
     def show(self, outputs: Tensor, batch: Batch) -> str:
-        answer = torch.where(batch.scored.unsqueeze(-1), outputs[0] > 0, False)
+        answer = torch.where(batch.scored[0].unsqueeze(-1), outputs[0] > 0, False)
         pictures = {"input": batch.inputs[0], "target": batch.targets[0], "output": answer}
         lines = []
         for name, steps in pictures.items():
@@ -70,7 +69,7 @@ class CopyTask(Task):
         return "\n".join(lines)
 
 
-class DelayedCopyTask(Task):
+class DelayedCopyTask(SymbolTask):
     """Give back a symbol after a fixed number of blanks: ``8 _ _ _ _`` gives ``_ _ _ _ 8``.
 
     Input: a symbol, then `delay` blanks. Target: `delay` blanks, then the symbol. Every step counts: giving it back
@@ -82,8 +81,11 @@ class DelayedCopyTask(Task):
     """
 
     name: ClassVar[str] = "delayed_copy"
-    unit: ClassVar[str] = "symbol"
-    defaults: ClassVar[dict[str, Any]] = {"steps": 500, "memory_size": 8, "controller": "lstm"}
+    summary: ClassVar[str] = "give back a symbol after blanks: 8 _ _ _ _ gives _ _ _ _ 8"
+    arguments: ClassVar[dict[str, str]] = {
+        "delay": "blanks after the symbol",
+        "num_symbols": "how many symbols there are, without the blank",
+    }
 
     def __init__(self, delay: int = 4, num_symbols: int = 10) -> None:
         if delay < 1:
@@ -91,28 +93,15 @@ class DelayedCopyTask(Task):
         if num_symbols < 2:
             raise ValueError(f"num_symbols: expected at least 2, got {num_symbols}")
         self.num_symbols = num_symbols
-        self.input_size = self.output_size = num_symbols + 1  # the last one is the blank
-        self.lengths = range(delay, delay + 1)
-        self.evaluations = {f"delay {delay}, as trained": self.lengths}
+        self.vocabulary = self.input_vocabulary = [*map(str, range(num_symbols)), "_"]
+        self.input_size = self.output_size = num_symbols + 1
+        self.lessons = [[delay]]
+        self.evaluations = {f"delay {delay}, as trained": [delay]}
 
-    def sample(self, batch_size: int, length: int, generator: torch.Generator) -> Batch:
+    def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         symbols = torch.randint(self.num_symbols, (batch_size,), generator=generator)
-        given = torch.full((batch_size, length + 1), self.num_symbols)
+        given = torch.full((batch_size, size + 1), self.num_symbols)
         wanted = given.clone()
         given[:, 0] = wanted[:, -1] = symbols
-        inputs, targets = (F.one_hot(tokens, self.num_symbols + 1).float() for tokens in (given, wanted))
-        return Batch(inputs, targets, scored=torch.ones(length + 1, dtype=torch.bool))
-
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(outputs.flatten(0, 1), batch.targets.flatten(0, 1))
-
-    def wrong(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return outputs.argmax(-1) != batch.targets.argmax(-1)
-
-    def show(self, outputs: Tensor, batch: Batch) -> str:
-        names = [str(symbol) for symbol in range(self.num_symbols)] + ["_"]
-        tokens = {"input": batch.inputs[0], "target": batch.targets[0], "output": outputs[0]}
-        return "\n".join(
-            f"{name:<8}" + " ".join(names[token] for token in steps.argmax(-1).tolist())
-            for name, steps in tokens.items()
-        )
+        inputs = F.one_hot(given, self.input_size).float()
+        return Batch(inputs, wanted.unsqueeze(-1), torch.ones_like(given, dtype=torch.bool))

@@ -1,0 +1,37 @@
+"""The batches of a training run, by their number."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dnc_triton.tasks.base import Batch, Task
+
+SPLITS = ("train", "validation", "test")
+
+
+def generator(seed: int, split: str, number: int) -> torch.Generator:
+    """Random numbers of their own for a batch, whoever draws it, in whatever order.
+
+    PyTorch's generator on a CPU heeds 32 bits of its seed; NumPy's seed sequence mixes all that is given into them.
+    """
+    mixed = np.random.SeedSequence([seed, SPLITS.index(split), number]).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
+class TrainingBatches(Dataset[Batch]):
+    """The batches of one lesson of a task: batch i is the same in every process and every order.
+
+    Args:
+        task: that draws them.
+        batch_size: sequences in one.
+        seed: of the run.
+        lesson: of the task's curriculum.
+    """
+
+    def __init__(self, task: Task, batch_size: int, seed: int, lesson: int) -> None:
+        self.task, self.batch_size, self.seed, self.lesson = task, batch_size, seed, lesson
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.task.sample_training(self.batch_size, self.lesson, generator(self.seed, "train", number))
