@@ -35,7 +35,8 @@ from triton.errors import TritonError
 
 from benchmarks import barriers
 from dnc_triton.kernels.launch import _sizes
-from dnc_triton.kernels.layout import Layout, default_layout, layouts
+from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
+from dnc_triton.kernels.sequence import sequence_backward_kernel, sequence_forward_kernel, weight_tiles
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
 
 Item = TypeVar("Item")
@@ -44,6 +45,7 @@ Result = TypeVar("Result")
 RECORD = Path(__file__).parent / "results" / "static.json"
 SHAPES = [(16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)]  # N, W, R
 LARGEST = (1024, 256, 16)
+SEQUENCES = [(16, 16, 1, 32), (16, 16, 4, 64), (64, 32, 4, 64), (128, 32, 4, 128)]  # N, W, R, H
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -66,9 +68,10 @@ class Case:
     layout: Layout
     dtype: str
     target: str
+    hidden_size: int = 0  # of the controller, where it is in the kernel
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
+        shape = "x".join(map(str, self.shape)) + (f"h{self.hidden_size}" if self.hidden_size else "")
         layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
         return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}"
 
@@ -80,7 +83,10 @@ class Case:
     @property
     def may_spill(self) -> bool:
         """Only what runs by default, on the target that the layouts were chosen for, is held to spill nothing."""
-        chosen = self.layout == default_layout(*self.shape[:2]) and self.shape in SHAPES
+        if self.phase == "sequence":
+            chosen = self.layout == sequence_layouts(*self.shape[:2])[0]
+        else:
+            chosen = self.layout == default_layout(*self.shape[:2]) and self.shape in SHAPES
         return not (chosen and self.dtype == "float32" and self.target == "sm_90")
 
 
@@ -145,6 +151,15 @@ def cases(complete: bool = False) -> list[Case]:
         for shape in SHAPES:
             for layout in layouts(*shape[:2]):
                 found += _cases(shape, "sm_90", layout=layout)
+    for *shape, hidden_size in SEQUENCES:
+        candidates = sequence_layouts(*shape[:2])
+        here = [(layout, "sm_90") for layout in (candidates if complete else candidates[:1])]
+        here += [(candidates[0], target) for target in TARGETS if complete or hidden_size == 64]
+        found += [
+            Case(direction, "sequence", tuple(shape), layout, "float32", target, hidden_size)
+            for layout, target in here
+            for direction in ("forward", "backward")
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -182,15 +197,14 @@ def measure(case: Case) -> Measurement:
 
 def _compile(case: Case) -> tuple[dict[str, Any], int]:
     """The code at each stage of the compilation, and the bytes of shared memory."""
-    kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
     compute = "float64" if case.dtype == "float64" else "float32"
-    constants = dict(
-        _sizes(*case.shape, case.layout),
-        RAW=True,
-        STRENGTH_OFFSET=1.0,
-        COMPUTE=getattr(tl, compute),
-        PHASE=PHASES[case.phase].value,
-    )
+    constants = dict(_sizes(*case.shape, case.layout), STRENGTH_OFFSET=1.0, COMPUTE=getattr(tl, compute))
+    if case.phase == "sequence":
+        kernel = {"forward": sequence_forward_kernel, "backward": sequence_backward_kernel}[case.direction]
+        constants |= dict(H=case.hidden_size, CLIP=20.0, **weight_tiles(case.layout))
+    else:
+        kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
+        constants |= dict(RAW=True, PHASE=PHASES[case.phase].value)
     if case.direction == "backward":
         constants["STOP_USAGE_GRADIENT"] = False
     signature, attributes = {}, {}
@@ -198,8 +212,12 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
         if name in constants:
             signature[name] = "constexpr"
             continue
+        if name in ("batch", "steps"):
+            signature[name] = "i32"
+            continue
         dtype = TRITON_TYPES[compute if name in ("kept_ptr", "scratch_ptr") else case.dtype]
-        signature[name] = "*i32" if name == "free_list_ptr" else f"*{dtype}"
+        dtype = {"free_list_ptr": "i32", "lengths_ptr": "i32", "reset_ptr": "u8"}.get(name, dtype)
+        signature[name] = f"*{dtype}"
         attributes[(position,)] = [["tt.divisibility", 16]]  # as at a launch: tensors begin at multiples of 16 bytes
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),

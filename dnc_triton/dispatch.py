@@ -23,7 +23,7 @@ from torch import Tensor
 import dnc_reference
 from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_triton import tuning
-from dnc_triton.kernels.layout import Layout, layouts
+from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.op import is_plain, unroll_sequence
@@ -158,24 +158,48 @@ def _fused_supports(problem: Problem) -> tuple[bool, str]:
     return _kernels_support(problem)
 
 
+def _one_launch_supports(problem: Problem) -> tuple[bool, str]:
+    if problem.controller is None:
+        return False, "it is a single memory step"
+    if problem.controller == "custom":
+        return False, "the controller or another part is the user's own, or has hooks"
+    if problem.controller != "lstm":
+        return False, f"the controller is {problem.controller!r}, the kernel has an LSTM in it"
+    for name, limit in (("num_layers", 1), ("hidden_size", 128), ("memory_size", 128)):
+        if getattr(problem, name) > limit:
+            return False, f"{name} is {getattr(problem, name)}, one launch for a sequence goes up to {limit}"
+    if problem.dtype not in (torch.float32, torch.float64):
+        return False, f"dtype is {problem.dtype}, it takes float32 and float64"
+    return _kernels_support(problem)
+
+
 def _kernels_rank(problem: Problem, rank: int) -> int:
     """On a CPU the kernels are interpreted: for those who ask for them by name."""
     return 9 if problem.device.type == "cpu" else rank
 
 
 BACKENDS: dict[str, Backend] = {
+    "triton_sequence": Backend(
+        supports=_one_launch_supports,
+        memory_step=dnc_reference.memory_step,
+        unroll=unroll_sequence,
+        rank=lambda problem: _kernels_rank(
+            problem, 0 if problem.memory_size <= 32 and problem.hidden_size <= 64 else 3
+        ),
+        layouts=lambda problem: sequence_layouts(problem.memory_size, problem.word_size),
+    ),
     "triton_fused": Backend(
         supports=_fused_supports,
         memory_step=fused_memory_step,
         unroll=_fused_unroll,
-        rank=lambda problem: _kernels_rank(problem, 0 if problem.memory_size <= 64 else 2),
+        rank=lambda problem: _kernels_rank(problem, 1 if problem.memory_size <= 64 else 3),
         layouts=lambda problem: [x for x in layouts(problem.memory_size, problem.word_size) if x.fused],
     ),
     "triton_split": Backend(
         supports=_kernels_support,
         memory_step=fused_memory_step,
         unroll=_fused_unroll,
-        rank=lambda problem: _kernels_rank(problem, 1),
+        rank=lambda problem: _kernels_rank(problem, 2),
         layouts=lambda problem: [x for x in layouts(problem.memory_size, problem.word_size) if not x.fused],
     ),
     "torch_sequence": Backend(
@@ -183,13 +207,13 @@ BACKENDS: dict[str, Backend] = {
         memory_step=dnc_reference.memory_step,
         unroll=unroll_sequence,
         # For a single step without a backward there is nothing to gain from what it prepares.
-        rank=lambda problem: 5 if problem.steps == 1 and not problem.needs_gradient else 3,
+        rank=lambda problem: 6 if problem.steps == 1 and not problem.needs_gradient else 4,
     ),
     "reference": Backend(
         supports=lambda problem: (True, "plain PyTorch: every device, floating dtype, size and controller"),
         memory_step=dnc_reference.memory_step,
         unroll=_stepwise_unroll,
-        rank=lambda problem: 4,
+        rank=lambda problem: 5,
     ),
 }
 

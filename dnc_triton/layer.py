@@ -215,6 +215,8 @@ class DNC(DNCCell):
             num_writes=self.num_writes,
             controller=self.controller_kind if is_plain(self) else "custom",
             needs_gradient=torch.is_grad_enabled(),
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
         )
 
     def _check_state(self, state: DNCState, batch: int) -> None:

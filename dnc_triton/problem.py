@@ -18,6 +18,7 @@ class Problem:
         controller: "lstm", "gru", "rnn", "feedforward"; "custom" for a controller or a part of the user's own, or one
             with hooks, which must be called step by step; None for a memory step by itself.
         needs_gradient: whether a backward pass may follow.
+        hidden_size, num_layers: of the controller, 0 for a memory step by itself.
     """
 
     device: torch.device
@@ -30,9 +31,13 @@ class Problem:
     num_writes: int
     controller: str | None
     needs_gradient: bool
+    hidden_size: int = 0
+    num_layers: int = 0
 
     def __str__(self) -> str:
-        what = "memory step" if self.controller is None else f"sequence, {self.controller} controller"
+        what = "memory step"
+        if self.controller is not None:
+            what = f"sequence, {self.controller} controller, {self.num_layers}×{self.hidden_size}"
         return (
             f"{what}, {self.device}, {str(self.dtype).removeprefix('torch.')}, B={self.batch}, T={self.steps}, "
             f"N={self.memory_size}, W={self.word_size}, R={self.num_reads}, K={self.num_writes}, "

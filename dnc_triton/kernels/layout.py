@@ -13,12 +13,14 @@ class Layout(NamedTuple):
         rows: slots in a row block; a power of two, at least 16.
         columns: columns of the link taken at once; a power of two, at least 16.
         num_warps: per program.
+        whole: all steps of a sequence in one launch, the controller's too; else a step at a time. Only if fused.
     """
 
     fused: bool
     rows: int
     columns: int
     num_warps: int
+    whole: bool = False
 
 
 def layouts(memory_size: int, word_size: int) -> list[Layout]:
@@ -36,6 +38,12 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     if memory_size <= 64:
         return fused + split[:1]
     return split + fused[:1] if memory_size <= 128 else split
+
+
+def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:
+    """The layouts worth measuring for a whole sequence in one launch, the default one first."""
+    fused = [layout for layout in layouts(memory_size, word_size) if layout.fused]
+    return [layout._replace(whole=True) for layout in fused]
 
 
 def default_layout(memory_size: int, word_size: int) -> Layout:

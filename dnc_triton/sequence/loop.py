@@ -36,7 +36,12 @@ class Sequence:
         dropout: per layer but the first what its input is multiplied by, [T, B, H] each; or empty.
         history: what the forward left, for its backward; None for a forward.
         last: memory and link after the last step, for a backward; None for a forward.
+
+    `OneLaunchSequence` has the same methods, and may stand in its place.
     """
+
+    chunk = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
+    history_type = History
 
     def __init__(
         self,
@@ -63,7 +68,8 @@ class Sequence:
 
         kind, forwards = CELLS[settings.controller], history is None
         if history is None:
-            history = allocate(settings, state, self.steps, self.interface.weight.shape[1])
+            hidden_size = self.interface.weight.shape[1]
+            history = self.allocate(settings, state, self.steps, hidden_size, reset is not None)
             starts = state.light()
             if kind.states == 0:  # its hidden vector is nobody's state, but must not be NaN in a row that never runs
                 starts += [torch.zeros_like(layer[0][0]) for layer in history.layers]
@@ -86,6 +92,11 @@ class Sequence:
             )
         ]
         self.memory = self._memory(first[0], state.words.shape[1])
+
+    @staticmethod
+    def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> History:
+        """Buffers for T steps from a state of these sizes. Nothing is filled in."""
+        return allocate(settings, state, steps, hidden_size)
 
     def forward(self) -> tuple[Tensor, Carried]:
         """Returns the outputs [T, B, output_size] and the state after the last step."""

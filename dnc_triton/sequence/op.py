@@ -21,10 +21,10 @@ from dnc_reference.memory import without_autocast
 from dnc_reference.types import DNCState, MemoryState
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.ops.fused_step import as_layout, on_device
-from dnc_triton.sequence.history import Carried, History, Settings, allocate
+from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.loop import Sequence
+from dnc_triton.sequence.one_launch import OneLaunchSequence
 
-CHUNK = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
 SHARE = 4  # all of the history is kept while it takes less than this part of the device's memory
 
 
@@ -66,16 +66,17 @@ def _forward(
     dropout: list[Tensor],
     keep: bool,
 ) -> list[Tensor]:
+    kind = _kind(settings)
     if keep:
-        sequence = Sequence(settings, parameters, inputs, carried, running, reset, dropout)
+        sequence = kind(settings, parameters, inputs, carried, running, reset, dropout)
         outputs, last = sequence.forward()
         return [outputs, *last.flatten(), *sequence.history.flatten()]
 
     pieces = []
-    for start in range(0, inputs.shape[0], CHUNK):
-        steps = slice(start, start + CHUNK)
-        sequence = Sequence(
-            settings._replace(checkpoint=CHUNK),
+    for start in range(0, inputs.shape[0], kind.chunk):
+        steps = slice(start, start + kind.chunk)
+        sequence = kind(
+            settings._replace(checkpoint=kind.chunk),
             parameters,
             inputs[steps],
             carried,
@@ -114,7 +115,8 @@ def _(
     if not keep:
         return [outputs, *last]
     hidden_size = parameters[-4].shape[1]
-    history = allocate(settings, Carried.unflatten(last, num_layers), inputs.shape[0], hidden_size)
+    carried = Carried.unflatten(last, num_layers)
+    history = _kind(settings).allocate(settings, carried, inputs.shape[0], hidden_size, reset is not None)
     return [outputs, *last, *history.flatten()]
 
 
@@ -142,7 +144,8 @@ def _sequence_backward(
     settings = _settings(
         controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint, layout
     )
-    sequence = Sequence(
+    kind = _kind(settings)
+    sequence = kind(
         settings,
         parameters,
         inputs,
@@ -150,7 +153,7 @@ def _sequence_backward(
         _running(inputs, lengths),
         reset,
         dropout,
-        history=History.unflatten(history, settings),
+        history=kind.history_type.unflatten(history, settings),
         last=(last[0], last[1]),
     )
     d_outputs, *d_last = gradients
@@ -223,7 +226,8 @@ def unroll_sequence(
         checkpoint: memory and link are kept for the backward at every so many steps, and made again in between; None
             keeps them at every step; "auto" does too while that takes less than a quarter of the device's memory, and
             else takes the square root of T.
-        layout: of the kernels for the memory's part; None for plain PyTorch.
+        layout: of the kernels for the memory's part, or for all of it, which keeps every step: a step at a time where
+            that takes too much; None for plain PyTorch.
     """
     steps, batch = inputs.shape[:2]
     if steps == 0:
@@ -239,6 +243,9 @@ def unroll_sequence(
     controller_state, structure = tree_flatten(state.controller)
     carried = [*state.memory, state.read_words, *controller_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
+    every = _checkpoint(checkpoint, steps, state.memory)
+    if layout is not None and layout.whole and keep and every > 1:
+        layout = layout._replace(whole=False)
     with without_autocast(inputs.device):
         outputs, *others = _sequence(
             inputs.to(dtype),
@@ -253,7 +260,7 @@ def unroll_sequence(
             1.0 if cell.strength == "oneplus" else 0.0,
             cell.stop_usage_gradient,
             product_dtype,
-            _checkpoint(checkpoint, steps, state.memory),
+            every,
             None if layout is None else [int(value) for value in layout],
             keep,
         )
@@ -292,6 +299,11 @@ def _parameters(cell: DNCCell) -> list[Tensor]:
     """Those of a plain cell, as `Sequence` wants them."""
     parts = [*cell.controller.layers, cell.interface, cell.output]  # type: ignore[misc]
     return [parameter for part in parts for parameter in part.parameters(recurse=False)]
+
+
+def _kind(settings: Settings) -> Any:
+    """The class that runs the sequence."""
+    return OneLaunchSequence if settings.layout is not None and settings.layout.whole else Sequence
 
 
 def _settings(*arguments: Any) -> Settings:

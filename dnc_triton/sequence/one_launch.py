@@ -1,0 +1,295 @@
+"""A DNC over a sequence in one launch each way: the counterpart of `loop.Sequence` for small networks on a GPU.
+
+Products with the inputs are made for all steps before the launch, those of the output layer after it, and gradients by
+weights after the backward launch, one product each over all steps and the batch. Everything in between is the kernels'.
+
+Letters in every shape: T steps, B batch, H hidden size, N memory slots, W word size, R read heads, S the size of an
+interface vector, F = H + R·W that of the features: the controller's output and the words read. K = 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dnc_reference.interface import interface_sizes
+from dnc_reference.types import MemoryState
+from dnc_triton.kernels.layout import Layout, kept_shapes
+from dnc_triton.sequence.history import Carried, Settings
+from dnc_triton.sequence.product import Product
+
+
+class OneLaunchHistory(NamedTuple):
+    """The buffers, contiguous, in the order in which the forward kernel takes them.
+
+    A quantity that is carried on has T+1 entries, the first for what it was before the sequence. With `reset` it has
+    one more, of zeros, with which a row begins anew.
+
+    Attributes:
+        gates: [T, B, 4H], σ(i), σ(f), tanh(g), σ(o).
+        features: [T+1, B, F], the hidden vector and the words read.
+        cells: [T+1, B, H], clipped.
+        vectors: [T, B, S], the raw interface vectors.
+        memory, usage, link, precedence, read_weights, write_weights: [T+1, B, ...], as in `MemoryState`.
+        kept, free_list: [T, B, ...], of `layout.kept_shapes`.
+    """
+
+    gates: Tensor
+    features: Tensor
+    cells: Tensor
+    vectors: Tensor
+    memory: Tensor
+    usage: Tensor
+    link: Tensor
+    precedence: Tensor
+    read_weights: Tensor
+    write_weights: Tensor
+    kept: Tensor
+    free_list: Tensor
+
+    def trails(self) -> list[Tensor]:
+        """The buffers of what is carried on: features, cells, the fields of `MemoryState`."""
+        return [self.features, self.cells, *self[4:10]]
+
+    def flatten(self) -> list[Tensor]:
+        """As a list."""
+        return list(self)
+
+    @classmethod
+    def unflatten(cls, tensors: list[Tensor], settings: Settings) -> OneLaunchHistory:
+        """The inverse."""
+        return cls(*tensors)
+
+
+class OneLaunchSequence:
+    """A network with its weights, a stretch of a sequence, and the buffers of that: forward, and later backward.
+
+    For an LSTM of one layer, which has no dropout. The states of all steps are kept, whatever `settings.checkpoint`.
+
+    Args:
+        settings: see there; with a layout.
+        parameters: in the order of `DNCCell.parameters()`.
+        inputs: [T, B, input_size], T at least 1.
+        state: before the first step.
+        running: [T, B] bool, or None: where it is False the row has ended, for good, and its state stays.
+        reset: [T, B] bool, or None: where it is True the row starts from zeros.
+        dropout: of layers that are not there.
+        history: what the forward left, for its backward; None for a forward.
+        last: not needed.
+    """
+
+    chunk = 16  # as in `Sequence`; here memory and link are kept for all of them
+    history_type = OneLaunchHistory
+
+    def __init__(
+        self,
+        settings: Settings,
+        parameters: list[Tensor],
+        inputs: Tensor,
+        state: Carried,
+        running: Tensor | None,
+        reset: Tensor | None,
+        dropout: list[Tensor],
+        *,
+        history: OneLaunchHistory | None = None,
+        last: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.settings, self.running = settings, running
+        if running is not None:
+            inputs = torch.where(running.unsqueeze(-1), inputs, 0)
+            reset = None if reset is None else reset & running
+        self.inputs, self.reset = inputs, reset
+        self.lengths = None if running is None else running.sum(0, dtype=torch.int32)
+        self.steps, self.batch, input_size = inputs.shape
+        _, self.slots, self.word = state.memory.memory.shape
+        self.reads = state.words.shape[1]
+
+        dtype = settings.product_dtype
+        weight_ih, weight_hh, *self.biases, interface_weight, self.interface_bias, output_weight, self.output_bias = (
+            parameters
+        )
+        self.hidden_size = weight_hh.shape[1]
+        self.from_inputs = Product(weight_ih[:, :input_size], dtype)
+        self.recurrent = Product(torch.cat([weight_hh, weight_ih[:, input_size:]], 1), dtype)
+        self.interface = Product(interface_weight, dtype)
+        self.output = Product(output_weight, dtype)
+
+        if history is None:
+            history = self.allocate(settings, state, self.steps, self.hidden_size, reset is not None)
+            if running is not None:  # where nothing runs a product with zero gradients must be zero
+                history.features.zero_()
+            torch._foreach_copy_([trail[0] for trail in history.trails()], self._carried_on(state))
+            if reset is not None:
+                torch._foreach_zero_([trail[-1] for trail in history.trails()])
+        self.history = history
+
+    @staticmethod
+    def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> OneLaunchHistory:
+        """Buffers for T steps from a state of these sizes. Nothing is filled in."""
+        memory = state.memory.memory
+        batch, slots, word = memory.shape
+        reads = state.words.shape[1]
+        entries = steps + 2 if resets else steps + 1
+        kept, free_list = kept_shapes(batch, slots, reads)
+        compute = torch.promote_types(memory.dtype, torch.float32)
+        buffers = [
+            memory.new_empty(steps, batch, 4 * hidden_size),
+            memory.new_empty(entries, batch, hidden_size + reads * word),
+            memory.new_empty(entries, batch, hidden_size),
+            memory.new_empty(steps, batch, sum(interface_sizes(reads, 1, word).values())),
+            *(memory.new_empty(entries, *field.shape) for field in state.memory),
+            memory.new_empty((steps, *kept), dtype=compute),
+            memory.new_empty((steps, *free_list), dtype=torch.int32),
+        ]
+        return OneLaunchHistory(*buffers)
+
+    def forward(self) -> tuple[Tensor, Carried]:
+        """Returns the outputs [T, B, output_size] and the state after the last step."""
+        history = self.history
+        self._launch_forward(self.from_inputs(self.inputs).add_(self.biases[0] + self.biases[1]))
+        outputs = self._project()
+        if self.settings.clip is not None:
+            outputs.clamp_(-self.settings.clip, self.settings.clip)
+        if self.running is not None:
+            outputs = torch.where(self.running.unsqueeze(-1), outputs, 0)
+        # Nothing that is returned is a part of the history.
+        if self.lengths is None:
+            last = [trail[self.steps] for trail in history.trails()]
+            copies = [torch.empty_like(entry) for entry in last]
+            torch._foreach_copy_(copies, last)
+        else:
+            rows = torch.arange(self.batch, device=self.lengths.device)
+            copies = [trail[self.lengths, rows] for trail in history.trails()]
+        return outputs, self._as_carried(copies)
+
+    def backward(self, d_outputs: Tensor, d_last: Carried) -> tuple[Tensor, Carried, list[Tensor]]:
+        """From gradients by what `forward` returned to those by inputs, state and parameters."""
+        history = self.history
+        if self.running is not None:
+            d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
+        if self.settings.clip is not None:
+            d_outputs = d_outputs * (self._project().abs() <= self.settings.clip)
+
+        d_sent_back = self.output.all_backward(d_outputs)
+        last = self._carried_on(d_last)
+        if self.lengths is None:
+            last[0] += d_sent_back[-1]
+        else:  # a row that never runs sends back zeros, from any step
+            last[0] += d_sent_back[self.lengths - 1, torch.arange(self.batch, device=self.lengths.device)]
+        # Two entries that take turns; a third one of zeros for what a reset keeps from going back.
+        d_carried = [d.new_empty(2 if self.reset is None else 3, *d.shape) for d in last]
+        torch._foreach_copy_([d[self.steps % 2] for d in d_carried], last)
+        if self.lengths is not None:  # a row begins with either
+            torch._foreach_copy_([d[(self.steps + 1) % 2] for d in d_carried], last)
+        if self.reset is not None:
+            torch._foreach_zero_([d[2] for d in d_carried])
+        d_gates, d_vectors = torch.empty_like(history.gates), torch.empty_like(history.vectors)
+        if self.running is not None:
+            torch._foreach_zero_([d_gates, d_vectors])
+        self._launch_backward([d_sent_back, d_gates, d_vectors, *d_carried])
+
+        d_state = self._as_carried([d[0] for d in d_carried])
+        if self.reset is not None:
+            for d in d_state.flatten():
+                d.masked_fill_(self.reset[0].view(-1, *[1] * (d.dim() - 1)), 0)
+        d_parameters = self._weight_gradients(d_outputs, d_vectors, d_gates)
+        return self.from_inputs.all_backward(d_gates), d_state, d_parameters
+
+    def _project(self) -> Tensor:
+        """The output layer over all steps, before the clip."""
+        return self.output(self.history.features[1 : self.steps + 1]).add_(self.output_bias)
+
+    def _weight_gradients(self, d_outputs: Tensor, d_vectors: Tensor, d_gates: Tensor) -> list[Tensor]:
+        """One product each, in the order of the parameters."""
+        before, after = self.history.features[: self.steps], self.history.features[1 : self.steps + 1]
+        if self.reset is not None:
+            before = before.masked_fill(self.reset.unsqueeze(-1), 0)
+        by_hidden, by_words = self.recurrent.weight_gradient(d_gates, before).tensor_split([self.hidden_size], 1)
+        by_inputs = self.from_inputs.weight_gradient(d_gates, self.inputs)
+        by_bias = d_gates.sum((0, 1))
+        return [
+            torch.cat([by_inputs, by_words], 1),
+            by_hidden.contiguous(),
+            by_bias,
+            by_bias.clone(),
+            self.interface.weight_gradient(d_vectors, after[..., : self.hidden_size]),
+            d_vectors.sum((0, 1)),
+            self.output.weight_gradient(d_outputs, after),
+            d_outputs.sum((0, 1)),
+        ]
+
+    def _carried_on(self, state: Carried) -> list[Tensor]:
+        """A state, or a gradient by one, as what the kernels carry on: features, cell, the memory's fields."""
+        hidden, cell = state.layers[0]
+        return [torch.cat([hidden, state.words.flatten(1)], 1), cell, *state.memory]
+
+    def _as_carried(self, tensors: list[Tensor]) -> Carried:
+        """The inverse."""
+        features, cell, *memory = tensors
+        hidden, words = features.tensor_split([self.hidden_size], 1)
+        words = words.unflatten(1, (self.reads, self.word))
+        # A copy each: an operator's results share no storage.
+        hidden, words = (part.clone(memory_format=torch.contiguous_format) for part in (hidden, words))
+        return Carried(MemoryState(*memory), words, [[hidden, cell]])
+
+    # --- the launches; Triton may not be there where nothing is launched ----------------------------------------------
+
+    def _launch_forward(self, pre: Tensor) -> None:
+        from dnc_triton.kernels.launch import forward_scratch
+        from dnc_triton.kernels.sequence import sequence_forward_kernel
+
+        if self.batch == 0:
+            return
+        sequence_forward_kernel[(self.batch,)](
+            pre.contiguous(),
+            *self.history,
+            forward_scratch(self.history.memory[0], self.reads, self._layout),
+            self.recurrent.weight,
+            self.interface.weight.contiguous(),
+            self.interface_bias,
+            **self._arguments(),
+        )
+
+    def _launch_backward(self, gradients: list[Tensor]) -> None:
+        from dnc_triton.kernels.launch import backward_scratch
+        from dnc_triton.kernels.sequence import sequence_backward_kernel
+
+        if self.batch == 0:
+            return
+        gates, _, *others = self.history
+        sequence_backward_kernel[(self.batch,)](
+            gates,
+            *others,
+            *gradients,
+            backward_scratch(self.history.memory[0], self.reads, self._layout),
+            self.recurrent.weight.T.contiguous(),
+            self.interface.weight.T.contiguous(),
+            **self._arguments(),
+            STOP_USAGE_GRADIENT=self.settings.stop_usage_gradient,
+        )
+
+    def _arguments(self) -> dict[str, Any]:
+        """What both kernels take."""
+        from dnc_triton.kernels.launch import _COMPUTE, _compute_dtype, _sizes
+        from dnc_triton.kernels.sequence import weight_tiles
+
+        return {
+            "lengths_ptr": self.lengths,
+            "reset_ptr": None if self.reset is None else self.reset.to(torch.uint8).contiguous(),
+            "batch": self.batch,
+            "steps": self.steps,
+            **_sizes(self.slots, self.word, self.reads, self._layout),
+            "H": self.hidden_size,
+            **weight_tiles(self._layout),
+            "STRENGTH_OFFSET": self.settings.strength_offset,
+            "CLIP": self.settings.clip,
+            "COMPUTE": _COMPUTE[_compute_dtype(self.history.memory)],
+            "num_warps": self._layout.num_warps,
+        }
+
+    @property
+    def _layout(self) -> Layout:
+        assert self.settings.layout is not None
+        return self.settings.layout

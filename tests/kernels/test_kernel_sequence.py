@@ -1,0 +1,201 @@
+"""A whole sequence in one launch each way, against the oracle. The layer on it: test_kernel_layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import test_sequence_goldens
+import torch
+from helpers import assert_close, assert_same_bits
+from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, start, weighted
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from dnc_triton import DNC, DNCState, explain, use_backend
+from dnc_triton.dispatch import BACKENDS
+from dnc_triton.kernels.layout import sequence_layouts
+from dnc_triton.sequence import op
+from dnc_triton.sequence.one_launch import OneLaunchSequence
+
+BACKEND = "triton_sequence"
+
+
+def make(device: torch.device, *, hidden: int = 5, sizes: tuple[int, int, int] = (5, 4, 2), **options: Any) -> DNC:
+    torch.manual_seed(0)
+    slots, word, reads = sizes
+    options = {"dtype": torch.float64, **options}
+    dnc = DNC(INPUTS, hidden, OUTPUTS, memory_size=slots, word_size=word, num_reads=reads, **options)
+    with torch.no_grad():
+        dnc.interface.weight.mul_(4)
+    return dnc.to(device)
+
+
+def draw(dnc: DNC, steps: int, batch: int = 2) -> tuple[Tensor, DNCState]:
+    drawn = torch.randn(batch, steps, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = dnc.output.weight
+    return drawn.to(weight.device, weight.dtype).requires_grad_(), start(dnc, batch)
+
+
+def run(dnc: DNC, inputs: Tensor, state: DNCState, backend: str, **call: Any) -> dict[str, Any]:
+    """Outputs, final state, and the gradients by parameters, inputs and initial state."""
+    with use_backend(backend):
+        outputs, final = dnc(inputs, state, **call)
+    named = dict(dnc.named_parameters()) | {f"state[{i}]": leaf for i, leaf in enumerate(tree_leaves(state))}
+    named["inputs"] = inputs
+    gradients = torch.autograd.grad(weighted((outputs, final)), list(named.values()), materialize_grads=True)
+    return {"outputs": outputs, "final": final, **dict(zip(named, gradients, strict=True))}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that was not written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hidden", "steps"),
+    [
+        ((1, 1, 1), 1, 3),
+        ((5, 6, 3), 20, 3),
+        ((16, 16, 4), 64, 2),
+        ((48, 12, 1), 32, 2),
+        ((64, 32, 4), 33, 2),
+        ((100, 20, 3), 9, 2),
+        ((128, 64, 8), 128, 1),
+    ],
+    ids=str,
+)
+def test_sizes(sizes: tuple[int, int, int], hidden: int, steps: int, device: torch.device) -> None:
+    dnc = make(device, hidden=hidden, sizes=sizes)
+    inputs, state = draw(dnc, steps)
+    with poisoned():
+        actual = run(dnc, inputs, state, BACKEND)
+    assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
+
+
+@pytest.mark.parametrize("layout", sequence_layouts(100, 4), ids=str)
+def test_layouts(layout: Any, device: torch.device) -> None:
+    dnc = make(device, sizes=(100, 4, 2))
+    inputs, state = draw(dnc, 2)
+    outputs, final = BACKENDS[BACKEND].unroll(dnc, inputs.transpose(0, 1), state, layout=layout)
+    expected = BACKENDS["reference"].unroll(dnc, inputs.transpose(0, 1), state)
+    assert_close((outputs, final), expected, **CLOSE)
+
+
+def test_lengths_and_resets_leave_nothing_unwritten(device: torch.device) -> None:
+    """Rows that end early, or never run, and rows that begin anew; NaN where the inputs are padding."""
+    dnc = make(device, clip=0.4)
+    inputs, state = draw(dnc, 4, batch=3)
+    reset = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool, device=device)
+    call = {"lengths": [4, 0, 2], "reset": reset}
+    expected = run(dnc, inputs, state, "reference", **call)
+    with torch.no_grad():
+        inputs[1], inputs[2, 2:] = torch.nan, torch.nan
+    with poisoned():
+        assert_close(run(dnc, inputs, state, BACKEND, **call), expected, **CLOSE, name="")
+
+
+def test_float32(device: torch.device) -> None:
+    """At most twice as far from the oracle in float64 as the oracle in float32 is."""
+    exact, dnc = make(device, sizes=(16, 8, 2), hidden=16), make(device, sizes=(16, 8, 2), hidden=16).float()
+    (inputs, state), (inputs32, state32) = draw(exact, 5), draw(dnc, 5)
+    expected = run(exact, inputs, state, "reference")
+    by_oracle, actual = (run(dnc, inputs32, state32, backend) for backend in ("reference", BACKEND))
+    for name, values in expected.items():
+        for want, theirs, ours in zip(*map(tree_leaves, (values, by_oracle[name], actual[name])), strict=True):
+            allowed = 2 * (theirs - want).abs().max() + 1e-6 * want.abs().max() + 1e-7
+            assert (ours - want).abs().max() <= allowed, name
+
+
+def test_a_long_sequence_without_gradients_keeps_little(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes in chunks. A product over fewer steps may sum in another order."""
+    dnc = make(device, backend=BACKEND)
+    inputs, state = draw(dnc, 7)
+    call = {"lengths": [7, 4], "reset": torch.arange(14, device=device).view(2, 7) % 5 == 3}
+    whole = dnc(inputs, state, **call)
+    monkeypatch.setattr(OneLaunchSequence, "chunk", 3)
+    entries = []
+    allocate = OneLaunchSequence.allocate
+    monkeypatch.setattr(
+        OneLaunchSequence, "allocate", staticmethod(lambda *args: entries.append(args[2]) or allocate(*args))
+    )
+    with torch.no_grad():
+        assert_close(dnc(inputs, state, **call), whole, rtol=1e-13, atol=1e-15)
+    assert entries == [3, 3, 1]
+    with torch.no_grad():
+        outputs, state = dnc.step(inputs[:, 0], state)
+    assert_close(outputs, whole[0][:, 0], **CLOSE)
+
+
+def test_checkpoints_are_for_the_kernels_of_a_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    dnc = make(device, checkpoint=2, backend=BACKEND)
+    inputs, state = draw(dnc, 3)
+    monkeypatch.setattr(OneLaunchSequence, "__init__", None)
+    actual = run(dnc, inputs, state, BACKEND)
+    assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
+
+
+def test_a_row_does_not_depend_on_the_others_and_twice_is_the_same(device: torch.device) -> None:
+    dnc = make(device, backend=BACKEND)
+    inputs, state = draw(dnc, 3, batch=3)
+    outputs, final = dnc(inputs, state)
+    assert_same_bits(dnc(inputs, state), (outputs, final))
+    alone, final_alone = dnc(inputs[1:2], state.map(lambda x: x[1:2]))
+    # The products over all steps may sum in another order for another number of rows.
+    assert_close(alone, outputs[1:2], rtol=1e-13, atol=1e-15)
+    assert_close(final_alone, final.map(lambda x: x[1:2]), rtol=1e-12, atol=1e-15)
+    twice = [run(dnc, inputs, state, BACKEND) for _ in range(2)]
+    assert_same_bits(*twice)
+
+
+def test_an_empty_batch(device: torch.device) -> None:
+    dnc = make(device, backend=BACKEND)
+    outputs, _ = dnc(torch.empty(0, 3, INPUTS, dtype=torch.float64, device=device))
+    assert outputs.shape == (0, 3, OUTPUTS)
+
+
+def test_opcheck(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator is registered as torch wants it: schema, fake, autograd, all through `torch.compile`."""
+    calls: list[tuple[Any, ...]] = []
+    sequence = op._sequence
+    monkeypatch.setattr(op, "_sequence", lambda *arguments: calls.append(arguments) or sequence(*arguments))
+    dnc = make(device, backend=BACKEND)
+    inputs, state = draw(dnc, 2)
+    # Without lengths: past them the history is never written, and two runs would not compare.
+    dnc(inputs, state, reset=torch.eye(2, dtype=torch.bool, device=device))
+    torch.library.opcheck(sequence, calls[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"controller": "gru"}, "the controller is 'gru', the kernel has an LSTM in it"),
+        ({"num_layers": 2}, "num_layers is 2, one launch for a sequence goes up to 1"),
+        ({"hidden": 129}, "hidden_size is 129, one launch for a sequence goes up to 128"),
+        ({"sizes": (129, 4, 1)}, "memory_size is 129, one launch for a sequence goes up to 128"),
+        ({"sizes": (4, 257, 1)}, "word_size is 257, the kernels go up to 256"),
+        ({"num_writes": 2}, "num_writes is 2, the kernels go up to 1"),
+        ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16, it takes float32 and float64"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value.split(",")[0],
+)
+def test_declines(options: dict[str, Any], reason: str, device: torch.device) -> None:
+    dnc = make(device, **options)
+    inputs = torch.zeros(1, 2, INPUTS, dtype=dnc.output.weight.dtype, device=device)
+    assert f"triton_sequence declines: {reason}" in explain(dnc, inputs)
+    dnc.backend = BACKEND
+    with pytest.raises(RuntimeError, match=f"does not serve this call: {reason}"):
+        dnc(inputs)
+
+
+@pytest.mark.parametrize("name", test_sequence_goldens.CELLS)
+def test_deepminds_rollouts(name: str) -> None:
+    test_sequence_goldens.test_cell_rollout(BACKEND, name, torch.float64, None)
