@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -37,7 +37,7 @@ class Unchecked(Exception):
     """The code does something that this module does not understand."""
 
 
-def races(ttgir: str, grid: tuple[int, ...] = (1,)) -> list[str]:
+def races(ttgir: str, grid: tuple[int, ...] = (1,), arguments: Mapping[str, int] | None = None) -> list[str]:
     """What is wrong with a kernel, in words; nothing if all is well.
 
     Walks through the first program, and along each axis of the grid through the second and the last, then compares the
@@ -46,6 +46,7 @@ def races(ttgir: str, grid: tuple[int, ...] = (1,)) -> list[str]:
     Args:
         ttgir: of one kernel, as in `triton.compile(...).asm["ttgir"]`.
         grid: how many programs there are along each axis.
+        arguments: the kernel's integers that are known, by name.
 
     Raises:
         Unchecked: the code has an operation, a loop bound or an access that cannot be followed.
@@ -56,7 +57,7 @@ def races(ttgir: str, grid: tuple[int, ...] = (1,)) -> list[str]:
     for axis, size in enumerate(grid):
         for place in (min(1, size - 1), size - 1):
             programs[(*origin[:axis], place, *origin[axis + 1 :])] = None
-    walks = [_Walk(kernel, program) for program in programs]
+    walks = [_Walk(kernel, program, arguments or {}) for program in programs]
     found = [race for walk in walks for race in walk.races]
     found += [clash for one, other in itertools.permutations(walks, 2) for clash in one.clashes(other)]
     return list(dict.fromkeys(found))
@@ -316,7 +317,7 @@ class _Touched:
 class _Walk:
     """One program's way through a kernel: its races, and all the places it loads from and stores to."""
 
-    def __init__(self, kernel: _Kernel, program: tuple[int, ...]) -> None:
+    def __init__(self, kernel: _Kernel, program: tuple[int, ...], arguments: Mapping[str, int]) -> None:
         self.program = program
         self.races: list[str] = []
         self.touched: dict[tuple[str, bool], _Touched] = {}  # by buffer and whether it is stores
@@ -326,6 +327,7 @@ class _Walk:
         self.branches = 0  # how many branches deep it is whose condition depends on data
         self.strangers = -1  # the next number for a thread that is not known
         self.values: dict[str, Any] = {f"%{name}": _Pointer(name, np.zeros((), int)) for name in kernel.pointers}
+        self.values |= {f"%{name}": np.array(value) for name, value in arguments.items()}
         self.block(kernel.body)
 
     def block(self, ops: list[_Op]) -> list[Any]:

@@ -55,6 +55,7 @@ TARGETS = {
 # Bytes a block may have. A kernel that wants more compiles, and fails when it is launched.
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
+ARGUMENTS = {"batch": 2, "steps": 3}  # of what takes them: each step meets the one before and the one after
 TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
@@ -189,8 +190,11 @@ def measure(case: Case) -> Measurement:
     counts = _count_amd(asm["amdgcn"]) if case.target.startswith("gfx") else _count_nvidia(asm["cubin"])
     numbers, ttgir = Numbers(shared=shared, **counts), asm["ttgir"]
     try:
-        needed = {place: bool(barriers.races(without)) for place, without in barriers.without_barriers(ttgir)}
-        return Measurement(case, numbers, barriers.races(ttgir, case.grid), needed)
+        needed = {
+            place: bool(barriers.races(without, arguments=ARGUMENTS))
+            for place, without in barriers.without_barriers(ttgir)
+        }
+        return Measurement(case, numbers, barriers.races(ttgir, case.grid, ARGUMENTS), needed)
     except barriers.Unchecked as error:
         return Measurement(case, numbers, [f"barriers cannot be checked: {error}"], {})
 
@@ -202,6 +206,7 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
     if case.phase == "sequence":
         kernel = {"forward": sequence_forward_kernel, "backward": sequence_backward_kernel}[case.direction]
         constants |= dict(H=case.hidden_size, CLIP=20.0, **weight_tiles(case.layout))
+        constants |= dict(lengths_ptr=None, reset_ptr=None)  # addresses that depend on data cannot be followed
     else:
         kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
         constants |= dict(RAW=True, PHASE=PHASES[case.phase].value)
@@ -212,12 +217,11 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in ("batch", "steps"):
+        if name in ARGUMENTS:
             signature[name] = "i32"
             continue
         dtype = TRITON_TYPES[compute if name in ("kept_ptr", "scratch_ptr") else case.dtype]
-        dtype = {"free_list_ptr": "i32", "lengths_ptr": "i32", "reset_ptr": "u8"}.get(name, dtype)
-        signature[name] = f"*{dtype}"
+        signature[name] = "*i32" if name == "free_list_ptr" else f"*{dtype}"
         attributes[(position,)] = [["tt.divisibility", 16]]  # as at a launch: tensors begin at multiples of 16 bytes
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),

@@ -274,7 +274,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     for name, (supported, reason) in answers.items():
         measured = [f"{_label(layout)}{time:.1f} µs" for candidate, layout, time in times if candidate == name]
         lines.append(
-            f"{'*' if name == chosen else ' '} {name:<14} {'serves' if supported else 'declines'}: {reason}"
+            f"{'*' if name == chosen else ' '} {name:<15} {'serves' if supported else 'declines'}: {reason}"
             + (f"; measured per step: {', '.join(measured)}" if measured else "")
         )
     return "\n".join(lines)
@@ -301,20 +301,18 @@ def _asked(backend: str) -> tuple[str, str]:
 def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[str, Layout | None]:
     """Of the backends that serve a problem the fastest, with its layout."""
     ranked = sorted(serving, key=lambda name: BACKENDS[name].rank(problem))
-    # Of the two in plain PyTorch the rank decides: a clock that measures a single step cannot tell them apart.
-    plain = [name for name in ranked if name in ("torch_sequence", "reference")]
     candidates: list[tuple[str, Layout | None]] = []
     for name in ranked:
-        if name in plain[1:]:
-            continue
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
     # Tracing comes first: a traced function may look neither at a file nor at a clock.
     if len(candidates) == 1 or torch.compiler.is_compiling() or problem.device.type != "cuda":
         return candidates[0]
     if torch.are_deterministic_algorithms_enabled():  # a clock decides otherwise, and layouts differ in their last bits
         return candidates[0]
-    steps = {candidate: BACKENDS[candidate[0]].with_layout(candidate[1]).memory_step for candidate in candidates}
-    return tuning.fastest(problem, steps, measure=measure)
+    settled = {(name, layout): BACKENDS[name].with_layout(layout) for name, layout in candidates}
+    operation = "unroll" if tuning.measures_sequence(problem) else "memory_step"
+    operations = {candidate: getattr(backend, operation) for candidate, backend in settled.items()}
+    return tuning.fastest(problem, operations, measure=measure)
 
 
 def _label(layout: Layout | None) -> str:

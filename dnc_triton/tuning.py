@@ -1,9 +1,10 @@
 """Which candidate is the fastest, measured once and remembered: in the process, and in the user's cache directory.
 
-A problem is remembered by its bucket: the device's model, the versions of what generates code, dtype, N, W, R, K,
-whether gradients are needed, and B rounded up to a power of two. T does not matter: a step is measured. Each bucket has
-a file of its own, written whole or not at all, so that any number of processes may measure at once; what is in a file
-that cannot be understood is measured again.
+A sequence is measured as a sequence, of `STEPS` steps at most, with a controller of its kind; a memory step, or what
+must go step by step, as a step. A problem is remembered by its bucket: the device's model, the versions of what
+generates code, dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of
+two. Each bucket has a file of its own, written whole or not at all, so that any number of processes may measure at
+once; what is in a file that cannot be understood is measured again.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless something is
 remembered), DNC_TRITON_CACHE names another directory.
@@ -14,25 +15,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dnc_reference import Interface, MemoryState
+from dnc_reference import DNCCell, DNCState, Interface, MemoryState
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 
 Candidate = tuple[str, Layout | None]
-Step = Callable[..., tuple[Tensor, MemoryState]]
+Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-FORMAT = 1
+FORMAT = 2
+STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
 SECONDS = 1.0  # per candidate, compilation not counted
@@ -42,25 +45,30 @@ logger = logging.getLogger("dnc_triton")
 _known: dict[str, list[tuple[str, Layout | None, float]]] = {}
 
 
-def fastest(problem: Problem, steps: Mapping[Candidate, Step], *, measure: bool = True) -> Candidate:
+def measures_sequence(problem: Problem) -> bool:
+    """Whether a problem is measured as a sequence; else as a memory step, which may be one of many."""
+    return problem.controller not in (None, "custom")
+
+
+def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, measure: bool = True) -> Candidate:
     """The fastest candidate for a problem: remembered, else measured, else the first.
 
     Args:
         problem: the call.
-        steps: candidate → its `memory_step`, in the order of preference.
+        operations: candidate → its `unroll` if `measures_sequence`, else its `memory_step`; in the order of preference.
         measure: whether to measure what is not remembered. It is not done while a CUDA graph is captured, nor with
             DNC_TRITON_MEASURE=0.
 
     Returns:
         one of the candidates.
     """
-    times = [row for row in remembered(problem) if row[:2] in steps]
+    times = [row for row in remembered(problem) if row[:2] in operations]
     # What is remembered may know fewer candidates: somebody had named one, say. Then all are measured again.
-    if {row[:2] for row in times} != set(steps):
+    if {row[:2] for row in times} != set(operations):
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if not measure or capturing or os.environ.get("DNC_TRITON_MEASURE") == "0":
-            return next(iter(steps))
-        times = _measure_all(problem, steps)
+            return next(iter(operations))
+        times = _measure_all(problem, operations)
         _remember(problem, times)
     return min(times, key=lambda row: row[2])[:2]
 
@@ -96,13 +104,16 @@ def _bucket(problem: Problem) -> str:
         "triton": triton.__version__,
         "format": FORMAT,
         "dtype": str(problem.dtype),
-        "batch": 1 << max(0, problem.batch - 1).bit_length(),
+        "batch": _power_of_two(problem.batch),
         "memory_size": problem.memory_size,
         "word_size": problem.word_size,
         "num_reads": problem.num_reads,
         "num_writes": problem.num_writes,
         "needs_gradient": problem.needs_gradient,
     }
+    if measures_sequence(problem):
+        key["controller"] = f"{problem.num_layers}×{problem.controller} {problem.hidden_size}"
+        key["steps"] = _measured_steps(problem)
     return json.dumps(key, sort_keys=True)
 
 
@@ -136,13 +147,23 @@ def _remember(problem: Problem, times: list[tuple[str, Layout | None, float]]) -
         logger.warning("cannot keep the measured times in %s: %s", path.parent, error)
 
 
-def _measure_all(problem: Problem, steps: Mapping[Candidate, Step]) -> list[tuple[str, Layout | None, float]]:
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _measured_steps(problem: Problem) -> int:
+    return min(STEPS, _power_of_two(problem.steps)) if measures_sequence(problem) else 1
+
+
+def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation]) -> list[tuple[str, Layout | None, float]]:
     started = time.perf_counter()
-    call = _random_call(problem)
+    with torch.inference_mode(False), torch.cuda.device(problem.device):
+        run = _random_sequence(problem) if measures_sequence(problem) else _random_step(problem)
     times = []
-    for (name, layout), step in steps.items():
+    for (name, layout), operation in operations.items():
         late = time.perf_counter() - started > TOTAL_SECONDS
-        times.append((name, layout, float("inf") if late else _measure(step, *call)))
+        microseconds = float("inf") if late else _measure(problem, partial(run, operation))
+        times.append((name, layout, microseconds / _measured_steps(problem)))
     name, layout, microseconds = min(times, key=lambda row: row[2])
     logger.info(
         "measured %d candidates for %s in %.1f s: %s %s with %.1f µs per step",
@@ -156,47 +177,91 @@ def _measure_all(problem: Problem, steps: Mapping[Candidate, Step]) -> list[tupl
     return times
 
 
-def _random_call(problem: Problem) -> tuple[Interface, MemoryState, bool]:
-    """A step of this size, on random data, never the caller's."""
-    batch = 1 << max(0, problem.batch - 1).bit_length()
-    generator = torch.Generator(problem.device).manual_seed(0)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        drawn = torch.rand(shape, generator=generator, device=problem.device, dtype=torch.float32)
-        return drawn.to(problem.dtype)
-
-    sizes = (problem.word_size, problem.num_reads, problem.num_writes)
-    interface = {name: draw(shape) for name, shape in Interface.shapes(batch, *sizes).items()}
-    shapes = MemoryState.shapes(batch, problem.memory_size, *sizes)
-    # Weights that sum to less than 1 keep the state in its range.
-    state = {name: draw(shape) / problem.memory_size for name, shape in shapes.items()}
-    tensors = [*interface.values(), *state.values()]
-    for tensor in tensors:
+def _random_step(problem: Problem) -> Callable[[Operation], None]:
+    """What runs a `memory_step` of this size, and its backward if that is needed."""
+    interface, state = _random_interface(problem), _random_state(problem)
+    given = [*interface, *state]
+    for tensor in given:
         tensor.requires_grad_(problem.needs_gradient)
-    return Interface(**interface), MemoryState(**state), problem.needs_gradient
+
+    def run(step: Operation) -> None:
+        read_words, new_state = step(interface, state, stop_usage_gradient=False)
+        if problem.needs_gradient:
+            _differentiate([read_words, *new_state], given)
+
+    return run
 
 
-def _measure(step: Step, interface: Interface, state: MemoryState, needs_gradient: bool) -> float:
-    """Median time of a step in µs, of its backward too if it is needed; infinite if it does not fit into memory."""
+def _random_sequence(problem: Problem) -> Callable[[Operation], None]:
+    """What runs an `unroll` of this size, and its backward if that is needed. Inputs and outputs, which any backend
+    multiplies in one product, are of the controller's size."""
+    size, state = problem.hidden_size, _random_state(problem)
+    assert problem.controller is not None
+    with torch.random.fork_rng([problem.device] if problem.device.type == "cuda" else []):
+        cell = DNCCell(
+            size,
+            size,
+            size,
+            memory_size=problem.memory_size,
+            word_size=problem.word_size,
+            num_reads=problem.num_reads,
+            num_writes=problem.num_writes,
+            controller=problem.controller,
+            num_layers=problem.num_layers,
+            device=problem.device,
+            dtype=problem.dtype,
+        )
+    given: list[Tensor] = list(cell.parameters())
+    inputs = _draw(problem, (_measured_steps(problem), state.memory.shape[0], size))
+    begin = cell.initial_state(state.memory.shape[0])._replace(memory=state)
 
-    def call() -> None:
-        with torch.set_grad_enabled(needs_gradient), torch.inference_mode(False):
-            read_words, new_state = step(interface, state, stop_usage_gradient=False)
-            if needs_gradient:
-                outputs: list[Any] = [read_words, *new_state]
-                torch.autograd.grad(outputs, [*interface, *state], [torch.ones_like(output) for output in outputs])
+    def run(unroll: Operation) -> None:
+        outputs, _ = unroll(cell, inputs, begin, checkpoint=None)
+        if problem.needs_gradient:
+            _differentiate([outputs], given)
 
+    return run
+
+
+def _differentiate(outputs: list[Tensor], inputs: list[Tensor]) -> None:
+    torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
+
+
+def _random_interface(problem: Problem) -> Interface:
+    shapes = Interface.shapes(_power_of_two(problem.batch), problem.word_size, problem.num_reads, problem.num_writes)
+    return Interface(**{name: _draw(problem, shape) for name, shape in shapes.items()})
+
+
+def _random_state(problem: Problem) -> MemoryState:
+    """On random data, never the caller's. Weights that sum to less than 1 keep the state in its range."""
+    sizes = (problem.memory_size, problem.word_size, problem.num_reads, problem.num_writes)
+    shapes = MemoryState.shapes(_power_of_two(problem.batch), *sizes)
+    return MemoryState(**{name: _draw(problem, shape) / problem.memory_size for name, shape in shapes.items()})
+
+
+def _draw(problem: Problem, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator(problem.device).manual_seed(math.prod(shape))
+    drawn = torch.rand(shape, generator=generator, device=problem.device, dtype=torch.float32)
+    return drawn.to(problem.dtype)
+
+
+def _measure(problem: Problem, run: Callable[[], None]) -> float:
+    """Median time of a run in µs; infinite if it does not fit into memory."""
     try:
-        with torch.cuda.device(state.memory.device):
+        with (
+            torch.cuda.device(problem.device),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(problem.needs_gradient),
+        ):
             for _ in range(WARM_UP):
-                call()
+                run()
             torch.cuda.synchronize()
             times: list[float] = []
             deadline = time.perf_counter() + SECONDS
             while len(times) < REPETITIONS and (not times or time.perf_counter() < deadline):
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
-                call()
+                run()
                 end.record()
                 end.synchronize()
                 times.append(1000 * start.elapsed_time(end))

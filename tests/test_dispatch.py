@@ -179,11 +179,11 @@ def test_explain(add_backends):
     add_backends(fused=Spy(False, "needs a GPU"), stepwise=Spy(True, "one launch per step"))
     lines = explain(make(), torch.randn(2, 3, 3)).splitlines()
     assert lines == [
-        "sequence, lstm controller, cpu, float32, B=2, T=3, N=5, W=4, R=2, K=1, with gradients",
+        "sequence, lstm controller, 1×6, cpu, float32, B=2, T=3, N=5, W=4, R=2, K=1, with gradients",
         "asked for: 'auto', by default",
-        "  fused          declines: needs a GPU",
-        "* stepwise       serves: one launch per step",
-        "  reference      serves: plain PyTorch: every device, floating dtype, size and controller",
+        "  fused           declines: needs a GPU",
+        "* stepwise        serves: one launch per step",
+        "  reference       serves: plain PyTorch: every device, floating dtype, size and controller",
     ]
 
 
@@ -209,7 +209,7 @@ def test_explain_stars_the_one_asked_for(add_backends, monkeypatch):
 
 def test_explain_takes_what_forward_takes():
     packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(2, 3, 3), [3, 1], batch_first=True)
-    assert explain(make(), packed).startswith("sequence, lstm controller, cpu, float32, B=2, T=3,")
+    assert explain(make(), packed).startswith("sequence, lstm controller, 1×6, cpu, float32, B=2, T=3,")
 
 
 # --- Every call goes through the table
@@ -246,6 +246,8 @@ def test_the_layer_asks_and_is_served(add_backends, batch_first):
             num_writes=1,
             controller="lstm",
             needs_gradient=True,
+            hidden_size=6,
+            num_layers=1,
         )
     ]
     # A backend has the signature of `dnc_reference.unroll`, which is time first.

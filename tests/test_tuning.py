@@ -9,15 +9,18 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from dnc_triton import dispatch, tuning
-from dnc_triton.kernels.layout import Layout, default_layout, layouts
+from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.problem import Problem
 
 PROBLEM = Problem(
@@ -31,6 +34,8 @@ PROBLEM = Problem(
     num_writes=1,
     controller="lstm",
     needs_gradient=True,
+    hidden_size=20,
+    num_layers=1,
 )
 FAST, SLOW, REFERENCE = Layout(True, 16, 16, 4), Layout(False, 16, 32, 8), None
 
@@ -41,16 +46,20 @@ class Clock:
     def __init__(self, **microseconds: float) -> None:
         self.microseconds, self.asked = microseconds, []
 
-    def __call__(self, step: object, *call: object) -> float:
-        self.asked.append(step)
-        return self.microseconds[str(step)]
+    def __call__(self, problem: Problem, run: partial) -> float:
+        """µs for a run; the dictionary has those per step."""
+        (operation,) = run.args
+        self.asked.append(operation)
+        return self.microseconds[str(operation)] * tuning._measured_steps(problem)
 
 
 @pytest.fixture(autouse=True)
 def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Straw 9000")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(tuning, "_random_call", lambda problem: ())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(tuning, "_random_sequence", lambda problem: print)
+    monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
     monkeypatch.setattr(tuning, "_known", {})
     monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DNC_TRITON_MEASURE", raising=False)
@@ -101,6 +110,12 @@ def test_another_process_reads_what_this_one_measured(clock: Clock) -> None:
         {"word_size": 9},
         {"num_reads": 3},
         {"needs_gradient": False},
+        {"controller": "gru"},
+        {"controller": None},
+        {"controller": "custom"},
+        {"hidden_size": 21},
+        {"num_layers": 2},
+        {"steps": 9},
     ],
     ids=str,
 )
@@ -110,11 +125,19 @@ def test_another_problem_is_measured_by_itself(clock: Clock, change: dict) -> No
     assert len(clock.asked) == 6
 
 
-@pytest.mark.parametrize("change", [{"batch": 16}, {"batch": 9}, {"steps": 99}, {"controller": None}], ids=str)
+@pytest.mark.parametrize("change", [{"batch": 16}, {"batch": 9}, {"steps": 8}], ids=str)
 def test_what_makes_no_difference_is_not_measured_again(clock: Clock, change: dict) -> None:
     tuning.fastest(PROBLEM, STEPS)
     tuning.fastest(replace(PROBLEM, **change), STEPS)
     assert len(clock.asked) == 3
+
+
+def test_long_sequences_are_alike(clock: Clock) -> None:
+    for steps in (30, 33, 1000):
+        tuning.fastest(replace(PROBLEM, steps=steps), STEPS)
+    for steps in (1, 7):
+        tuning.fastest(replace(PROBLEM, steps=steps, controller="custom"), STEPS)
+    assert len(clock.asked) == 6
 
 
 @pytest.mark.parametrize("changed", ["device", "torch", "triton"])
@@ -241,14 +264,19 @@ for _ in range(200):
 # --- through the dispatcher
 
 
+def fake_times(microseconds: Callable[[Layout | None], float]) -> Callable[[Problem, partial], float]:
+    """A clock that looks at the layout of what it measures, µs per step."""
+
+    def measure(problem: Problem, run: partial) -> float:
+        layout = getattr(run.args[0], "keywords", {}).get("layout")
+        return microseconds(layout) * tuning._measured_steps(problem)
+
+    return measure
+
+
 def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = layouts(16, 8)[1]
-
-    def measure(step: object, *call: object) -> float:
-        layout = getattr(step, "keywords", {}).get("layout")
-        return 5.0 if layout == wanted else 50.0
-
-    monkeypatch.setattr(tuning, "_measure", measure)
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0 if layout == wanted else 50.0))
     chosen = dispatch.choose(PROBLEM)
     assert chosen.unroll.keywords["layout"] == wanted
     assert chosen.memory_step.keywords["layout"] == wanted
@@ -256,30 +284,31 @@ def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.Mo
     (starred,) = [line for line in lines if line.startswith("*")]
     assert "triton_fused" in starred
     assert "5.0 µs" in starred
-    assert sum("50.0 µs" in line for line in lines) == 3
+    assert sum("50.0 µs" in line for line in lines) == 5
 
 
 def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_measure", lambda step, *call: 50.0 if hasattr(step, "keywords") else 5.0)
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
 
 
-@pytest.mark.parametrize(("slots", "name"), [(16, "triton_fused"), (64, "triton_fused"), (100, "triton_split")])
+@pytest.mark.parametrize(("slots", "name"), [(16, "triton_sequence"), (64, "triton_fused"), (100, "triton_split")])
 def test_without_measuring_the_default_is_taken(slots: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     problem = replace(PROBLEM, memory_size=slots)
-    assert dispatch.choose(problem).unroll.keywords["layout"] == default_layout(slots, 8)
+    default = sequence_layouts(16, 8)[0] if name == "triton_sequence" else default_layout(slots, 8)
+    assert dispatch.choose(problem).unroll.keywords["layout"] == default
     assert f"* {name}" in dispatch.explain_problem(problem)
 
 
 def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a measurement nor the memory of one decides, and a row gets the same layout in every batch."""
-    monkeypatch.setattr(tuning, "_measure", lambda step, *call: 50.0 if hasattr(step, "keywords") else 5.0)
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     for batch in (1, 12, 500):
         chosen = dispatch.choose(replace(PROBLEM, batch=batch))
-        assert chosen.unroll.keywords["layout"] == default_layout(16, 8)
+        assert chosen.unroll.keywords["layout"] == sequence_layouts(16, 8)[0]
 
 
 def test_explain_measures_nothing(clock: Clock) -> None:
@@ -315,4 +344,40 @@ def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPa
     assert "(7, 5)" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     assert "not installed" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+
+
+# --- what is measured
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("controller", ["lstm", "gru", "custom", None], ids=str)
+def test_what_is_measured_is_the_problem(
+    controller: str | None, needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On random data of the size, with a backward where one is needed; here on a CPU, for the reference."""
+    monkeypatch.undo()
+    problem = replace(PROBLEM, device=torch.device("cpu"), controller=controller, needs_gradient=needs_gradient)
+    random_state = torch.get_rng_state()
+    if controller in ("lstm", "gru"):
+        run, operation = tuning._random_sequence(problem), dispatch.BACKENDS["reference"].unroll
+    else:
+        run, operation = tuning._random_step(problem), dispatch.BACKENDS["reference"].memory_step
+    assert torch.equal(torch.get_rng_state(), random_state)
+    seen = []
+
+    def spy(*arguments: object, **keywords: object) -> object:
+        result = operation(*arguments, **keywords)
+        seen.append((arguments, result))
+        return result
+
+    with torch.set_grad_enabled(needs_gradient):
+        run(spy)
+    (((first, *rest), result),) = seen
+    state = rest[0] if controller in ("custom", None) else rest[1].memory
+    assert state.memory.shape == (16, 16, 8)
+    assert result[0].requires_grad == needs_gradient
+    if controller in ("lstm", "gru"):
+        assert rest[0].shape == (8, 16, 20)
+        assert (first.controller_kind, first.hidden_size, first.num_layers) == (controller, 20, 1)

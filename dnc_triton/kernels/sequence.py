@@ -14,8 +14,8 @@ import triton.language as tl
 
 from dnc_triton.kernels.addressing import address, address_backward
 from dnc_triton.kernels.common import rounded, sigmoid
-from dnc_triton.kernels.linking import write_and_link, write_and_link_backward
 from dnc_triton.kernels.layout import Layout
+from dnc_triton.kernels.linking import write_and_link, write_and_link_backward
 from dnc_triton.kernels.reading import read, read_backward
 
 

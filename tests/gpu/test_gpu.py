@@ -60,6 +60,18 @@ from test_kernel_rows import (
     test_no_rows,
     test_same_call_same_bits,
 )
+from test_kernel_sequence import (
+    test_a_long_sequence_without_gradients_keeps_little,
+    test_a_row_does_not_depend_on_the_others_and_twice_is_the_same,
+    test_an_empty_batch,
+    test_checkpoints_are_for_the_kernels_of_a_step,
+    test_declines,
+    test_float32,
+    test_layouts,
+    test_lengths_and_resets_leave_nothing_unwritten,
+    test_sizes,
+)
+from test_kernel_sequence import test_opcheck as test_opcheck_of_the_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import memory_step
