@@ -285,15 +285,19 @@ def test_up_to_the_first_lookup_of_a_word_all_agrees_as_it_is(dtype, tolerance):
             torch.testing.assert_close(getattr(state.memory, field), their_memory[name], rtol=0, atol=tolerance)
 
 
-def test_what_a_sequence_differs_by():
-    """The ε is all: outputs differ by what docs/migrating.md says, whose model this is."""
-    torch.manual_seed(0)
-    theirs = make_theirs()
-    inputs = torch.randn(B, 20, D, dtype=torch.float64)
-    expected, _ = theirs(inputs, initial(theirs)[0])
-    outputs, _ = from_pytorch_dnc(theirs, dtype=torch.float64)(inputs)
-    largest = (outputs - expected.transpose(0, 1)).abs().max().item()
-    assert 1e-8 < largest < 1e-3, largest
+@pytest.mark.parametrize("seed", range(5))
+def test_what_a_sequence_differs_by(seed):
+    """The ε in the norms as it is: docs/migrating.md names the smallest and the largest of these five."""
+    torch.manual_seed(seed)
+    dnc = pytest.importorskip("dnc")
+    theirs = dnc.DNC(8, 64, num_hidden_layers=1, nr_cells=64, cell_size=16, read_heads=4).double()
+    inputs = torch.randn(3, 100, 8, dtype=torch.float64)
+    hidden = torch.zeros(1, 3, 64, dtype=torch.float64)
+    memory = {name: field.double() for name, field in theirs.memories[0].new(3).items()}
+    with torch.no_grad():
+        expected, _ = theirs(inputs, ([(hidden, hidden)], [memory], None))
+        outputs, _ = from_pytorch_dnc(theirs, dtype=torch.float64)(inputs)
+    assert 1e-6 < (outputs - expected.transpose(0, 1)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
