@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"python", "sh", "toml", "json", ""}  # what another name would hide
+LANGUAGES = {"python", "sh", "toml", "json", "text", ""}  # under another name, bash say, nothing would be checked
 OPTIONAL = {"dnc", "lightning"}
 RUNNABLE = ("dnc_triton", "benchmarks", "tests.fuzz")  # by `python -m`, with an argparse of their own
 BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
