@@ -73,7 +73,7 @@ def from_deepmind(
     def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         if scope + name not in arrays:
             raise ValueError(f"variables: expected {scope + name!r}, got only {sorted(arrays)}")
-        array = _as_tensor(scope + name, arrays[scope + name])
+        array = as_tensor("variables", scope + name, arrays[scope + name])
         if shape is not None and array.shape != shape:
             raise ValueError(f"variables: expected {scope + name!r} of shape {list(shape)}, got {list(array.shape)}")
         return array
@@ -128,14 +128,14 @@ def from_deepmind(
     return dnc
 
 
-def _as_tensor(name: str, value: Any) -> Tensor:
-    """A variable in float64, whatever holds it."""
+def as_tensor(argument: str, name: str, value: Any) -> Tensor:
+    """A variable of that name in float64, whatever holds it; an error names the argument that it came with."""
     try:
         array = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"variables: expected {name!r} to be a floating array, got {type(value).__name__}") from error
+        raise TypeError(f"{argument}: expected {name!r} to be a floating array, got {type(value).__name__}") from error
     if not array.is_floating_point():
-        raise TypeError(f"variables: expected {name!r} to be a floating array, got {array.dtype}")
+        raise TypeError(f"{argument}: expected {name!r} to be a floating array, got {array.dtype}")
     return array.double()
 
 

@@ -1,0 +1,245 @@
+"""Weights from the package `dnc` of PyPI, also known as pytorch-dnc."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnc_reference.interface import interface_sizes
+from dnc_triton.deepmind import as_tensor
+from dnc_triton.layer import DNC
+
+# Field of the interface → its linear layer in the package's memory.py, in the order of the package's interface vector.
+_INTERFACE_LAYERS = {
+    "read_keys": "read_keys_transform",
+    "read_strengths": "read_strengths_transform",
+    "write_keys": "write_key_transform",
+    "write_strengths": "write_strength_transform",
+    "erase_vectors": "erase_vector_transform",
+    "write_vectors": "write_vector_transform",
+    "free_gates": "free_gates_transform",
+    "allocation_gates": "allocation_gate_transform",
+    "write_gates": "write_gate_transform",
+    "read_modes": "read_modes_transform",
+}
+_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+_SIZES = {"memory_size": "nr_cells", "word_size": "cell_size", "num_reads": "read_heads"}
+
+
+class BoundedKeys(nn.Module):
+    """tanh of the keys and write vectors, which stand first in the interface vector: [..., S] → [..., S].
+
+    Args:
+        size: how many numbers of the vector they are.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, vector: Tensor) -> Tensor:
+        bounded, others = vector.split([self.size, vector.shape[-1] - self.size], -1)
+        return torch.cat([torch.tanh(bounded), others], -1)
+
+    def extra_repr(self) -> str:
+        return str(self.size)
+
+
+def from_pytorch_dnc(
+    model: nn.Module | Mapping[str, Any],
+    *,
+    memory_size: int | None = None,
+    word_size: int | None = None,
+    num_reads: int | None = None,
+    read_feedback: bool = False,
+    dropout: float | None = None,
+    batch_first: bool = True,
+    dtype: torch.dtype | None = None,
+) -> DNC:
+    """A `DNC` with the weights, and nearly the semantics, of a `dnc.DNC` of PyPI's package `dnc` 2.0.0b1 or 1.1.0.
+
+    The layer is the package's network but for what is listed below. To be so it passes keys and write vectors through
+    tanh, as the package does and the paper does not: its `interface` is `nn.Sequential(linear, BoundedKeys)`, and so it
+    runs step by step, not as one operation. Strengths pass softplus.
+
+    Args:
+        model: a `dnc.DNC` of 2.0.0b1, or the state_dict of one of 2.0.0b1 or 1.1.0, with any prefix before its names.
+            Other names are passed over.
+        memory_size, word_size, num_reads: N, W, R: the package's nr_cells, cell_size, read_heads. Needed with a
+            state_dict, which does not tell them, or not alone; with a module read off it.
+        read_feedback: whether the controller sees what was read in the step before. The package's does not: in every
+            step of a call it gets what the call before read last, zeros in a first call. False, then, sets the weights
+            by the read words to 0: the outputs are those of the package over a sequence, and training may find a use
+            for the weights. True keeps them, for a model that was called with one step at a time and handed its state.
+        dropout: between the controller's layers; None for the module's own, which a state_dict does not tell: then 0.
+        batch_first: of the layer that is made.
+        dtype: of the layer that is made; None for torch's default.
+
+    Returns:
+        the layer, on the CPU. Its state_dict does not fit a plain `DNC`: to load one, make the layer by this function.
+
+    What a state_dict does not tell, and the caller must know: that clip was 0 or at least 1; that an "rnn" had
+    nonlinearity "tanh"; that the release was 1.1.0 or later. In those up to 1.0.3 names and shapes are the same, but
+    the softmax of the read modes goes over the heads; there is no such thing here.
+
+    Equal: the controllers; the layout of the interface, head by head; strengths, gates, read modes; usage, retention,
+    the allocation and its ε; erase, write, link, precedence, both directions, read; the output layer; the initial
+    memory; the gradient, also that from usage to earlier writes.
+
+    Not equal:
+        - The norms of the content lookup: |x| = √(Σx² + ε) here, √Σx² there, ε = 1e-6. A word much longer than 0.001
+          is looked up nearly the same, a shorter one is not. This alone keeps outputs from being the same to rounding.
+        - Equally used slots: the lower comes first here; there the order is open (`topk`). Slots that are alike in all
+          else may so be swapped, which no output shows. Usages whose 1 − u is the same count as equal here only.
+        - softplus above 20, where the package's leaves out log(1 + e⁻ˣ) ≤ 2e-9.
+        - The controller's initial state: zeros here; random there in each call without a state, hidden and cell alike.
+        - Outputs are [B, T, ·] with batch_first here; in 2.0.0b1 [T, B, ·] with it and [B, T, ·] without.
+        - Padding: `lengths=` and packed batches work here; in 2.0.0b1 a packed batch raises an UnboundLocalError.
+        - A state handed to the next sequence: its read words are seen by the first step here, by all steps there.
+        - `bias=False` becomes biases of 0, which training may move.
+        - clip: there only the controller's output is clipped. From 1 on that does nothing to an LSTM, a GRU or a tanh,
+          and the layer has none.
+
+    Raises:
+        ValueError: what has no counterpart here: num_layers above 1 (each reads once more within a step; the package's
+            num_hidden_layers are what is called num_layers here), nonlinearity "relu", clip between 0 and 1, the
+            sparse memories of SAM and SDNC; a weight that is missing, unknown, or of a shape that does not go with the
+            sizes.
+        TypeError: neither a module of 2.0.0b1 nor a mapping; a size or weight of the wrong type.
+
+    Source: the package's dnc.py, memory.py and util.py.
+    """
+    if not isinstance(read_feedback, bool):
+        raise TypeError(f"read_feedback: expected a bool, got {read_feedback!r}")
+    sizes: dict[str, Any] = {"memory_size": memory_size, "word_size": word_size, "num_reads": num_reads}
+    if isinstance(model, nn.Module):
+        sizes = _sizes_of(model, sizes)
+        if dropout is None:
+            dropout = float(model.dropout)  # type: ignore[arg-type]
+        weights: Mapping[str, Any] = model.state_dict()
+    elif isinstance(model, Mapping):
+        weights = model
+    else:
+        raise TypeError(f"model: expected a dnc.DNC or its state_dict, got {type(model).__name__}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an integer, which a state_dict does not tell, got {size!r}")
+
+    scope, kind = _scope(weights)
+    layer = f"{scope}{kind}_layer_0."
+    names = {str(name) for name in weights}
+    if f"{scope}{kind}_layer_1.weight_ih_l0" in names:
+        raise ValueError("model: expected num_layers=1, for a DNC here reads once in a step, got more layers")
+    memories = [f"{scope}rnn_layer_memory_{which}." for which in ("shared", "0")]
+    memory = next((prefix for prefix in memories if any(name.startswith(prefix) for name in names)), memories[0])
+    unused = {name for name in names if name.startswith((layer, memory))}
+
+    def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        if name not in names:
+            raise ValueError(f"model: expected the weight {name!r}, got only {sorted(names)}")
+        unused.discard(name)
+        tensor = as_tensor("model", name, weights[name])
+        if shape is not None and tensor.shape != shape:
+            given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(f"model: expected {name!r} of shape {list(shape)} for {given}, got {list(tensor.shape)}")
+        return tensor
+
+    first, recurrent = (take(layer + name) for name in ("weight_ih_l0", "weight_hh_l0"))
+    for name, matrix in (("weight_ih_l0", first), ("weight_hh_l0", recurrent)):
+        if matrix.dim() != 2:
+            raise ValueError(f"model: expected {layer}{name} to be a matrix, got shape {list(matrix.shape)}")
+    hidden_size, read_size = recurrent.shape[1], sizes["num_reads"] * sizes["word_size"]
+    input_size = first.shape[1] - read_size
+    if input_size < 1:
+        raise ValueError(
+            f"model: expected {layer}weight_ih_l0 to have more columns than the {read_size} for num_reads="
+            f"{sizes['num_reads']} and word_size={sizes['word_size']}, got shape {list(first.shape)}"
+        )
+    num_layers = sum(bool(re.fullmatch(re.escape(layer) + r"weight_ih_l\d+", name)) for name in names)
+
+    dnc = DNC(
+        input_size,
+        hidden_size,
+        input_size,  # the package's outputs are as wide as its inputs
+        **sizes,
+        controller=kind,
+        num_layers=num_layers,
+        dropout=0.0 if dropout is None else dropout,
+        batch_first=batch_first,
+        strength="softplus",
+        dtype=dtype,
+    )
+    rows, has_bias = _GATES[kind] * hidden_size, layer + "bias_ih_l0" in names
+    ours: dict[str, Tensor] = {}
+    for index in range(num_layers):
+        columns = hidden_size if index else input_size + read_size
+        for name, shape in (("ih", (rows, columns)), ("hh", (rows, hidden_size))):
+            to = f"controller.layers.{index}"
+            ours[f"{to}.weight_{name}"] = take(f"{layer}weight_{name}_l{index}", shape).clone()
+            bias = take(f"{layer}bias_{name}_l{index}", (rows,)) if has_bias else torch.zeros(rows)
+            ours[f"{to}.bias_{name}"] = bias
+    if not read_feedback:
+        ours["controller.layers.0.weight_ih"][:, input_size:] = 0
+
+    fields = interface_sizes(sizes["num_reads"], 1, sizes["word_size"])
+    for part, columns in (("weight", (hidden_size,)), ("bias", ())):
+        if f"{memory}interface_weights.{part}" in names:
+            vector = take(f"{memory}interface_weights.{part}", (sum(fields.values()), *columns))
+            pieces = dict(
+                zip(_INTERFACE_LAYERS, vector.split([fields[name] for name in _INTERFACE_LAYERS]), strict=True)
+            )
+        else:
+            pieces = {f: take(f"{memory}{_INTERFACE_LAYERS[f]}.{part}", (fields[f], *columns)) for f in fields}
+        ours[f"interface.{part}"] = torch.cat([pieces[field] for field in fields])
+    ours["output.weight"] = take(scope + "output.weight", (input_size, hidden_size + read_size))
+    ours["output.bias"] = take(scope + "output.bias", (input_size,))
+    if unused:
+        raise ValueError(f"model: expected no weights but those of a dense dnc.DNC, got also {sorted(unused)}")
+
+    dnc.load_state_dict(ours)
+    bounded = sum(fields[name] for name in ("read_keys", "write_keys", "write_vectors"))
+    dnc.interface = nn.Sequential(dnc.interface, BoundedKeys(bounded))  # type: ignore[assignment]
+    return dnc
+
+
+def _sizes_of(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of a `dnc.DNC`, which must be one that has a counterpart here."""
+    attributes = [*_SIZES.values(), "num_layers", "dropout", "clip", "rnn_type", "nonlinearity"]
+    if not all(hasattr(model, name) for name in [*attributes, "share_memory_between_layers"]):
+        raise TypeError(
+            f"model: expected a dnc.DNC of release 2.0.0b1 (one of 1.1.0 by its state_dict), got {type(model).__name__}"
+        )
+    if hasattr(model, "sparse_reads"):
+        raise ValueError(f"model: expected a dense memory, there are no sparse ones here, got {type(model).__name__}")
+    if model.num_layers != 1:
+        raise ValueError(
+            f"model: expected num_layers=1, for a DNC here reads once in a step, got num_layers={model.num_layers}"
+        )
+    if str(model.rnn_type).lower() == "rnn" and model.nonlinearity != "tanh":
+        raise ValueError(f"model: expected nonlinearity='tanh', the only one here, got {model.nonlinearity!r}")
+    if not (model.clip == 0 or model.clip >= 1):  # type: ignore[operator]
+        raise ValueError(
+            "model: expected clip=0 or one of at least 1, for here the state that is carried is clipped as well, "
+            f"got clip={model.clip!r}"
+        )
+    sizes = {name: getattr(model, attribute) for name, attribute in _SIZES.items()}
+    for name, size in given.items():
+        if size is not None and size != sizes[name]:
+            raise ValueError(f"{name}: expected None or the module's own {sizes[name]}, got {size!r}")
+    return sizes
+
+
+def _scope(weights: Mapping[str, Any]) -> tuple[str, str]:
+    """What stands before the controller's name, and its kind."""
+    found = [re.fullmatch(r"(|.*\.)(lstm|gru|rnn)_layer_0\.weight_ih_l0", str(name)) for name in weights]
+    scopes = [(match[1], match[2]) for match in found if match]
+    if len(scopes) != 1:
+        raise ValueError(
+            "model: expected one weight named lstm_layer_0.weight_ih_l0, or gru or rnn for lstm, "
+            f"got {len(scopes)} in {sorted(map(str, weights))}"
+        )
+    return scopes[0]
