@@ -36,6 +36,7 @@ from triton.errors import TritonError
 from benchmarks import barriers
 from dnc_triton.kernels.launch import _sizes
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
+from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.sequence import sequence_backward_kernel, sequence_forward_kernel, weight_tiles
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
 
@@ -54,8 +55,11 @@ TARGETS = {
 }
 # Bytes a block may have. A kernel that wants more compiles, and fails when it is launched.
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+DIRECTIONS = ("forward", "backward")
+LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4)  # of which it takes the warps
 PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
-ARGUMENTS = {"batch": 2, "steps": 3}  # of what takes them: each step meets the one before and the one after
+# Of what takes them: each step meets the one before and the one after, and of two blocks one is full, one is not.
+ARGUMENTS = {"batch": 2, "steps": 3, "size": 300}
 TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
@@ -73,6 +77,8 @@ class Case:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) + (f"h{self.hidden_size}" if self.hidden_size else "")
+        if self.phase == "lstm":
+            return f"{self.direction} lstm h{self.hidden_size} {self.dtype} {self.target}"
         layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
         return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}"
 
@@ -84,6 +90,8 @@ class Case:
     @property
     def may_spill(self) -> bool:
         """Only what runs by default, on the target that the layouts were chosen for, is held to spill nothing."""
+        if self.phase == "lstm":
+            return False
         if self.phase == "sequence":
             chosen = self.layout == sequence_layouts(*self.shape[:2])[0]
         else:
@@ -159,8 +167,10 @@ def cases(complete: bool = False) -> list[Case]:
         found += [
             Case(direction, "sequence", tuple(shape), layout, "float32", target, hidden_size)
             for layout, target in here
-            for direction in ("forward", "backward")
+            for direction in DIRECTIONS
         ]
+    for target in TARGETS if complete else ("sm_90",):
+        found += [Case(direction, "lstm", (1, 1, 1), LSTM, "float32", target, 256) for direction in DIRECTIONS]
     return list(dict.fromkeys(found))
 
 
@@ -171,7 +181,7 @@ def _cases(
     layout = layout or default_layout(*shape[:2])
     return [
         Case(direction, phase, shape, layout, dtype, target)
-        for direction in ("forward", "backward")
+        for direction in DIRECTIONS
         for phase in (("whole",) if layout.fused else ("first", "middle", "last"))
     ]
 
@@ -202,15 +212,20 @@ def measure(case: Case) -> Measurement:
 def _compile(case: Case) -> tuple[dict[str, Any], int]:
     """The code at each stage of the compilation, and the bytes of shared memory."""
     compute = "float64" if case.dtype == "float64" else "float32"
-    constants = dict(_sizes(*case.shape, case.layout), STRENGTH_OFFSET=1.0, COMPUTE=getattr(tl, compute))
-    if case.phase == "sequence":
+    constants = dict(COMPUTE=getattr(tl, compute))
+    if case.phase != "lstm":
+        constants |= dict(_sizes(*case.shape, case.layout), STRENGTH_OFFSET=1.0)
+    if case.phase == "lstm":
+        kernel = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}[case.direction]
+        constants |= dict(H=case.hidden_size, CLIP=20.0, BLOCK=BLOCK)
+    elif case.phase == "sequence":
         kernel = {"forward": sequence_forward_kernel, "backward": sequence_backward_kernel}[case.direction]
         constants |= dict(H=case.hidden_size, CLIP=20.0, **weight_tiles(case.layout))
         constants |= dict(lengths_ptr=None, reset_ptr=None)  # addresses that depend on data cannot be followed
     else:
         kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
         constants |= dict(RAW=True, PHASE=PHASES[case.phase].value)
-    if case.direction == "backward":
+    if case.direction == "backward" and case.phase != "lstm":
         constants["STOP_USAGE_GRADIENT"] = False
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):

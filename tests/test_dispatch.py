@@ -171,7 +171,7 @@ def test_a_named_backend_that_declines_raises_its_reason(
             dnc(inputs)
         with pytest.raises(RuntimeError, match=message):
             memory_step(interface, state, backend=layer_backend)
-        assert "  declining      declines: needs a GPU" in explain(dnc, inputs)
+        assert "  declining       declines: needs a GPU" in explain(dnc, inputs)
     assert spy.calls == []
 
 

@@ -29,6 +29,35 @@ def sigmoid(x):
 
 
 @triton.jit
+def tanh(x):
+    """tanh x, to full relative precision near 0 as well."""
+    y = -2.0 * tl.abs(x)
+    u = tl.exp(y)
+    # eʸ − 1 where y is small and eʸ rounds: (u − 1) y / log(u).
+    near = (u > 0.5) & (u < 1.0)
+    less = tl.where(near, (u - 1.0) * y / tl.log(tl.where(near, u, 0.5)), tl.where(u == 1.0, y, u - 1.0))
+    size = -less / (2.0 + less)
+    return tl.where(x >= 0, size, -size)
+
+
+@triton.jit
+def clipped(x, CLIP: tl.constexpr, COMPUTE: tl.constexpr):
+    """x between −CLIP and CLIP; a NaN stays one."""
+    if CLIP is not None:
+        bound = tl.full([], CLIP, COMPUTE)
+        x = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+    return x
+
+
+@triton.jit
+def d_clipped(d, x, CLIP: tl.constexpr, COMPUTE: tl.constexpr):
+    """Adjoint of `clipped`, from what went into it."""
+    if CLIP is not None:
+        d = tl.where(tl.abs(x) <= tl.full([], CLIP, COMPUTE), d, 0.0)
+    return d
+
+
+@triton.jit
 def softplus(x):
     """log(1 + eˣ), without overflow."""
     small = tl.exp(-tl.abs(x))

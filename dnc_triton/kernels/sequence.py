@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dnc_triton.kernels.addressing import address, address_backward
-from dnc_triton.kernels.common import rounded, sigmoid
+from dnc_triton.kernels.common import clipped, d_clipped, rounded, sigmoid, tanh
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.kernels.linking import write_and_link, write_and_link_backward
 from dnc_triton.kernels.reading import read, read_backward
@@ -22,35 +22,6 @@ from dnc_triton.kernels.reading import read, read_backward
 def weight_tiles(layout: Layout) -> dict[str, int]:
     """The part of a weight that a program multiplies at a time: 32 numbers a thread, a row by one warp."""
     return {"BLOCK_ROWS": 8 * layout.num_warps, "BLOCK_COLUMNS": 128}
-
-
-@triton.jit
-def tanh(x):
-    """tanh x, to full relative precision near 0 as well."""
-    y = -2.0 * tl.abs(x)
-    u = tl.exp(y)
-    # eʸ − 1 where y is small and eʸ rounds: (u − 1) y / log(u).
-    near = (u > 0.5) & (u < 1.0)
-    less = tl.where(near, (u - 1.0) * y / tl.log(tl.where(near, u, 0.5)), tl.where(u == 1.0, y, u - 1.0))
-    size = -less / (2.0 + less)
-    return tl.where(x >= 0, size, -size)
-
-
-@triton.jit
-def clipped(x, CLIP: tl.constexpr, COMPUTE: tl.constexpr):
-    """x between −CLIP and CLIP; a NaN stays one."""
-    if CLIP is not None:
-        bound = tl.full([], CLIP, COMPUTE)
-        x = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
-    return x
-
-
-@triton.jit
-def d_clipped(d, x, CLIP: tl.constexpr, COMPUTE: tl.constexpr):
-    """Adjoint of `clipped`, from what went into it."""
-    if CLIP is not None:
-        d = tl.where(tl.abs(x) <= tl.full([], CLIP, COMPUTE), d, 0.0)
-    return d
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.layout import Layout, kept_shapes
-from dnc_triton.sequence.cells import CELLS
+from dnc_triton.sequence.cells import CELLS, Cell
 from dnc_triton.sequence.torch_memory import Kept
 
 Pair = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ class Settings(NamedTuple):
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
         checkpoint: memory and link are kept every so many steps; 1 keeps all.
-        layout: of the kernels for the memory's part; None for plain PyTorch.
+        layout: of the kernels; None for plain PyTorch.
     """
 
     controller: str
@@ -39,6 +39,15 @@ class Settings(NamedTuple):
     product_dtype: torch.dtype
     checkpoint: int
     layout: Layout | None
+
+    @property
+    def cell(self) -> type[Cell]:
+        """What runs a layer of the controller."""
+        if self.layout is None or self.controller != "lstm":
+            return CELLS[self.controller]
+        from dnc_triton.sequence.triton_cells import TritonLSTM  # Triton need not be there
+
+        return TritonLSTM
 
 
 class History(NamedTuple):
@@ -77,7 +86,7 @@ class History(NamedTuple):
     def unflatten(cls, tensors: list[Tensor], settings: Settings) -> History:
         """The inverse."""
         remaining = iter(tensors)
-        kind, layers = CELLS[settings.controller], range(settings.num_layers)
+        kind, layers = settings.cell, range(settings.num_layers)
 
         def take(count: int) -> list[Tensor]:
             return [next(remaining) for _ in range(count)]
@@ -157,7 +166,7 @@ class Checkpoints:
 
 def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -> History:
     """Buffers for T steps from a state of these sizes. Nothing is filled in."""
-    kind = CELLS[settings.controller]
+    kind = settings.cell
     memory, link = state.memory.memory, state.memory.link
     batch, slots, word = memory.shape
     reads = state.words.shape[1]

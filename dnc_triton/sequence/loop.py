@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dnc_reference.types import MemoryState
-from dnc_triton.sequence.cells import CELLS
 from dnc_triton.sequence.history import Carried, Checkpoints, History, Settings, allocate
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
@@ -66,7 +65,7 @@ class Sequence:
         self.resets = _any_by_step(reset, self.steps)
         self._products(parameters, input_size)
 
-        kind, forwards = CELLS[settings.controller], history is None
+        kind, forwards = settings.cell, history is None
         if history is None:
             hidden_size = self.interface.weight.shape[1]
             history = self.allocate(settings, state, self.steps, hidden_size, reset is not None)
@@ -125,7 +124,7 @@ class Sequence:
             outputs = torch.where(self.running.unsqueeze(-1), outputs, 0)
         memory, words, layers = self._after(self.steps - 1)
         memory = MemoryState(memory.memory, memory.usage.clone(), memory.link, *(x.clone() for x in memory[3:]))
-        states = CELLS[self.settings.controller].states
+        states = self.settings.cell.states
         # Nothing that is returned is a part of the history.
         return outputs, Carried(memory, words.clone(), [[x.clone() for x in layer[:states]] for layer in layers])
 
@@ -140,7 +139,7 @@ class Sequence:
         d_words_out = self.from_words.all_backward(d_outputs).unflatten(-1, d_last.words.shape[1:]).unbind(0)
 
         d_layers = d_last.layers
-        if CELLS[settings.controller].states == 0:
+        if settings.cell.states == 0:
             d_layers = [[torch.zeros_like(layer[0][0])] for layer in self.layers]
         d = Carried(d_last.memory, d_last.words, d_layers)
         d_below = torch.empty_like(d_layers[0][0])
@@ -179,7 +178,7 @@ class Sequence:
 
     def _products(self, parameters: list[Tensor], input_size: int) -> None:
         """The parameters as the products they are used in."""
-        recurs = CELLS[self.settings.controller].states > 0
+        recurs = self.settings.cell.states > 0
         dtype = self.settings.product_dtype
         remaining = list(parameters)
         self.below: list[Product] = []

@@ -72,6 +72,7 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 OTHER_LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stacked": ({"num_layers": 2, "controller": "gru", "batch_first": False}, {}),
+    "stacked_lstm": ({"num_layers": 3, "clip": 0.1}, {"lengths": [3, 2]}),
     "lengths": ({"controller": "feedforward"}, {"lengths": [3, 1]}),
     "reset": ({"controller": "rnn"}, {"reset": RESETS}),
 }
