@@ -35,6 +35,8 @@ class DNC(DNCCell):
         clip: bound on the absolute value of the controller's output and state and of the output; None for none.
         strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
         stop_usage_gradient: no gradient from usage to earlier writes, as in DeepMind's published code.
+        max_activation_gradient: bound on each element of the gradient by the hidden vectors of a built-in controller,
+            at every step, which bounds what goes back through time; None for none. The paper has 10.
         checkpoint: what is kept of memory and link, by far the most of it, for the backward. None: every step's; an
             integer k: every k-th step's, the others are computed again on the way back, to the same bits, at the cost
             of that; "auto": every step's while they take less than a quarter of the device's memory, then every √T-th.
@@ -72,6 +74,7 @@ class DNC(DNCCell):
         clip: float | None = None,
         strength: str = "oneplus",
         stop_usage_gradient: bool = False,
+        max_activation_gradient: float | None = None,
         checkpoint: int | str | None = "auto",
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -99,6 +102,7 @@ class DNC(DNCCell):
             clip=clip,
             strength=strength,
             stop_usage_gradient=stop_usage_gradient,
+            max_activation_gradient=max_activation_gradient,
             device=device,
             dtype=dtype,
         )

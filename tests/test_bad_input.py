@@ -93,6 +93,8 @@ def test_sizes(name, size, error, expected):
         case("clip", -1.0, ValueError, "above 0", "-1.0", id="clip below 0"),
         case("clip", float("nan"), ValueError, "above 0", "nan", id="clip nan"),
         case("clip", "3", TypeError, "number", "'3'", id="clip is text"),
+        case("max_activation_gradient", 0, ValueError, "above 0", "0", id="max_activation_gradient 0"),
+        case("max_activation_gradient", True, TypeError, "number", "True", id="max_activation_gradient is a bool"),
         case("strength", "relu", ValueError, "'oneplus', 'softplus'", "'relu'", id="strength"),
         case("strength", None, ValueError, "'oneplus', 'softplus'", "None", id="no strength"),
         case("backend", "cuda", ValueError, BACKENDS, "'cuda'", id="backend"),

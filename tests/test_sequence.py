@@ -128,6 +128,20 @@ def test_every_choice(backend, controller, num_layers, clip, strength, stop_usag
         assert unused == ({"state.memory.write_weights"} if stop_usage_gradient else set())
 
 
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@each_backend
+def test_bounded_activation_gradient(backend, controller, num_layers, clip):
+    options = dict(controller=controller, num_layers=num_layers, clip=clip)
+    dnc, free = (make(backend, **options, max_activation_gradient=bound) for bound in (0.05, None))
+    bounded = assert_parity(dnc, *draw(dnc), lengths=[5, 2, 4])
+    unbounded = outcome(oracle, free, *draw(free), lengths=[5, 2, 4])
+    assert_same_bits(bounded[:2], unbounded[:2])
+    biases = [name for name in bounded.gradients if name.startswith("controller") and "bias" in name]
+    assert all((bounded.gradients[name] - unbounded.gradients[name]).abs().max() > 1e-3 for name in biases)
+
+
 @pytest.mark.parametrize(
     ("batch", "sizes"),
     [

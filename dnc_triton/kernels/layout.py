@@ -42,8 +42,11 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
 
 def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a whole sequence in one launch, the default one first."""
-    # 16 rows: the pointers that live through the whole loop leave no registers for more.
-    tiles = [(16, 16, 8), (16, 16, 4), (16, 32, 8)] if memory_size > 32 else [(16, 16, 4), (16, 16, 8)]
+    # Of few rows: the pointers that live through the whole loop leave no registers for more. At N = 128 all spill.
+    if memory_size <= 32:
+        tiles = [(16, 16, 4), (16, 16, 8)]
+    else:
+        tiles = [(16, 16, 8), (16, 32, 8), (16, 16, 4) if memory_size <= 64 else (32, 16, 8)]
     return [Layout(True, rows, columns, num_warps, whole=True) for rows, columns, num_warps in tiles]
 
 

@@ -1,5 +1,7 @@
 """What an LSTM does to its gates once the products are there, in one launch each way, element by element."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,6 +57,7 @@ def lstm_backward_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     CLIP: tl.constexpr,
+    MAX_GRADIENT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Grid: as forward. From the activated gates; the gradient of the cell is overwritten by that of the one before.
@@ -75,6 +78,7 @@ def lstm_backward_kernel(
     d_hidden = d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE)
     if d_above_ptr is not None:
         d_hidden += tl.load(d_above_ptr + element, mask=mask, other=0.0).to(COMPUTE)
+    d_hidden = clipped(d_hidden, MAX_GRADIENT, COMPUTE)
     d_cell = d_clipped(tl.load(d_cell_ptr + element, mask=mask, other=0.0).to(COMPUTE), cell, CLIP, COMPUTE)
     d_cell += d_hidden * o * (1.0 - tanh_cell * tanh_cell)
     tl.store(d_gates_ptr + at_gates, d_cell * g * i * (1.0 - i), mask=mask)
@@ -99,13 +103,16 @@ def lstm_backward(
     d_cell: Tensor,
     d_gates: Tensor,
     clip: float | None,
+    max_gradient: float | None,
 ) -> None:
     """The adjoint: from gradients by hidden vector and cell to those by raw gates and, in place, the cell before."""
-    _launch(lstm_backward_kernel, (gates, cell, d_hidden, d_above, d_cell, d_gates), cell, clip)
+    tensors = (gates, cell, d_hidden, d_above, d_cell, d_gates)
+    _launch(lstm_backward_kernel, tensors, cell, clip, MAX_GRADIENT=max_gradient)
 
 
-def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor | None, ...], cell: Tensor, clip: float | None) -> None:
-    size = cell.numel()
+def _launch(
+    kernel: triton.JITFunction, tensors: tuple[Tensor | None, ...], cell: Tensor, clip: float | None, **more: Any
+) -> None:
+    size, constants = cell.numel(), dict(H=cell.shape[1], BLOCK=BLOCK, CLIP=clip, **more)
     if size:
-        compute = _COMPUTE[_compute_dtype(cell)]
-        kernel[(triton.cdiv(size, BLOCK),)](*tensors, size, H=cell.shape[1], BLOCK=BLOCK, CLIP=clip, COMPUTE=compute)
+        kernel[(triton.cdiv(size, BLOCK),)](*tensors, size, **constants, COMPUTE=_COMPUTE[_compute_dtype(cell)])

@@ -123,6 +123,7 @@ def control_backward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     CLIP: tl.constexpr,
+    MAX_GRADIENT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """The adjoint of `control`, from its gates, after that of the memory's part.
@@ -145,7 +146,7 @@ def control_backward(
         prev_cell = tl.load(cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         cell = f * prev_cell + i * g
         tanh_cell = tanh(cell)
-        d_hidden = d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE)
+        d_hidden = clipped(d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE), MAX_GRADIENT, COMPUTE)
         d_cell = d_clipped(d_cell, cell, CLIP, COMPUTE) + d_hidden * o * (1.0 - tanh_cell * tanh_cell)
         tl.store(d_cell_ptr + units, d_cell * f, mask=mask)
         tl.store(d_gates_ptr + units, d_cell * g * i * (1.0 - i), mask=mask)
@@ -360,6 +361,7 @@ def sequence_backward_kernel(
     STRENGTH_OFFSET: tl.constexpr,
     STOP_USAGE_GRADIENT: tl.constexpr,
     CLIP: tl.constexpr,
+    MAX_GRADIENT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Grid: (B,).
@@ -527,6 +529,7 @@ def sequence_backward_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             CLIP,
+            MAX_GRADIENT,
             COMPUTE,
         )
         tl.debug_barrier()

@@ -24,6 +24,7 @@ class Cell:
         below, recurrent: the products with what comes from below and with the layer's own hidden vector.
         hidden_bias: [G], what is added to the product with the hidden vector where it stands apart (GRU).
         clip: bound on the absolute value of hidden vector and state, or None.
+        max_gradient: bound on that of the gradient by the hidden vector, or None.
         kept: `count_kept` buffers [T, B, H] for what a backward wants to have besides the gates.
     """
 
@@ -38,9 +39,11 @@ class Cell:
         recurrent: Product | None,
         hidden_bias: Tensor | None,
         clip: float | None,
+        max_gradient: float | None,
         kept: list[Tensor],
     ) -> None:
         self.below, self.recurrent, self.hidden_bias, self.clip = below, recurrent, hidden_bias, clip
+        self.max_gradient = max_gradient
         self.all_gates, self.pre = gates, gates.unbind(0)
         self.hidden_size = gates.shape[-1] // self.gates_per_unit
         self.kept, self.unclipped = kept[: self.more_kept], kept[self.more_kept :]
@@ -108,11 +111,15 @@ class Cell:
                 tensor.clamp_(-self.clip, self.clip)
 
     def _unclip(self, step: int, d: list[Tensor], d_above: Tensor | None) -> Tensor:
-        """Let gradients through where the clip did; what went to the layer above had not been clipped."""
+        """The gradient by the unclipped hidden vector, with that of the layer above, which was given it; bounded."""
         if self.clip is not None:
             for gradient, unclipped in zip(d, self.unclipped, strict=True):
                 gradient.mul_(unclipped[step].abs() <= self.clip)
-        return d[0] if d_above is None else d[0].add_(d_above)
+        if d_above is not None:
+            d[0].add_(d_above)
+        if self.max_gradient is not None:
+            d[0].clamp_(-self.max_gradient, self.max_gradient)
+        return d[0]
 
 
 class RNN(Cell):

@@ -24,6 +24,7 @@ class Settings(NamedTuple):
         controller: a key of `CELLS`.
         num_layers: of the controller.
         clip: bound on the controller's state and on the output, or None.
+        max_activation_gradient: bound on each element of the gradient by a layer's hidden vector, or None.
         strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     controller: str
     num_layers: int
     clip: float | None
+    max_activation_gradient: float | None
     strength_offset: float
     stop_usage_gradient: bool
     product_dtype: torch.dtype

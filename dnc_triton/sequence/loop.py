@@ -85,7 +85,7 @@ class Sequence:
         self.layers = [[trail.unbind(0) for trail in layer] for layer in history.layers]
         self.vectors = history.vectors.unbind(0)
         self.cells = [
-            kind(gates, below, recurrent, biases[-1], settings.clip, kept)
+            kind(gates, below, recurrent, biases[-1], settings.clip, settings.max_activation_gradient, kept)
             for gates, below, recurrent, biases, kept in zip(
                 history.gates, self.below, self.recurrent, self.biases, history.cells, strict=True
             )

@@ -268,6 +268,7 @@ class OneLaunchSequence:
             self.interface.weight.T.contiguous(),
             **self._arguments(),
             STOP_USAGE_GRADIENT=self.settings.stop_usage_gradient,
+            MAX_GRADIENT=self.settings.max_activation_gradient,
         )
 
     def _arguments(self) -> dict[str, Any]:

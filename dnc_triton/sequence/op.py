@@ -39,6 +39,7 @@ def _sequence(
     controller: str,
     num_layers: int,
     clip: float | None,
+    max_activation_gradient: float | None,
     strength_offset: float,
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
@@ -48,7 +49,15 @@ def _sequence(
 ) -> list[Tensor]:
     """Outputs [T, B, output_size], the state after the last step, and with `keep` the history."""
     settings = _settings(
-        controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint, layout
+        controller,
+        num_layers,
+        clip,
+        max_activation_gradient,
+        strength_offset,
+        stop_usage_gradient,
+        product_dtype,
+        checkpoint,
+        layout,
     )
     carried = Carried.unflatten([tensor.contiguous() for tensor in state], num_layers)
     running = _running(inputs, lengths)
@@ -100,6 +109,7 @@ def _(
     controller: str,
     num_layers: int,
     clip: float | None,
+    max_activation_gradient: float | None,
     strength_offset: float,
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
@@ -108,7 +118,15 @@ def _(
     keep: bool,
 ) -> list[Tensor]:
     settings = _settings(
-        controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint, layout
+        controller,
+        num_layers,
+        clip,
+        max_activation_gradient,
+        strength_offset,
+        stop_usage_gradient,
+        product_dtype,
+        checkpoint,
+        layout,
     )
     outputs = inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0])
     last = [tensor.new_empty(tensor.shape) for tensor in state]
@@ -134,6 +152,7 @@ def _sequence_backward(
     controller: str,
     num_layers: int,
     clip: float | None,
+    max_activation_gradient: float | None,
     strength_offset: float,
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
@@ -142,7 +161,15 @@ def _sequence_backward(
 ) -> list[Tensor]:
     """The gradients by inputs, state and parameters, from those by the outputs and the state after the last step."""
     settings = _settings(
-        controller, num_layers, clip, strength_offset, stop_usage_gradient, product_dtype, checkpoint, layout
+        controller,
+        num_layers,
+        clip,
+        max_activation_gradient,
+        strength_offset,
+        stop_usage_gradient,
+        product_dtype,
+        checkpoint,
+        layout,
     )
     kind = _kind(settings)
     sequence = kind(
@@ -257,6 +284,7 @@ def unroll_sequence(
             cell.controller_kind,
             cell.num_layers,
             cell.clip,
+            cell.max_activation_gradient,
             1.0 if cell.strength == "oneplus" else 0.0,
             cell.stop_usage_gradient,
             product_dtype,

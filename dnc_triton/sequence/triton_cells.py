@@ -29,7 +29,8 @@ class TritonLSTM(LSTM):
     def backward(self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor) -> None:
         d_hidden, d_cell = d
         d_pre = self.d_pre_steps[step]
-        lstm_backward(self.pre[step], self.prev_cells[step], d_hidden, d_above, d_cell, d_pre, self.clip)
+        given = self.pre[step], self.prev_cells[step], d_hidden, d_above
+        lstm_backward(*given, d_cell, d_pre, self.clip, self.max_gradient)
         self.below.backward(d_pre, d_below)
         assert self.recurrent is not None
         self.recurrent.backward(d_pre, d_hidden)

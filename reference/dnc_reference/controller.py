@@ -93,6 +93,24 @@ class FeedForwardCell(nn.Linear):
         return torch.tanh(F.linear(inputs, self.weight, self.bias)), ()
 
 
+class _LimitGradient(torch.autograd.Function):
+    """The identity, whose gradient is bounded element by element."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bound: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.bound = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.clamp(-ctx.bound, ctx.bound), None
+
+
 CONTROLLERS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell, "feedforward": FeedForwardCell}
 
 
@@ -105,6 +123,8 @@ class Controller(nn.Module):
         hidden_size: H, of every layer.
         num_layers: at least 1.
         dropout: probability with which a number passed from one layer to the next is dropped, as in `nn.LSTM`.
+        max_activation_gradient: bound on the absolute value of each element of the gradient by each layer's hidden
+            vector, which bounds what goes back through time; None for none.
     """
 
     def __init__(
@@ -115,6 +135,7 @@ class Controller(nn.Module):
         num_layers: int = 1,
         dropout: float = 0.0,
         *,
+        max_activation_gradient: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -125,6 +146,7 @@ class Controller(nn.Module):
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
         self.layers = nn.ModuleList(cell(size, hidden_size, device=device, dtype=dtype) for size in sizes)
         self.dropout = nn.Dropout(dropout)
+        self.max_activation_gradient = max_activation_gradient
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -141,5 +163,8 @@ class Controller(nn.Module):
         hidden, states = inputs, []
         for index, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
             hidden, layer_state = layer(self.dropout(hidden) if index else hidden, layer_state)
+            if self.max_activation_gradient is not None:
+                hidden = _LimitGradient.apply(hidden, self.max_activation_gradient)
+                layer_state = (hidden, *layer_state[1:]) if layer_state else ()
             states.append(layer_state)
         return hidden, tuple(states)

@@ -58,6 +58,8 @@ class DNCCell(nn.Module):
         clip: bound on the absolute value of the controller's output and state and of the output; None for none.
         strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
         stop_usage_gradient: as in `memory_step`.
+        max_activation_gradient: bound on each element of the gradient by the hidden vectors of a built-in controller,
+            at every step; None for none. The paper has 10.
 
     Raises:
         ValueError: a size below 1, an unknown controller or strength, dropout outside [0, 1), clip not above 0.
@@ -83,6 +85,7 @@ class DNCCell(nn.Module):
         clip: float | None = None,
         strength: str = "oneplus",
         stop_usage_gradient: bool = False,
+        max_activation_gradient: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,11 +99,13 @@ class DNCCell(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if strength not in STRENGTHS:
             raise ValueError(f"strength: expected one of {', '.join(map(repr, STRENGTHS))}, got {strength!r}")
-        for name, number in (("clip", clip), ("dropout", dropout)):
-            if not (number is None and name == "clip") and (isinstance(number, bool) or not isinstance(number, Real)):
+        bounds = {"clip": clip, "max_activation_gradient": max_activation_gradient}
+        for name, number in {**bounds, "dropout": dropout}.items():
+            if not (number is None and name in bounds) and (isinstance(number, bool) or not isinstance(number, Real)):
                 raise TypeError(f"{name}: expected a number, got {number!r}")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip: expected None or a number above 0, got {clip!r}")
+        for name, bound in bounds.items():
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name}: expected None or a number above 0, got {bound!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         if not isinstance(stop_usage_gradient, bool):
@@ -113,13 +118,14 @@ class DNCCell(nn.Module):
         self.num_reads, self.num_writes = num_reads, num_writes
         self.num_layers, self.dropout, self.clip = num_layers, dropout, clip
         self.strength, self.stop_usage_gradient = strength, stop_usage_gradient
+        self.max_activation_gradient = max_activation_gradient
         self.controller_kind = controller if isinstance(controller, str) else "custom"
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         read_size = num_reads * word_size
-        self.controller = _make_controller(
-            controller, input_size + read_size, hidden_size, num_layers=num_layers, dropout=dropout, **factory
-        )
+        built_in: dict[str, Any] = dict(num_layers=num_layers, dropout=dropout)
+        built_in["max_activation_gradient"] = max_activation_gradient
+        self.controller = _make_controller(controller, input_size + read_size, hidden_size, **built_in, **factory)
         interface_size = sum(interface_sizes(num_reads, num_writes, word_size).values())
         self.interface = nn.Linear(hidden_size, interface_size, **factory)
         self.output = nn.Linear(hidden_size + read_size, output_size, **factory)
@@ -198,6 +204,7 @@ class DNCCell(nn.Module):
         """The sizes, and of the other arguments those that are not the default."""
         shown = ["memory_size", "word_size", "num_reads", "num_writes", "controller_kind"]
         defaults = dict(num_layers=1, dropout=0.0, clip=None, strength="oneplus", stop_usage_gradient=False)
+        defaults["max_activation_gradient"] = None
         shown += [name for name, default in defaults.items() if getattr(self, name) != default]
         sizes = f"{self.input_size}, {self.hidden_size}, {self.output_size}"
         return ", ".join([sizes, *(f"{name.removesuffix('_kind')}={getattr(self, name)!r}" for name in shown)])
@@ -256,6 +263,7 @@ def _make_controller(
     *,
     num_layers: int,
     dropout: float,
+    max_activation_gradient: float | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
@@ -263,13 +271,26 @@ def _make_controller(
         if controller not in CONTROLLERS:
             names = ", ".join(map(repr, CONTROLLERS))
             raise ValueError(f"controller: expected one of {names} or a factory of your own, got {controller!r}")
-        return Controller(controller, input_size, hidden_size, num_layers, dropout, device=device, dtype=dtype)
+        return Controller(
+            controller,
+            input_size,
+            hidden_size,
+            num_layers,
+            dropout,
+            max_activation_gradient=max_activation_gradient,
+            device=device,
+            dtype=dtype,
+        )
     if isinstance(controller, nn.Module) or not callable(controller):
         raise TypeError(f"controller: expected a name or a factory, got {type(controller).__name__}")
     if num_layers != 1 or dropout != 0:
         raise ValueError(
             "num_layers, dropout: expected 1 and 0 with a controller of your own, which has its own layers, "
             f"got {num_layers} and {dropout}"
+        )
+    if max_activation_gradient is not None:
+        raise ValueError(
+            f"max_activation_gradient: expected None with a controller of your own, got {max_activation_gradient!r}"
         )
     module = controller(input_size, hidden_size)
     if not isinstance(module, nn.Module) or not callable(getattr(module, "initial_state", None)):

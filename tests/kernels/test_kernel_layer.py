@@ -68,11 +68,11 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "as_deepmind": ({"clip": 0.1, "strength": "softplus", "stop_usage_gradient": True}, {}),
     "lstm_lengths": ({}, {"lengths": [3, 0]}),
     "lstm_reset": ({"batch_first": False}, {"reset": RESETS}),
-    "lstm_all": ({"clip": 0.3}, {"lengths": [3, 2], "reset": RESETS}),
+    "lstm_all": ({"clip": 0.3, "max_activation_gradient": 0.05}, {"lengths": [3, 2], "reset": RESETS}),
 }
 OTHER_LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stacked": ({"num_layers": 2, "controller": "gru", "batch_first": False}, {}),
-    "stacked_lstm": ({"num_layers": 3, "clip": 0.1}, {"lengths": [3, 2]}),
+    "stacked_lstm": ({"num_layers": 3, "clip": 0.1, "max_activation_gradient": 0.1}, {"lengths": [3, 2]}),
     "lengths": ({"controller": "feedforward"}, {"lengths": [3, 1]}),
     "reset": ({"controller": "rnn"}, {"reset": RESETS}),
 }

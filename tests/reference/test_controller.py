@@ -194,3 +194,44 @@ def test_clip_bounds_the_state_of_a_controller_of_ones_own() -> None:
     cell = make_cell(clip=0.25)
     _, state = unroll(cell, 100 * normal(T, B, 2), cell.initial_state(B))
     assert max(tensor.abs().max().item() for tensor in tree_leaves(state.controller)) == 0.25
+
+
+# --- bounded gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONTROLLERS)
+def test_the_gradient_by_each_hidden_vector_is_bounded(kind: str) -> None:
+    """As if the loss had been that of the bounded gradient."""
+    bound, rows = 0.25, 3
+    controller = Controller(kind, INPUT, HIDDEN, max_activation_gradient=bound).double()
+    free = Controller(kind, INPUT, HIDDEN).double()
+    free.load_state_dict(controller.state_dict())
+    inputs, state = (
+        normal(rows, INPUT),
+        tuple(tuple(normal(rows, HIDDEN) for _ in layer) for layer in free.initial_state(rows, dtype=torch.float64)),
+    )
+    weight = torch.linspace(-1, 1, rows * HIDDEN, dtype=torch.float64).view(rows, HIDDEN)
+    (hidden, _), (expected, _) = controller(inputs, state), free(inputs, state)
+    assert torch.equal(hidden, expected)
+    actual = torch.autograd.grad((hidden * weight).sum(), list(controller.parameters()))
+    wanted = torch.autograd.grad((expected * weight.clamp(-bound, bound)).sum(), list(free.parameters()))
+    assert_close(actual, wanted, rtol=RTOL)
+    assert (weight.abs() > bound).any()
+    assert (weight.abs() < bound).any()
+
+
+def test_all_that_a_hidden_vector_goes_to_counts_against_the_bound() -> None:
+    """Its output and its place in the state give one gradient, which is bounded once."""
+    controller = Controller("rnn", INPUT, HIDDEN, max_activation_gradient=1.0).double()
+    free = Controller("rnn", INPUT, HIDDEN).double()
+    free.load_state_dict(controller.state_dict())
+    inputs, state = normal(B, INPUT), ((normal(B, HIDDEN),),)
+    hidden, ((carried,),) = controller(inputs, state)
+    actual = torch.autograd.grad((0.75 * hidden + 0.75 * carried).sum(), list(controller.parameters()))
+    wanted = torch.autograd.grad(free(inputs, state)[0].sum(), list(free.parameters()))
+    assert_close(actual, wanted, rtol=RTOL)
+
+
+def test_a_bound_is_for_the_built_in_ones() -> None:
+    with pytest.raises(ValueError, match="max_activation_gradient: expected None .* got 10"):
+        DNCCell(2, 3, 1, controller=lambda i, h: Controller("rnn", i, h), max_activation_gradient=10.0)
