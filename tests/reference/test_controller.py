@@ -233,5 +233,5 @@ def test_all_that_a_hidden_vector_goes_to_counts_against_the_bound() -> None:
 
 
 def test_a_bound_is_for_the_built_in_ones() -> None:
-    with pytest.raises(ValueError, match="max_activation_gradient: expected None .* got 10"):
+    with pytest.raises(ValueError, match=r"max_activation_gradient: expected None .* got 10"):
         DNCCell(2, 3, 1, controller=lambda i, h: Controller("rnn", i, h), max_activation_gradient=10.0)
