@@ -63,14 +63,15 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path.parent}: expected the folder of a run, with a {path.name}, got none")
+    content = path.read_bytes()
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: expected a checkpoint of a run, got a file that cannot be read, or holds more than tensors, "
             "numbers and texts; nothing in it was executed. If it was good once, take a copy of it, or start anew"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: expected a checkpoint of a run, got a file that cannot be read: {error}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__

@@ -100,7 +100,10 @@ def _add_training(tasks: Any, task: type[Task]) -> argparse.ArgumentParser:
         task.name, help=task.summary, description=task.summary, argument_default=argparse.SUPPRESS
     )
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--run", type=Path, help=f"folder for the run (default: runs/{task.name}-DATE-TIME)")
+    # torchrun takes --run for a short form of its own --run-path, wherever it stands.
+    folder.add_argument(
+        "--run", "--folder", type=Path, help=f"folder for the run (default: runs/{task.name}-DATE-TIME)"
+    )
     folder.add_argument(
         "--resume",
         type=Path,
