@@ -4,129 +4,258 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 import time
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    from dnc_triton.settings import Settings
     from dnc_triton.tasks import Task
-    from dnc_triton.train import Run
 
+NEEDED = ("lightning_fabric", "matplotlib", "tensorboard", "tqdm")
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
+OWN = ("command", "task", "act", "run", "resume", "config", "device", "workers", "output")  # options, not settings
+
+EPILOG = """\
+first steps:
+  python -m dnc_triton train copy                 train on a task; half a minute on two CPU cores
+  python -m dnc_triton train copy --resume        go on with the latest run, after Ctrl-C or a crash
+  python -m dnc_triton evaluate RUN               the run's table again
+  python -m dnc_triton trace RUN --size 5         pictures of its memory at work
+A run is a folder, runs/TASK-DATE-TIME unless --run names another.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the return value is the exit status."""
-    try:
-        import dnc_triton.train  # noqa: F401
-    except ModuleNotFoundError as missing:
-        print(f"{missing.name} is not installed; training needs: pip install 'dnc_triton[train]'", file=sys.stderr)
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        print(f"{', '.join(missing)} not installed; training needs: pip install 'dnc_triton[train]'", file=sys.stderr)
         return 2
     options = _parser().parse_args(arguments)
     try:
-        return _train(options)
+        status: int = options.act(options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"dnc_triton: {error}", file=sys.stderr)
-        return 2
+        status = 2
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Without the interpreter's own end: in it, a thread of gloo now and then aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     from dnc_triton.tasks import TASKS
 
-    parser = argparse.ArgumentParser(prog="python -m dnc_triton", description="Differentiable Neural Computers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a DNC on a task, an LSTM of the same hidden size beside it")
-    tasks = train.add_subparsers(dest="task", required=True, metavar="TASK")
+    parser = argparse.ArgumentParser(
+        prog="python -m dnc_triton",
+        description="Train Differentiable Neural Computers, and look into them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    def add(name: str, act: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary + ".")
+        command.set_defaults(act=act)
+        return command
+
+    train = add("train", _train, "train a DNC on a task, an LSTM of the same hidden size beside it")
+    tasks = train.add_subparsers(dest="task", required=True, metavar="TASK")
     for task in TASKS.values():
-        _add_task(tasks, task)
+        _add_settings(_add_training(tasks, task), task)
+
+    evaluate = add("evaluate", _evaluate, "say how many sequences a run's models solve, which it was not trained on")
+    _add_run(evaluate)
+    evaluate.add_argument("--sequences", type=int, default=1000, help="per row of the table (default: 1000)")
+
+    trace = add("trace", _trace, "draw what a run's DNC does with its memory: memory.png, and memory.html to play with")
+    _add_run(trace)
+    trace.add_argument("--size", type=int, help="of the sequence (default: the last of those trained on)")
+    trace.add_argument("--index", type=int, default=0, help="which sequence of that size (default: 0)")
+    trace.add_argument("--output", type=Path, help="folder for the pictures (default: the run's)")
+
+    bench = add("bench", _bench, "time a task's DNC on this machine, the LSTM of the same hidden size beside it")
+    tasks = bench.add_subparsers(dest="task", required=True, metavar="TASK")
+    for task in TASKS.values():
+        command = tasks.add_parser(task.name, help=task.summary, argument_default=argparse.SUPPRESS)
+        _add_device(command)
+        _add_settings(command, task)
+
+    info = add("info", _info, "show versions, devices, where things are, and which backend runs for a task's DNC")
+    info.add_argument("task", nargs="?", choices=TASKS, default="copy", help="whose DNC (default: copy)")
+    _add_device(info)
     return parser
 
 
-def _add_task(tasks: Any, task: type[Task]) -> argparse.ArgumentParser:
-    """The parser of one task with the options that all tasks share; what is not given keeps the task's default."""
-    from dnc_triton.settings import Settings
-
+def _add_training(tasks: Any, task: type[Task]) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = tasks.add_parser(
         task.name, help=task.summary, description=task.summary, argument_default=argparse.SUPPRESS
     )
-    defaults = Settings.read(task.name)
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--run", type=Path, help=f"folder for the run (default: runs/{task.name}-DATE-TIME)")
+    # torchrun takes --run for a short form of its own --run-path, wherever it stands.
+    folder.add_argument(
+        "--run", "--folder", type=Path, help=f"folder for the run (default: runs/{task.name}-DATE-TIME)"
+    )
     folder.add_argument(
         "--resume",
         type=Path,
         nargs="?",
         const=None,
+        metavar="RUN",
         help=f"go on with the run in this folder (default: the latest runs/{task.name}-*)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-    parser.add_argument("--config", type=Path, help="TOML file of settings (default: the one that comes with the task)")
-    group = parser.add_argument_group("settings of a new run; they take the place of those in the file")
-    for setting in fields(Settings):
-        if "meaning" in setting.metadata:
-            _add_flag(group, setting.name, setting.metadata["meaning"], getattr(defaults, setting.name))
-    group = parser.add_argument_group("the task; these too")
-    for name, parameter in inspect.signature(task).parameters.items():
-        _add_flag(group, name, task.arguments[name], defaults.task_arguments.get(name, parameter.default))
+    _add_device(parser)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that draw batches ahead; worth it where that takes long (default: 0, training draws them)",
+    )
     return parser
 
 
-def _add_flag(group: Any, name: str, meaning: str, default: Any) -> None:
+def _add_settings(parser: argparse.ArgumentParser, task: type[Task]) -> None:
+    """The settings that all tasks share, and the task's own; what is not given keeps the task's default."""
+    from dnc_triton.settings import CHOICES, Settings
+
+    defaults = Settings.read(task.name)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings, such as a run's "
+                        "settings.toml (default: the one that comes with the task)")  # fmt: skip
+    group = parser.add_argument_group("settings of a new run; they take the place of those in the file")
+    for setting in fields(Settings):
+        if "meaning" in setting.metadata:
+            default = getattr(defaults, setting.name)
+            _add_flag(group, setting.name, setting.metadata["meaning"], default, CHOICES.get(setting.name))
+    group = parser.add_argument_group("the task; these too")
+    for name, parameter in inspect.signature(task).parameters.items():
+        _add_flag(group, name, task.arguments[name], defaults.task_arguments.get(name, parameter.default))
+
+
+def _add_flag(group: Any, name: str, meaning: str, default: Any, choices: tuple[str, ...] | None = None) -> None:
     """--name, or --name and --no-name, of the type that the default has."""
     flag = "--" + name.replace("_", "-")
-    text = f"{meaning} (default: {default})"
+    text = f"{meaning} (default: {default})".replace("%", "%%")
     if isinstance(default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
-        group.add_argument(flag, type=str if default is None else type(default), help=text)
+        metavar = "|".join(choices) if choices else None
+        group.add_argument(flag, type=str if default is None else type(default), help=text, metavar=metavar)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("last", "best"),
+        default="last",
+        help="the last one, or the one with the most sequences right in validation (default: last)",
+    )
+    _add_device(parser)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from dnc_triton.settings import Settings
+
+    return Settings.read(options.task, getattr(options, "config", None), **_given(options))
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name not in OWN}
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dnc_triton.settings import Settings
+    from dnc_triton.report import report
     from dnc_triton.train import Run
 
-    own = ("command", "device", "run", "resume", "config")
-    given = {name: value for name, value in vars(options).items() if name not in own}
-    task = given.pop("task")
-    device = _device(options.device)
-    run: Run
+    task, where = options.task, {"device": options.device, "workers": options.workers}
+    if options.workers < 0:
+        raise ValueError(f"--workers: expected at least 0, got {options.workers}")
     if hasattr(options, "resume"):
-        if hasattr(options, "config"):
-            given["config"] = options.config
-        if given:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ValueError(f"--resume: a run goes on with the settings it was started with, got also {flags}")
-        run = Run.resume(options.resume or _latest(task), device)
-        if run.settings.task != task:
-            raise ValueError(f"--resume: expected a run of {task!r}, got one of {run.settings.task!r}")
+        run = Run.resume(options.resume or _latest(task), **where)
+        _check_same(run.settings, options)
     else:
-        settings = Settings.read(task, getattr(options, "config", None), **given)
+        settings = _settings(options)
         folder = getattr(options, "run", Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}")
         if (folder / "checkpoint.pt").exists():
             raise ValueError(f"--run: {folder} holds a run; go on with it by --resume {folder}, or name another folder")
-        run = Run(settings, folder, device)
+        run = Run(settings, folder, **where)
 
-    print(f"{'Going on with' if run.step else 'Training'} {task} in {run.folder}/ on {device}")
+    processes = f", {run.fabric.world_size} processes" if run.fabric.world_size > 1 else ""
+    say = print if run.fabric.is_global_zero else lambda text: None
+    say(f"{'Going on with' if run.step else 'Training'} {task} in {run.folder}/ on {options.device}{processes}")
     if not run.train():
-        print(f"Stopped at step {run.step} of {run.settings.steps}. To go on: "
-              f"python -m dnc_triton train {task} --resume {run.folder}")  # fmt: skip
+        say(f"Stopped at step {run.step} of {run.settings.steps}. To go on: "
+            f"python -m dnc_triton train {task} --resume {run.folder}")  # fmt: skip
         return INTERRUPTED
-    print(run.report())
+    say(report(run))
     return 0
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: expected a device that this machine has, got {name!r}: {error}") from error
-    return device
+def _check_same(settings: Settings, options: argparse.Namespace) -> None:
+    """A run goes on with the settings it was started with."""
+    if settings.task != options.task:
+        raise ValueError(f"--resume: expected a run of {options.task!r}, got one of {settings.task!r}")
+    if hasattr(options, "config"):
+        raise ValueError("--resume: a run goes on with its own settings; leave --config out, or start a new run")
+    here = asdict(settings) | settings.task_arguments
+    for name, value in _given(options).items():
+        if name in here and here[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--resume: a run goes on with the settings it was started with, {flag} {here[name]}, "
+                             f"got {value}; leave it out, or start a new run")  # fmt: skip
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from dnc_triton.train import Run
+
+    name = {"last": "checkpoint.pt", "best": "best.pt"}[options.checkpoint]
+    return Run.resume(options.run, name=name, device=options.device)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from dnc_triton.report import evaluate, table
+
+    if options.sequences < 1:
+        raise ValueError(f"--sequences: expected at least 1, got {options.sequences}")
+    run = _load(options)
+    print(f"{run.settings.task}, step {run.step} of {run.settings.steps}")
+    print(table(evaluate(run, options.sequences)))
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from dnc_triton.report import draw
+
+    folder = options.output or options.run
+    print(draw(_load(options), folder, options.size, options.index))
+    print(f"see {folder}/memory.png" + (f" and {folder}/memory.html" if (folder / "memory.html").exists() else ""))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from dnc_triton.timing import bench
+
+    print(bench(_settings(options), options.device))
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from dnc_triton.timing import info
+
+    print(info(options.task, options.device))
+    return 0
 
 
 def _latest(task: str) -> Path:

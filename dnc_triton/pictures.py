@@ -25,29 +25,39 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_learning_curve(rows: list[dict[str, float]], unit: str, path: Path) -> None:
-    """Loss and error over the steps, every model of the run in one picture.
+def draw_learning_curve(
+    rows: list[dict[str, float]], validations: list[dict[str, float]], unit: str, path: Path
+) -> None:
+    """Loss and error over the steps, and what was right in validation, every model of the run in one picture.
 
     Args:
         rows: of metrics.csv.
+        validations: of validation.csv.
         unit: what the error counts, "bit" say.
         path: of the PNG.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        loss_axes, error_axes = figure.subplots(2, sharex=True)
-        steps = [row["step"] for row in rows]
+        figure = Figure(figsize=(7, 6), layout="constrained")
+        loss_axes, error_axes, right_axes = figure.subplots(3, sharex=True)
         for model, color in COLORS.items():
             if f"{model}_loss" not in rows[0]:
                 continue
-            loss_axes.plot(steps, [row[f"{model}_loss"] for row in rows], color=color, label=LABELS[model])
-            error_axes.plot(steps, [100 * row[f"{model}_{unit}_error"] for row in rows], color=color)
+            for axes, table, column, scale in (
+                (loss_axes, rows, "loss", 1),
+                (error_axes, rows, f"{unit}_error", 100),
+                (right_axes, validations, "right", 100),
+            ):
+                steps = [row["step"] for row in table]
+                values = [scale * row[f"{model}_{column}"] for row in table]
+                axes.plot(steps, values, color=color, label=LABELS[model], marker="." if axes is right_axes else None)
         loss_axes.set_yscale("log")
         loss_axes.set_ylabel("loss")
         loss_axes.legend(frameon=False)
         error_axes.set_ylabel(f"wrong {unit}s, %")
         error_axes.set_ylim(bottom=0)
-        error_axes.set_xlabel("step")
+        right_axes.set_ylabel("right in validation, %")
+        right_axes.set_ylim(-2, 102)
+        right_axes.set_xlabel("step")
         figure.savefig(path, dpi=150)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -16,6 +17,12 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+CHOICES = {
+    "optimizer": ("adam", "rmsprop"),
+    "schedule": ("cosine", "constant"),
+    "precision": ("32-true", "bf16-mixed", "64-true"),
+}
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -37,15 +44,24 @@ class Settings:
     task_arguments: dict[str, Any] = field(default_factory=dict)
     seed: int = _setting(0, "of the weights and of the data")
     steps: int = _setting(1000, "optimisation steps")
-    batch_size: int = _setting(16, "sequences per step")
-    learning_rate: float = _setting(1e-2, "of Adam at the start; it falls to 0 along a cosine")
+    batch_size: int = _setting(16, "sequences per step, over all processes")
+    optimizer: str = _setting("adam", "adam (with decoupled weight decay) or rmsprop (momentum 0.9, as in the paper)")
+    learning_rate: float = _setting(1e-2, "of the optimizer, at its highest")
+    schedule: str = _setting("cosine", "of the learning rate: cosine (it falls to 0) or constant")
+    warmup: int = _setting(0, "steps in which the learning rate rises to its highest")
+    weight_decay: float = _setting(0.0, "pull of the weights towards 0")
     max_gradient_norm: float = _setting(1.0, "longer gradients are scaled down to it")
     advance_at: float = _setting(0.95, "share of training sequences right at which the next lesson begins")
+    validate_every: int = _setting(200, "steps between two looks at sequences that are not trained on")
+    precision: str = _setting("32-true", "32-true, bf16-mixed (autocast) or 64-true")
     controller: str = _setting("feedforward", "lstm, gru, rnn or feedforward")
     hidden_size: int = _setting(64, "of the controller, and of the LSTM beside it")
+    num_layers: int = _setting(1, "of the controller, and of the LSTM beside it")
+    dropout: float = _setting(0.0, "share of activations dropped between these layers")
     memory_size: int = _setting(32, "slots of the memory")
     word_size: int = _setting(16, "numbers in a slot")
     num_reads: int = _setting(1, "read heads")
+    clip: float = _setting(0.0, "bound on the controller's activations and on the output; 0: none")
     baseline: bool = _setting(True, "train an LSTM of the same hidden size on the same batches")
 
     def __post_init__(self) -> None:
@@ -55,14 +71,25 @@ class Settings:
         for name in self.task_arguments:
             if name not in known:
                 raise ValueError(f"{name}: expected one of the arguments of {self.task}, {', '.join(known)}")
+        for setting in fields(self):
+            if "meaning" in setting.metadata:
+                _check_type(setting.name, getattr(self, setting.name), type(setting.default))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "max_gradient_norm"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"warmup: expected at least 0 and less than the {self.steps} steps, got {self.warmup}")
         if not 0 < self.advance_at <= 1:
             raise ValueError(f"advance_at: expected a share above 0 and at most 1, got {self.advance_at}")
 
@@ -72,7 +99,7 @@ class Settings:
 
         Args:
             task: a key of `TASKS`.
-            path: of the file; None: the configuration that comes with the task.
+            path: of the file, as `toml` writes it; None: the configuration that comes with the task.
             changes: settings and arguments of the task, which take the place of those in the file.
 
         Raises:
@@ -87,6 +114,10 @@ class Settings:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{source}: expected a TOML file: {error}") from error
         arguments = settings.pop("task", {})
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"{source}: expected the arguments of the task in a table [task], got task = {arguments!r}"
+            )
         names = {setting.name for setting in fields(cls)} - {"task", "task_arguments"}
         for name, value in changes.items():
             (settings if name in names else arguments)[name] = value
@@ -94,6 +125,16 @@ class Settings:
             if name not in names:
                 raise ValueError(f"{source}: {name} is no setting; expected some of {', '.join(sorted(names))}")
         return cls(task, arguments, **settings)
+
+    def toml(self) -> str:
+        """All settings as a file for `--config`."""
+        lines = [f"# python -m dnc_triton train {self.task} --config THIS_FILE"]
+        for setting in fields(self):
+            if "meaning" in setting.metadata:
+                # JSON's numbers, strings, booleans and lists are TOML's.
+                lines.append(f"{setting.name} = {json.dumps(getattr(self, setting.name))}")
+        arguments = [f"{name} = {json.dumps(value)}" for name, value in self.task_arguments.items()]
+        return "\n".join([*lines, "", "[task]", *arguments, ""])
 
     def make_task(self) -> Task:
         """The task that these settings name."""
@@ -109,4 +150,13 @@ class Settings:
             word_size=self.word_size,
             num_reads=self.num_reads,
             controller=self.controller,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            clip=self.clip or None,
         )
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}: expected a value of type {kind.__name__}, got {value!r}")

@@ -1,96 +1,54 @@
-"""Train a DNC on a task, an LSTM of the same hidden size beside it, and leave behind what there is to see.
+"""Train a DNC on a task, an LSTM of the same hidden size beside it, so that nothing is lost whatever happens.
 
-A run lives in a folder: `checkpoint.pt`, `metrics.csv`, `learning_curve.png`, `memory.png`, `result.json`. Its
-configuration stands in the checkpoint, so that a run that was interrupted goes on from the folder alone. On a CPU it
-then ends with the same bits as one that never stopped.
+A run lives in a folder:
+
+    checkpoint.pt     all that the run is, as it was last written; it goes on from this file alone
+    best.pt           the same at the step with the most sequences right in validation
+    settings.toml     what it was started with
+    metrics.csv       means over each 50 steps of training; validation.csv, tensorboard/
+    failure.pt        if a number was not finite: the batch and all that the run was before it
+
+Whatever is random in a step comes from the step's number: batches, dropout. So a run that was interrupted, at whatever
+step, ends on a CPU with the bits of one that never was, and nothing random has to be kept.
+
+On many devices `torchrun` starts the same command several times. Every process makes the same batch and takes its rows
+of it; what they learn is what one process would. The first one alone writes and speaks.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import math
-import os
-import pickle
-import platform
+import io
+import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dnc_triton.layer import DNC
-from dnc_triton.pictures import draw_learning_curve, draw_memory
+from dnc_triton import checkpoint
+from dnc_triton.learner import Learner, LSTMBaseline, make_fabric
 from dnc_triton.settings import Settings
-from dnc_triton.tasks import Batch, Task
+from dnc_triton.tasks import Batch
 from dnc_triton.tasks.data import TrainingBatches, generator
-from dnc_triton.trace import trace
 
-CHECKPOINT_FORMAT = 2
-LOG_EVERY = 50  # steps between two rows of metrics.csv, and between two checkpoints
-EVALUATION_SEQUENCES = 1000  # per row of the final table, in batches of one length
-
-
-class LSTMBaseline(nn.Module):
-    """What a user would take without a DNC: an `nn.LSTM` and a linear layer on top."""
-
-    def __init__(self, input_size: int, hidden_size: int, output_size: int) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
-        self.output = nn.Linear(hidden_size, output_size)
-
-    def forward(self, inputs: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """inputs [B, T, input_size] → outputs [B, T, output_size], state; past `lengths` without meaning."""
-        hidden, state = self.lstm(inputs)
-        return self.output(hidden), state
-
-
-class Learner:
-    """A model, its optimiser and its learning rate's schedule."""
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model = model
-        self.max_gradient_norm = settings.max_gradient_norm
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=settings.steps)
-
-    def learn(self, task: Task, batch: Batch) -> dict[str, Tensor]:
-        """One optimisation step: the loss, and the shares of units wrong and of sequences right before it."""
-        self.model.train()
-        outputs = task.run(self.model, batch)
-        units = task.units(batch)
-        loss = task.loss(outputs, batch) / units
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        outputs = outputs.detach()
-        return {
-            "loss": loss.detach(),
-            f"{task.unit}_error": task.wrong(outputs, batch).sum() / units,
-            "right": task.right(outputs, batch).float().mean(),
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+LOG_EVERY = 50  # steps between two rows of metrics.csv, and between two checkpoints unless the clock says otherwise
+CHECKPOINT_SECONDS = 60.0  # a checkpoint is no older than that
+CHECKPOINT_SHARE = 0.05  # of the time goes into checkpoints at most
+VALIDATION_SEQUENCES = 200
+VALIDATION_SIZES = 8  # of the last lesson at most, evenly spread
+PARTS = ("data", "logging", "validation", "checkpoints")  # of the time, beside training itself
 
 
 class Run:
@@ -99,61 +57,90 @@ class Run:
     Args:
         settings: of the run.
         folder: where it lives; made if it is not there.
-        device: where it trains.
+        device: where it trains, as `make_fabric` takes it.
+        workers: processes that draw batches ahead of training; 0: the training process draws them itself.
+
+    Raises:
+        ValueError: no such device, more processes than sequences in a batch.
     """
 
-    def __init__(self, settings: Settings, folder: Path, device: torch.device) -> None:
-        self.settings, self.folder, self.device = settings, folder, device
+    def __init__(self, settings: Settings, folder: Path, *, device: str = "cpu", workers: int = 0) -> None:
+        self.settings, self.folder, self.workers = settings, folder, workers
+        self.fabric = make_fabric(device, settings.precision)
         self.task = settings.make_task()
+        world = self.fabric.world_size
+        if settings.batch_size < world:
+            raise ValueError(f"batch_size: expected at least one sequence for each of {world} processes, "
+                             f"got {settings.batch_size}")  # fmt: skip
         self.step = 0
-        self.seconds = 0.0
-        self.rows: list[dict[str, float]] = []
-        self.sums: dict[str, Any] = {}  # of the metrics, since the last row
-        torch.manual_seed(settings.seed)
         self.lesson = 0
-        self.learners = {"dnc": Learner(settings.make_dnc(self.task).to(device), settings)}
+        self.seconds = dict.fromkeys(("all", *PARTS), 0.0)
+        self.rows: list[dict[str, float]] = []
+        self.sums: dict[str, Tensor] = {}  # of the metrics, since the last row
+        self.validations: list[dict[str, float]] = []
+        self.best: dict[str, float] = {}  # of the validations
+        torch.manual_seed(settings.seed)
+        models: dict[str, torch.nn.Module] = {"dnc": settings.make_dnc(self.task)}
         if settings.baseline:
-            lstm = LSTMBaseline(self.task.input_size, settings.hidden_size, self.task.output_size)
-            self.learners["lstm"] = Learner(lstm.to(device), settings)
+            models["lstm"] = LSTMBaseline(
+                self.task.input_size,
+                settings.hidden_size,
+                self.task.output_size,
+                settings.num_layers,
+                settings.dropout,
+            )
+        self.learners = {name: Learner(self.task, model, settings, self.fabric) for name, model in models.items()}
 
     @classmethod
-    def resume(cls, folder: Path, device: torch.device) -> Run:
-        """The run that left its checkpoint in this folder.
+    def resume(cls, folder: Path, *, name: str = "checkpoint.pt", device: str = "cpu", workers: int = 0) -> Run:
+        """The run that left a checkpoint in this folder.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: the checkpoint is damaged, or of another version.
+            ValueError: the checkpoint is damaged, of another version, or does not fit its own settings.
         """
-        checkpoint = load_checkpoint(folder)
-        run = cls(Settings(**checkpoint["settings"]), folder, device)
-        for name, learner in run.learners.items():
-            learner.load_state_dict(checkpoint["learners"][name])
-        for name in ("step", "lesson", "seconds", "rows", "sums"):
-            setattr(run, name, checkpoint[name])
-        torch.set_rng_state(checkpoint["random"])
+        content = checkpoint.load(folder / name)
+        try:
+            settings = Settings(**content["settings"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / name}: its settings are none of this version's: {error}") from error
+        run = cls(settings, folder, device=device, workers=workers)
+        run.load(content)
         return run
 
-    def save(self) -> None:
-        """Write checkpoint and metrics, each whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = {
-            "format": CHECKPOINT_FORMAT,
+    def load(self, content: dict[str, Any]) -> None:
+        """Take the place of the run that a checkpoint holds.
+
+        Raises:
+            ValueError: it is of a run with other settings; it names them.
+        """
+        here, there = asdict(self.settings), content["settings"]
+        differing = [f"{name} is {here.get(name)!r} here and {there.get(name)!r} there"
+                     for name in here | there if here.get(name) != there.get(name)]  # fmt: skip
+        if differing:
+            raise ValueError(f"checkpoint: expected one of a run with the same settings, but {', '.join(differing)}")
+        if content["learners"].keys() != self.learners.keys():
+            raise ValueError(f"checkpoint: expected {list(self.learners)}, got {list(content['learners'])}")
+        for name, learner in self.learners.items():
+            learner.load_state_dict(content["learners"][name])
+        for name in ("step", "lesson", "seconds", "rows", "validations", "best"):
+            setattr(self, name, content[name])
+        if self.fabric.is_global_zero:
+            self.sums = {name: value.to(self.fabric.device) for name, value in content["sums"].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run is: what `load` takes."""
+        return {
             "settings": asdict(self.settings),
             "step": self.step,
             "lesson": self.lesson,
             "seconds": self.seconds,
             "rows": self.rows,
             "sums": self.sums,
+            "validations": self.validations,
+            "best": self.best,
             "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
-            "random": torch.get_rng_state(),
         }
-        with _replacing(self.folder / "checkpoint.pt") as path:
-            torch.save(checkpoint, path)
-        if self.rows:
-            with _replacing(self.folder / "metrics.csv") as path, path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
-                writer.writeheader()
-                writer.writerows(self.rows)
 
     def train(self) -> bool:
         """Train to the last step, or until SIGINT or SIGTERM; the run is saved either way.
@@ -162,127 +149,314 @@ class Run:
             whether the last step was reached.
 
         Raises:
-            FloatingPointError: the loss is not finite; the run as it was at the last checkpoint is in the folder.
+            FloatingPointError: a number is not finite; `failure.pt` holds the batch and the run before it.
+            OSError: the end of the run could not be saved, for a full disk say; it says where it was saved instead.
         """
-        settings, unit = self.settings, self.task.unit
-        started = time.perf_counter() - self.seconds
-        with _asked_to_stop() as stop, self._progress() as progress:
-            while self.step < settings.steps and not stop:
-                batches = TrainingBatches(self.task, settings.batch_size, settings.seed, self.lesson)
-                batch = batches[self.step].to(self.device)
-                for name, learner in self.learners.items():
-                    for key, value in learner.learn(self.task, batch).items():
-                        self.sums[f"{name}_{key}"] = self.sums.get(f"{name}_{key}", 0.0) + value
-                self.step += 1
-                self.seconds = time.perf_counter() - started
+        settings = self.settings
+        with ExitStack() as stack:
+            stop = stack.enter_context(_asked_to_stop())
+            progress = stack.enter_context(self._progress())
+            journal = _Journal(self.folder / "tensorboard", self.step) if self.fabric.is_global_zero else None
+            if journal:
+                stack.callback(journal.close)
+            started = time.perf_counter() - self.seconds["all"]
+            saved, saving, stopped = time.perf_counter(), 0.0, False
+            batches, lesson = self._batches(), self.lesson
+            while self.step < settings.steps and not stopped:
+                if self.lesson != lesson:
+                    batches, lesson = self._batches(), self.lesson
+                with self._clock("data"):
+                    batch = next(batches)
+                row_ends = (self.step + 1) % LOG_EVERY == 0 or self.step + 1 == settings.steps
+                since = time.perf_counter() - saved
+                due = (row_ends or since > CHECKPOINT_SECONDS) and since * CHECKPOINT_SHARE >= saving
+                stopped, due = self._learn(batch, bool(stop), due)
                 progress.update()
-                if self.step % LOG_EVERY == 0 or self.step == settings.steps:
-                    row = self._log()
-                    shown = {"loss": f"{row['dnc_loss']:.4f}", f"{unit} error": f"{row[f'dnc_{unit}_error']:.4f}"}
-                    progress.set_postfix(shown, refresh=False)
-                    self.save()
-        self.save()
+                self.seconds["all"] = time.perf_counter() - started
+                if row_ends:
+                    with self._clock("logging"):
+                        row = self._log()
+                        if journal:
+                            journal.add(row, "training")
+                        error = row[f"dnc_{self.task.unit}_error"]
+                        shown = {"loss": f"{row['dnc_loss']:.4f}", f"{self.task.unit} error": f"{error:.4f}"}
+                        progress.set_postfix(shown, refresh=False)
+                if self.step % settings.validate_every == 0 or self.step == settings.steps:
+                    with self._clock("validation"):
+                        row = self._validate()
+                        if journal:
+                            journal.add(row, "validation")
+                    if self._is_best(row):
+                        self.best = row
+                        with self._clock("checkpoints"):
+                            self._try_to_save("best.pt")
+                if due and not stopped and self.step < settings.steps:
+                    before = time.perf_counter()
+                    with self._clock("checkpoints"):
+                        self._share_sums()
+                        if journal:
+                            journal.flush()
+                        written = self._try_to_save("checkpoint.pt")
+                    saved = time.perf_counter()
+                    saving = saved - before if written else CHECKPOINT_SECONDS * CHECKPOINT_SHARE
+                self.seconds["all"] = time.perf_counter() - started
+            self._share_sums()
+            self._save_the_end()
         return self.step == settings.steps
+
+    def _learn(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
+        """One step; whether any of the processes wants to stop, or to save."""
+        world, rank = self.fabric.world_size, self.fabric.global_rank
+        mixed = np.random.SeedSequence([self.settings.seed, self.step, rank]).generate_state(1)
+        torch.manual_seed(int(mixed[0]))
+        units, sequences = self.task.units(batch), batch.inputs.shape[0]
+        part = batch.rows(slice(rank, None, world)).to(self.fabric.device)
+        metrics = {
+            f"{name}_{key}": value
+            for name, learner in self.learners.items()
+            for key, value in learner.backward(part, units, sequences).items()
+        }
+        # The one moment of a step at which the processes and their devices wait for each other.
+        watched = [value for key, value in metrics.items() if key.endswith(("_loss", "_gradient_norm"))]
+        failed = not bool(torch.stack(watched).isfinite().all())
+        if world > 1:
+            flags = torch.tensor([failed, stop, due], dtype=torch.float32, device=self.fabric.device)
+            failed, stop, due = (flag > 0 for flag in self._total(flags).tolist())
+        if failed:
+            self._fail(batch, part, units, int(mixed[0]))
+        for learner in self.learners.values():
+            learner.update()
+        for key, value in metrics.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        self.step += 1
+        return stop, due
+
+    def _fail(self, batch: Batch, part: Batch, units: Tensor, seed: int) -> None:
+        """Say which tensor is not finite, and leave all that it takes to see it happen again."""
+        torch.manual_seed(seed)
+        where, found = "", {}
+        for model, learner in self.learners.items():
+            found = learner.examine(part, units)
+            finite = torch.stack([tensor.isfinite().all() for tensor in found.values()]).int()
+            # The first tensor that is not finite in any of the processes, which have the same ones.
+            counts = self._total(finite).tolist()
+            names = [name for name, count in zip(found, counts, strict=True) if count < self.fabric.world_size]
+            if names:
+                where = f"{model}: {names[0]}"
+                break
+        where = where or "the norm of a gradient"
+        step = self.step + 1
+        message = f"step {step}: {where} is not finite. "
+        if self.fabric.is_global_zero:
+            kept = {
+                "failed_step": step,
+                "failed_tensor": where,
+                "batch": {name: tensor for name, tensor in batch._asdict().items() if tensor is not None},
+                "tensors": {name: tensor for name, tensor in found.items() if not name.startswith("parameter ")},
+                **self.state_dict(),
+            }
+            try:
+                checkpoint.save(self.folder / "failure.pt", kept)
+                message += f"{self.folder}/failure.pt holds the batch, the tensors and the run before that step. "
+            except OSError as error:
+                message += f"The batch could not be kept: {error}. "
+        raise FloatingPointError(message + "Try a lower --learning-rate, --max-gradient-norm or --clip")
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of the present lesson, from the present step on."""
+        return iter(
+            DataLoader(
+                TrainingBatches(self.task, self.settings.batch_size, self.settings.seed, self.lesson),
+                batch_size=None,
+                sampler=range(self.step, self.settings.steps),
+                num_workers=self.workers,
+                pin_memory=self.fabric.device.type == "cuda",
+                worker_init_fn=_leave_signals_to_the_run,
+            )
+        )
 
     def _progress(self) -> Any:
         # A log file gets a line now and then, a terminal a moving bar.
         seconds = 0.1 if sys.stderr.isatty() else 10
-        return tqdm(total=self.settings.steps, initial=self.step, unit="step", mininterval=seconds)
+        hidden = not self.fabric.is_global_zero
+        return tqdm(total=self.settings.steps, initial=self.step, unit="step", mininterval=seconds, disable=hidden)
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        total = self.fabric.all_reduce(tensor, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _share_sums(self) -> None:
+        """Give the first process the sums of all, as it alone writes them."""
+        if self.fabric.world_size > 1 and self.sums:
+            sums = self._total(torch.stack(list(self.sums.values())))
+            self.sums = dict(zip(self.sums, sums if self.fabric.is_global_zero else 0 * sums, strict=True))
 
     def _log(self) -> dict[str, float]:
-        """Close a row of the metrics: the means since the last one."""
+        """Close a row of the metrics: the means since the last one. Go on to the next lesson if it is time."""
         steps = (self.step - 1) % LOG_EVERY + 1
-        row = {key: float(value) / steps for key, value in self.sums.items()}
-        for key, value in row.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{key} became {value} in steps {self.step - steps + 1} to {self.step}. The checkpoint in "
-                    f"{self.folder} is from before; try a lower --learning-rate"
-                )
-        self.rows.append({"step": self.step, "lesson": self.lesson, **row, "seconds": round(self.seconds, 2)})
+        self._share_sums()
+        means = {key: float(value) / steps for key, value in self.sums.items()}
+        rate = self.learners["dnc"].optimizer.param_groups[0]["lr"]
+        seconds = round(self.seconds["all"], 2)
+        row = {"step": self.step, "lesson": self.lesson, **means, "learning_rate": rate, "seconds": seconds}
+        self.rows.append(row)
         self.sums = {}
         if row["dnc_right"] >= self.settings.advance_at and self.lesson + 1 < len(self.task.lessons):
             self.lesson += 1
+        self.lesson = self.fabric.broadcast(self.lesson)
         return row
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Share of sequences without an error, evaluation → model → share, on sequences that no training saw."""
-        shares: dict[str, dict[str, float]] = {}
-        for name, sizes in self.task.evaluations.items():
-            right = dict.fromkeys(self.learners, 0)
-            count = math.ceil(EVALUATION_SEQUENCES / len(sizes))
-            for size in sizes:
-                batch = self.task.sample(count, size, generator(self.settings.seed, "test", size), split="test")
-                batch = batch.to(self.device)
-                for model, learner in self.learners.items():
-                    outputs = self.task.run(learner.model.eval(), batch)
-                    right[model] += int(self.task.right(outputs, batch).sum())
-            shares[name] = {model: right[model] / (count * len(sizes)) for model in right}
-        return shares
-
-    def report(self) -> str:
-        """Evaluate, draw the pictures, write `result.json`, and say it all in words."""
-        shares = self.evaluate()
+    def _validate(self) -> dict[str, float]:
+        """A row of the validations, on the same sequences each time."""
         sizes = self.task.lessons[-1]
-        batch = self.task.sample(1, sizes[-1], generator(self.settings.seed, "validation", 0), split="validation")
-        batch = batch.to(self.device)
-        dnc = self.learners["dnc"].model.eval()
-        assert isinstance(dnc, DNC)
-        seen = trace(dnc, batch.inputs.transpose(0, 1))
-        outputs = seen.outputs.transpose(0, 1)
-        draw_learning_curve(self.rows, self.task.unit, self.folder / "learning_curve.png")
-        draw_memory(seen, batch, self.folder / "memory.png")
-        with _replacing(self.folder / "result.json") as path:
-            result = {
-                "sequences_right": shares,
-                "seconds": round(self.seconds, 1),
-                "settings": asdict(self.settings),
-                "date": time.strftime("%Y-%m-%d"),
-                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
-                "cores": os.cpu_count(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            }
-            path.write_text(json.dumps(result, indent=2) + "\n")
+        spread = np.linspace(0, len(sizes) - 1, min(len(sizes), VALIDATION_SIZES)).round().astype(int)
+        row: dict[str, float] = {"step": self.step}
+        for name, value in self.score([sizes[index] for index in spread], VALIDATION_SEQUENCES, "validation").items():
+            row |= {f"{name}_{key}": share for key, share in value.items()}
+        self.validations.append(row)
+        return row
 
-        columns = {"dnc": "DNC", "lstm": "LSTM"}
-        width = max(map(len, shares))
-        table = [f"{'sequences without an error':<{width}}" + "".join(f"{columns[m]:>10}" for m in self.learners)]
-        for name, by_model in shares.items():
-            table.append(f"{name:<{width}}" + "".join(f"{share:>10.1%}" for share in by_model.values()))
-        example = self.task.show(outputs, batch)
-        return "\n".join(
-            ["An example:", example, "", *table, "", f"{self.seconds:.0f} s of training; see {self.folder}/"]
-        )
+    def _is_best(self, row: dict[str, float]) -> bool:
+        # Where as many sequences are right, the lower loss is better.
+        rank = (row["dnc_right"], -row["dnc_loss"])
+        return not self.best or rank > (self.best["dnc_right"], -self.best["dnc_loss"])
+
+    @torch.no_grad()
+    def score(self, sizes: list[int], sequences: int, split: str) -> dict[str, dict[str, float]]:
+        """How well the models do on sequences that they are not trained on, the same ones each time.
+
+        Args:
+            sizes: of the sequences, each as often as the others.
+            sequences: how many there are at least.
+            split: "validation" or "test".
+
+        Returns:
+            model → loss per unit, share of units wrong, share of sequences right.
+        """
+        count = -(-sequences // len(sizes))
+        rows = slice(self.fabric.global_rank, None, self.fabric.world_size)
+        totals = torch.zeros(len(self.learners), 4, dtype=torch.float32, device=self.fabric.device)
+        for size in sizes:
+            batch = self.task.sample(count, size, generator(self.settings.seed, split, size), split=split).rows(rows)
+            if not len(batch.inputs):
+                continue
+            batch = batch.to(self.fabric.device)
+            for total, learner in zip(totals, self.learners.values(), strict=True):
+                outputs = learner.outputs(batch)
+                total += torch.stack(
+                    [
+                        self.task.loss(outputs, batch),
+                        self.task.wrong(outputs, batch).sum(),
+                        self.task.units(batch),
+                        self.task.right(outputs, batch).sum(),
+                    ]
+                )
+        drawn = count * len(sizes)
+        return {
+            name: {"loss": loss / units, f"{self.task.unit}_error": wrong / units, "right": right / drawn}
+            for name, (loss, wrong, units, right) in zip(self.learners, self._total(totals).tolist(), strict=True)
+        }
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """Write the checkpoint, the settings and the tables, each whole or not at all.
+
+        Raises:
+            OSError: one could not be written; the old one is as it was.
+        """
+        checkpoint.save(self.folder / name, self.state_dict())
+        if not (self.folder / "settings.toml").exists():
+            checkpoint.write(self.folder / "settings.toml", self.settings.toml().encode())
+        for table, rows in (("metrics.csv", self.rows), ("validation.csv", self.validations)):
+            if rows:
+                text = io.StringIO(newline="")
+                writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+                checkpoint.write(self.folder / table, text.getvalue().encode())
+
+    def _try_to_save(self, name: str) -> bool:
+        """Save on the way: what cannot be written now, on a full disk say, may be next time."""
+        if self.fabric.is_global_zero:
+            try:
+                self.save(name)
+            except OSError as error:
+                _say(f"{error}. The old file is whole, training goes on and tries again in a while: make room")
+                return False
+        return True
+
+    def _save_the_end(self) -> None:
+        if not self.fabric.is_global_zero:
+            return
+        try:
+            self.save()
+        except OSError as error:
+            name = "-".join(re.findall(r"\w+", str(self.folder))[-2:])
+            rescued = Path(tempfile.gettempdir()) / f"{name}-{self.step}.pt"
+            try:
+                checkpoint.save(rescued, self.state_dict())
+            except OSError as second:
+                raise OSError(
+                    f"{error}; {second}. What was trained since the last checkpoint is lost. Make room, then "
+                    f"--resume {self.folder} does it again"
+                ) from error
+            raise OSError(
+                f"{error}. The run as it is now, at step {self.step}, is in {rescued}: make room, move it to "
+                f"{self.folder}/checkpoint.pt, then --resume {self.folder}"
+            ) from error
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """What a run left in its folder. Nothing in it is executed: it is read with `weights_only`.
+class _Journal:
+    """The rows of the metrics for TensorBoard. What it cannot write is lost without harm: metrics.csv has it all."""
 
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: the checkpoint is damaged, or of another version.
-    """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder}: expected the folder of a run, with a checkpoint.pt, got none")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: expected a checkpoint of a run, got a file that cannot be read: {error}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path}: expected a checkpoint of format {CHECKPOINT_FORMAT}, got {found!r}")
-    return checkpoint
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = None
+        with self._harmless():
+            # What an interrupted run wrote after its last checkpoint comes again.
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def add(self, row: dict[str, float], kind: str) -> None:
+        with self._harmless():
+            for name, value in row.items():
+                if self._writer and name not in ("step", "seconds"):
+                    self._writer.add_scalar(f"{kind}/{name}", value, int(row["step"]))
+
+    def flush(self) -> None:
+        with self._harmless():
+            if self._writer:
+                self._writer.flush()
+
+    def close(self) -> None:
+        with self._harmless():
+            if self._writer:
+                self._writer.close()
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            _say(f"TensorBoard gets no more of this run: {error}")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` when all is written: nobody ever sees half a file."""
-    temporary = path.with_name(path.name + ".part")
-    yield temporary
-    os.replace(temporary, path)
+def _say(text: str) -> None:
+    tqdm.write(f"dnc_triton: {text}", file=sys.stderr)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    # A terminal sends SIGINT to all processes; the run still needs the batches of the step it is in.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

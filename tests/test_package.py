@@ -127,10 +127,10 @@ def test_the_product_imports_no_extras(tmp_path):
     """Progress bars and pictures are for the command line: neither is needed to use the layer."""
     new = imported("dnc_triton", tmp_path)
     assert {"dnc_triton", "dnc_reference"} <= new
-    assert not new & {"matplotlib", "tqdm"}
+    assert not new & {"lightning_fabric", "matplotlib", "tensorboard", "tqdm"}
 
 
-@pytest.mark.parametrize("absent", ["triton", "matplotlib", "tqdm"])
+@pytest.mark.parametrize("absent", ["triton", "lightning_fabric", "matplotlib", "tqdm"])
 def test_runs_where_something_is_absent(absent, tmp_path):
     """Triton has no wheels for macOS and Windows; there the layer runs on what is left."""
     code = f"""

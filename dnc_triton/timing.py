@@ -1,0 +1,94 @@
+"""This machine: what is on it, and how fast a task's networks run there."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+import dnc_triton
+from dnc_triton.layer import explain
+from dnc_triton.pictures import LABELS
+from dnc_triton.settings import Settings
+from dnc_triton.tasks.data import generator
+from dnc_triton.train import Run
+from dnc_triton.tuning import cache_directory
+
+SECONDS = 2.0  # for each figure
+PACKAGES = ("torch", "triton", "numpy", "lightning-fabric", "tensorboard", "matplotlib")
+
+
+def bench(settings: Settings, device: str, seconds: float = SECONDS) -> str:
+    """Time a batch of the longest sequences that a task trains on: medians, in words.
+
+    Args:
+        settings: of the run to time; nothing is written.
+        device: as `make_fabric` takes it.
+        seconds: to measure each figure for.
+
+    Raises:
+        ValueError: no such device.
+    """
+    run = Run(settings, Path(), device=device)
+    task, size = run.task, run.task.lessons[-1][-1]
+    batch = task.sample(settings.batch_size, size, generator(settings.seed, "train", 0))
+    units, sequences = task.units(batch), batch.inputs.shape[0]
+    batch = batch.to(run.fabric.device)
+    steps = batch.inputs.shape[1]
+    lines = [
+        f"{task.name}, size {size}: {settings.batch_size} sequences of {steps} steps on {device}, "
+        f"{torch.get_num_threads()} threads; medians of {seconds:.0f} s each",
+        f"{'':<6}{'ms per batch:':>14}{'forward':>10}{'training':>10}"
+        f"{'ms per step:':>16}{'forward':>10}{'training':>10}",
+    ]
+    for name, learner in run.learners.items():
+
+        def train(learner=learner) -> None:  # type: ignore[no-untyped-def]
+            learner.backward(batch, units, sequences)
+            learner.update()
+
+        times = []
+        for work in (lambda learner=learner: learner.outputs(batch), train):
+            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+            timer.timeit(2)  # what is compiled or measured once is
+            times.append(1000 * timer.blocked_autorange(min_run_time=seconds).median)
+        forward, training = times
+        lines.append(f"{LABELS[name]:<6}{'':>14}{forward:>10.2f}{training:>10.2f}{'':>16}"
+                     f"{forward / steps:>10.3f}{training / steps:>10.3f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def info(task: str, device: str) -> str:
+    """Versions, devices, where things are kept, and which backend runs for a task's DNC, in words.
+
+    Raises:
+        ValueError: no such device.
+    """
+    run = Run(Settings.read(task, baseline=False), Path(), device=device)
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    sample = run.task.sample(run.settings.batch_size, run.task.lessons[-1][-1], generator(0, "train", 0))
+    dnc = run.learners["dnc"].model
+    rows = {
+        "dnc_triton": f"{dnc_triton.__version__} in {Path(dnc_triton.__file__).parent}",
+        "python": f"{platform.python_version()} in {sys.prefix}, {platform.platform()}",
+        **{name: _version(name) for name in PACKAGES},
+        "cpu": f"{torch.get_num_threads()} threads",
+        "cuda": ", ".join(f"cuda:{index} {name}" for index, name in enumerate(names)) or "none",
+        "mps": "yes" if torch.backends.mps.is_available() else "none",
+        "runs": f"{Path('runs').resolve()} (or where --run says)",
+        "measured": f"{cache_directory()} (which backend is the fastest)",
+    }
+    explanation = explain(dnc, sample.to(run.fabric.device).inputs)  # type: ignore[arg-type]
+    lines = [f"{name:<18}{value}" for name, value in rows.items()]
+    return "\n".join([*lines, "", f"{task} in training:", explanation])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,307 @@
+"""What may happen to a run, and what is left of it: kills, full disks, numbers that are not finite, hostile files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import SMALL, assert_same_run, small, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dnc_triton import checkpoint
+from dnc_triton.cli import main
+from dnc_triton.tasks import Batch
+from dnc_triton.train import LOG_EVERY, Run
+
+
+def before_step(run: Run, step: int, act: Callable[[], object]) -> None:
+    """Let something happen while the batch of a step is drawn."""
+    sample = run.task.sample_training
+
+    def sample_training(*arguments: Any) -> Batch:
+        if run.step == step - 1:
+            act()
+        return sample(*arguments)
+
+    run.task.sample_training = sample_training  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    if done.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1024))
+        except OSError:
+            pass
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_with_the_same_bits(number: signal.Signals, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ["train", "copy", *SMALL, "--steps", str(3 * LOG_EVERY + 7), "--no-baseline"]
+    assert main([*arguments, "--run", str(whole)]) == 0
+
+    process = start(*arguments, "--run", str(killed), "--workers", "1")
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    step = checkpoint.load(killed / "checkpoint.pt")["step"]
+    assert 0 < step < 3 * LOG_EVERY + 7
+    if number == signal.SIGKILL:
+        assert step % LOG_EVERY == 0
+    else:
+        assert process.returncode == 130
+        assert f"--resume {killed}" in printed
+        assert "Traceback" not in errors
+
+    assert main(["train", "copy", "--resume", str(killed)]) == 0
+    assert_same_run(whole, killed)
+    for table in ("metrics.csv", "validation.csv"):
+        lines = [(folder / table).read_text().splitlines() for folder in (whole, killed)]
+        assert len(lines[0]) == len(lines[1])
+    events = EventAccumulator(str(killed / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("training/dnc_loss")] == [50, 100, 150, 157]
+
+
+def test_what_a_step_draws_does_not_depend_on_where_the_run_was_interrupted(tmp_path: Path) -> None:
+    """Dropout, a lesson that begins meanwhile, batches drawn ahead by workers: the same bits."""
+    settings = small(
+        steps=LOG_EVERY + 20, controller="lstm", num_layers=2, dropout=0.5, warmup=10, optimizer="rmsprop", clip=5.0
+    )
+
+    def with_lessons(run: Run) -> Run:
+        run.task.lessons = [[1], [2, 3]]
+        run.task.right = lambda outputs, batch: torch.ones(4, dtype=torch.bool)  # type: ignore[method-assign]
+        return run
+
+    whole = with_lessons(Run(settings, tmp_path / "whole"))
+    assert whole.train()
+    assert whole.lesson == 1
+    broken = with_lessons(Run(settings, tmp_path / "broken"))
+    for step, workers in ((7, 0), (LOG_EVERY, 1)):
+        before_step(broken, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert not broken.train()
+        assert broken.step == step
+        broken = with_lessons(Run.resume(tmp_path / "broken", workers=workers))
+    assert broken.train()
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["train", "copy", *SMALL, "--steps", "100", "--no-baseline", "--run", str(tmp_path / "run")]
+    assert main([*arguments, "--learning-rate", "1e30"]) == 2
+    error = capsys.readouterr().err
+    assert "step 2: dnc: outputs is not finite" in error
+    assert "failure.pt" in error
+    assert "--learning-rate" in error
+
+
+@pytest.mark.parametrize("tensor", ["inputs", "parameter output.bias", "loss", "gradient of output.weight"])
+def test_what_is_not_finite_is_named_and_kept(tensor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(small(steps=100), tmp_path, device="cpu")
+    learner, task = run.learners["dnc"], run.task
+    loss, sample = task.loss, task.sample_training
+
+    def spoil_parameter() -> None:
+        with torch.no_grad():
+            dict(learner.model.named_parameters())["output.bias"][0] = torch.inf
+
+    def spoiled_loss(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if run.step == 6 and learner.model.training and tensor == "loss":
+            return loss(outputs, batch) + torch.nan
+        if run.step == 6 and tensor.startswith("gradient"):  # the value is finite, its derivative is not
+            return loss(outputs, batch) + (0 * outputs).sqrt().sum()
+        return loss(outputs, batch)
+
+    def spoiled_sample(*arguments: Any) -> Batch:
+        batch = sample(*arguments)
+        if run.step == 6 and tensor == "inputs":
+            batch.inputs[1, 0, 0] = torch.nan
+        return batch
+
+    monkeypatch.setattr(task, "loss", spoiled_loss)
+    monkeypatch.setattr(task, "sample_training", spoiled_sample)
+    if tensor.startswith("parameter"):
+        before_step(run, 7, spoil_parameter)
+    found = "gradient of output.bias" if tensor.startswith("gradient") else tensor
+    with pytest.raises(FloatingPointError, match=f"step 7: dnc: {found} is not finite.*failure.pt"):
+        run.train()
+
+    kept = torch.load(tmp_path / "failure.pt", weights_only=True)
+    assert kept["failed_step"] == 7
+    assert kept["step"] == 6
+    expected = spoiled_sample(4, 0, torch.Generator())  # of the right shapes; the values follow
+    assert kept["batch"].keys() == {"inputs", "targets", "scored"}
+    assert kept["batch"]["inputs"].shape[0] == expected.inputs.shape[0]
+    assert kept["batch"]["inputs"].isfinite().all() == (tensor != "inputs")
+    # The run before that step, and the step again.
+    again = Run(small(steps=100), tmp_path / "again")
+    again.load(kept)
+    monkeypatch.setattr(again.task, "loss", spoiled_loss)
+    tensors = again.learners["dnc"].examine(Batch(**kept["batch"]), again.task.units(Batch(**kept["batch"])))
+    assert next(name for name, value in tensors.items() if not value.isfinite().all()) == found
+
+
+# --- full disks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_loses_nothing(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rescue, folder = tmp_path / "rescue", small_disk / "run"
+    rescue.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(rescue))
+    monkeypatch.setattr("dnc_triton.train.CHECKPOINT_SECONDS", 0.0)  # try again at once
+    settings = small(steps=2 * LOG_EVERY + 7, validate_every=LOG_EVERY)
+    assert Run(settings, tmp_path / "whole").train()
+
+    run = Run(settings, folder)
+    before_step(run, LOG_EVERY + 5, lambda: fill(small_disk))
+    with pytest.raises(OSError, match=r"No space left on device while writing.*make room, move it to") as error:
+        run.train()
+    assert "The old file is whole, training goes on" in capsys.readouterr().err
+    assert checkpoint.load(folder / "checkpoint.pt")["step"] <= LOG_EVERY + 5
+    assert checkpoint.load(folder / "best.pt")["step"] == LOG_EVERY
+    assert not list(folder.glob("*.part"))
+
+    (rescued,) = rescue.glob("*.pt")
+    assert str(rescued) in str(error.value)
+    (small_disk / "filler").unlink()
+    (folder / "checkpoint.pt").write_bytes(rescued.read_bytes())
+    resumed = Run.resume(folder)
+    assert resumed.step == settings.steps
+    assert resumed.train()
+    assert_same_run(tmp_path / "whole", folder)
+
+
+def test_a_full_disk_with_nowhere_else_to_write(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint is what it was, and the run goes on from there to the same end."""
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    settings = small(steps=LOG_EVERY + 7)
+    assert Run(settings, tmp_path / "whole").train()
+    folder = small_disk / "run"
+    run = Run(settings, folder)
+    before_step(run, LOG_EVERY + 5, lambda: fill(small_disk))
+    with pytest.raises(OSError, match=f"Make room, then --resume {folder}"):
+        run.train()
+    (small_disk / "filler").unlink()
+    resumed = Run.resume(folder)
+    assert resumed.step == LOG_EVERY
+    assert resumed.train()
+    assert_same_run(tmp_path / "whole", folder)
+
+
+# --- checkpoints that are not what they should be ---------------------------------------------------------------------
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("command", [["train", "copy", "--resume"], ["evaluate"], ["trace"]], ids=" ".join)
+@pytest.mark.parametrize("kind", ["torch.save", "pickle"])
+def test_nothing_in_a_checkpoint_is_executed(
+    command: list[str], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = {"format": checkpoint.FORMAT, "settings": Hostile(tmp_path / "executed")}
+    path = tmp_path / "checkpoint.pt"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path)
+    assert main([*command, str(tmp_path)]) == 2
+    assert "nothing in it was executed" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "cannot be read"),
+        (b"no checkpoint at all", "cannot be read"),
+        ({"format": 99}, "expected a checkpoint of format 3, got 99"),
+        ([1, 2], "got 'list'"),
+        ({"format": checkpoint.FORMAT}, "expected 'settings' of type dict in the checkpoint, got nothing"),
+    ],
+    ids=["empty", "garbage", "another version", "a list", "without contents"],
+)
+def test_a_damaged_checkpoint_is_refused(
+    content: Any, word: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    assert main(["train", "copy", "--resume", str(tmp_path)]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    Run(small(), tmp_path).save()
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        Run.resume(tmp_path)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Run(small(), tmp_path).save()
+    content = checkpoint.load(tmp_path / "checkpoint.pt")
+    other = Run(small(memory_size=5, num_reads=2), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"memory_size is 5 here and 4 there, num_reads is 2 here and 1 there"):
+        other.load(content)
+
+    # Settings that do not fit the weights beside them.
+    content["settings"]["hidden_size"] = 9
+    with pytest.raises(ValueError, match=r"expected controller\.\S+ of shape \[9, \d+\].*got \[8, \d+\]"):
+        Run(small(hidden_size=9), tmp_path / "other").load(content)
+
+    assert main(["train", "copy", "--resume", str(tmp_path), "--memory-size", "4", "--steps", "5"]) == 2
+    assert "--steps 1000, got 5" in capsys.readouterr().err
+    assert main(["train", "delayed_copy", "--resume", str(tmp_path)]) == 2
+    assert "expected a run of 'delayed_copy', got one of 'copy'" in capsys.readouterr().err
+
+    content["settings"]["no_such_setting"] = 1
+    checkpoint.save(tmp_path / "checkpoint.pt", content)
+    assert main(["train", "copy", "--resume", str(tmp_path)]) == 2
+    assert "no_such_setting" in capsys.readouterr().err
