@@ -45,8 +45,8 @@ class AssociativeRecallTask(BitTask):
         _check_enough("max_items", max_items, num_bits * item_length)
         self.item_length, self.num_bits = item_length, num_bits
         self.input_size, self.output_size = num_bits + 2, num_bits
-        # The number of items grows lesson by lesson: with few of them the network finds out what is asked.
-        self.lessons = [range(min_items, most + 1) for most in range(min_items, max_items + 1)]
+        # No lesson with two items alone: there the second is the answer, whatever is asked.
+        self.lessons = [range(min_items, max_items + 1)]
         self.evaluations = {f"{min_items} to {max_items} items, as trained": self.lessons[-1]}
         if 2 * max_items <= 2 ** (num_bits * item_length):
             self.evaluations[f"{max_items + 1} to {2 * max_items} items"] = range(max_items + 1, 2 * max_items + 1)
