@@ -4,8 +4,24 @@
 """
 
 from dnc_triton.tasks.base import Batch, BitTask, SymbolTask, Task
-from dnc_triton.tasks.copying import CopyTask, DelayedCopyTask
+from dnc_triton.tasks.copying import CopyTask, DelayedCopyTask, RepeatCopyTask
+from dnc_triton.tasks.recall import AssociativeRecallTask, KeyValueTask, PrioritySortTask
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (CopyTask, DelayedCopyTask)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (CopyTask, DelayedCopyTask, RepeatCopyTask, AssociativeRecallTask, KeyValueTask, PrioritySortTask)
+}
 
-__all__ = ["TASKS", "Batch", "BitTask", "CopyTask", "DelayedCopyTask", "SymbolTask", "Task"]
+__all__ = [
+    "TASKS",
+    "AssociativeRecallTask",
+    "Batch",
+    "BitTask",
+    "CopyTask",
+    "DelayedCopyTask",
+    "KeyValueTask",
+    "PrioritySortTask",
+    "RepeatCopyTask",
+    "SymbolTask",
+    "Task",
+]

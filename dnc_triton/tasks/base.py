@@ -127,18 +127,29 @@ class BitTask(Task):
         return ((outputs > 0) != (batch.targets > 0.5)) & batch.scored.unsqueeze(-1)
 
     def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
-        def text(bits: Tensor, where: Tensor) -> list[str]:
-            return [
-                "".join("█" if bit else "·" for bit in step) if shown else ""
-                for step, shown in zip((bits > 0).tolist(), where.tolist(), strict=True)
-            ]
+        def text(steps: Tensor, where: Tensor) -> list[str]:
+            return [_shades(step) if shown else "" for step, shown in zip(steps, where.tolist(), strict=True)]
 
         inputs = batch.inputs[0]
         return {
             "input": text(inputs, inputs.any(-1)),
             "target": text(batch.targets[0], batch.scored[0]),
-            "output": text(outputs[0], batch.scored[0]),
+            "output": text(outputs[0] > 0, batch.scored[0]),
         }
+
+    def show(self, outputs: Tensor, batch: Batch) -> str:
+        """The first sequence as pictures of input, target and output: time to the right, channels down."""
+        answer = (outputs[0] > 0) & batch.scored[0].unsqueeze(-1)
+        lines = []
+        for name, steps in (("input", batch.inputs[0]), ("target", batch.targets[0]), ("output", answer)):
+            rows = [_shades(channel) for channel in steps.T]
+            lines += [f"{name if index == 0 else '':<8}{row}" for index, row in enumerate(rows)]
+        return "\n".join(lines)
+
+
+def _shades(values: Tensor) -> str:
+    """A character for each of the values: "·" for 0 and below, "█" for 1 and above."""
+    return "".join("·░▒▓█"[shade] for shade in (4 * values.float().clamp(0, 1)).ceil().int().tolist())
 
 
 class SymbolTask(Task):
@@ -176,3 +187,17 @@ class SymbolTask(Task):
             "target": text(batch.targets[0]),
             "output": text(self._logits(outputs[:1]).argmax(-1)[0]),
         }
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise a ValueError unless a task's argument is an integer that is large enough."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer, at least {least}, got {value!r}")
+
+
+def check_range(min_name: str, least: int, max_name: str, most: int) -> None:
+    """Raise a ValueError unless two arguments of a task are integers, 1 ≤ least ≤ most."""
+    for name, value in ((min_name, least), (max_name, most)):
+        check_at_least(name, value, 1)
+    if least > most:
+        raise ValueError(f"{min_name}, {max_name}: expected {min_name} ≤ {max_name}, got {least}, {most}")

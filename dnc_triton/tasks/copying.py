@@ -6,9 +6,8 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from dnc_triton.tasks.base import Batch, BitTask, SymbolTask
+from dnc_triton.tasks.base import Batch, BitTask, SymbolTask, check_at_least, check_range
 
 
 class CopyTask(BitTask):
@@ -59,14 +58,82 @@ class CopyTask(BitTask):
         targets[:, size + 1 :] = bits
         return Batch(inputs, targets, (torch.arange(steps) > size).expand(batch_size, -1))
 
-    def show(self, outputs: Tensor, batch: Batch) -> str:
-        answer = torch.where(batch.scored[0].unsqueeze(-1), outputs[0] > 0, False)
-        pictures = {"input": batch.inputs[0], "target": batch.targets[0], "output": answer}
-        lines = []
-        for name, steps in pictures.items():
-            rows = ["".join("█" if bit else "·" for bit in channel) for channel in steps.T.tolist()]
-            lines += [f"{name if index == 0 else '':<8}{row}" for index, row in enumerate(rows)]
-        return "\n".join(lines)
+
+class RepeatCopyTask(BitTask):
+    """Repeat a sequence of random bit vectors as often as asked, then say that it is over.
+
+    Input, channels num_bits + 2: a step with 1 on channel num_bits, "here it begins"; `length` steps of bits; a step
+    with repeats / norm_max on the last channel; zeros. Target, channels num_bits + 1, from the step after that one: the
+    vectors, `repeats` times over, then a step with 1 on the last channel alone, "the end". What comes out before does
+    not count.
+
+    A size is 1000 · length + repeats: 3004 is three vectors, four times.
+
+    Args:
+        min_length, max_length: how many vectors a training sequence has.
+        min_repeats, max_repeats: how often they are asked for in training.
+        num_bits: bits in a vector.
+        norm_max: the number of repetitions that is shown as 1.
+
+    Source: `RepeatCopy` in DeepMind's published code, which draws length and repetitions anew for each sequence of a
+    batch and pads; here a batch has one of each, which leaves nothing to pad.
+    """
+
+    name: ClassVar[str] = "repeat_copy"
+    summary: ClassVar[str] = "repeat a sequence of random bit vectors as often as asked, then mark the end"
+    arguments: ClassVar[dict[str, str]] = {
+        "min_length": "vectors in the shortest training sequence",
+        "max_length": "vectors in the longest training sequence",
+        "min_repeats": "fewest repetitions in training",
+        "max_repeats": "most repetitions in training",
+        "num_bits": "bits in a vector",
+        "norm_max": "number of repetitions that is shown to the network as 1",
+    }
+
+    def __init__(
+        self,
+        min_length: int = 1,
+        max_length: int = 2,
+        min_repeats: int = 1,
+        max_repeats: int = 2,
+        num_bits: int = 4,
+        norm_max: int = 10,
+    ) -> None:
+        check_range("min_length", min_length, "max_length", max_length)
+        check_range("min_repeats", min_repeats, "max_repeats", max_repeats)
+        check_at_least("num_bits", num_bits, 1)
+        check_at_least("norm_max", norm_max, 1)
+        if max_repeats > 499:
+            raise ValueError(f"max_repeats: expected at most 499, got {max_repeats}")
+        self.num_bits, self.norm_max = num_bits, norm_max
+        self.input_size, self.output_size = num_bits + 2, num_bits + 1
+
+        def sizes(lengths: range, repeats: range) -> list[int]:
+            return [1000 * length + repeat for length in lengths for repeat in repeats]
+
+        lengths, repeats = range(min_length, max_length + 1), range(min_repeats, max_repeats + 1)
+        longer, more = range(max_length + 1, 2 * max_length + 1), range(max_repeats + 1, 2 * max_repeats + 1)
+        self.lessons = [sizes(lengths, repeats)]
+        self.evaluations = {
+            f"{min_length} to {max_length} vectors, {min_repeats} to {max_repeats} times, as trained": sizes(
+                lengths, repeats
+            ),
+            f"{longer[0]} to {longer[-1]} vectors": sizes(longer, repeats),
+            f"{more[0]} to {more[-1]} times": sizes(lengths, more),
+        }
+
+    def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        length, repeats = divmod(size, 1000)
+        bits = torch.randint(2, (batch_size, length, self.num_bits), generator=generator).float()
+        asked, steps = length + 1, length * (repeats + 1) + 3
+        inputs = torch.zeros(batch_size, steps, self.input_size)
+        inputs[:, 0, self.num_bits] = 1
+        inputs[:, 1:asked, : self.num_bits] = bits
+        inputs[:, asked, self.num_bits + 1] = repeats / self.norm_max
+        targets = torch.zeros(batch_size, steps, self.output_size)
+        targets[:, asked + 1 : -1, : self.num_bits] = bits.repeat(1, repeats, 1)
+        targets[:, -1, self.num_bits] = 1
+        return Batch(inputs, targets, (torch.arange(steps) > asked).expand(batch_size, -1))
 
 
 class DelayedCopyTask(SymbolTask):
