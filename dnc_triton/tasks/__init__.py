@@ -5,7 +5,20 @@
 
 from dnc_triton.tasks.base import Batch, BitTask, SymbolTask, Task
 from dnc_triton.tasks.copying import CopyTask, DelayedCopyTask
+from dnc_triton.tasks.graphs import GraphTraversalTask, ShortestPathTask
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (CopyTask, DelayedCopyTask)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (CopyTask, DelayedCopyTask, GraphTraversalTask, ShortestPathTask)
+}
 
-__all__ = ["TASKS", "Batch", "BitTask", "CopyTask", "DelayedCopyTask", "SymbolTask", "Task"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "BitTask",
+    "CopyTask",
+    "DelayedCopyTask",
+    "GraphTraversalTask",
+    "ShortestPathTask",
+    "SymbolTask",
+    "Task",
+]
