@@ -236,7 +236,8 @@ class Run:
         dnc = self.learners["dnc"].model.eval()
         assert isinstance(dnc, DNC)
         seen = trace(dnc, batch.inputs.transpose(0, 1))
-        outputs = seen.outputs.transpose(0, 1)
+        with torch.no_grad():
+            outputs = self.task.run(dnc, batch)
         draw_learning_curve(self.rows, self.task.unit, self.folder / "learning_curve.png")
         draw_memory(seen, batch, self.folder / "memory.png")
         with _replacing(self.folder / "result.json") as path:

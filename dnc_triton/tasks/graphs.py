@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnc_triton.tasks.base import Batch, SymbolTask
+from dnc_triton.tasks.curriculum import Span, describe, integers, read_curriculum, with_earlier
 from dnc_triton.tasks.planning import Judged, PlanningTask, log_sum
 
 TRIES = 100  # rounds of graphs drawn before there is none with such a path
@@ -30,16 +30,9 @@ SHORTEST_PATH = (
 class Lesson(NamedTuple):
     """Ranges, both ends included, that a graph and its path are drawn from."""
 
-    nodes: tuple[int, int]
-    degree: tuple[int, int]
-    length: tuple[int, int]
-
-    def __str__(self) -> str:
-        names = ("nodes", "edges out of each", "steps")
-        return ", ".join(
-            f"{low if low == high else f'{low} to {high}'} {name}"
-            for (low, high), name in zip(self, names, strict=True)
-        )
+    nodes: Span
+    degree: Span
+    length: Span
 
 
 class Graphs(NamedTuple):
@@ -68,13 +61,13 @@ def draw_graphs(count: int, lesson: Lesson, num_labels: int, generator: torch.Ge
     Source: Graves et al. 2016, Methods, "Random graph generation".
     """
     most = lesson.nodes[1]
-    sizes = _integers(lesson.nodes, (count, 1), generator)
+    sizes = integers(lesson.nodes, (count, 1), generator)
     present = torch.arange(most) < sizes
     points = torch.rand(count, most, 2, generator=generator)
     distances = torch.cdist(points, points)
     distances[~(present.unsqueeze(1) & ~torch.eye(most, dtype=torch.bool)).expand_as(distances)] = torch.inf
     nearness = _ranks(distances)
-    degrees = _integers(lesson.degree, (count, most, 1), generator)
+    degrees = integers(lesson.degree, (count, most, 1), generator)
     edges = (nearness < degrees) & distances.isfinite() & present.unsqueeze(2)
     labels = [torch.rand(count, num_labels, generator=generator).argsort(1)[:, :most] for _ in range(2)]
     # The edge to the k-th neighbour has the k-th of the graph's numbers in an order drawn for each node.
@@ -95,7 +88,6 @@ class GraphTask(SymbolTask):
     Source: Graves et al. 2016, Methods, "Graph task descriptions".
     """
 
-    default_curriculum: ClassVar[str]
     arguments: ClassVar[dict[str, str]] = {
         "curriculum": "the lessons, nodes/out-degree/path length each, as 3-5/1-2/1-3; separated by commas",
         "base": "values of a digit of a label",
@@ -107,7 +99,8 @@ class GraphTask(SymbolTask):
             raise ValueError(f"base: expected at least 2, got {base}")
         if num_digits < 1:
             raise ValueError(f"num_digits: expected at least 1, got {num_digits}")
-        self.curriculum = [_lesson(text) for text in curriculum.split(",")]
+        lessons = read_curriculum(curriculum, "3-5/1-2/1-3", least=(2, 1, 1), most=(1000, 1000, 1000))
+        self.curriculum = [Lesson(*spans) for spans in lessons]
         self.base, self.num_digits, self.num_labels = base, num_digits, base**num_digits
         most = max(lesson.nodes[1] for lesson in self.curriculum)
         if self.num_labels < most:
@@ -118,7 +111,10 @@ class GraphTask(SymbolTask):
         self.vocabulary = [str(digit) for digit in range(base)]
         self.output_size = 3 * num_digits * base
         self.input_size = self.output_size + 2
-        self.evaluations = {f"lesson {size}: {lesson}": [size] for size, lesson in enumerate(self.curriculum, 1)}
+        names = ("nodes", "edges out of each", "steps")
+        self.evaluations = {
+            f"lesson {size}: {describe(lesson, names)}": [size] for size, lesson in enumerate(self.curriculum, 1)
+        }
 
     def _encode(self, labels: Tensor) -> Tensor:
         """Labels [..., 3], −1 for none, as channels [..., output_size]."""
@@ -170,8 +166,7 @@ class GraphTraversalTask(GraphTask):
 
     def __init__(self, curriculum: str = TRAVERSAL, base: int = 10, num_digits: int = 3) -> None:
         super().__init__(curriculum, base, num_digits)
-        sizes = range(1, len(self.curriculum) + 1)
-        self.lessons = [[*range(1, size), *[size] * max(1, 9 * (size - 1))] for size in sizes]
+        self.lessons = with_earlier(len(self.curriculum))
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         lesson = self.curriculum[size - 1]
@@ -189,7 +184,7 @@ class GraphTraversalTask(GraphTask):
         query[:, 1:, 0] = -1
 
         triples, counts = _description(graphs, generator)
-        lengths = _integers(lesson.length, (batch_size,), generator)
+        lengths = integers(lesson.length, (batch_size,), generator)
         steps = int((counts + 2 * lengths).max())
         labels = torch.full((batch_size, steps, 3), -1)
         flags = torch.zeros(batch_size, steps, 2)
@@ -259,8 +254,7 @@ class ShortestPathTask(PlanningTask, GraphTask):
         self.lessons = [[size] for size in range(1, len(self.curriculum) + 1)]
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
-        lesson = self.curriculum[size - 1]
-        graphs, start, goal, lengths = self._draw(batch_size, lesson, generator)
+        graphs, start, goal, lengths = self._draw(batch_size, size, generator)
         rows = torch.arange(batch_size)
         triples, counts = _description(graphs, generator)
         query = torch.stack([start, torch.full_like(start, -1), goal], 1)
@@ -277,7 +271,7 @@ class ShortestPathTask(PlanningTask, GraphTask):
         if self.planning_steps:
             flags[:, described + 1, 0] = 1
         scored = (torch.arange(steps) >= first) & (torch.arange(steps) < first + lengths.unsqueeze(1))
-        flags[:, :, 1] = scored
+        flags[:, first:, 1] = 1
         targets = torch.zeros(batch_size, steps, 3 * self.num_digits, dtype=torch.int64)
         batch = Batch(torch.cat([self._encode(labels), flags], -1), targets, scored)
         # The target is one of the shortest paths: of several edges that are right, the one described first.
@@ -286,14 +280,15 @@ class ShortestPathTask(PlanningTask, GraphTask):
             edge = _right_edges(walk).float().argmax(1)
             answer = walk.triples[rows, edge]
             targets[:, step] = self._digits(answer).where(scored[:, step, None], 0)
+            if step + 1 < steps:
+                batch.inputs[:, step + 1, : self.output_size] = answer
             walk = walk._replace(here=walk.destination[rows, edge])
         return batch
 
-    def _draw(
-        self, batch_size: int, lesson: Lesson, generator: torch.Generator
-    ) -> tuple[Graphs, Tensor, Tensor, Tensor]:
+    def _draw(self, batch_size: int, size: int, generator: torch.Generator) -> tuple[Graphs, Tensor, Tensor, Tensor]:
         """Graphs, and in each a start and a goal [B] with the length [B] of the shortest path between them."""
-        lengths = _integers(lesson.length, (batch_size,), generator)
+        lesson = self.curriculum[size - 1]
+        lengths = integers(lesson.length, (batch_size,), generator)
         found: Graphs | None = None
         missing = torch.ones(batch_size, dtype=torch.bool)
         start, goal = torch.zeros_like(lengths), torch.zeros_like(lengths)
@@ -312,7 +307,7 @@ class ShortestPathTask(PlanningTask, GraphTask):
             missing &= ~new
             if not missing.any():
                 return found, start, goal, lengths
-        raise ValueError(f"curriculum: expected graphs in which there are such paths, got none for {lesson}")
+        raise ValueError(f"curriculum: expected graphs in which there are such paths, got none for lesson {size}")
 
     def begin(self, batch: Batch) -> _Walk:
         query = int(batch.scored.any(0).nonzero()[0]) - self.planning_steps - 1
@@ -334,13 +329,14 @@ class ShortestPathTask(PlanningTask, GraphTask):
         walk = situation
         logits = outputs.unflatten(-1, (-1, self.base)).log_softmax(-1).flatten(1)
         right = _right_edges(walk)
-        log_likelihood = log_sum((walk.triples @ logits.unsqueeze(2)).squeeze(2), right)
+        log_likelihood = log_sum((walk.triples.to(logits.dtype) @ logits.unsqueeze(2)).squeeze(2), right)
         answered = (self._digits(walk.triples) == self._digits(outputs).unsqueeze(1)).all(-1)
         leaving = walk.source == walk.here.unsqueeze(1)
         # Its own move if it is one, else a right one, else any: the last of these that there is.
         taken = ((answered & leaving) * 4 + right * 2 + leaving).argmax(1)
         rows = torch.arange(len(taken), device=taken.device)
-        feedback = F.pad(walk.triples[rows, taken], (0, 2))
+        move = walk.triples[rows, taken]
+        feedback = torch.cat([move, torch.zeros_like(move[:, :1]), torch.ones_like(move[:, :1])], 1)
         moved = walk._replace(here=walk.destination[rows, taken])
         return Judged(log_likelihood, ~(answered & right).any(1), feedback, moved)
 
@@ -390,21 +386,3 @@ def _triples(graphs: Graphs, rows: Tensor, source: Tensor, destination: Tensor) 
 
 def _ranks(values: Tensor) -> Tensor:
     return values.argsort(-1).argsort(-1)
-
-
-def _integers(span: tuple[int, int], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randint(span[0], span[1] + 1, shape, generator=generator)
-
-
-def _lesson(text: str) -> Lesson:
-    spans = [re.fullmatch(r"(\d+)(?:-(\d+))?", span.strip()) for span in text.split("/")]
-    pairs = [(int(span[1]), int(span[2] or span[1])) for span in spans if span]
-    lowest = (2, 1, 1)  # nodes, out-degree, length
-    if len(spans) != 3 or len(pairs) != 3 or any(
-        not least <= low <= high for (low, high), least in zip(pairs, lowest, strict=True)
-    ):
-        raise ValueError(
-            "curriculum: expected lessons as 3-5/1-2/1-3 (at least 2 nodes, an out-degree and a path length of at least "
-            f"1, lower before upper), got {text.strip()!r}"
-        )
-    return Lesson(*pairs)

@@ -17,7 +17,7 @@ class Judged(NamedTuple):
     Attributes:
         log_likelihood: [B], of answering with any of the moves that are right here; 0 where none is left.
         wrong: [B] bool: the answer is none of them.
-        feedback: [B, input_size], what the next step's input says about it, to be added to what the batch has there.
+        feedback: [B, input_size], the next step's input.
         situation: after it.
     """
 
@@ -35,7 +35,8 @@ class PlanningTask(Task):
     the answer before did, the network's own in training as in evaluation; this is DAGGER with β = 0, where the expert
     answers for the states that the network itself comes to.
 
-    The answer begins at the same step in every row, the first one that is scored.
+    The answer begins at the same step in every row, the first one that is scored. From there on the inputs of a batch
+    show the target's moves; `run` puts the network's own in their place.
     """
 
     unit: ClassVar[str] = "move"
@@ -58,10 +59,10 @@ class PlanningTask(Task):
         outputs, state = self.read(model, batch.inputs[:, : first + 1])
         answers = [outputs]
         situation = self.begin(batch)
-        for step in range(first + 1, steps):
+        for _ in range(first + 1, steps):
             judged = self.judge(situation, answers[-1][:, -1].detach())
             situation = judged.situation
-            outputs, state = model((batch.inputs[:, step] + judged.feedback).unsqueeze(1), state)
+            outputs, state = model(judged.feedback.unsqueeze(1), state)
             answers.append(outputs)
         return torch.cat(answers, 1)
 
