@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from dnc_triton.settings import Settings
@@ -60,9 +61,14 @@ class LSTMBaseline(nn.Module):
         self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
         self.output = nn.Linear(hidden_size, output_size)
 
-    def forward(self, inputs: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """inputs [B, T, input_size] → outputs [B, T, output_size], state; past `lengths` without meaning."""
-        hidden, state = self.lstm(inputs)
+    def forward(self, inputs: Tensor, state: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+        """inputs [B, T, input_size] → outputs [B, T, output_size], state; called as a `DNC`."""
+        if lengths is None:
+            hidden, state = self.lstm(inputs, state)
+        else:
+            packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            packed, state = self.lstm(packed, state)
+            hidden, _ = pad_packed_sequence(packed, batch_first=True, total_length=inputs.shape[1])
         return self.output(hidden), state
 
 

@@ -3,25 +3,46 @@
 `configurations/NAME.toml` holds the training settings that are known to work for a task.
 """
 
+from dnc_triton.tasks.babi import BabiTask
 from dnc_triton.tasks.base import Batch, BitTask, SymbolTask, Task
+from dnc_triton.tasks.blocks import BlockPuzzleTask
 from dnc_triton.tasks.copying import CopyTask, DelayedCopyTask, RepeatCopyTask
+from dnc_triton.tasks.graphs import GraphTraversalTask, ShortestPathTask
 from dnc_triton.tasks.recall import AssociativeRecallTask, KeyValueTask, PrioritySortTask
+from dnc_triton.tasks.translation import DatesTask
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (CopyTask, DelayedCopyTask, RepeatCopyTask, AssociativeRecallTask, KeyValueTask, PrioritySortTask)
+    for task in (
+        CopyTask,
+        DelayedCopyTask,
+        RepeatCopyTask,
+        AssociativeRecallTask,
+        KeyValueTask,
+        PrioritySortTask,
+        BabiTask,
+        DatesTask,
+        GraphTraversalTask,
+        ShortestPathTask,
+        BlockPuzzleTask,
+    )
 }
 
 __all__ = [
     "TASKS",
     "AssociativeRecallTask",
+    "BabiTask",
     "Batch",
     "BitTask",
+    "BlockPuzzleTask",
     "CopyTask",
+    "DatesTask",
     "DelayedCopyTask",
+    "GraphTraversalTask",
     "KeyValueTask",
     "PrioritySortTask",
     "RepeatCopyTask",
+    "ShortestPathTask",
     "SymbolTask",
     "Task",
 ]

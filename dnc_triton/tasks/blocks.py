@@ -1,0 +1,364 @@
+"""Blocks on a board, to be moved until what was asked for holds."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnc_triton.tasks.base import Batch
+from dnc_triton.tasks.curriculum import Span, describe, integers, read_curriculum, with_earlier
+from dnc_triton.tasks.planning import Judged, PlanningTask, log_sum
+
+TRIES = 100  # rounds of puzzles drawn before there is none of that kind
+FAR = 2**31  # moves to a goal that cannot be reached
+RELATIONS = ("above", "below", "left of", "right of")  # in which two blocks touch
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# Extended Data Table 6 of the paper: goals, blocks, constraints of a goal, search depth of each lesson.
+MINI_SHRDLU = (
+    "2/3/1/1, 2-3/3-4/1-2/1, 3/4/1-2/1-2, 3-4/4-5/2/1-2, 4/5/2/2, 4-5/5-6/2-3/2, 5/5-6/2-3/2-3, 5-6/6/3/2-3, "
+    "6/6/3/3, 6-7/6/3-4/3-4, 7/6/3-4/3-4, 7-8/6/4/3-4, 8/6/4/4, 8-9/6/4-5/4, 9/6/4-5/4-5, 9-10/6/5/4-5, 10/6/5/5, "
+    "10/6/5-6/5, 10/6/5-6/5-6, 10/6/6/5-6, 10/6/6/6, 10/6/6/6, 10/6/6/6-7, 10/6/6/6-7, 10/6/6/7, 10/6/1-6/1-7"
+)
+
+
+class Lesson(NamedTuple):
+    """Ranges, both ends included, that a puzzle is drawn from; depth is how many moves away a goal is looked for."""
+
+    goals: Span
+    blocks: Span
+    constraints: Span
+    depth: Span
+
+
+class World(NamedTuple):
+    """Every arrangement of 1 up to some number of blocks on a board. S states, M moves, C constraints.
+
+    Attributes:
+        boards: [S, size * size] int64: the block on each square, 0 for none; rows from the bottom up.
+        num_blocks: [S].
+        after: [S, M] int64: the state after a move; the same state for the last move, to pass, and for one that cannot
+            be made.
+        possible: [S, M] bool: the move can be made.
+        holds: [S, C] bool; the constraints in the order of `constraints`.
+        constraints: (first, relation, second): block, index into RELATIONS, block.
+        codes: [S] int64, boards as numbers, ascending.
+    """
+
+    boards: Tensor
+    num_blocks: Tensor
+    after: Tensor
+    possible: Tensor
+    holds: Tensor
+    constraints: list[tuple[int, int, int]]
+    codes: Tensor
+
+
+def moves_of(size: int) -> list[tuple[int, int]]:
+    """The moves of a board: the top block of one column onto another."""
+    return list(itertools.permutations(range(size), 2))
+
+
+@functools.lru_cache(maxsize=4)
+def make_world(size: int, blocks: tuple[int, int]) -> World:
+    """The world of a board of size × size squares with a number of blocks in a range."""
+    columns = [
+        split
+        for count in range(blocks[0], blocks[1] + 1)
+        for heights in itertools.product(range(size + 1), repeat=size)
+        if sum(heights) == count
+        for order in itertools.permutations(range(1, count + 1))
+        for split in [_split(order, heights)]
+    ]
+    code = (blocks[1] + 1) ** torch.arange(size * size)
+    boards = torch.tensor(
+        [[col[row] if row < len(col) else 0 for row in range(size) for col in state] for state in columns]
+    )
+    codes, ascending = (boards * code).sum(1).sort()
+    boards = boards[ascending]
+    columns = [columns[index] for index in ascending.tolist()]
+    index = {state: number for number, state in enumerate(columns)}
+    after = torch.arange(len(columns)).unsqueeze(1).repeat(1, size * (size - 1) + 1)
+    possible = torch.zeros(after.shape, dtype=torch.bool)
+    possible[:, -1] = True
+    for number, state in enumerate(columns):
+        for move, (source, target) in enumerate(moves_of(size)):
+            if state[source] and len(state[target]) < size:
+                changed = list(state)
+                changed[target] = (*state[target], state[source][-1])
+                changed[source] = state[source][:-1]
+                after[number, move] = index[tuple(changed)]
+                possible[number, move] = True
+
+    grid = F.pad(boards.unflatten(1, (size, size)), (0, 1, 0, 1))  # an empty row on top, an empty column at the right
+    touching = {  # relation → block and the one that it is above, left of
+        0: (grid[:, 1:, :-1], grid[:, :-1, :-1]),
+        2: (grid[:, :-1, :-1], grid[:, :-1, 1:]),
+    }
+    constraints, holds = [], []
+    for first, relation, second in itertools.product(range(1, blocks[1] + 1), range(4), range(1, blocks[1] + 1)):
+        if first != second:
+            a, b = (first, second) if relation % 2 == 0 else (second, first)
+            here, there = touching[relation - relation % 2]
+            constraints.append((first, relation, second))
+            holds.append(((here == a) & (there == b)).flatten(1).any(1))
+    return World(boards, (boards > 0).sum(1), after, possible, torch.stack(holds, 1), constraints, codes)
+
+
+class _Puzzle(NamedTuple):
+    """Where the moves have led.
+
+    Attributes:
+        moves: [B, S], from each state to the nearest one in which the goal's constraints hold; FAR where there is none.
+        here: [B] state.
+    """
+
+    moves: Tensor
+    here: Tensor
+
+
+class BlockPuzzleTask(PlanningTask):
+    """Move blocks on a board until the constraints of one of several goals hold (the paper's Mini-SHRDLU).
+
+    A board has `board_size` columns that hold as many blocks each; a move takes the top block of a column onto
+    another column. A goal is a letter with constraints: a block touches another from above, below, left, right. It is
+    made from a board at a depth of moves from the first one; what holds there and not yet on the first board, said
+    either way round, is what it may ask for.
+
+    Input: at every step the board, one-hot for each square, rows from the bottom. The goals one after the other, a
+    constraint per step: letter, first block, relation, second block, each one-hot. Then a step with the letter of one
+    goal and 1 on the last channel, which stays 1 while the network moves, one move per step; the board then is what its
+    moves have made of it. Target: as many moves as the lesson is deep, the last one of the list to pass.
+
+    Answers are right if the constraints hold after the last move. The loss of a move is −log of the probability of all
+    moves together that are on a shortest way from the board reached; once the constraints hold, of those that keep
+    them. A move that cannot be made is wrong and changes nothing.
+
+    Args:
+        curriculum: the lessons, separated by commas: goals, blocks, constraints of a goal, depth, each a range.
+        board_size: columns and rows of the board.
+        num_letters: how many letters name goals.
+
+    A tenth of the training batches is from earlier lessons.
+
+    Source: Graves et al. 2016, Methods, "Mini-SHRDLU" and "Curriculum learning", Extended Data Table 6. There the
+    network learns by reinforcement, from the number of constraints that hold; here from the shortest ways themselves.
+    """
+
+    name: ClassVar[str] = "block_puzzle"
+    summary: ClassVar[str] = "move blocks on a board until what was asked for holds"
+    arguments: ClassVar[dict[str, str]] = {
+        "curriculum": "the lessons, goals/blocks/constraints of a goal/depth each, as 1-2/3/1/1; separated by commas",
+        "board_size": "columns and rows of the board",
+        "num_letters": "how many letters name goals",
+    }
+
+    def __init__(self, curriculum: str = MINI_SHRDLU, board_size: int = 3, num_letters: int = 26) -> None:
+        if board_size < 2:
+            raise ValueError(f"board_size: expected at least 2, got {board_size}")
+        most = (len(LETTERS), board_size**2 - 1, 99, 99)
+        lessons = read_curriculum(curriculum, "1-2/3/1/1", least=(1, 2, 1, 1), most=most)
+        self.curriculum = [Lesson(*spans) for spans in lessons]
+        goals = max(lesson.goals[1] for lesson in self.curriculum)
+        if not goals <= num_letters <= len(LETTERS):
+            raise ValueError(
+                f"num_letters: expected at least {goals}, one for each goal, and at most {len(LETTERS)}, "
+                f"got {num_letters}"
+            )
+        self.num_letters, self.board_size = num_letters, board_size
+        self.least_blocks = min(lesson.blocks[0] for lesson in self.curriculum)
+        self.num_blocks = max(lesson.blocks[1] for lesson in self.curriculum)
+        self.vocabulary = [f"{a + 1}>{b + 1}" for a, b in moves_of(board_size)] + ["pass"]
+        self.output_size = len(self.vocabulary)
+        self.said_size = num_letters + 2 * self.num_blocks + len(RELATIONS)  # letter and constraint
+        self.input_size = self.said_size + 1 + board_size**2 * self.num_blocks
+        self.lessons = with_earlier(len(self.curriculum))
+        names = ("goals", "blocks", "constraints each", "moves deep")
+        self.evaluations = {
+            f"lesson {size}: {describe(lesson, names)}": [size] for size, lesson in enumerate(self.curriculum, 1)
+        }
+
+    @property
+    def world(self) -> World:
+        """Every board there can be, made when it is first asked for."""
+        return make_world(self.board_size, (self.least_blocks, self.num_blocks))
+
+    def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        lesson = self.curriculum[size - 1]
+        starts: list[int] = []
+        stated: list[list[tuple[int, int]]] = []  # (letter, constraint), in the order in which they are said
+        for _ in range(TRIES):
+            for start, goals in self._draw(batch_size, lesson, generator):
+                if len(starts) < batch_size:
+                    starts.append(start)
+                    stated.append(goals)
+            if len(starts) == batch_size:
+                break
+        else:
+            raise ValueError(f"curriculum: expected puzzles of this kind, got none for lesson {size}")
+
+        first = max(map(len, stated))  # step of the answer; who has less to say says nothing at the beginning
+        steps = first + lesson.depth[1]
+        said = torch.zeros(batch_size, steps, self.said_size + 1)
+        for row, goals in enumerate(stated):
+            for step, (letter, constraint) in enumerate(goals, first - len(goals)):
+                said[row, step, self._channels(letter, constraint)] = 1
+            pick = int(torch.randint(len(goals), (1,), generator=generator))
+            said[row, first, goals[pick][0]] = 1
+        said[:, first:, -1] = 1
+        here = torch.tensor(starts)
+        boards = self._show_board(here).unsqueeze(1).repeat(1, steps, 1)
+        targets = torch.zeros(batch_size, steps, 1, dtype=torch.int64)
+        scored = (torch.arange(steps) >= first).expand(batch_size, -1)
+        batch = Batch(torch.cat([said, boards], -1), targets, scored)
+        # The target is one of the shortest ways, and to pass at its end; the inputs show the boards on that way.
+        puzzle = self.begin(batch)
+        for step in range(first, steps):
+            right = self._right_moves(puzzle)  # of several, the last in the list is the target
+            targets[:, step, 0] = answer = self.output_size - 1 - right.flip(1).float().argmax(1)
+            puzzle = puzzle._replace(here=self.world.after[puzzle.here, answer])
+            if step + 1 < steps:
+                batch.inputs[:, step + 1, self.said_size + 1 :] = self._show_board(puzzle.here)
+        return batch
+
+    def _draw(self, count: int, lesson: Lesson, generator: torch.Generator) -> list[tuple[int, list[tuple[int, int]]]]:
+        """First boards with their goals, (letter, constraint) each; fewer than `count` where there is none so deep."""
+        world = self.world
+        blocks = integers(lesson.blocks, [count], generator).unsqueeze(1)
+        start = (world.num_blocks == blocks).float().multinomial(1, generator=generator).squeeze(1)
+        away = F.one_hot(start, len(world.boards)).bool()
+        distance = _moves_to(away, world, lesson.depth[1])
+        puzzles = []
+        number = integers(lesson.goals, [count], generator).tolist()
+        for row in range(count):
+            new = world.holds & ~world.holds[start[row]]
+            num_new = new.sum(1) // 2  # each is said in two ways
+            letters = torch.randperm(self.num_letters, generator=generator)[: number[row]].tolist()
+            goals: list[tuple[int, int]] = []
+            for letter in letters:
+                depth = int(integers(lesson.depth, [], generator))
+                asked = int(integers(lesson.constraints, [], generator))
+                boards = ((distance[row] == depth) & (num_new >= asked)).nonzero().squeeze(1)
+                if not len(boards):
+                    break
+                board = boards[int(torch.randint(len(boards), (1,), generator=generator))]
+                facts = new[board].nonzero().squeeze(1)
+                facts = facts[torch.randperm(len(facts), generator=generator)]
+                pairs: dict[frozenset[int], int] = {}  # two blocks touch in one way at most
+                for fact in facts.tolist():
+                    pairs.setdefault(frozenset(world.constraints[fact][::2]), fact)
+                goals += [(letter, fact) for fact in list(pairs.values())[:asked]]
+            else:
+                puzzles.append((int(start[row]), goals))
+        return puzzles
+
+    def _channels(self, letter: int, constraint: int) -> list[int]:
+        first, relation, second = self.world.constraints[constraint]
+        blocks = self.num_letters, self.num_letters + self.num_blocks + len(RELATIONS)
+        return [letter, blocks[0] + first - 1, blocks[0] + self.num_blocks + relation, blocks[1] + second - 1]
+
+    def _show_board(self, states: Tensor) -> Tensor:
+        boards = self.world.boards.to(states.device)[states]
+        return F.one_hot(boards, self.num_blocks + 1)[..., 1:].flatten(1).float()
+
+    def _board(self, channels: Tensor) -> Tensor:
+        squares = channels[..., self.said_size + 1 :].unflatten(-1, (-1, self.num_blocks))
+        numbers = torch.arange(1, self.num_blocks + 1, device=channels.device)
+        return (squares * numbers).sum(-1).long()
+
+    def _said(self, channels: Tensor) -> tuple[Tensor, Tensor]:
+        """Letter [...] and constraint [...] of input steps; −1 where nothing is said."""
+        sizes = [self.num_letters, self.num_blocks, len(RELATIONS), self.num_blocks]
+        letter, first, relation, second = channels[..., : self.said_size].split(sizes, -1)
+        numbers = first.argmax(-1), relation.argmax(-1), second.argmax(-1)
+        # Constraints are counted as in make_world: second runs through all blocks but the first.
+        others = numbers[2] - (numbers[2] > numbers[0]).long()
+        constraint = (numbers[0] * len(RELATIONS) + numbers[1]) * (self.num_blocks - 1) + others
+        return letter.argmax(-1).where(letter.any(-1), -1), constraint.where(first.any(-1), -1)
+
+    def begin(self, batch: Batch) -> _Puzzle:
+        world = World._make(part if isinstance(part, list) else part.to(batch.inputs.device) for part in self.world)
+        first = int(batch.scored[0].nonzero()[0])
+        letters, constraints = self._said(batch.inputs[:, : first + 1])
+        asked = (letters == letters[:, -1:]) & (constraints >= 0)  # [B, first + 1]
+        held = world.holds.T[constraints.clamp(min=0)]  # [B, first + 1, S]
+        board = self._board(batch.inputs[:, first])
+        goal = (held | ~asked.unsqueeze(2)).all(1) & (world.num_blocks == (board > 0).sum(1, keepdim=True))
+        code = (self.num_blocks + 1) ** torch.arange(board.shape[1], device=board.device)
+        here = torch.searchsorted(world.codes, (board * code).sum(1))
+        return _Puzzle(_moves_to(goal, world, len(world.boards)), here)
+
+    def _right_moves(self, puzzle: _Puzzle) -> Tensor:
+        """[B, M] bool: the moves that are on a shortest way, or keep what holds."""
+        world, here = self.world, puzzle.here
+        after = puzzle.moves.gather(1, world.after.to(here.device)[here])
+        now = puzzle.moves.gather(1, here.unsqueeze(1))
+        return (after == (now - 1).clamp(min=0)) & world.possible.to(here.device)[here]
+
+    def judge(self, situation: _Puzzle, outputs: Tensor) -> Judged:
+        right = self._right_moves(situation)
+        answer = outputs.argmax(1, keepdim=True)
+        here = self.world.after.to(outputs.device)[situation.here].gather(1, answer).squeeze(1)
+        said = F.pad(outputs.new_ones(len(here), 1), (self.said_size, 0))
+        feedback = torch.cat([said, self._show_board(here).to(outputs.dtype)], 1)
+        return Judged(
+            log_sum(outputs.log_softmax(1), right),
+            ~right.gather(1, answer).squeeze(1),
+            feedback,
+            situation._replace(here=here),
+        )
+
+    def right(self, outputs: Tensor, batch: Batch) -> Tensor:
+        puzzle = self.begin(batch)
+        for step in batch.scored[0].nonzero().flatten():
+            puzzle = self.judge(puzzle, outputs[:, step]).situation
+        return puzzle.moves.gather(1, puzzle.here.unsqueeze(1)).squeeze(1) == 0
+
+    def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
+        letters, constraints = (part[0].tolist() for part in self._said(batch.inputs))
+        boards = self._board(batch.inputs[0]).unflatten(-1, (self.board_size, -1))
+        texts = []
+        for letter, constraint, board in zip(letters, constraints, boards.tolist(), strict=True):
+            text = "|".join(
+                "".join(str(row[column]) for row in board if row[column]) for column in range(self.board_size)
+            )
+            if constraint >= 0:
+                first, relation, second = self.world.constraints[constraint]
+                text = f"{LETTERS[letter]}: {first} {RELATIONS[relation]} {second}"
+            elif letter >= 0:
+                text = f"{LETTERS[letter]}! {text}"
+            texts.append(text)
+        answers = [batch.targets[0, :, 0], outputs[0].argmax(-1)]
+        target, output = [
+            [
+                self.vocabulary[move] if shown else ""
+                for move, shown in zip(moves.tolist(), batch.scored[0], strict=True)
+            ]
+            for moves in answers
+        ]
+        return {"input": texts, "target": target, "output": output}
+
+
+def _moves_to(goal: Tensor, world: World, most: int) -> Tensor:
+    """Moves [B, S] from each state to the nearest of the goal's [B, S] bool, up to a number; FAR where it is more.
+
+    A move can always be taken back, so the same table leads both ways.
+    """
+    moves = torch.full(goal.shape, FAR, device=goal.device)
+    level = goal
+    for count in range(most + 1):
+        moves[level] = count
+        if count == most or not level.any():
+            break
+        level = level[:, world.after].any(2) & (moves == FAR)
+    return moves
+
+
+def _split(order: tuple[int, ...], heights: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    ends = list(itertools.accumulate(heights))
+    return tuple(order[end - height : end] for end, height in zip(ends, heights, strict=True))

@@ -1,0 +1,56 @@
+"""Lessons made of ranges, as the paper's tables give them, and the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]  # both ends included
+
+
+def read_curriculum(text: str, example: str, least: Sequence[int], most: Sequence[int]) -> list[list[Span]]:
+    """The ranges of each lesson: "3-5/1/2, 5-9/1-2/2" are two lessons of three ranges.
+
+    Args:
+        text: the lessons, separated by commas.
+        example: of a lesson, for the error.
+        least, most: what each range may hold.
+
+    Raises:
+        ValueError: the text is not of that form, or a range holds what it may not.
+    """
+    lessons = []
+    for lesson in text.split(","):
+        found = [re.fullmatch(r"(\d+)(?:-(\d+))?", span.strip()) for span in lesson.split("/")]
+        spans = [(int(span[1]), int(span[2] or span[1])) for span in found if span]
+        if (
+            not len(found) == len(spans) == len(least)
+            or not all(low <= span[0] <= span[1] <= high for span, low, high in zip(spans, least, most, strict=True))
+        ):  # fmt: skip
+            limits = "/".join(f"{low}-{high}" for low, high in zip(least, most, strict=True))
+            raise ValueError(
+                f"curriculum: expected lessons as {example}, within {limits}, lower before upper, "
+                f"got {lesson.strip()!r}"
+            )
+        lessons.append(spans)
+    return lessons
+
+
+def describe(spans: Sequence[Span], names: Sequence[str]) -> str:
+    """Ranges in words: "3 to 5 nodes, 2 steps"."""
+    return ", ".join(
+        f"{low if low == high else f'{low} to {high}'} {name}" for (low, high), name in zip(spans, names, strict=True)
+    )
+
+
+def with_earlier(count: int) -> list[list[int]]:
+    """Lessons 1 to `count`, a tenth of each drawn evenly from those before it."""
+    return [[*range(1, size), *[size] * max(1, 9 * (size - 1))] for size in range(1, count + 1)]
+
+
+def integers(span: Span, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random numbers of a range."""
+    return torch.randint(span[0], span[1] + 1, shape, generator=generator)

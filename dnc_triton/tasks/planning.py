@@ -1,0 +1,99 @@
+"""Tasks in which the network acts, sees what became of it, and acts again."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dnc_triton.tasks.base import Batch, Task
+
+
+class Judged(NamedTuple):
+    """What became of one answer, in every row.
+
+    Attributes:
+        log_likelihood: [B], of answering with any of the moves that are right here; 0 where none is left.
+        wrong: [B] bool: the answer is none of them.
+        feedback: [B, input_size], the next step's input.
+        situation: after it.
+    """
+
+    log_likelihood: Tensor
+    wrong: Tensor
+    feedback: Tensor
+    situation: Any
+
+
+class PlanningTask(Task):
+    """A task answered by moves, each of which may be any on a shortest way from where the moves before it led.
+
+    The loss of a move is −log of the probability of all that are right there together, so a network that decides for
+    one of several shortest ways pays nothing. The steps are one after the other because the input of each shows what
+    the answer before did, the network's own in training as in evaluation; this is DAGGER with β = 0, where the expert
+    answers for the states that the network itself comes to.
+
+    The answer begins at the same step in every row, the first one that is scored. From there on the inputs of a batch
+    show the target's moves; `run` puts the network's own in their place.
+    """
+
+    unit: ClassVar[str] = "move"
+
+    @abstractmethod
+    def begin(self, batch: Batch) -> Any:
+        """The situation before the first move."""
+
+    @abstractmethod
+    def judge(self, situation: Any, outputs: Tensor) -> Judged:
+        """What outputs [B, output_size] do in a situation."""
+
+    def read(self, model: nn.Module, inputs: Tensor) -> tuple[Tensor, Any]:
+        """Outputs and state of a model after all the inputs up to the first answer's."""
+        outputs, state = model(inputs)
+        return outputs, state
+
+    def run(self, model: nn.Module, batch: Batch) -> Tensor:
+        first, steps = _first_answer(batch), batch.inputs.shape[1]
+        outputs, state = self.read(model, batch.inputs[:, : first + 1])
+        answers = [outputs]
+        situation = self.begin(batch)
+        for _ in range(first + 1, steps):
+            judged = self.judge(situation, answers[-1][:, -1].detach())
+            situation = judged.situation
+            outputs, state = model(judged.feedback.unsqueeze(1), state)
+            answers.append(outputs)
+        return torch.cat(answers, 1)
+
+    def _judge_all(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-likelihood and wrong of every step, [B, T]; 0 and False where nothing is scored."""
+        log_likelihood = outputs.new_zeros(batch.scored.shape)
+        wrong = torch.zeros_like(batch.scored)
+        situation = self.begin(batch)
+        for step in range(_first_answer(batch), batch.inputs.shape[1]):
+            judged = self.judge(situation, outputs[:, step])
+            situation = judged.situation
+            log_likelihood[:, step] = torch.where(batch.scored[:, step], judged.log_likelihood, 0)
+            wrong[:, step] = judged.wrong & batch.scored[:, step]
+        return log_likelihood, wrong
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return -self._judge_all(outputs, batch)[0].sum()
+
+    def wrong(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self._judge_all(outputs, batch)[1].unsqueeze(-1)
+
+    def units(self, batch: Batch) -> Tensor:
+        return batch.scored.sum()
+
+
+def _first_answer(batch: Batch) -> int:
+    return int(batch.scored.any(0).nonzero()[0])
+
+
+def log_sum(values: Tensor, chosen: Tensor) -> Tensor:
+    """log Σ exp of the chosen ones of values [B, E]; 0 in rows where none is, and no gradient there."""
+    some = chosen.any(1)
+    kept = torch.where(chosen | ~some.unsqueeze(1), values, -torch.inf)
+    return torch.where(some, kept.logsumexp(1), 0)
