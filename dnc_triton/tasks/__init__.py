@@ -5,7 +5,8 @@
 
 from dnc_triton.tasks.base import Batch, BitTask, SymbolTask, Task
 from dnc_triton.tasks.copying import CopyTask, DelayedCopyTask
+from dnc_triton.tasks.translation import DatesTask
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (CopyTask, DelayedCopyTask)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (CopyTask, DelayedCopyTask, DatesTask)}
 
-__all__ = ["TASKS", "Batch", "BitTask", "CopyTask", "DelayedCopyTask", "SymbolTask", "Task"]
+__all__ = ["TASKS", "Batch", "BitTask", "CopyTask", "DatesTask", "DelayedCopyTask", "SymbolTask", "Task"]
