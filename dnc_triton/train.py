@@ -37,6 +37,7 @@ from dnc_triton.trace import trace
 CHECKPOINT_FORMAT = 2
 LOG_EVERY = 50  # steps between two rows of metrics.csv, and between two checkpoints
 EVALUATION_SEQUENCES = 1000  # per row of the final table, in batches of one length
+EVALUATION_BATCH = 200  # sequences at a time
 
 
 class LSTMBaseline(nn.Module):
@@ -206,24 +207,31 @@ class Run:
         return row
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Share of sequences without an error, evaluation → model → share, on sequences that no training saw."""
+    def evaluate(self) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+        """Shares of sequences right and of units wrong, evaluation → model → share, on sequences no training saw."""
         shares: dict[str, dict[str, float]] = {}
+        errors: dict[str, dict[str, float]] = {}
         for name, sizes in self.task.evaluations.items():
             right = dict.fromkeys(self.learners, 0)
+            wrong = dict.fromkeys(self.learners, 0)
+            units = 0
             count = math.ceil(EVALUATION_SEQUENCES / len(sizes))
             for size in sizes:
                 batch = self.task.sample(count, size, generator(self.settings.seed, "test", size), split="test")
-                batch = batch.to(self.device)
-                for model, learner in self.learners.items():
-                    outputs = self.task.run(learner.model.eval(), batch)
-                    right[model] += int(self.task.right(outputs, batch).sum())
+                for first in range(0, count, EVALUATION_BATCH):
+                    part = batch.rows(slice(first, first + EVALUATION_BATCH)).to(self.device)
+                    units += int(self.task.units(part))
+                    for model, learner in self.learners.items():
+                        outputs = self.task.run(learner.model.eval(), part)
+                        right[model] += int(self.task.right(outputs, part).sum())
+                        wrong[model] += int(self.task.wrong(outputs, part).sum())
             shares[name] = {model: right[model] / (count * len(sizes)) for model in right}
-        return shares
+            errors[name] = {model: wrong[model] / units for model in wrong}
+        return shares, errors
 
     def report(self) -> str:
         """Evaluate, draw the pictures, write `result.json`, and say it all in words."""
-        shares = self.evaluate()
+        shares, errors = self.evaluate()
         sizes = self.task.lessons[-1]
         batch = self.task.sample(1, sizes[-1], generator(self.settings.seed, "validation", 0), split="validation")
         batch = batch.to(self.device)
@@ -236,6 +244,7 @@ class Run:
         with _replacing(self.folder / "result.json") as path:
             result = {
                 "sequences_right": shares,
+                f"{self.task.unit}s_wrong": errors,
                 "seconds": round(self.seconds, 1),
                 "settings": asdict(self.settings),
                 "date": time.strftime("%Y-%m-%d"),
@@ -251,6 +260,8 @@ class Run:
         table = [f"{'sequences without an error':<{width}}" + "".join(f"{columns[m]:>10}" for m in self.learners)]
         for name, by_model in shares.items():
             table.append(f"{name:<{width}}" + "".join(f"{share:>10.1%}" for share in by_model.values()))
+        if more := self.task.table(errors):
+            table += ["", more]
         example = self.task.show(outputs, batch)
         return "\n".join(
             ["An example:", example, "", *table, "", f"{self.seconds:.0f} s of training; see {self.folder}/"]

@@ -27,12 +27,12 @@ class DatesTask(SymbolTask):
     zeros. Target: at those blank steps the 10 characters of the ISO date; before them, the output does not count. Texts
     differ in length: a batch is padded at the end.
 
-    The formats are the four styles (short, medium, long, full) of each locale in Unicode's CLDR, which the library babel
-    carries. All sequences of one batch have the same style, each its own locale. A style that writes two digits of the
-    year is left out: the century does not follow from it. The locale is not given to the network, hence no text may
-    stand for two dates: 01/02/2003 must not be in January for one locale and in February for another. This is checked
-    for all formats on every day of a leap year, leaving out the names of weekdays, and locales that contradict each
-    other are refused. (One year is enough, since the year is written out.)
+    The formats are the four styles (short, medium, long, full) of each locale in Unicode's CLDR, from babel. All
+    sequences of one batch have the same style, each its own locale. A style that writes two digits of the year is left
+    out: the century does not follow from it. The locale is not given to the network, hence no text may stand for two
+    dates: 01/02/2003 must not be in January for one locale and in February for another. This is checked for all formats
+    on every day of a leap year, leaving out the names of weekdays, and locales that contradict each other are refused.
+    (One year is enough, since the year is written out.)
 
     A day belongs to one split only, by the proleptic Gregorian ordinal of `datetime.date.toordinal`: remainder 8 modulo
     10 to validation, 9 to test, the rest to training. No date of the test was seen in training, in any language.
@@ -56,7 +56,7 @@ class DatesTask(SymbolTask):
     }
 
     def __init__(
-        self, locales: str = "en,de,fr,es,it,pt,nl,sv", first_year: int = 1950, last_year: int = 2049
+        self, locales: str = "en,de,fr,es,it,pt,nl,sv,da,fi,pl,tr", first_year: int = 1950, last_year: int = 2049
     ) -> None:
         if not 1000 <= first_year <= last_year <= 9999:
             raise ValueError(
