@@ -35,8 +35,9 @@ class BabiTask(SymbolTask):
         path: the folder en-10k of bAbI, with qa1_single-supporting-fact_train.txt and so on; None: generate.
         kinds: the numbers of the kinds, with commas between them; None: all there are.
         max_words: longer stories of the training file are left out of training.
-        min_facts, max_facts: statements in a generated story.
-        questions: questions in a generated story.
+        min_facts, max_facts: statements in a generated story. Training begins with fewer: lesson by lesson the longest
+            stories become one statement longer.
+        questions: questions in a generated story; one of kind k has at least k statements for each.
 
     Raises:
         OSError: a file cannot be read.
@@ -55,7 +56,7 @@ class BabiTask(SymbolTask):
         "max_words": "longer stories are left out of training; with a path",
         "min_facts": "statements in the shortest generated story",
         "max_facts": "statements in the longest generated story",
-        "questions": "questions in a generated story",
+        "questions": "questions in a generated story, fewer where it has too few statements",
     }
 
     def __init__(
@@ -71,10 +72,10 @@ class BabiTask(SymbolTask):
         if path is None:
             if questions < 1:
                 raise ValueError(f"questions: expected at least 1, got {questions}")
-            if not max(numbers) * questions <= min_facts <= max_facts:
+            if not max(numbers) <= min_facts <= max_facts:
                 raise ValueError(
-                    f"min_facts, max_facts: expected {max(numbers) * questions} ≤ min_facts ≤ max_facts with "
-                    f"{questions} question(s) and kind {max(numbers)}, got {min_facts}, {max_facts}"
+                    f"min_facts, max_facts: expected {max(numbers)} ≤ min_facts ≤ max_facts with kind {max(numbers)}, "
+                    f"got {min_facts}, {max_facts}"
                 )
             names = {number: KINDS[number] for number in numbers}
             self.vocabulary = VOCABULARY
@@ -93,8 +94,9 @@ class BabiTask(SymbolTask):
         self._index = {word: index for index, word in enumerate(self.vocabulary)}
         self.facts, self.questions = range(min_facts, max_facts + 1), questions
         self.stories = None if path is None else {n: self._split(n, splits, max_words) for n, splits in read.items()}
-        # Generated: one kind more in each lesson. Published: all at once, as the papers train.
-        self.lessons = [numbers[: last + 1] for last in range(len(numbers))] if path is None else [numbers]
+        # Generated: lesson m has stories of at most m statements. Published: all at once, as in the papers.
+        most = range(min(numbers), max_facts + 1) if path is None else ()
+        self.lessons = [[kind for kind in numbers if kind <= facts] for facts in most] or [numbers]
         self.evaluations = {f"{number} {name}": [number] for number, name in names.items()}
 
     def _split(
@@ -123,11 +125,7 @@ class BabiTask(SymbolTask):
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         """Stories of one kind; see `Task.sample`."""
         if self.stories is None:
-            draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
-            drawn = [
-                self.encode(generate_story(size, draw.choice(self.facts), self.questions, draw))
-                for _ in range(batch_size)
-            ]
+            drawn = self._generate(batch_size, size, self.facts, generator)
         else:
             stories = self.stories[size][split]
             if split == "test":
@@ -136,8 +134,25 @@ class BabiTask(SymbolTask):
             else:
                 order = torch.randint(len(stories), (batch_size,), generator=generator)
             drawn = [stories[index] for index in order[:batch_size].tolist()]
+        return self._pad(drawn)
+
+    def sample_training(self, batch_size: int, lesson: int, generator: torch.Generator) -> Batch:
+        if self.stories is not None:
+            return super().sample_training(batch_size, lesson, generator)
+        kinds = self.lessons[lesson]
+        kind = kinds[int(torch.randint(len(kinds), (), generator=generator))]
+        return self._pad(self._generate(batch_size, kind, range(kind, self.lessons[0][0] + lesson + 1), generator))
+
+    def _generate(
+        self, number: int, kind: int, facts: range, generator: torch.Generator
+    ) -> list[tuple[Tensor, Tensor]]:
+        draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
+        counts = [draw.choice(facts) for _ in range(number)]
+        return [self.encode(generate_story(kind, count, min(self.questions, count // kind), draw)) for count in counts]
+
+    def _pad(self, drawn: list[tuple[Tensor, Tensor]]) -> Batch:
         lengths = torch.tensor([len(given) for given, _ in drawn])
-        inputs = torch.zeros(batch_size, int(lengths.max()), self.input_size)
+        inputs = torch.zeros(len(drawn), int(lengths.max()), self.input_size)
         targets = torch.full(inputs.shape[:2], -1)
         for row, (given, wanted) in enumerate(drawn):
             inputs[row, : len(given)] = F.one_hot(given.long(), self.input_size).float()
