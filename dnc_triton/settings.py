@@ -94,7 +94,7 @@ class Settings:
             raise ValueError(f"advance_at: expected a share above 0 and at most 1, got {self.advance_at}")
 
     @classmethod
-    def read(cls, task: str, path: Path | None = None, **changes: Any) -> Settings:
+    def read(cls, task: str, path: Path | None = None, /, **changes: Any) -> Settings:
         """The settings in a TOML file, with changes.
 
         Args:

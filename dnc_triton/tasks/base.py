@@ -103,6 +103,10 @@ class Task(ABC):
         """[B] bool: which sequences were solved; those without a wrong unit unless the task says otherwise."""
         return ~self.wrong(outputs, batch).flatten(1).any(1)
 
+    def table(self, errors: dict[str, dict[str, float]]) -> str:
+        """What a report says besides the sequences right, of the shares of units wrong, evaluation → model → share."""
+        return ""
+
     def show(self, outputs: Tensor, batch: Batch) -> str:
         """The first sequence of a batch as text: input, target and output."""
         symbols = self.symbols(outputs, batch)
