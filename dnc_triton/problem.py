@@ -18,6 +18,7 @@ class Problem:
         controller: "lstm", "gru", "rnn", "feedforward"; "custom" for a controller or a part of the user's own, or one
             with hooks, which must be called step by step; None for a memory step by itself.
         needs_gradient: whether a backward pass may follow.
+        trace: whether a `Trace` is asked for.
     """
 
     device: torch.device
@@ -30,6 +31,7 @@ class Problem:
     num_writes: int
     controller: str | None
     needs_gradient: bool
+    trace: bool = False
 
     def __str__(self) -> str:
         what = "memory step" if self.controller is None else f"sequence, {self.controller} controller"

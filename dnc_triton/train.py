@@ -30,7 +30,6 @@ from tqdm import tqdm
 from dnc_triton.layer import DNC
 from dnc_triton.pictures import draw_learning_curve, draw_memory
 from dnc_triton.tasks import TASKS, Task
-from dnc_triton.trace import trace
 
 CHECKPOINT_FORMAT = 1
 LOG_EVERY = 50  # steps between two rows of metrics.csv, and between two checkpoints
@@ -278,10 +277,10 @@ class Run:
         batch = self.task.sample(1, self.task.lengths[-1], data).to(self.device)
         dnc = self.learners["dnc"].model.eval()
         assert isinstance(dnc, DNC)
-        seen = trace(dnc, batch.inputs.transpose(0, 1))
-        outputs = seen.outputs.transpose(0, 1)
+        with torch.no_grad():
+            outputs, _, trace = dnc(batch.inputs, trace=True)
         draw_learning_curve(self.rows, self.task.unit, self.folder / "learning_curve.png")
-        draw_memory(seen, batch, self.folder / "memory.png")
+        draw_memory(trace, batch.inputs[0], batch.targets[0], self.folder / "memory.png")
         with _replacing(self.folder / "result.json") as path:
             result = {
                 "sequences_right": shares,
