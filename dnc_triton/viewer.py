@@ -132,7 +132,7 @@ def _panels(
     steps, writes, slots = row["write_weights"].shape
     reads = row["read_weights"].shape[1]
     slot_names = [str(slot) for slot in range(slots)]
-    slots_height = min(max(8 * slots, 120), 260)
+    slots_height = min(max(8 * slots, 120), 320)
     width = max(STEP_PIXELS, 900 / steps)
 
     # (title, height in pixels, names of the rows, [rows, T], colours)
@@ -191,10 +191,13 @@ def _panels(
         figure.add_trace(_heatmap(values, names, colors, f"step %{{x}}, {what}%{{y}}: %{{z:.3f}}"), row=index, col=1)
         place = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": f"y{index} domain", "yanchor": "bottom"}
         annotations.append({"text": title, **place, "yshift": 3, "showarrow": False, "font": {"size": 13}})
+        figure.update_yaxes(fixedrange=True, row=index, col=1)
         if names is slot_names:
             slot_axes.append(f"yaxis{index}")
-            figure.update_yaxes(categoryorder="array", categoryarray=order, nticks=7, title="slot", row=index, col=1)
-    figure.update_yaxes(type="category", autorange="reversed", fixedrange=True)
+            slot_axis = dict(categoryorder="array", categoryarray=order, nticks=7, title="slot", fixedrange=False)
+            figure.update_yaxes(slot_axis, matches=f"y{len(symbols) + 1}", row=index, col=1)
+        figure.update_yaxes(range=[len(names) - 0.5, -0.5], row=index, col=1)  # the first one on top
+    figure.update_yaxes(type="category")
     figure.update_xaxes(range=[-0.5, steps - 0.5], showticklabels=False)
     figure.update_xaxes(title="step", showticklabels=True, row=len(heights), col=1)
     _frame(figure)
