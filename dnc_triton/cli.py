@@ -231,7 +231,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"--sequences: expected at least 1, got {options.sequences}")
     run = _load(options)
     print(f"{run.settings.task}, step {run.step} of {run.settings.steps}")
-    print(table(evaluate(run, options.sequences)))
+    print(table(run, evaluate(run, options.sequences)))
     return 0
 
 

@@ -105,6 +105,8 @@ def _fused_unroll(cell: DNCCell, *arguments: Any, layout: Layout, **keywords: An
 def _sequence_supports(problem: Problem) -> tuple[bool, str]:
     if problem.controller is None:
         return False, "it is a single memory step"
+    if problem.trace:
+        return False, "a trace is asked for, which the reference keeps step by step"
     if problem.controller == "custom":
         return False, "the controller or another part is the user's own, or has hooks"
     if problem.num_writes > 1:
@@ -118,6 +120,8 @@ def _sequence_supports(problem: Problem) -> tuple[bool, str]:
 
 def _kernels_support(problem: Problem) -> tuple[bool, str]:
     """What the kernels of the step can do, in one launch or three."""
+    if problem.trace:
+        return False, "a trace is asked for, which the reference keeps step by step"
     limits = (
         ("num_writes", problem.num_writes, 1),
         ("memory_size", problem.memory_size, 1024),

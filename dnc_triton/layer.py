@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dnc_reference.memory import check_memory_state, check_tensor
 from dnc_triton.dispatch import check_backend, choose, explain_problem
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.op import is_plain
+from dnc_triton.trace import Trace, traced_unroll
 
 
 class DNC(DNCCell):
@@ -117,7 +119,8 @@ class DNC(DNCCell):
         *,
         lengths: Tensor | list[int] | None = None,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, DNCState]:
+        trace: bool = False,
+    ) -> tuple[Tensor | PackedSequence, DNCState] | tuple[Tensor | PackedSequence, DNCState, Trace]:
         """Run over a sequence.
 
         Args:
@@ -128,23 +131,29 @@ class DNC(DNCCell):
                 stays; what stands in the inputs there changes nothing, be it NaN.
             reset: bool, [B, T] ([T, B] if not batch_first): True puts that row's state back to the initial one before
                 that step.
+            trace: return the `Trace` as well: where every step wrote and read, its gates, usage and link. The reference
+                computes it step by step and keeps all of it, whatever `checkpoint` says; its link alone is B·T·K·N²
+                numbers.
 
         Returns:
             outputs [B, T, output_size], in the order of the inputs (packed if they were packed), and the state after
             each row's last step. With B = 0 or T = 0 the outputs are empty and the state is the one given.
+            With `trace` also the `Trace`, [B, T, ...] in all its fields, whatever `batch_first` is.
 
         Raises:
             ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T.
-            TypeError: a tensor of the wrong dtype, a state that is no `DNCState`.
-            RuntimeError: the backend asked for does not serve this call.
+            TypeError: a tensor of the wrong dtype, a state that is no `DNCState`, a trace that is no bool.
+            RuntimeError: the backend asked for does not serve this call; with `trace` only the reference does.
         """
+        if not isinstance(trace, bool):
+            raise TypeError(f"trace: expected a bool, got {trace!r}")
         if isinstance(inputs, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths: expected None with a PackedSequence, which has its own lengths")
             padded, packed_lengths = pad_packed_sequence(inputs, batch_first=self.batch_first)
-            outputs, state = self._run(padded, state, packed_lengths, reset)
-            return _pack_like(inputs, outputs, packed_lengths, self.batch_first), state
-        return self._run(inputs, state, lengths, reset)
+            outputs, *rest = self._run(padded, state, packed_lengths, reset, trace)
+            return _pack_like(inputs, outputs, packed_lengths, self.batch_first), *rest
+        return self._run(inputs, state, lengths, reset, trace)
 
     def step(self, inputs: Tensor, state: DNCState | None = None) -> tuple[Tensor, DNCState]:
         """One step, for streams: what `forward` does with a sequence of one.
@@ -162,12 +171,17 @@ class DNC(DNCCell):
         if isinstance(inputs, Tensor) and inputs.dim() != 2:
             raise ValueError(f"inputs: expected 2 dimensions [B, input_size], got shape {list(inputs.shape)}")
         time = 1 if self.batch_first else 0
-        outputs, state = self._run(inputs.unsqueeze(time), state, None, None)
+        outputs, state = self._run(inputs.unsqueeze(time), state, None, None, trace=False)
         return outputs.squeeze(time), state
 
     def _run(
-        self, inputs: Tensor, state: DNCState | None, lengths: Tensor | list[int] | None, reset: Tensor | None
-    ) -> tuple[Tensor, DNCState]:
+        self,
+        inputs: Tensor,
+        state: DNCState | None,
+        lengths: Tensor | list[int] | None,
+        reset: Tensor | None,
+        trace: bool,
+    ) -> Any:
         problem = self.problem(inputs)
         batch, steps = problem.batch, problem.steps
         if state is None:
@@ -181,10 +195,14 @@ class DNC(DNCCell):
             check_tensor("reset", reset, shape, dtype=torch.bool, device=inputs.device)
         if self.batch_first:
             inputs, reset = inputs.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
-        outputs, state = choose(problem, self.backend).unroll(
-            self, inputs, state, lengths=lengths, reset=reset, checkpoint=self.checkpoint
-        )
-        return outputs.transpose(0, 1) if self.batch_first else outputs, state
+        if trace:
+            choose(replace(problem, trace=True), self.backend)  # a backend asked for by name has its say
+            outputs, *rest = traced_unroll(self, inputs, state, lengths=lengths, reset=reset)
+        else:
+            outputs, *rest = choose(problem, self.backend).unroll(
+                self, inputs, state, lengths=lengths, reset=reset, checkpoint=self.checkpoint
+            )
+        return outputs.transpose(0, 1) if self.batch_first else outputs, *rest
 
     def problem(self, inputs: Tensor | PackedSequence) -> Problem:
         """What the dispatcher is asked for this input. Raises the errors that `forward` documents for `inputs`."""

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from dnc_triton.tasks import Batch
 from dnc_triton.trace import Trace
 
 COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}
@@ -61,19 +61,19 @@ def draw_learning_curve(
         figure.savefig(path, dpi=150)
 
 
-def draw_memory(trace: Trace, batch: Batch, path: Path) -> None:
-    """The memory at work on the first sequence of a batch: what came in and went out, where it wrote and read, when.
+def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path) -> None:
+    """The memory at work on one sequence: what came in and went out, where it wrote and read, when.
 
     Args:
-        trace: of that sequence, time first.
-        batch: the sequence.
+        trace: whose first row is that sequence.
+        inputs, targets: of the sequence, [T, channels].
         path: of the PNG.
     """
-    first = {name: tensor[:, 0].float().cpu().numpy() for name, tensor in trace._asdict().items()}
+    first = {name: tensor[0].float().cpu().numpy() for name, tensor in trace._asdict().items()}
     steps = len(first["usage"])
     panels: list[tuple[str, np.ndarray, float]] = [
-        ("input", batch.inputs[0].cpu().numpy().T, 1.0),
-        ("target", batch.targets[0].float().cpu().numpy().T, 1.0),
+        ("input", inputs.cpu().numpy().T, 1.0),
+        ("target", targets.float().cpu().numpy().T, 1.0),
     ]
     for kind in ("write", "read"):
         heads = first[f"{kind}_weights"]  # [T, heads, N]

@@ -19,6 +19,7 @@ class Problem:
             with hooks, which must be called step by step; None for a memory step by itself.
         needs_gradient: whether a backward pass may follow.
         hidden_size, num_layers: of the controller, 0 for a memory step by itself.
+        trace: whether a `Trace` is asked for.
     """
 
     device: torch.device
@@ -33,6 +34,7 @@ class Problem:
     needs_gradient: bool
     hidden_size: int = 0
     num_layers: int = 0
+    trace: bool = False
 
     def __str__(self) -> str:
         what = "memory step"

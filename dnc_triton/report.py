@@ -7,8 +7,6 @@ import os
 import platform
 import time
 from dataclasses import asdict
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,30 +15,35 @@ from dnc_triton import checkpoint
 from dnc_triton.layer import DNC
 from dnc_triton.pictures import LABELS, draw_learning_curve, draw_memory
 from dnc_triton.tasks.data import generator
-from dnc_triton.trace import trace
 from dnc_triton.train import PARTS, Run
+from dnc_triton.viewer import write_page
 
 EVALUATION_SEQUENCES = 1000  # per row of the table, in batches of one length
 
-Shares = dict[str, dict[str, float]]  # evaluation → model → share of sequences without an error
+Scores = dict[str, dict[str, dict[str, float]]]  # evaluation → model → what `Run.score` says of it
 
 
-def evaluate(run: Run, sequences: int = EVALUATION_SEQUENCES) -> Shares:
-    """Share of sequences without an error, evaluation → model → share, on sequences that no training saw."""
-    return {
-        name: {model: score["right"] for model, score in run.score(list(sizes), sequences, "test").items()}
-        for name, sizes in run.task.evaluations.items()
-    }
+def evaluate(run: Run, sequences: int = EVALUATION_SEQUENCES) -> Scores:
+    """How each model does in each evaluation of the task, on sequences that no training saw."""
+    return {name: run.score(list(sizes), sequences, "test") for name, sizes in run.task.evaluations.items()}
 
 
-def table(shares: Shares) -> str:
-    """The evaluations in words."""
+def table(run: Run, scores: Scores) -> str:
+    """The evaluations in words: the sequences right, and what the task has to add of the units wrong."""
+    shares, errors = (_one_of(scores, key) for key in ("right", f"{run.task.unit}_error"))
     width = max(map(len, shares))
     models = next(iter(shares.values()))
     lines = [f"{'sequences without an error':<{width}}" + "".join(f"{LABELS[model]:>10}" for model in models)]
     for name, by_model in shares.items():
         lines.append(f"{name:<{width}}" + "".join(f"{share:>10.1%}" for share in by_model.values()))
+    if more := run.task.table(errors):
+        lines += ["", more]
     return "\n".join(lines)
+
+
+def _one_of(scores: Scores, key: str) -> dict[str, dict[str, float]]:
+    """Evaluation → model → one of the numbers."""
+    return {name: {model: score[key] for model, score in by_model.items()} for name, by_model in scores.items()}
 
 
 def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str:
@@ -65,28 +68,29 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
     size = run.task.lessons[-1][-1] if size is None else size
     batch = task.sample(1, size, generator(run.settings.seed, "validation", index), split="validation")
     batch = batch.to(run.fabric.device)
-    seen = trace(dnc, batch.inputs.transpose(0, 1).to(dnc.output.weight.dtype))
-    outputs = seen.outputs.transpose(0, 1)
+    with torch.no_grad():
+        outputs = task.run(dnc, batch)
+        _, _, trace = dnc(batch.inputs.to(dnc.output.weight.dtype), lengths=batch.lengths, trace=True)
     folder.mkdir(parents=True, exist_ok=True)
-    draw_memory(seen, batch, folder / "memory.png")
-    if find_spec("dnc_triton.viewer"):
-        words = task.symbols(outputs, batch)
-        title = f"{task.name}, size {size}, sequence {index}, step {run.step}"
-        lists = {f"{name}s": words[name] for name in ("input", "target", "output")}
-        import_module("dnc_triton.viewer").write_page(seen, folder / "memory.html", **lists, title=title)
+    draw_memory(trace, batch.inputs[0], batch.targets[0], folder / "memory.png")
+    words = task.symbols(outputs, batch)
+    title = f"{task.name}, size {size}, sequence {index}, step {run.step}"
+    lists = {f"{name}s": words[name] for name in ("input", "target", "output")}
+    write_page(trace, folder / "memory.html", **lists, title=title)
     return task.show(outputs, batch)
 
 
 def report(run: Run) -> str:
     """Evaluate, draw the pictures, write `result.json`, and say it all in words; of the first process alone."""
-    shares = evaluate(run)
+    scores = evaluate(run)
     if not run.fabric.is_global_zero:
         return ""
     example = draw(run, run.folder)
     draw_learning_curve(run.rows, run.validations, run.task.unit, run.folder / "learning_curve.png")
     device = run.fabric.device
     result = {
-        "sequences_right": shares,
+        "sequences_right": _one_of(scores, "right"),
+        f"{run.task.unit}s_wrong": _one_of(scores, f"{run.task.unit}_error"),
         "best_step": run.best["step"],
         "seconds": round(run.seconds["all"], 1),
         "seconds_in": {part: round(run.seconds[part], 2) for part in PARTS},
@@ -100,4 +104,4 @@ def report(run: Run) -> str:
     }
     checkpoint.write(run.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     seconds = f"{run.seconds['all']:.0f} s of training; see {run.folder}/"
-    return "\n".join(["An example:", example, "", table(shares), "", seconds])
+    return "\n".join(["An example:", example, "", table(run, scores), "", seconds])

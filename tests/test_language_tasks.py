@@ -136,7 +136,8 @@ def test_bad_arguments_of_translation(arguments: dict, message: str) -> None:
 
 def test_without_babel_only_translation_is_missing() -> None:
     code = (
-        "import sys; sys.modules['babel'] = None; from dnc_triton.cli import main; from dnc_triton.tasks import BabiTask; "
+        "import sys; sys.modules['babel'] = None; from dnc_triton.cli import main; "
+        "from dnc_triton.tasks import BabiTask; "
         "BabiTask(); sys.exit(main(['train', 'translation']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -71,7 +71,9 @@ def test_two_processes_have_the_gradients_of_one(controller: str, precision: str
     script.write_text(GRADIENTS)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, str(script), controller, precision], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, str(script), controller, precision], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
