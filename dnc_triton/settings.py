@@ -61,6 +61,9 @@ class Settings:
     memory_size: int = _setting(32, "slots of the memory")
     word_size: int = _setting(16, "numbers in a slot")
     num_reads: int = _setting(1, "read heads")
+    max_activation_gradient: float = _setting(
+        10.0, "bound on the gradient by each of the controller's activations, the paper's; 0: none"
+    )
     clip: float = _setting(0.0, "bound on the controller's activations and on the output; 0: none")
     baseline: bool = _setting(True, "train an LSTM of the same hidden size on the same batches")
 
@@ -85,7 +88,7 @@ class Settings:
         for name in ("learning_rate", "max_gradient_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "clip"):
+        for name in ("weight_decay", "clip", "max_activation_gradient"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < self.steps:
@@ -153,6 +156,7 @@ class Settings:
             num_layers=self.num_layers,
             dropout=self.dropout,
             clip=self.clip or None,
+            max_activation_gradient=self.max_activation_gradient or None,
         )
 
 

@@ -183,7 +183,8 @@ def test_the_page_shows_the_numbers_of_the_trace(page, trace):
         page.run("document.getElementById('order').dispatchEvent(new Event('change'))")
         names = ",".join(map(str, order))
         page.wait(
-            f"[panels, linkPanel].every(p => p._fullLayout[p === panels ? 'yaxis5' : 'xaxis']._categories.join() === '{names}')"
+            "[panels, linkPanel].every(p => "
+            f"p._fullLayout[p === panels ? 'yaxis5' : 'xaxis']._categories.join() === '{names}')"
         )
         slots = [*row["write_weights"].swapaxes(0, 1), *row["read_weights"].swapaxes(0, 1), row["usage"]]
         drawn = page.drawn("panels", 3, 3 + WRITES + READS + 1)
