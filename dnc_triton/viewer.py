@@ -27,7 +27,6 @@ WRONG = "#b23a2e"
 INK, GRID = "#22313a", "#e3e8ea"
 
 WRITTEN = 0.1  # the write weight from which on a slot counts as written
-DECIMALS = 4  # of the numbers in the page
 STEP_PIXELS = 9  # the least width of a step; with more steps than the window has room for, the panels scroll
 LETTER = (7, 14)  # width and height of one in the rows of symbols
 TITLE_PIXELS = 30
@@ -43,8 +42,8 @@ def write_page(
     Slots stand in the order in which they were first written (a write weight of 0.1 or more), those that were not in
     the end, or by number.
 
-    The page takes the size of Plotly, 4.8 MB, plus T·(2K+R+1)·N numbers of up to 6 letters, plus the link: T·K·N²
-    numbers of 8 bits, compressed. The link it shows is right to 1/510, all else to 4 decimals.
+    The page takes the size of Plotly, 4.8 MB, plus T·(K+R+1)·N numbers in float32, plus the link: T·K·N² numbers of 8
+    bits, right to 1/510, compressed. With T = 100, N = 128, K = 1, R = 4 that is at most 8 MB in all.
 
     Args:
         trace: whose first row is the sequence.
@@ -54,7 +53,7 @@ def write_page(
         title: of the page.
 
     Raises:
-        ValueError: no row, no step, or as many strings as there are steps; numbers in the trace that are not finite.
+        ValueError: no row, no step, or not as many strings as steps; numbers in the trace that are not finite.
         TypeError: no `Trace`; symbols that are no strings.
     """
     if not isinstance(trace, Trace):
@@ -238,7 +237,7 @@ def _stack(heights: list[float], spacing: list[float]) -> tuple[go.Figure, float
 
 def _heatmap(values: np.ndarray, names: list[str], colors: list[str], text: str) -> go.Heatmap:
     return go.Heatmap(
-        z=values.round(DECIMALS).tolist(),
+        z=values.astype(np.float32),
         y=names,
         zmin=0,
         zmax=1,
