@@ -326,7 +326,7 @@ def test_long_stories_are_left_out_of_training_only(tmp_path: Path) -> None:
         ({"kinds": "4"}, "kinds: expected numbers from 1 to 3 .* got '4'"),
         ({"kinds": "one"}, "kinds: expected numbers .* got 'one'"),
         ({"path": "nowhere", "kinds": "21"}, "kinds: expected numbers from 1 to 20 .* got '21'"),
-        ({"min_facts": 5}, "min_facts, max_facts: expected 6 ≤ min_facts .* got 5, 8"),
+        ({"min_facts": 2}, "min_facts, max_facts: expected 3 ≤ min_facts .* got 2, 8"),
         ({"min_facts": 9}, "min_facts, max_facts: .* got 9, 8"),
         ({"questions": 0}, "questions: expected at least 1, got 0"),
         ({"path": "nowhere"}, r"path: expected the folder en-10k of bAbI .* 40 files .* got nowhere: no such folder"),
