@@ -23,7 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from dnc_reference import DNCState, MemoryState, unroll
 from dnc_reference.dnc import interface_step
 from dnc_triton import DNC
-from dnc_triton.sequence import op
+from dnc_triton.sequence.loop import Sequence
 
 BACKENDS = ["torch_sequence"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -544,7 +544,7 @@ def test_the_same_bits_without_gradients(backend, dtype, options, steps):
         with without:
             results = tree_map(torch.clone, dnc(inputs, given, **options))
         assert not any(x.requires_grad for x in tree_leaves(results))
-        if steps <= op.CHUNK:
+        if steps <= Sequence.chunk:
             assert_same_bits(results, expected)
         elif (
             dtype == torch.float64
