@@ -23,6 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from dnc_reference import DNCState, MemoryState, unroll
 from dnc_reference.dnc import interface_step
 from dnc_triton import DNC
+from dnc_triton.sequence import op
 from dnc_triton.sequence.loop import Sequence
 
 BACKENDS = ["torch_sequence"]
