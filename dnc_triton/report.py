@@ -68,10 +68,10 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
     assert isinstance(dnc, DNC)
     size = run.task.lessons[-1][-1] if size is None else size
     batch = task.sample(1, size, generator(run.settings.seed, "validation", index), split="validation")
-    batch = batch.to(run.fabric.device)
+    batch = batch._replace(inputs=batch.inputs.to(dnc.output.weight.dtype)).to(run.fabric.device)
     with torch.no_grad(), use_backend("reference"):  # which alone keeps a trace, whatever the environment asks for
         outputs = task.run(dnc, batch)
-        _, _, trace = dnc(batch.inputs.to(dnc.output.weight.dtype), lengths=batch.lengths, trace=True)
+        _, _, trace = dnc(batch.inputs, lengths=batch.lengths, trace=True)
     folder.mkdir(parents=True, exist_ok=True)
     draw_memory(trace, batch.inputs[0], batch.targets[0], folder / "memory.png")
     words = task.symbols(outputs, batch)

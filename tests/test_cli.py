@@ -1,0 +1,140 @@
+"""The commands: each says what it is for, and does it on a run that is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import SMALL, assert_same_run
+
+from dnc_triton import checkpoint
+from dnc_triton.cli import main
+from dnc_triton.settings import Settings
+from dnc_triton.train import PARTS, Run
+
+SHORT = ["train", "copy", *SMALL, "--steps", "20", "--validate-every", "10"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    assert main([*SHORT, "--run", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["train", "evaluate", "trace", "bench", "info", "--resume", "first steps"]),
+        (["train", "copy"], ["--resume", "--config", "--precision", "--max-length", "default: 10", "--workers"]),
+        (["evaluate"], ["--checkpoint", "best", "--sequences"]),
+        (["trace"], ["--size", "--index", "memory.html"]),
+        (["bench", "copy"], ["--memory-size", "--device"]),
+        (["info"], ["whose DNC", "--device"]),
+    ],
+    ids=lambda value: " ".join(value) or "none",
+)
+def test_help_says_what_there_is(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--help"])
+    assert done.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for word in words:
+        assert word in printed
+
+
+def test_evaluate_prints_the_table_of_the_training(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["evaluate", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "copy, step 20 of 20"
+    right = json.loads((run / "result.json").read_text())["sequences_right"]
+    for name, by_model in right.items():
+        (line,) = (line for line in lines if line.startswith(name))
+        assert line.split()[-2:] == [f"{share:.1%}" for share in by_model.values()]
+
+
+def test_the_best_checkpoint_is_that_of_the_best_validation(run: Path, capsys: pytest.CaptureFixture) -> None:
+    validations = checkpoint.load(run / "checkpoint.pt")["validations"]
+    assert [row["step"] for row in validations] == [10, 20]
+    best = max(validations, key=lambda row: (row["dnc_right"], -row["dnc_loss"]))
+    content = checkpoint.load(run / "best.pt")
+    assert content["step"] == content["best"]["step"] == best["step"]
+    # It has the weights of that step: validated again, they do as well.
+    again = Run.resume(run, name="best.pt")
+    assert again.score([1, 2, 3], 200, "validation")["dnc"]["loss"] == best["dnc_loss"]
+    assert main(["evaluate", str(run), "--checkpoint", "best", "--sequences", "10"]) == 0
+    assert f"step {best['step']} of 20" in capsys.readouterr().out
+
+
+def test_trace_draws_the_memory(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["trace", str(run), "--size", "2", "--index", "1", "--output", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (tmp_path / "new" / "memory.html").read_text(encoding="utf-8")[:1000].lower()
+    assert capsys.readouterr().out.startswith("input ")
+    assert main(["trace", str(run), "--index", "-1"]) == 2
+    assert "index: expected at least 0, got -1" in capsys.readouterr().err
+
+
+def test_the_settings_a_run_leaves_give_the_same_run(run: Path, tmp_path: Path) -> None:
+    assert Settings.read("copy", run / "settings.toml") == Run.resume(run).settings
+    assert main(["train", "copy", "--config", str(run / "settings.toml"), "--run", str(tmp_path / "again")]) == 0
+    assert_same_run(run, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps = 'many'", ["steps", "expected a value of type int", "got 'many'"]),
+        ("steps = true", ["steps", "expected a value of type int", "got True"]),
+        ("no_such = 1", ["no_such is no setting"]),
+        ("task = 3", ["a table [task]", "got task = 3"]),
+        ("steps = ", ["expected a TOML file"]),
+    ],
+)
+def test_a_file_of_settings_that_is_none_is_refused(
+    text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    assert main(["train", "copy", "--config", str(path), "--run", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_a_run_in_another_precision(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([*SHORT, "--precision", precision, "--run", str(tmp_path)]) == 0
+    weights = checkpoint.load(tmp_path / "checkpoint.pt")["learners"]["dnc"]["model"]["output.weight"]
+    assert weights.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+    assert main(["evaluate", str(tmp_path), "--sequences", "10"]) == 0
+    assert main(["trace", str(tmp_path)]) == 0
+
+
+def test_the_parts_of_the_time_are_said(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    assert result["seconds_in"].keys() == set(PARTS)
+    assert 0 < sum(result["seconds_in"].values()) <= result["seconds"] + 0.1
+
+
+def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dnc_triton.timing.bench.__defaults__", (0.05,))
+    assert main(["bench", "copy", *SMALL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "size 3: 4 sequences of 7 steps" in lines[0]
+    for line, name in zip(lines[2:], ("DNC", "LSTM"), strict=True):
+        words = line.split()
+        assert words[0] == name
+        forward, training, *per_step = map(float, words[1:])
+        assert 0 < forward < training
+        assert per_step == pytest.approx([forward / 7, training / 7], abs=2e-3)
+    assert main(["info", "delayed_copy"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "* torch_sequence" in printed
+    assert str(tmp_path / "runs") in printed
+    assert not list(tmp_path.iterdir())
