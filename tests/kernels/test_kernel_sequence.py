@@ -196,6 +196,16 @@ def test_declines(options: dict[str, Any], reason: str, device: torch.device) ->
         dnc(inputs)
 
 
-@pytest.mark.parametrize("name", test_sequence_goldens.CELLS)
+# In `make test` one with many slots, one whose clip acts, and one with a single slot.
+QUICK = ("B2N64W16R4", "B2N16W8R2", "B2N1W4R1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if any(size in name for size in QUICK) else pytest.mark.slow)
+        for name in test_sequence_goldens.CELLS
+    ],
+)
 def test_deepminds_rollouts(name: str) -> None:
     test_sequence_goldens.test_cell_rollout(BACKEND, name, torch.float64, None)
