@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import networkx as nx
@@ -186,28 +187,61 @@ def test_any_shortest_path_is_right_and_nothing_else() -> None:
             assert bool(task.right(outputs, one)) == (walk in best), (walk, best)
             assert bool(task.loss(outputs, one) < 1e-3) == (walk in best)
             longer += walk not in best
-        # An edge that is not there is no way, nor is another label.
-        outputs = 20 * one_hot(one.targets, 10)
-        assert task.right(outputs, one)
-        for unit in range(3):
-            changed = outputs.clone()
-            changed[0, first, 10 * unit : 10 * unit + 10] = changed[0, first, 10 * unit : 10 * unit + 10].roll(1)
-            assert not task.right(changed, one)
+        assert task.right(20 * one_hot(one.targets, 10), one)
     assert several > 2
     assert longer > 60
 
 
 def test_the_loss_counts_all_shortest_paths_together() -> None:
-    """Of 10³ equally likely triples as many are right as networkx finds first edges of shortest paths."""
+    """Of equally likely edges out of the start as many are right as networkx finds first edges of shortest paths."""
     task = ShortestPathTask("6-8/2-3/2-2", base=10, num_digits=1, planning_steps=1)
     batch = task.sample(30, 1, random(0))
-    counts = []
+    counts, shares = [], []
     for row in range(30):
         graph, start, goal, _ = shortest_paths(task, batch, row)
         counts.append(len({path[1] for path in nx.all_shortest_paths(graph, start, goal)}))
+        shares.append(counts[-1] / graph.out_degree(start))
     assert max(counts) > 1
+    assert len(set(shares)) > 2
     judged = task.judge(task.begin(batch), torch.zeros(30, 30, dtype=torch.float64))
-    torch.testing.assert_close(judged.log_likelihood.exp(), torch.tensor(counts).double() / 1000)
+    torch.testing.assert_close(judged.log_likelihood.exp(), torch.tensor(shares).double())
+
+
+def test_an_edge_is_as_likely_as_its_digits_among_those_out_of_the_node_reached() -> None:
+    """Whatever the output, every answer is an edge: the likeliest, by a sum over the digits that is written out."""
+    task = ShortestPathTask("6-8/2-3/1-2", base=3, num_digits=2, planning_steps=1)
+    batch = task.sample(30, 1, random(8))
+    outputs = torch.randn(*batch.scored.shape, 18, dtype=torch.float64, generator=random(9))
+    digits = outputs.unflatten(-1, (3, 2, 3)).log_softmax(-1)
+    wrong, loss = 0, 0.0
+    for row in range(30):
+        graph, here, goal, first = shortest_paths(task, batch, row)
+        one = batch.rows(slice(row, row + 1))
+        shown = task.symbols(outputs[row : row + 1], one)["output"]
+        missed = False
+        for step in range(first, first + int(batch.scored[row].sum())):
+            chances = {}
+            for there in graph[here]:
+                triple = (here, graph.edges[here, there]["label"], there)
+                parts = [digits[row, step, i, j, label // 3 ** (1 - j) % 3] for i, label in enumerate(triple)
+                         for j in range(2)]  # fmt: skip
+                chances[there] = float(sum(parts).exp())
+            there = max(chances, key=chances.__getitem__)
+            assert shown[step] == f"{here}-{graph.edges[here, there]['label']}>{there}"
+            away = {
+                node: nx.shortest_path_length(graph, node, goal) for node in graph if nx.has_path(graph, node, goal)
+            }
+            # A way back to the goal counts where the walk has passed it already.
+            onward = {node: 0 if node == goal else away.get(node, 99) for node in graph[here]}
+            best = {node for node in onward if onward[node] == min(onward.values()) < 99}
+            if best:
+                loss -= math.log(sum(chances[node] for node in best) / sum(chances.values()))
+            missed |= there not in best
+            here = there
+        assert bool(task.right(outputs[row : row + 1], one)) == (not missed)
+        wrong += missed
+    assert 5 < wrong < 30
+    torch.testing.assert_close(float(task.loss(outputs, batch)), loss)
 
 
 def test_the_network_sees_where_its_own_moves_led() -> None:
@@ -235,7 +269,7 @@ def test_the_network_sees_where_its_own_moves_led() -> None:
         assert model.shown[0, first:, -1].all()
         wandered += not bool(task.right(outputs, one))
     assert wandered > 5
-    # Where the answer is no edge, a shortest path's edge takes its place; nothing in it is not a number.
+    # Nothing in it is not a number.
     noise = torch.randn(*batch.scored.shape, 30, generator=generator, requires_grad=True)
     outputs = task.run(Answering(noise), batch)
     task.loss(outputs, batch).backward()

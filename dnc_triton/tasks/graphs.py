@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dnc_triton.tasks.base import Batch, SymbolTask
 from dnc_triton.tasks.curriculum import Span, describe, integers, read_curriculum, with_earlier
-from dnc_triton.tasks.planning import Judged, PlanningTask, log_sum
+from dnc_triton.tasks.planning import Judged, PlanningTask, first_answer, log_sum
 
 TRIES = 100  # rounds of graphs drawn before there is none with such a path
 FAR = 2**31  # moves to a goal that cannot be reached
@@ -224,20 +224,19 @@ class ShortestPathTask(PlanningTask, GraphTask):
 
     Input: the triples of a graph in random order; (start, none, goal); `planning_steps` steps of nothing; then the
     answer, whose first input has no triple and each later one the triple of the move before. Target: the triples of a
-    path, one step each. All digits of a triple must be right for it to be a move; any shortest path counts.
+    path, one step each; any shortest path counts.
 
-    At each step the loss is −log of the probability of all triples together that lead on along a shortest path from
-    the node reached. That node is where the network's own moves led, in training as in evaluation; where the answer
-    was no edge out of it, the sequence is wrong, and a shortest path's edge is taken for it, so that there is something
-    to learn from what follows.
+    Of the output only what it says of the edges out of the node reached counts: each has the probability that its
+    digits have together, divided by that of all of them, and the likeliest is the move. At each step the loss is −log
+    of the probability of all edges together that lead on along a shortest path. The node reached is where the network's
+    own moves led, in training as in evaluation.
 
     Args:
         curriculum: the lessons, separated by commas: nodes, out-degree and length of the shortest path, each a range.
         base, num_digits: of the labels. With 10 and 3, as in the paper, they are 0 to 999.
         planning_steps: between query and answer.
 
-    Source: Graves et al. 2016, Methods, "Shortest path" and "Structured prediction", Extended Data Table 5. There the
-    output is renormalised over the edges out of the node reached, so that every answer is a move; here it is not.
+    Source: Graves et al. 2016, Methods, "Shortest path" and "Structured prediction", Extended Data Table 5.
     """
 
     name: ClassVar[str] = "shortest_path"
@@ -327,18 +326,24 @@ class ShortestPathTask(PlanningTask, GraphTask):
 
     def judge(self, situation: _Walk, outputs: Tensor) -> Judged:
         walk = situation
-        logits = outputs.unflatten(-1, (-1, self.base)).log_softmax(-1).flatten(1)
-        right = _right_edges(walk)
-        log_likelihood = log_sum((walk.triples.to(logits.dtype) @ logits.unsqueeze(2)).squeeze(2), right)
-        answered = (self._digits(walk.triples) == self._digits(outputs).unsqueeze(1)).all(-1)
-        leaving = walk.source == walk.here.unsqueeze(1)
-        # Its own move if it is one, else a right one, else any: the last of these that there is.
-        taken = ((answered & leaving) * 4 + right * 2 + leaving).argmax(1)
+        scores = (walk.triples.to(outputs.dtype) @ outputs.unsqueeze(2)).squeeze(2)
+        leaving, right = walk.source == walk.here.unsqueeze(1), _right_edges(walk)
+        log_likelihood = torch.where(right.any(1), log_sum(scores, right) - log_sum(scores, leaving), 0)
+        taken = scores.masked_fill(~leaving, -torch.inf).argmax(1)
         rows = torch.arange(len(taken), device=taken.device)
         move = walk.triples[rows, taken]
         feedback = torch.cat([move, torch.zeros_like(move[:, :1]), torch.ones_like(move[:, :1])], 1)
         moved = walk._replace(here=walk.destination[rows, taken])
-        return Judged(log_likelihood, ~(answered & right).any(1), feedback, moved)
+        return Judged(log_likelihood, ~right[rows, taken], feedback, moved)
+
+    def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
+        moves = torch.zeros_like(outputs)
+        situation = self.begin(batch)
+        for step in range(first_answer(batch), outputs.shape[1]):
+            judged = self.judge(situation, outputs[:, step])
+            moves[:, step] = judged.feedback[:, : self.output_size]
+            situation = judged.situation
+        return super().symbols(moves, batch)
 
     def read(self, model: nn.Module, inputs: Tensor) -> tuple[Tensor, object]:
         # Graphs of a batch differ in their edges: what fills up the description is passed over.

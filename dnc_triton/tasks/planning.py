@@ -55,7 +55,7 @@ class PlanningTask(Task):
         return outputs, state
 
     def run(self, model: nn.Module, batch: Batch) -> Tensor:
-        first, steps = _first_answer(batch), batch.inputs.shape[1]
+        first, steps = first_answer(batch), batch.inputs.shape[1]
         outputs, state = self.read(model, batch.inputs[:, : first + 1])
         answers = [outputs]
         situation = self.begin(batch)
@@ -71,7 +71,7 @@ class PlanningTask(Task):
         log_likelihood = outputs.new_zeros(batch.scored.shape)
         wrong = torch.zeros_like(batch.scored)
         situation = self.begin(batch)
-        for step in range(_first_answer(batch), batch.inputs.shape[1]):
+        for step in range(first_answer(batch), batch.inputs.shape[1]):
             judged = self.judge(situation, outputs[:, step])
             situation = judged.situation
             log_likelihood[:, step] = torch.where(batch.scored[:, step], judged.log_likelihood, 0)
@@ -88,7 +88,8 @@ class PlanningTask(Task):
         return batch.scored.sum()
 
 
-def _first_answer(batch: Batch) -> int:
+def first_answer(batch: Batch) -> int:
+    """The step of the first answer."""
     return int(batch.scored.any(0).nonzero()[0])
 
 
