@@ -10,6 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from dnc_triton.baseline import LSTMBaseline
 from dnc_triton.layer import DNC
 from dnc_triton.tasks import TASKS, Task
 
@@ -64,6 +68,9 @@ class Settings:
     max_activation_gradient: float = _setting(
         10.0, "bound on the gradient by each of the controller's activations, the paper's; 0: none"
     )
+    input_gain: float = _setting(
+        1.0, "what the first weights on the input are multiplied by: more where few channels of many are on"
+    )
     clip: float = _setting(0.0, "bound on the controller's activations and on the output; 0: none")
     baseline: bool = _setting(True, "train an LSTM of the same hidden size on the same batches")
 
@@ -85,7 +92,7 @@ class Settings:
         for name in ("steps", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_gradient_norm"):
+        for name in ("learning_rate", "max_gradient_norm", "input_gain"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "clip", "max_activation_gradient"):
@@ -145,7 +152,7 @@ class Settings:
 
     def make_dnc(self, task: Task) -> DNC:
         """The DNC that these settings describe, with fresh weights."""
-        return DNC(
+        dnc = DNC(
             task.input_size,
             self.hidden_size,
             task.output_size,
@@ -158,6 +165,19 @@ class Settings:
             clip=self.clip or None,
             max_activation_gradient=self.max_activation_gradient or None,
         )
+        self._raise(dnc.controller, task)
+        return dnc
+
+    def make_lstm(self, task: Task) -> LSTMBaseline:
+        """The LSTM beside it."""
+        lstm = LSTMBaseline(task.input_size, self.hidden_size, task.output_size, self.num_layers, self.dropout)
+        self._raise(lstm.lstm, task)
+        return lstm
+
+    @torch.no_grad()
+    def _raise(self, network: nn.Module, task: Task) -> None:
+        # In whatever kind of network, the weights on the input come first.
+        next(network.parameters())[:, : task.input_size] *= self.input_gain
 
 
 def _check_type(name: str, value: Any, kind: type) -> None:

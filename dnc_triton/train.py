@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dnc_triton import checkpoint
-from dnc_triton.learner import Learner, LSTMBaseline, make_fabric
+from dnc_triton.learner import Learner, make_fabric
 from dnc_triton.settings import Settings
 from dnc_triton.tasks import Batch
 from dnc_triton.tasks.data import TrainingBatches, generator
@@ -82,13 +82,7 @@ class Run:
         torch.manual_seed(settings.seed)
         models: dict[str, torch.nn.Module] = {"dnc": settings.make_dnc(self.task)}
         if settings.baseline:
-            models["lstm"] = LSTMBaseline(
-                self.task.input_size,
-                settings.hidden_size,
-                self.task.output_size,
-                settings.num_layers,
-                settings.dropout,
-            )
+            models["lstm"] = settings.make_lstm(self.task)
         self.learners = {name: Learner(self.task, model, settings, self.fabric) for name, model in models.items()}
 
     @classmethod

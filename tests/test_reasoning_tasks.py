@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dnc_triton.baseline import LSTMBaseline
 from dnc_triton.tasks import Batch, BlockPuzzleTask, GraphTraversalTask, ShortestPathTask
 from dnc_triton.tasks.blocks import LETTERS, MINI_SHRDLU, RELATIONS, make_world
 from dnc_triton.tasks.graphs import Lesson, draw_graphs
-from dnc_triton.train import LSTMBaseline
 
 
 def random(seed: int) -> torch.Generator:
@@ -193,21 +193,19 @@ def test_any_shortest_path_is_right_and_nothing_else() -> None:
 
 
 def test_the_loss_counts_all_shortest_paths_together() -> None:
-    """Of equally likely edges out of the start as many are right as networkx finds first edges of shortest paths."""
+    """Of 10³ equally likely triples as many are right as networkx finds first edges of shortest paths."""
     task = ShortestPathTask("6-8/2-3/2-2", base=10, num_digits=1, planning_steps=1)
     batch = task.sample(30, 1, random(0))
-    counts, shares = [], []
+    counts = []
     for row in range(30):
         graph, start, goal, _ = shortest_paths(task, batch, row)
         counts.append(len({path[1] for path in nx.all_shortest_paths(graph, start, goal)}))
-        shares.append(counts[-1] / graph.out_degree(start))
     assert max(counts) > 1
-    assert len(set(shares)) > 2
     judged = task.judge(task.begin(batch), torch.zeros(30, 30, dtype=torch.float64))
-    torch.testing.assert_close(judged.log_likelihood.exp(), torch.tensor(shares).double())
+    torch.testing.assert_close(judged.log_likelihood.exp(), torch.tensor(counts).double() / 1000)
 
 
-def test_an_edge_is_as_likely_as_its_digits_among_those_out_of_the_node_reached() -> None:
+def test_the_likeliest_edge_out_of_the_node_reached_is_the_move() -> None:
     """Whatever the output, every answer is an edge: the likeliest, by a sum over the digits that is written out."""
     task = ShortestPathTask("6-8/2-3/1-2", base=3, num_digits=2, planning_steps=1)
     batch = task.sample(30, 1, random(8))
@@ -235,7 +233,7 @@ def test_an_edge_is_as_likely_as_its_digits_among_those_out_of_the_node_reached(
             onward = {node: 0 if node == goal else away.get(node, 99) for node in graph[here]}
             best = {node for node in onward if onward[node] == min(onward.values()) < 99}
             if best:
-                loss -= math.log(sum(chances[node] for node in best) / sum(chances.values()))
+                loss -= math.log(sum(chances[node] for node in best))
             missed |= there not in best
             here = there
         assert bool(task.right(outputs[row : row + 1], one)) == (not missed)

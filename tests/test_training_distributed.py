@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 
-from dnc_triton.learner import Learner, LSTMBaseline, make_fabric
+from dnc_triton.baseline import LSTMBaseline
+from dnc_triton.learner import Learner, make_fabric
 from dnc_triton.settings import Settings
 
 settings = Settings("copy", {"max_length": 3}, hidden_size=6, memory_size=4, word_size=4, batch_size=5, clip=20.0,

@@ -226,17 +226,18 @@ class ShortestPathTask(PlanningTask, GraphTask):
     answer, whose first input has no triple and each later one the triple of the move before. Target: the triples of a
     path, one step each; any shortest path counts.
 
-    Of the output only what it says of the edges out of the node reached counts: each has the probability that its
-    digits have together, divided by that of all of them, and the likeliest is the move. At each step the loss is −log
-    of the probability of all edges together that lead on along a shortest path. The node reached is where the network's
-    own moves led, in training as in evaluation.
+    The move is the likeliest of the edges out of the node reached, each as likely as all its digits together. The node
+    reached is where the network's own moves led, in training as in evaluation. At each step the loss is −log of the
+    probability of all edges together that lead on along a shortest path, among all triples: a network that only has to
+    be better than the other edges learns to guess, and never looks the edges up.
 
     Args:
         curriculum: the lessons, separated by commas: nodes, out-degree and length of the shortest path, each a range.
         base, num_digits: of the labels. With 10 and 3, as in the paper, they are 0 to 999.
         planning_steps: between query and answer.
 
-    Source: Graves et al. 2016, Methods, "Shortest path" and "Structured prediction", Extended Data Table 5.
+    Source: Graves et al. 2016, Methods, "Shortest path" and "Structured prediction", Extended Data Table 5. There
+    the loss too is among the edges out of the node reached.
     """
 
     name: ClassVar[str] = "shortest_path"
@@ -326,15 +327,15 @@ class ShortestPathTask(PlanningTask, GraphTask):
 
     def judge(self, situation: _Walk, outputs: Tensor) -> Judged:
         walk = situation
-        scores = (walk.triples.to(outputs.dtype) @ outputs.unsqueeze(2)).squeeze(2)
+        logits = outputs.unflatten(-1, (-1, self.base)).log_softmax(-1).flatten(1)
+        scores = (walk.triples.to(logits.dtype) @ logits.unsqueeze(2)).squeeze(2)
         leaving, right = walk.source == walk.here.unsqueeze(1), _right_edges(walk)
-        log_likelihood = torch.where(right.any(1), log_sum(scores, right) - log_sum(scores, leaving), 0)
         taken = scores.masked_fill(~leaving, -torch.inf).argmax(1)
         rows = torch.arange(len(taken), device=taken.device)
         move = walk.triples[rows, taken]
         feedback = torch.cat([move, torch.zeros_like(move[:, :1]), torch.ones_like(move[:, :1])], 1)
         moved = walk._replace(here=walk.destination[rows, taken])
-        return Judged(log_likelihood, ~right[rows, taken], feedback, moved)
+        return Judged(log_sum(scores, right), ~right[rows, taken], feedback, moved)
 
     def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
         moves = torch.zeros_like(outputs)
