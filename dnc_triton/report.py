@@ -104,5 +104,6 @@ def report(run: Run) -> str:
         "torch": torch.__version__,
     }
     checkpoint.write(run.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    seconds = f"{run.seconds['all']:.0f} s of training; see {run.folder}/"
+    parts = ", ".join(f"{part} {run.seconds[part] / run.seconds['all']:.1%}" for part in PARTS)
+    seconds = f"{run.seconds['all']:.0f} s of training, of which {parts}; see {run.folder}/"
     return "\n".join(["An example:", example, "", table(run, scores), "", seconds])

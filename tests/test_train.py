@@ -239,11 +239,3 @@ def test_training_without_its_extra_says_what_to_install() -> None:
     assert done.returncode == 2
     assert "tqdm not installed" in done.stderr
     assert "dnc_triton[train]" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_the_demo_copies_at_the_trained_lengths(seed: int, tmp_path: Path) -> None:
-    assert main(["train", "copy", "--run", str(tmp_path / "run"), "--seed", str(seed), "--no-baseline"]) == 0
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["sequences_right"]["1 to 10 vectors, as trained"]["dnc"] >= 0.99

@@ -279,6 +279,12 @@ class TorchMemory:
         self.square, self.linked = empty(batch, slots, slots), empty(batch, 3 * reads, slots)
         self.d_modes, self.d_raw_modes = empty(3, batch, reads), empty(batch, reads, 3)
         self.pair, self.d_pair = empty(batch, 2, 1), empty(batch, 2, slots)
+        # A product that goes to a part of a tensor is computed row by row of the batch, so it goes here before.
+        self.vector, self.head_vectors, self.gates = (
+            empty(batch, 1, word),
+            empty(batch, reads, word),
+            empty(batch, reads, 1),
+        )
         self.later = usage.new_ones(slots, slots).tril_(-1)
 
     def backward(
@@ -326,7 +332,7 @@ class TorchMemory:
             self.heads, kept.ways[2], kept.read_similarity, slopes.dots[:, :reads],
             new.memory, kept.new_norms, slopes.new_norms,
             raw.keys[:, :reads], key_norms[..., :reads], slopes.key_norms[:, :reads],
-            d_memory, d_raw.keys[:, :reads], d_raw.strengths[:, :reads], self.other_heads,
+            d_memory, d_raw.keys[:, :reads], d_raw.strengths[:, :reads], self.other_heads, self.head_vectors,
         )  # fmt: skip
 
         # link. A row times a matrix is twice as fast as a matrix times a column.
@@ -344,11 +350,11 @@ class TorchMemory:
         d_link.mul_(square)
 
         # write
-        torch.bmm(write_weights, d_memory, out=d_raw.write_vector)
+        d_raw.write_vector.copy_(torch.bmm(write_weights, d_memory, out=self.vector))
         d_write_weights.baddbmm_(raw.write_vector, d_memory.mT)
         torch.mul(d_memory, prev.memory, out=self.words)
         d_write_weights.baddbmm_(erase, self.words.mT, alpha=-1)
-        torch.bmm(write_weights, self.words, out=d_erase.unsqueeze(1)).neg_()
+        torch.neg(torch.bmm(write_weights, self.words, out=self.vector), out=d_erase.unsqueeze(1))
         d_memory.mul_(torch.addcmul(self.one, write_weights.mT, erase, value=-1, out=self.other_words))
         torch.bmm(kept.candidates, d_write_column, out=self.pair)
         by_allocation, by_content = self.pair.unbind(1)
@@ -359,7 +365,7 @@ class TorchMemory:
             self.d_pair[:, 1:], kept.candidates[:, 1:], kept.write_similarity, slopes.dots[:, reads:],
             prev.memory, kept.norms, slopes.norms,
             raw.keys[:, reads:], key_norms[..., reads:], slopes.key_norms[:, reads:],
-            d_memory, d_raw.keys[:, reads:], d_raw.strengths[:, reads:], self.head,
+            d_memory, d_raw.keys[:, reads:], d_raw.strengths[:, reads:], self.head, self.vector,
         )  # fmt: skip
 
         # allocate and free
@@ -374,7 +380,7 @@ class TorchMemory:
         else:
             torch.mul(d_usage, slopes.write_weights, out=d_write_weights.squeeze(1))
         d_usage.mul_(slopes.usage)
-        torch.bmm(slopes.free, d_retention.unsqueeze(-1), out=d_free_gates.unsqueeze(-1))
+        d_free_gates.unsqueeze(-1).copy_(torch.bmm(slopes.free, d_retention.unsqueeze(-1), out=self.gates))
         d_read_weights.addcmul_(d_retention.unsqueeze(1), slopes.read_weights)
         self.d_vectors[step].mul_(slopes.vectors)
         return d
@@ -426,13 +432,14 @@ class TorchMemory:
         d_keys: Tensor,
         d_strengths: Tensor,
         work: Tensor,
+        work_keys: Tensor,
     ) -> None:
         """The adjoint: adds to `d_memory`, sets `d_keys` and `d_strengths`, overwrites `d_content`. See `Slopes`."""
         d_scaled = _softmax_backward(d_content, content, -1, content.dtype, grad_input=work)
         torch.sum(torch.mul(d_scaled, similarity, out=d_content), -1, out=d_strengths)
         d_dot = d_scaled.mul_(by_dots)
         d_norms = torch.mul(d_dot, similarity, out=d_content)  # of the products of norms, but for the sign
-        torch.bmm(d_dot, memory, out=d_keys)
-        d_keys.addcmul_(torch.bmm(d_norms, norms.unsqueeze(-1)).mul_(by_key_norms), keys)
+        torch.bmm(d_dot, memory, out=work_keys)
+        torch.addcmul(work_keys, torch.bmm(d_norms, norms.unsqueeze(-1)).mul_(by_key_norms), keys, out=d_keys)
         d_memory.baddbmm_(d_dot.mT, keys)
         d_memory.addcmul_(torch.bmm(key_norms, d_norms).mul_(by_norms).mT, memory)
