@@ -20,7 +20,7 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., I] → [..., O], in the dtype of x."""
-        return (x.to(self.dtype) @ self.weight.T).to(x.dtype)
+        return self._multiply(x, self.weight.T)
 
     def add_to(self, base: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """out = base + x weightᵀ, x [B, I]; base may be out."""
@@ -44,9 +44,13 @@ class Product:
 
     def all_backward(self, d_product: Tensor) -> Tensor:
         """The gradient by x for any number of leading axes."""
-        return (d_product.to(self.dtype) @ self.weight).to(d_product.dtype)
+        return self._multiply(d_product, self.weight)
 
     def weight_gradient(self, d_product: Tensor, x: Tensor) -> Tensor:
         """The gradient by the weight: d_productᵀ x over all leading axes, [O, I]."""
         d_product, x = d_product.flatten(0, -2), x.flatten(0, -2)
         return (d_product.to(self.dtype).T @ x.to(self.dtype)).to(x.dtype)
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """One product, whatever the strides. PyTorch's own choice hangs on whether the weight wants a gradient."""
+        return (x.flatten(0, -2).to(self.dtype) @ weight).to(x.dtype).unflatten(0, x.shape[:-1])
