@@ -30,6 +30,7 @@ from torch import Tensor
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
+from dnc_triton.sequence import graphs
 
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
@@ -252,6 +253,7 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
             torch.cuda.device(problem.device),
             torch.inference_mode(False),
             torch.set_grad_enabled(problem.needs_gradient),
+            graphs.forgetting(),  # a candidate is measured as it would be used, and leaves no memory behind
         ):
             for _ in range(WARM_UP):
                 run()

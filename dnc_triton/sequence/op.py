@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,38 @@ from dnc_reference.memory import without_autocast
 from dnc_reference.types import DNCState, MemoryState
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.ops.fused_step import as_layout, on_device
+from dnc_triton.sequence import graphs
 from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
 SHARE = 4  # all of the history is kept while it takes less than this part of the device's memory
+
+
+class Given(NamedTuple):
+    """What a sequence is computed from: see `Sequence`."""
+
+    inputs: Tensor
+    state: list[Tensor]
+    parameters: list[Tensor]
+    dropout: list[Tensor]
+    running: Tensor | None
+    reset: Tensor | None
+
+    def flatten(self) -> list[Tensor]:
+        """Those that are there, as a list."""
+        masks = [mask for mask in (self.running, self.reset) if mask is not None]
+        return [self.inputs, *self.state, *self.parameters, *self.dropout, *masks]
+
+    def replace(self, tensors: list[Tensor]) -> Given:
+        """Others in their places, from such a list."""
+        remaining = iter(tensors)
+        inputs = next(remaining)
+        state, parameters, dropout = (
+            [next(remaining) for _ in part] for part in (self.state, self.parameters, self.dropout)
+        )
+        running, reset = (None if mask is None else next(remaining) for mask in (self.running, self.reset))
+        return Given(inputs, state, parameters, dropout, running, reset)
 
 
 @torch.library.custom_op("dnc_triton::sequence", mutates_args=())
@@ -59,23 +86,22 @@ def _sequence(
         checkpoint,
         layout,
     )
-    carried = Carried.unflatten([tensor.contiguous() for tensor in state], num_layers)
-    running = _running(inputs, lengths)
+    given = _given(inputs, state, parameters, lengths, reset, dropout)
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        return _forward(settings, given.replace(tensors), keep)
+
     with on_device(inputs):
-        return _forward(settings, parameters, inputs, carried, running, reset, dropout, keep)
+        if _kind(settings) is not Sequence:  # one launch needs no graph
+            return run(given.flatten())
+        key = settings, keep, len(dropout), lengths is None, reset is None
+        return graphs.forward(key, given.flatten(), run, handed=1 + len(state))
 
 
-def _forward(
-    settings: Settings,
-    parameters: list[Tensor],
-    inputs: Tensor,
-    carried: Carried,
-    running: Tensor | None,
-    reset: Tensor | None,
-    dropout: list[Tensor],
-    keep: bool,
-) -> list[Tensor]:
+def _forward(settings: Settings, given: Given, keep: bool) -> list[Tensor]:
     kind = _kind(settings)
+    inputs, state, parameters, dropout, running, reset = given
+    carried = Carried.unflatten(state, settings.num_layers)
     if keep:
         sequence = kind(settings, parameters, inputs, carried, running, reset, dropout)
         outputs, last = sequence.forward()
@@ -171,22 +197,44 @@ def _sequence_backward(
         checkpoint,
         layout,
     )
+    given = _given(inputs, state, parameters, lengths, reset, dropout)
+    gradients = [gradient.contiguous() for gradient in gradients]
+
+    def run(
+        gradients: list[Tensor], tensors: list[Tensor], handed: list[Tensor], history: list[Tensor]
+    ) -> list[Tensor]:
+        return _backward_through_time(settings, gradients, given.replace(tensors), (handed[1], handed[3]), history)
+
+    with on_device(inputs):
+        replayed = graphs.backward(gradients, history, run) if _kind(settings) is Sequence else None
+        if replayed is None:
+            return _backward_through_time(settings, gradients, given, (last[0], last[1]), history)
+        return replayed
+
+
+def _backward_through_time(
+    settings: Settings,
+    gradients: list[Tensor],
+    given: Given,
+    last: tuple[Tensor, Tensor],
+    history: list[Tensor],
+) -> list[Tensor]:
     kind = _kind(settings)
+    inputs, state, parameters, dropout, running, reset = given
     sequence = kind(
         settings,
         parameters,
         inputs,
-        Carried.unflatten([tensor.contiguous() for tensor in state], num_layers),
-        _running(inputs, lengths),
+        Carried.unflatten(state, settings.num_layers),
+        running,
         reset,
         dropout,
         history=kind.history_type.unflatten(history, settings),
-        last=(last[0], last[1]),
+        last=last,
     )
     d_outputs, *d_last = gradients
-    d_last = [gradient.clone(memory_format=torch.contiguous_format) for gradient in d_last]
-    with on_device(inputs):
-        d_inputs, d_state, d_parameters = sequence.backward(d_outputs, Carried.unflatten(d_last, num_layers))
+    d_last = [gradient.clone() for gradient in d_last]
+    d_inputs, d_state, d_parameters = sequence.backward(d_outputs, Carried.unflatten(d_last, settings.num_layers))
     return [d_inputs, *d_state.flatten()[: len(state)], *d_parameters]
 
 
@@ -339,10 +387,19 @@ def _settings(*arguments: Any) -> Settings:
     return settings if settings.layout is None else settings._replace(layout=as_layout(list(settings.layout)))
 
 
-def _running(inputs: Tensor, lengths: Tensor | None) -> Tensor | None:
-    if lengths is None:
-        return None
-    return torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
+def _given(
+    inputs: Tensor,
+    state: list[Tensor],
+    parameters: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: list[Tensor],
+) -> Given:
+    """As the operators take it, the lengths as a mask."""
+    running = None
+    if lengths is not None:
+        running = torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
+    return Given(inputs, [tensor.contiguous() for tensor in state], parameters, dropout, running, reset)
 
 
 def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState) -> int:

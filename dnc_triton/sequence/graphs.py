@@ -1,0 +1,414 @@
+"""Launches step by step as a CUDA graph: captured when a call of the same kind comes again, replayed from then on.
+
+A graph reads and writes the same memory at each replay. So an instance of one has copies of all that a call is given,
+into which the call's own tensors are copied (changed weights are as good as the old ones), and what a call returns is
+copied out. The history alone, by far the largest, is handed out where it stands, and the instance is leased until
+nobody holds it any more: autograd lets go of it after the backward, or with the last result of the forward. A call of
+the same kind in the meantime takes another instance, or plain launches.
+
+Plain launches are right at any time, also for the backward of a forward that was replayed. They are taken
+
+- on a stream that is captured, by the user or a compiler, and on any but the device's default stream, where compilers
+  and users prepare a capture of their own; so no two streams ever meet in an instance,
+- for a kind of call that was not seen often enough. The instances of a kind take 2, 4, 8, ... calls that find none
+  free: many instances, or instances that come and go, cost more than they gain,
+- where the memory's bound would be exceeded by what is in use. What is not in use is given up, the least recently used
+  first,
+- once a capture has failed, for calls of that kind.
+
+Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
+device, a quarter of its memory by default. What counts is memory for tensors; the graph's own nodes do not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY"
+SHARE = 4  # the bound is this part of the device's memory
+SIGNATURES = 1024  # of calls are remembered
+MEBIBYTE = 2**20
+
+logger = logging.getLogger("dnc_triton")
+_lock = Lock()  # for all that is here; PyTorch wants one capture at a time, and nobody waits for a device
+
+
+class Captured(NamedTuple):
+    """A graph.
+
+    Attributes:
+        results: what the call returned, written anew by each replay.
+        replay: does what the call did.
+        size: bytes that results and work space take.
+        pool: where they are; another graph of the same instance may share it.
+    """
+
+    results: list[Tensor]
+    replay: Callable[[], None]
+    size: int
+    pool: Any
+
+
+class Engine:
+    """What is asked of a CUDA device, in one place."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def ready(self) -> bool:
+        """Whether the current stream is the default one, and not captured."""
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        return torch.cuda.current_stream(self.device) == torch.cuda.default_stream(self.device)
+
+    def memory(self) -> int:
+        """Bytes."""
+        return int(torch.cuda.get_device_properties(self.device).total_memory)
+
+    def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
+        """A call as a graph. The device is the current one."""
+        call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
+        graph = torch.cuda.CUDAGraph()
+        # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),
+        ):
+            before = torch.cuda.memory_reserved()
+            results = call()
+            size = torch.cuda.memory_reserved() - before
+        return Captured(results, graph.replay, max(size, _size(results)), graph.pool())
+
+
+ENGINES: dict[str, Callable[[torch.device], Engine]] = {"cuda": Engine}
+
+
+@dataclass(eq=False)
+class Signature:
+    """All calls that one graph can serve, given another's numbers.
+
+    Attributes:
+        numerics: the settings of PyTorch's that were in force.
+        size: bytes of an instance, as far as is known.
+        misses: calls that found no free instance, since the last capture.
+        patience: how many of them make a capture.
+        failed: whether a capture did.
+    """
+
+    numerics: tuple[Any, ...]
+    size: int = 0
+    misses: int = 0
+    patience: int = 2
+    failed: bool = False
+
+
+@dataclass(eq=False)
+class Instance:
+    """Graphs of a forward and, once it was wanted, of its backward, with the memory that they work on.
+
+    Attributes:
+        signature: of the calls that it serves.
+        given: copies of what a forward is given.
+        forward: the graph.
+        handed: how many of its results are copied out; the others are the history.
+        places: where the history stands.
+        size: bytes.
+        gradients: copies of what a backward is given.
+        backward: the graph.
+        lease: the storages under which the history was handed out last.
+    """
+
+    signature: Signature
+    given: list[Tensor]
+    forward: Captured
+    handed: int
+    places: list[int]
+    size: int
+    gradients: list[Tensor] = field(default_factory=list)
+    backward: Captured | None = None
+    lease: list[StorageWeakRef] = field(default_factory=list)
+
+    @property
+    def history(self) -> list[Tensor]:
+        """As the forward leaves it."""
+        return self.forward.results[self.handed :]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody holds the history any more."""
+        return all(storage.expired() for storage in self.lease)
+
+    def run_forward(self, given: list[Tensor]) -> list[Tensor]:
+        """What a call returns. From here on the instance is leased."""
+        _copy(self.given, given)
+        self.forward.replay()
+        history = [_alias(tensor) for tensor in self.history]
+        self.lease = [StorageWeakRef(tensor.untyped_storage()) for tensor in history]
+        return [*_clones(self.forward.results[: self.handed]), *history]
+
+    def run_backward(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Likewise, any number of times."""
+        assert self.backward is not None
+        _copy(self.gradients, gradients)
+        self.backward.replay()
+        return _clones(self.backward.results)
+
+
+class Graphs:
+    """The instances on a device, the least recently used first."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.instances: list[Instance] = []
+        self.signatures: OrderedDict[Hashable, Signature] = OrderedDict()
+        self._told = False
+
+    def bound(self) -> int:
+        """Bytes that all instances may take."""
+        asked = os.environ.get(MEMORY_VARIABLE)
+        if not asked:
+            return self.engine.memory() // SHARE
+        if not asked.isdecimal():
+            raise ValueError(f"{MEMORY_VARIABLE}: expected a whole number of MiB, got {asked!r}")
+        return int(asked) * MEBIBYTE
+
+    def forward(
+        self, key: Hashable, given: list[Tensor], run: Callable[[list[Tensor]], list[Tensor]], handed: int
+    ) -> list[Tensor]:
+        """See `forward` below."""
+        with _lock:
+            signature = self._signature(key, given)
+            instance = self._take(signature, given, run, handed)
+            if instance is not None:
+                return instance.run_forward(given)
+        results = run(given)
+        signature.size = max(signature.size, _size(given) + _size(results))
+        return results
+
+    def backward(
+        self, gradients: list[Tensor], history: list[Tensor], run: Callable[..., list[Tensor]]
+    ) -> list[Tensor] | None:
+        """By a graph, or None if there is none that fits."""
+        with _lock:
+            # What was packed and unpacked in between, say, stands elsewhere, and is as good for plain launches.
+            places = _places(history)
+            instance = next((x for x in self.instances if x.places == places), None)
+            if instance is None or instance.signature.numerics != _numerics():
+                return None
+            if instance.backward is None and not self._capture_backward(instance, gradients, run):
+                return None
+            return instance.run_backward(gradients)
+
+    def _signature(self, key: Hashable, given: list[Tensor]) -> Signature:
+        numerics = _numerics()
+        key = key, numerics, tuple((x.shape, x.stride(), x.dtype) for x in given)
+        signature = self.signatures.setdefault(key, Signature(numerics))
+        self.signatures.move_to_end(key)
+        if len(self.signatures) > SIGNATURES:
+            self.signatures.popitem(last=False)
+        return signature
+
+    def _take(
+        self, signature: Signature, given: list[Tensor], run: Callable[[list[Tensor]], list[Tensor]], handed: int
+    ) -> Instance | None:
+        """An instance that is free, captured if it is time for that."""
+        for instance in reversed(self.instances):
+            if instance.signature is signature and instance.is_free:
+                self.instances.remove(instance)
+                self.instances.append(instance)
+                return instance
+        signature.misses += 1
+        if signature.failed or signature.misses < signature.patience or not self._make_room(signature.size):
+            return None
+        try:
+            with _ordinary_tensors():
+                copies = _clones(given)
+                captured = self.engine.capture(partial(run, copies))
+        except Exception as error:  # whatever it was, plain launches do without
+            self._give_up(signature, error)
+            return None
+        places, size = _places(captured.results[handed:]), _size(copies) + captured.size
+        instance = Instance(signature, copies, captured, handed, places, size)
+        signature.size = max(signature.size, instance.size)
+        signature.misses, signature.patience = 0, 2 * signature.patience
+        if not self._make_room(instance.size):
+            return None
+        self.instances.append(instance)
+        return instance
+
+    def _capture_backward(self, instance: Instance, gradients: list[Tensor], run: Callable[..., list[Tensor]]) -> bool:
+        signature = instance.signature
+        if signature.failed:
+            return False
+        try:
+            with _ordinary_tensors():
+                copies = _clones(gradients)
+                handed, history = instance.forward.results[: instance.handed], instance.history
+                captured = self.engine.capture(
+                    partial(run, copies, instance.given, handed, history), instance.forward.pool
+                )
+        except Exception as error:
+            self._give_up(signature, error)
+            return False
+        instance.gradients, instance.backward = copies, captured
+        instance.size += _size(copies) + captured.size
+        signature.size = max(signature.size, instance.size)
+        if self._make_room(0):
+            return True
+        self.instances.remove(instance)
+        return False
+
+    def _make_room(self, size: int) -> bool:
+        """Give up what is not in use until so many bytes more are within the bound; or else say that they are not."""
+        bound = self.bound()
+        in_use = sum(x.size for x in self.instances if not x.is_free)
+        if in_use + size > bound:
+            if not self._told:
+                self._told = True
+                logger.warning(
+                    "CUDA graphs: %.1f MiB beside %.1f MiB in use would exceed the bound of %.1f MiB (%s); "
+                    "calls that find no room are launched step by step",
+                    *(x / MEBIBYTE for x in (size, in_use, bound)),
+                    MEMORY_VARIABLE,
+                )
+            return False
+        while sum(x.size for x in self.instances) + size > bound:
+            self.instances.remove(next(x for x in self.instances if x.is_free))
+        return True
+
+    def _give_up(self, signature: Signature, error: Exception) -> None:
+        signature.failed = True
+        self.instances = [x for x in self.instances if x.signature is not signature]
+        logger.warning(
+            "CUDA graphs: a capture failed, calls of its kind are launched step by step from now on: %s: %s",
+            type(error).__name__,
+            error,
+        )
+
+
+_graphs: dict[torch.device, Graphs] = {}
+
+
+def forward(
+    key: Hashable, given: list[Tensor], run: Callable[[list[Tensor]], list[Tensor]], handed: int
+) -> list[Tensor]:
+    """run(given), by a graph where that is possible.
+
+    Args:
+        key: what `run` depends on besides sizes and numbers of what it is given.
+        given: on the current device. `run` does not change it.
+        run: launches, and never waits for the device.
+        handed: how many of the results are for the caller; the others are the history for `backward`.
+
+    Returns:
+        the results, in memory of their own but for the history: that is not to be written to.
+
+    Raises:
+        ValueError: an environment variable cannot be understood.
+    """
+    graphs = _serving(given[0])
+    return run(given) if graphs is None else graphs.forward(key, given, run, handed)
+
+
+def backward(gradients: list[Tensor], history: list[Tensor], run: Callable[..., list[Tensor]]) -> list[Tensor] | None:
+    """The backward of a forward that was replayed, by a graph.
+
+    Args:
+        gradients: contiguous, of the results that were handed to the caller.
+        history: what the forward returned beyond them.
+        run: gradients, what the forward was given, its results for the caller, its history → results. It changes none
+            of them, launches, and never waits for the device.
+
+    Returns:
+        the results, in memory of their own; None if plain launches are to be taken.
+    """
+    graphs = _serving(gradients[0])
+    return None if graphs is None else graphs.backward(gradients, history, run)
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Instances for calls that are first met in the block are given up after it."""
+    with _lock:
+        known = {signature for graphs in _graphs.values() for signature in graphs.signatures.values()}
+    try:
+        yield
+    finally:
+        with _lock:
+            for graphs in _graphs.values():
+                graphs.instances = [x for x in graphs.instances if x.signature in known]
+
+
+def _serving(tensor: Tensor) -> Graphs | None:
+    """The graphs of a tensor's device, if they may be used now."""
+    device = tensor.device
+    if device.type not in ENGINES or tensor.numel() == 0 or os.environ.get(GRAPHS_VARIABLE) == "0":
+        return None
+    with _lock:
+        if device not in _graphs:
+            _graphs[device] = Graphs(ENGINES[device.type](device))
+    graphs = _graphs[device]
+    graphs.bound()  # raises at the first call, not when it comes to a capture
+    return graphs if graphs.engine.ready() else None
+
+
+def _numerics() -> tuple[Any, ...]:
+    """What a product depends on besides its factors."""
+    products = torch.backends.cuda.matmul
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        products.fp32_precision,
+        products.allow_bf16_reduced_precision_reduction,
+        products.allow_fp16_reduced_precision_reduction,
+    )
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """What is made in inference mode could not be written to outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _size(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _places(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _clones(tensors: list[Tensor]) -> list[Tensor]:
+    clones = [torch.empty_like(tensor) for tensor in tensors]
+    _copy(clones, tensors)
+    return clones
+
+
+def _copy(into: list[Tensor], tensors: list[Tensor]) -> None:
+    """One launch for each dtype."""
+    for dtype in {tensor.dtype for tensor in into}:
+        pairs = [(x, y) for x, y in zip(into, tensors, strict=True) if x.dtype == dtype]
+        torch._foreach_copy_([x for x, _ in pairs], [y for _, y in pairs])
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own, which ends with its last holder."""
+    if tensor.numel() == 0:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    # As a flat one: DLPack may change the strides of axes of length 1.
+    length = tensor.untyped_storage().nbytes() // tensor.element_size()
+    flat = torch.from_dlpack(tensor.as_strided((length,), (1,), 0))
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -1,0 +1,49 @@
+"""In the place of a CUDA device in the tests of graphs: a replay does what was recorded once more, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnc_triton.sequence.graphs import Captured
+
+
+class StandIn:
+    """In the place of `graphs.Engine`. As there a capture computes nothing: its results are NaN until a replay.
+
+    Attributes:
+        captures, replays: how many there were.
+        is_ready: what `ready` answers.
+        failure: what a capture raises, if anything.
+        extra: bytes of work space of each capture.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.captures = self.replays = self.extra = 0
+        self.is_ready = True
+        self.failure: Exception | None = None
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def memory(self) -> int:
+        return 2**30
+
+    def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
+        if self.failure is not None:
+            raise self.failure
+        self.captures += 1
+        results = call()
+        for tensor in results:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+
+        def replay() -> None:
+            self.replays += 1
+            for old, new in zip(results, call(), strict=True):
+                old.copy_(new)
+
+        size = sum(tensor.numel() * tensor.element_size() for tensor in results)
+        return Captured(results, replay, size + self.extra, pool)
