@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
-from unittest.mock import create_autospec
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -454,7 +454,8 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
         begun.append(cuda["graph"].return_value.__enter__.called)
         return [result]
 
-    captured = graphs.Engine(torch.device("cuda", 1)).capture(call, pool=(0, 7))
+    engine = graphs.Engine(torch.device("cuda", 1))
+    captured = engine.capture(call, pool=(0, 7))
     assert begun == [False, True]
     stream, graph = cuda["Stream"].return_value, cuda["CUDAGraph"].return_value
     cuda["graph"].assert_called_once_with(graph, (0, 7), stream, capture_error_mode="thread_local")
@@ -463,8 +464,21 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     captured.replay()
     graph.replay.assert_called_once_with()
 
+    # Whether PyTorch has ended its part of a capture that failed, or not.
+    ended, released = Mock(), Mock()
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", released)
+    cuda["graph"].return_value.__exit__.side_effect = RuntimeError("capture invalidated")
+    for ends in (RuntimeError("not recording"), None):
+        cuda["memory_reserved"].side_effect, ended.side_effect = [100, 150], ends
+        with pytest.raises(RuntimeError, match="invalidated"):
+            engine.capture(call, pool=(0, 7))
+        ended.assert_called_with(1, (0, 7))
+        assert len(engine.broken) == released.call_count == (ends is None)
+    assert cuda["stream"].return_value.__exit__.call_count == 3
 
-CALLED = ["Stream", "CUDAGraph", "graph", "stream", "current_stream", "memory_reserved"]
+
+CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "current_stream", "memory_reserved"]
 
 
 @pytest.mark.parametrize(("capturing", "side_stream"), [(False, False), (True, False), (False, True)])
@@ -550,6 +564,12 @@ def test_what_is_leased_is_not_given_up(leased: Any, monkeypatch: pytest.MonkeyP
     for seed in range(4):
         results(dnc, *draw(dnc, seed, 2))
     assert cache().instances == [instance]
+    monkeypatch.setattr(StandIn, "memory", lambda self: graphs.SHARE * 2 * instance.size)
+    for steps in (2, 3):  # one comes, and goes for the other; both are younger
+        for seed in range(7):
+            results(dnc, *draw(dnc, seed, steps))
+    assert cache().instances[0] is instance
+    assert len(cache().instances) == 2
     actual = torch.autograd.grad(outputs.square().sum(), list(dnc.parameters()))
     again = without(lambda: torch.autograd.grad(dnc(*draw(dnc, 2))[0].square().sum(), list(dnc.parameters())))
     assert_same_bits(actual, again)

@@ -67,6 +67,7 @@ class Engine:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self.broken: list[torch.cuda.CUDAGraph] = []
 
     def ready(self) -> bool:
         """Whether the current stream is the default one, and not captured."""
@@ -82,15 +83,29 @@ class Engine:
         """A call as a graph. The device is the current one."""
         call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
         graph = torch.cuda.CUDAGraph()
-        # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),
-        ):
-            before = torch.cuda.memory_reserved()
-            results = call()
-            size = torch.cuda.memory_reserved() - before
-        return Captured(results, graph.replay, max(size, _size(results)), graph.pool())
+        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        try:
+            # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),
+            ):
+                before = torch.cuda.memory_reserved()
+                results = call()
+                size = torch.cuda.memory_reserved() - before
+        except BaseException:
+            self._end(graph, pool)
+            raise
+        return Captured(results, graph.replay, max(size, _size(results)), pool)
+
+    def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Where the device refuses a capture PyTorch does not end its own part, and would ask the graph for ever."""
+        try:
+            torch._C._cuda_endAllocateToPool(self.device.index, pool)
+        except RuntimeError:  # it has ended
+            return
+        torch._C._cuda_releasePool(self.device.index, pool)
+        self.broken.append(graph)
 
 
 ENGINES: dict[str, Callable[[torch.device], Engine]] = {"cuda": Engine}
