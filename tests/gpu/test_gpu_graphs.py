@@ -1,0 +1,281 @@
+"""Sequences by replayed CUDA graphs beside plain launches, to the last bit; and what is done around them.
+
+What does not need a device, above all who holds an instance and when it is given up: tests/test_sequence_graphs.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: the kernels are interpreted", allow_module_level=True)
+
+import test_sequence_graphs as on_cpu
+from helpers import assert_same_bits
+from test_sequence_graphs import BATCH, STEPS, draw, results, train, without  # noqa: F401
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dnc_triton import DNC
+from dnc_triton.sequence import graphs
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ["triton_fused", "triton_split", "torch_sequence"]
+
+
+class Counting(graphs.Engine):
+    """An engine that counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.captures = self.replays = 0
+
+    def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> graphs.Captured:
+        captured = super().capture(call, pool)
+        self.captures += 1
+
+        def replay() -> None:
+            self.replays += 1
+            captured.replay()
+
+        return captured._replace(replay=replay)
+
+
+@pytest.fixture(autouse=True)
+def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(graphs.ENGINES, "cuda", Counting)
+    monkeypatch.setattr(graphs, "_graphs", {})
+    monkeypatch.delenv(graphs.GRAPHS_VARIABLE, raising=False)
+    monkeypatch.delenv(graphs.MEMORY_VARIABLE, raising=False)
+
+
+def cache() -> graphs.Graphs:
+    (found,) = graphs._graphs.values()
+    return found
+
+
+def engine() -> Counting:
+    return cache().engine  # type: ignore[return-value]
+
+
+def make(device: torch.device, backend: str = "triton_split", **options: Any) -> DNC:
+    return on_cpu.make(backend=backend, **options).to(device)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("choice", on_cpu.CHOICES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_trainings_are_the_same(
+    backend: str,
+    choice: dict[str, Any],
+    masks: bool,
+    device: torch.device,
+    without: Any,  # noqa: F811
+) -> None:
+    dnc = make(device, backend, **choice)
+    shape = (BATCH, STEPS) if dnc.batch_first else (STEPS, BATCH)
+    options = lambda: dict(lengths=[STEPS, 0, 2], reset=torch.rand(shape, device=device) < 0.3) if masks else {}  # noqa: E731
+    expected = without(train, dnc, 4, options)
+    assert not graphs._graphs
+    assert_same_bits(train(dnc, 4, options), expected)
+    assert (engine().captures, engine().replays) == (2, 2 * 3)
+
+
+@pytest.mark.parametrize("sizes", [dict(memory_size=64, word_size=32), dict(memory_size=128, word_size=32)], ids=str)
+def test_larger_ones(sizes: dict[str, int], device: torch.device, without: Any) -> None:  # noqa: F811
+    dnc = make(device, num_reads=4, dtype=torch.float32, **sizes)
+    assert_same_bits(train(dnc, 4, steps=50), without(train, dnc, 4, steps=50))
+    assert engine().replays == 2 * 3
+
+
+def test_autocast(device: torch.device, without: Any) -> None:  # noqa: F811
+    dnc, context = make(device, dtype=torch.float32), lambda: torch.autocast("cuda", dtype=torch.bfloat16)
+    assert_same_bits(train(dnc, 4, context=context), without(train, dnc, 4, context=context))
+    assert engine().replays == 2 * 3
+
+
+@pytest.mark.parametrize("steps", [1, STEPS, 130])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients(backend: str, mode: Any, steps: int, device: torch.device, without: Any) -> None:  # noqa: F811
+    dnc = make(device, backend)
+    for seed in range(4):
+        with mode():
+            given = draw(dnc, seed, steps)
+            assert_same_bits(dnc(*given), without(dnc, *given))
+    assert (engine().captures, engine().replays) == (1, 3)
+
+
+def test_what_is_returned_stays(device: torch.device) -> None:
+    dnc = make(device)
+    drawn = [draw(dnc, seed) for seed in range(6)]
+    seen = [results(dnc, *given) for given in drawn]
+    kept = tree_map(torch.clone, seen)
+    for given in drawn:
+        results(dnc, *given)
+    assert_same_bits(seen, kept)
+
+
+def test_used_twice_in_one_graph_and_twice_backwards(device: torch.device, without: Any) -> None:  # noqa: F811
+    dnc = make(device)
+    parameters = list(dnc.parameters())
+
+    def run() -> list[Any]:
+        seen = []
+        for seed in range(8):
+            inputs, state = draw(dnc, seed)
+            outputs, state = dnc(inputs, state)
+            loss = outputs.sum() + dnc(inputs.flip(1), state)[0].square().sum()
+            seen += [torch.autograd.grad(loss, parameters, retain_graph=True), torch.autograd.grad(loss, parameters)]
+        return seen
+
+    assert_same_bits(run(), without(run))
+    assert len(cache().instances) == 2
+    assert all(instance.is_free for instance in cache().instances)
+
+
+def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:  # noqa: F811
+    """Neither their rehearsal on another stream nor their capture has anything to do with ours, which is there."""
+    dnc = make(device)
+    train(dnc, 3)
+    replays = engine().replays
+    inputs, state = draw(dnc, 0)
+
+    def step() -> Any:
+        outputs, last = dnc(inputs, state)
+        return outputs.detach(), last.detach(), torch.autograd.grad(outputs.square().sum(), list(dnc.parameters()))
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    assert engine().replays == replays
+    for seed in (1, 2, 3):
+        for place, numbers in zip(tree_leaves((inputs, state)), tree_leaves(draw(dnc, seed)), strict=True):
+            place.copy_(numbers)
+        graph.replay()
+        replayed = tree_map(torch.clone, captured)
+        assert_same_bits(replayed, without(step))
+        assert_same_bits(step(), replayed)  # ours, in between
+    assert engine().replays == replays + 2 * 3
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(mode: str, device: torch.device, without: Any) -> None:  # noqa: F811
+    dnc = make(device, dtype=torch.float32)
+    parameters = list(dnc.parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(dnc, mode=mode)
+
+    def run() -> list[Any]:
+        seen = []
+        for seed in range(6):
+            torch.compiler.cudagraph_mark_step_begin()
+            outputs, state = compiled(*draw(dnc, seed))
+            gradients = torch.autograd.grad(outputs.square().sum(), parameters)
+            seen.append(tree_map(torch.clone, (outputs.detach(), state.detach(), gradients)))
+        return seen
+
+    expected = without(run)
+    assert_same_bits(run(), expected)
+    assert_same_bits(train(dnc, 4), without(train, dnc, 4))  # beside it, not compiled
+    assert mode != "default" or engine().replays > 0
+
+
+def test_another_stream_gets_plain_launches(device: torch.device, without: Any) -> None:  # noqa: F811
+    dnc = make(device)
+    expected = without(train, dnc, 4)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = train(dnc, 4)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same_bits(actual, expected)
+    assert engine().captures == 0
+
+
+def test_two_threads(device: torch.device, without: Any) -> None:  # noqa: F811
+    dnc = make(device)
+    drawn = [draw(dnc, seed) for seed in range(30)]
+    expected = [without(results, dnc, *given) for given in drawn]
+    actual: list[Any] = [None, None]
+
+    def run(index: int) -> None:
+        actual[index] = [results(dnc, *given) for given in drawn]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same_bits(actual, [expected, expected])
+    assert engine().replays > 0
+
+
+def test_more_than_the_bound(
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    without: Any,  # noqa: F811
+) -> None:
+    monkeypatch.setenv(graphs.MEMORY_VARIABLE, "1")
+    dnc = make(device)
+    assert_same_bits(train(dnc, 6), without(train, dnc, 6))
+    assert not cache().instances
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "would exceed the bound of 1.0 MiB" in record.getMessage()
+
+
+def test_memory_stays_within_the_bound(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what the allocator holds, which has given up what was given up."""
+    monkeypatch.setenv(graphs.MEMORY_VARIABLE, "256")
+    dnc = make(device, memory_size=128, word_size=32, num_reads=4, dtype=torch.float32)
+    for seed in range(2):
+        results(dnc, *draw(dnc, seed, 1))  # libraries set themselves up
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for steps in range(100, 240, 20):
+        for seed in range(3):
+            results(dnc, *draw(dnc, seed, steps))
+    assert engine().captures > 2 * 2
+    assert 1 < len(cache().instances) < 8
+    assert sum(instance.size for instance in cache().instances) <= 256 * graphs.MEBIBYTE
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < (256 + 64) * graphs.MEBIBYTE
+
+
+def test_a_capture_that_the_device_refuses(
+    device: torch.device,
+    caplog: pytest.LogCaptureFixture,
+    without: Any,  # noqa: F811
+) -> None:
+    """It asks for a number, which is not there yet. Nothing is left of it."""
+    given = [torch.ones(1000, device=device)]
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0] * tensors[0].sum().item()]
+
+    for _ in range(4):
+        (result,) = graphs.forward("a kind", given, run, 1)
+        assert (result == 1000).all()
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "a capture failed" in record.getMessage()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    dnc = make(device)
+    assert_same_bits(train(dnc, 4), without(train, dnc, 4))
+    assert engine().replays == 2 * 3
