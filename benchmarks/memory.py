@@ -16,15 +16,19 @@ import torch
 
 from benchmarks.configurations import Case
 from benchmarks.modes import call_of, draw_inputs
-from benchmarks.peers import all_peers
+from benchmarks.peers import all_peers, without_graphs
 
 
 def gpu_peak(call: Callable[[], None], module: torch.nn.Module) -> int:
-    """Bytes of tensors that a call allocates at its peak, the gradients of the parameters included."""
+    """Bytes of tensors that a call allocates at its peak, the gradients of the parameters included.
+
+    Our layer launches step by step: what it keeps for its graphs was there before the call.
+    """
     module.zero_grad(set_to_none=True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call()
+    with without_graphs():
+        call()
     return torch.cuda.max_memory_allocated() - before
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from benchmarks.configurations import Case
 from dnc_reference import DNCCell
 from dnc_triton import DNC, explain
 from dnc_triton.dispatch import BACKENDS
+from dnc_triton.sequence.graphs import GRAPHS_VARIABLE
 
 PYPI_DNC_VERSION = "2.0.0b1"
 OURS = "dnc_triton"
@@ -120,8 +122,22 @@ def reference_cell(case: Case, device: torch.device, dtype: torch.dtype) -> DNCC
     return cell
 
 
-def make_layer(case: Case, device: torch.device, *, backend: str) -> Network:
-    """This project's layer on one backend, or on the one it chooses."""
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Our layer launches step by step in the block; and later in the backward of what was computed in it."""
+    before = os.environ.get(GRAPHS_VARIABLE)
+    os.environ[GRAPHS_VARIABLE] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[GRAPHS_VARIABLE]
+        else:
+            os.environ[GRAPHS_VARIABLE] = before
+
+
+def make_layer(case: Case, device: torch.device, *, backend: str, graphs: bool = True) -> Network:
+    """This project's layer on one backend, or on the one it chooses; with the CUDA graphs that it uses, or without."""
     layer = dnc_layer(case, device, backend)
 
     def serving(inputs: Tensor) -> str:
@@ -133,7 +149,13 @@ def make_layer(case: Case, device: torch.device, *, backend: str) -> Network:
             raise DeclinedError(reason)
         return backend
 
-    return Network(layer, layer, serving, layer.step)
+    def launched(call: Callable[..., Any], *arguments: Any) -> Any:
+        with without_graphs():
+            return call(*arguments)
+
+    if graphs:
+        return Network(layer, layer, serving, layer.step)
+    return Network(layer, partial(launched, layer), serving, partial(launched, layer.step))
 
 
 def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
@@ -234,6 +256,14 @@ def all_peers() -> dict[str, Peer]:
     return {
         OURS: Peer("dnc_triton", partial(make_layer, backend="auto"), sweeps=True),
         **{name: Peer(f"dnc_triton, {name}", partial(make_layer, backend=name)) for name in BACKENDS if name != EAGER},
+        **{
+            f"{name}_launched": Peer(
+                f"dnc_triton, {name} without CUDA graphs",
+                partial(make_layer, backend=name, graphs=False),
+                gpu_only=True,
+            )
+            for name in ("triton_fused", "triton_split")
+        },
         EAGER: Peer("reference, eager", partial(make_layer, backend=EAGER), sweeps=True),
         "compiled": Peer("reference, torch.compile", partial(make_compiled, mode="default"), compiles=True),
         "compiled_cuda_graphs": Peer(

@@ -30,6 +30,7 @@ from benchmarks.configurations import (
 from benchmarks.modes import MODES, call_of, draw_inputs
 from benchmarks.peers import EAGER, OURS, MissingPeerError, Network, all_peers
 from dnc_triton.dispatch import BACKENDS
+from dnc_triton.sequence import graphs
 
 CPU = torch.device("cpu")
 TINY = Configuration(
@@ -131,7 +132,9 @@ def test_everybody_runs(monkeypatch):
     rows = measure.measure(CASE, list(all_peers()), list(MODES), session())
     statuses = {peer: {row.status for row in rows if row.peer == peer} for peer in all_peers()}
     assert statuses.pop("pypi_dnc") == statuses.pop("compiled_cuda_graphs") == {"missing"}
-    assert statuses.pop("triton_fused") == statuses.pop("triton_split") == {"declined"}
+    kernels = [name for name in statuses if name.startswith(("triton_fused", "triton_split"))]
+    assert len(kernels) == 4
+    assert all(statuses.pop(name) == {"declined"} for name in kernels)
     assert all(status <= {"measured", "declined"} for status in statuses.values()), statuses
     assert statuses[OURS] == statuses[EAGER] == statuses["compiled"] == {"measured"}
     notes = {row.note for row in rows}
@@ -329,8 +332,27 @@ def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 130)
-    assert memory.gpu_peak(lambda: done.append("call"), torch.nn.Linear(1, 1)) == 30
-    assert done == ["reset", "call"]
+    call = lambda: done.append("call, graphs " + os.environ["DNC_TRITON_GRAPHS"])  # noqa: E731
+    assert memory.gpu_peak(call, torch.nn.Linear(1, 1)) == 30
+    assert done == ["reset", "call, graphs 0"]
+    assert "DNC_TRITON_GRAPHS" not in os.environ
+
+
+def test_a_layer_without_graphs(monkeypatch):
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", "1")
+    network = peers.make_layer(CASE, CPU, backend="torch_sequence", graphs=False)
+    asked = []
+
+    def forward(key, given, run, handed):
+        asked.append(os.environ["DNC_TRITON_GRAPHS"])
+        return run(given)
+
+    monkeypatch.setattr(graphs, "forward", forward)
+    inputs = draw_inputs(CASE, CPU)
+    _, state = network.run(inputs, None)
+    network.step(inputs[:, 0], state)
+    assert asked == ["0", "0"]
+    assert os.environ["DNC_TRITON_GRAPHS"] == "1"
 
 
 def test_cuda_graphs_hide_their_memory_and_everybody_else_is_counted(monkeypatch):
