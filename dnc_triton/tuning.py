@@ -3,8 +3,8 @@
 A sequence is measured as a sequence, of `STEPS` steps at most, with a controller of its kind; a memory step, or what
 must go step by step, as a step. A problem is remembered by its bucket: the device's model, the versions of what
 generates code, dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of
-two. Each bucket has a file of its own, written whole or not at all, so that any number of processes may measure at
-once; what is in a file that cannot be understood is measured again.
+two; for a sequence also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not at all,
+so that any number of processes may measure at once; what is in a file that cannot be understood is measured again.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless something is
 remembered), DNC_TRITON_CACHE names another directory.
@@ -115,6 +115,7 @@ def _bucket(problem: Problem) -> str:
     if measures_sequence(problem):
         key["controller"] = f"{problem.num_layers}×{problem.controller} {problem.hidden_size}"
         key["steps"] = _measured_steps(problem)
+        key["graphs"] = os.environ.get(graphs.GRAPHS_VARIABLE) != "0"
     return json.dumps(key, sort_keys=True)
 
 

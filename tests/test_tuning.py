@@ -157,6 +157,13 @@ def test_another_device_or_version_is_measured_again(
     assert len(files()) == 2
 
 
+def test_without_cuda_graphs_it_is_measured_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", "0")
+    tuning.fastest(PROBLEM, STEPS)
+    assert len(clock.asked) == 6
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "null", "[]", "{}", '{"bucket": "another", "times": []}', "\x00\xff", None], ids=repr
 )

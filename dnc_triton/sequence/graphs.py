@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import to_dlpack
 
 GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY"
 SHARE = 4  # the bound is this part of the device's memory
@@ -42,7 +43,7 @@ SIGNATURES = 1024  # of calls are remembered
 MEBIBYTE = 2**20
 
 logger = logging.getLogger("dnc_triton")
-_lock = Lock()  # for all that is here; PyTorch wants one capture at a time, and nobody waits for a device
+_lock = Lock()  # for all that is here: PyTorch wants one capture at a time, and none but a capture takes long
 
 
 class Captured(NamedTuple):
@@ -423,7 +424,5 @@ def _alias(tensor: Tensor) -> Tensor:
     """The same memory as a storage of its own, which ends with its last holder."""
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    # As a flat one: DLPack may change the strides of axes of length 1.
-    length = tensor.untyped_storage().nbytes() // tensor.element_size()
-    flat = torch.from_dlpack(tensor.as_strided((length,), (1,), 0))
-    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    # DLPack may change the strides of axes of length 1.
+    return torch.from_dlpack(to_dlpack(tensor)).as_strided(tensor.shape, tensor.stride())
