@@ -412,6 +412,15 @@ def test_an_empty_batch() -> None:
     assert not graphs._graphs
 
 
+def test_a_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LONGEST", 3)
+    dnc = make()
+    for steps in (3, 4):
+        for seed in range(3):
+            results(dnc, *draw(dnc, seed, steps))
+    assert len(cache().signatures) == 1
+
+
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_a_capture_that_fails(when: str, without: Any, caplog: pytest.LogCaptureFixture) -> None:
     dnc = make()
@@ -485,7 +494,6 @@ CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "curren
 def test_an_engine_is_ready_on_the_default_stream(
     capturing: bool, side_stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: int(side_stream))

@@ -14,10 +14,11 @@ Plain launches are right at any time, also for the backward of a forward that wa
   free: many instances, or instances that come and go, cost more than they gain,
 - where the memory's bound would be exceeded by what is in use. What is not in use is given up, the least recently used
   first,
-- once a capture has failed, for calls of that kind.
+- once a capture has failed, for calls of that kind,
+- for sequences of more than `LONGEST` steps, which have tens of thousands of launches.
 
 Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
-device, a quarter of its memory by default. What counts is memory for tensors; the graph's own nodes do not.
+device, a quarter of its memory by default. What counts is memory for tensors; the graphs' own nodes do not.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from torch.utils.dlpack import to_dlpack
 GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY"
 SHARE = 4  # the bound is this part of the device's memory
 SIGNATURES = 1024  # of calls are remembered
+LONGEST = 4096  # steps
 MEBIBYTE = 2**20
 
 logger = logging.getLogger("dnc_triton")
@@ -67,7 +69,7 @@ class Engine:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream: torch.cuda.Stream | None = None  # until a capture wants one
         self.broken: list[torch.cuda.CUDAGraph] = []
 
     def ready(self) -> bool:
@@ -83,6 +85,7 @@ class Engine:
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         """A call as a graph. The device is the current one."""
         call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
+        self.stream = self.stream or torch.cuda.Stream(self.device)
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle() if pool is None else pool
         try:

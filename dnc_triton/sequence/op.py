@@ -92,7 +92,7 @@ def _sequence(
         return _forward(settings, given.replace(tensors), keep)
 
     with on_device(inputs):
-        if _kind(settings) is not Sequence:  # one launch needs no graph
+        if _kind(settings) is not Sequence or len(inputs) > graphs.LONGEST:  # one launch needs no graph
             return run(given.flatten())
         key = settings, keep, len(dropout), lengths is None, reset is None
         return graphs.forward(key, given.flatten(), run, handed=1 + len(state))
