@@ -44,6 +44,7 @@ def _sequence(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    compiled: bool,
     layout: list[int] | None,
     keep: bool,
 ) -> list[Tensor]:
@@ -57,6 +58,7 @@ def _sequence(
         stop_usage_gradient,
         product_dtype,
         checkpoint,
+        compiled,
         layout,
     )
     carried = Carried.unflatten([tensor.contiguous() for tensor in state], num_layers)
@@ -114,6 +116,7 @@ def _(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    compiled: bool,
     layout: list[int] | None,
     keep: bool,
 ) -> list[Tensor]:
@@ -126,6 +129,7 @@ def _(
         stop_usage_gradient,
         product_dtype,
         checkpoint,
+        compiled,
         layout,
     )
     outputs = inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0])
@@ -157,6 +161,7 @@ def _sequence_backward(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    compiled: bool,
     layout: list[int] | None,
 ) -> list[Tensor]:
     """The gradients by inputs, state and parameters, from those by the outputs and the state after the last step."""
@@ -169,6 +174,7 @@ def _sequence_backward(
         stop_usage_gradient,
         product_dtype,
         checkpoint,
+        compiled,
         layout,
     )
     kind = _kind(settings)
@@ -245,6 +251,7 @@ def unroll_sequence(
     reset: Tensor | None = None,
     checkpoint: int | str | None = None,
     layout: Layout | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, DNCState]:
     """`dnc_reference.unroll` as one operation, for the built-in controllers and one write head.
 
@@ -289,6 +296,7 @@ def unroll_sequence(
             cell.stop_usage_gradient,
             product_dtype,
             every,
+            compiled and (not keep or every == 1),
             None if layout is None else [int(value) for value in layout],
             keep,
         )
