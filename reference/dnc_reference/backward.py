@@ -463,6 +463,8 @@ def read_words_backward(d_read_words: Tensor, memory: Tensor, read_weights: Tens
 def _product_of_others(factors: Tensor) -> Tensor:
     """∏_{l≠k} factors[:, l] for each k along axis 1, without dividing by a factor, which may be 0."""
     ones = torch.ones_like(factors[:, :1])
+    if factors.shape[1] == 1:
+        return ones
     before = torch.cat([ones, factors[:, :-1]], dim=1).cumprod(1)
     after = torch.cat([factors[:, 1:], ones], dim=1).flip(1).cumprod(1).flip(1)
     return before * after
