@@ -9,6 +9,7 @@ while a graph is traced or captured nothing is measured, and what is remembered 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,8 +31,10 @@ from dnc_triton.sequence.op import is_plain, unroll_sequence
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
 LEAST_CAPABILITY = (8, 0)
+MOST_COMPILED = 2**18  # B N²: where the time goes into the number of calls
 # Looked up once: while a graph is traced it cannot be.
 HAS_TRITON = find_spec("triton") is not None
+HAS_COMPILER = bool(os.environ.get("CXX")) or any(map(shutil.which, ("g++", "clang++", "cl")))
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,20 @@ def _sequence_supports(problem: Problem) -> tuple[bool, str]:
     if _is_transformed():
         return False, "a transform of torch.func is at work"
     return True, "plain PyTorch, a backward written by hand, which is not differentiable again"
+
+
+def _compiled_supports(problem: Problem) -> tuple[bool, str]:
+    supported, reason = _sequence_supports(problem)
+    if not supported:
+        return supported, reason
+    if problem.device.type != "cpu":
+        return False, f"device is {problem.device.type}, it is made for the CPU"
+    links = problem.batch * problem.memory_size**2
+    if links > MOST_COMPILED:
+        return False, f"the links of the batch have {links} numbers, beyond {MOST_COMPILED} plain PyTorch is faster"
+    if not HAS_COMPILER:
+        return False, "PyTorch's compiler needs a C++ compiler, none is installed"
+    return True, "as torch_sequence, a step compiled for its sizes, which takes a quarter of a minute the first time"
 
 
 def _kernels_support(problem: Problem) -> tuple[bool, str]:
@@ -212,6 +229,13 @@ BACKENDS: dict[str, Backend] = {
         unroll=unroll_sequence,
         # For a single step without a backward there is nothing to gain from what it prepares.
         rank=lambda problem: 6 if problem.steps == 1 and not problem.needs_gradient else 4,
+    ),
+    "torch_compiled": Backend(
+        supports=_compiled_supports,
+        memory_step=dnc_reference.memory_step,
+        unroll=partial(unroll_sequence, compiled=True),
+        # It compiles for a quarter of a minute, which only who asks for it wants to wait for.
+        rank=lambda problem: 8,
     ),
     "reference": Backend(
         supports=lambda problem: (True, "plain PyTorch: every device, floating dtype, size and controller"),

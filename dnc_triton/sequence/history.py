@@ -11,6 +11,7 @@ from torch import Tensor
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.layout import Layout, kept_shapes
+from dnc_triton.sequence import compiled_memory
 from dnc_triton.sequence.cells import CELLS, Cell
 from dnc_triton.sequence.torch_memory import Kept
 
@@ -29,6 +30,7 @@ class Settings(NamedTuple):
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
         checkpoint: memory and link are kept every so many steps; 1 keeps all.
+        compiled: whether the memory's step is made by PyTorch's compiler.
         layout: of the kernels; None for plain PyTorch.
     """
 
@@ -40,6 +42,7 @@ class Settings(NamedTuple):
     stop_usage_gradient: bool
     product_dtype: torch.dtype
     checkpoint: int
+    compiled: bool
     layout: Layout | None
 
     @property
@@ -182,7 +185,9 @@ def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -
         stride = -(-size // unit) * unit
         return memory.new_empty((entries, stride), dtype=dtype)[:, :size].unflatten(1, shape)
 
-    if settings.layout is None:
+    if settings.compiled:
+        kept = [over_steps(steps, *shape) for shape in compiled_memory.kept_shapes(batch, slots, reads)]
+    elif settings.layout is None:
         kept = list(Kept.empty(memory, steps, batch, slots, word, reads))
     else:
         shapes = kept_shapes(batch, slots, reads)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference.types import MemoryState
+from dnc_triton.sequence.compiled_memory import CompiledMemory
 from dnc_triton.sequence.history import Carried, Checkpoints, History, Settings, allocate
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
@@ -205,6 +206,8 @@ class Sequence:
             "stop_usage_gradient": settings.stop_usage_gradient,
             "reads": reads,
         }
+        if settings.compiled:
+            return CompiledMemory(history.vectors, history.memory, memory, **options)
         if settings.layout is None:
             _, slots, word = memory.shape
             return TorchMemory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)

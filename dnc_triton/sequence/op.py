@@ -71,6 +71,7 @@ def _sequence(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    compiled: bool,
     layout: list[int] | None,
     keep: bool,
 ) -> list[Tensor]:
@@ -84,6 +85,7 @@ def _sequence(
         stop_usage_gradient,
         product_dtype,
         checkpoint,
+        compiled,
         layout,
     )
     given = _given(inputs, state, parameters, lengths, reset, dropout)
@@ -140,6 +142,7 @@ def _(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    compiled: bool,
     layout: list[int] | None,
     keep: bool,
 ) -> list[Tensor]:
@@ -152,6 +155,7 @@ def _(
         stop_usage_gradient,
         product_dtype,
         checkpoint,
+        compiled,
         layout,
     )
     outputs = inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0])
@@ -183,6 +187,7 @@ def _sequence_backward(
     stop_usage_gradient: bool,
     product_dtype: torch.dtype,
     checkpoint: int,
+    compiled: bool,
     layout: list[int] | None,
 ) -> list[Tensor]:
     """The gradients by inputs, state and parameters, from those by the outputs and the state after the last step."""
@@ -195,6 +200,7 @@ def _sequence_backward(
         stop_usage_gradient,
         product_dtype,
         checkpoint,
+        compiled,
         layout,
     )
     given = _given(inputs, state, parameters, lengths, reset, dropout)
@@ -293,6 +299,7 @@ def unroll_sequence(
     reset: Tensor | None = None,
     checkpoint: int | str | None = None,
     layout: Layout | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, DNCState]:
     """`dnc_reference.unroll` as one operation, for the built-in controllers and one write head.
 
@@ -337,6 +344,7 @@ def unroll_sequence(
             cell.stop_usage_gradient,
             product_dtype,
             every,
+            compiled and (not keep or every == 1),
             None if layout is None else [int(value) for value in layout],
             keep,
         )

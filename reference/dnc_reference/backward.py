@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dnc_reference import addressing
-from dnc_reference.memory import memory_step_with_addressing
+from dnc_reference.interface import interface_sizes
+from dnc_reference.memory import Addressing, memory_step_with_addressing
 from dnc_reference.types import Interface, MemoryState
 
 
@@ -24,6 +25,7 @@ def memory_step_backward(
     d_state: MemoryState,
     *,
     stop_usage_gradient: bool = False,
+    kept: tuple[MemoryState, Addressing] | None = None,
 ) -> tuple[Interface, MemoryState]:
     """The adjoint of `memory_step`: the equations' adjoints in reverse order.
 
@@ -32,14 +34,16 @@ def memory_step_backward(
         d_read_words: [B, R, W], gradient by the words read.
         d_state: gradient by the state after the step.
         stop_usage_gradient: as in `memory_step`.
+        kept: the state after the step, and how it came to its weights; None to compute both again.
 
     Returns:
         gradient by the interface and by the state before the step, in the same shapes.
     """
     prev = state
-    # What a kernel keeps from its forward, or computes again; here it is computed again.
-    with torch.no_grad():
-        _, new, way = memory_step_with_addressing(interface, state)
+    if kept is None:
+        with torch.no_grad():
+            kept = memory_step_with_addressing(interface, state)[1:]
+    new, way = kept
 
     # read
     d_memory, d_read_weights = read_words_backward(d_read_words, new.memory, new.read_weights)
@@ -116,6 +120,34 @@ def memory_step_backward(
             write_weights=d_prev_write_weights,
         ),
     )
+
+
+def activate_interface_backward(d_interface: Interface, interface: Interface, vector: Tensor) -> Tensor:
+    """dx = d for keys and write vectors, σ(x) d for strengths, s (1 − s) d for s = σ(x), π (d − Σ π d) for modes.
+
+    Args:
+        d_interface: in the shapes of `Interface`.
+        interface: what `activate_interface` made of the vector.
+        vector: [B, S].
+
+    Returns:
+        d_vector, [B, S].
+    """
+    _, reads, word = interface.read_keys.shape
+    writes = interface.write_keys.shape[1]
+    sizes = interface_sizes(reads, writes, word)
+    raw = dict(zip(sizes, vector.split(list(sizes.values()), -1), strict=True))
+    fields = []
+    for name in sizes:
+        activated, d = getattr(interface, name), getattr(d_interface, name)
+        if name.endswith("strengths"):
+            d = softplus_backward(d, raw[name])
+        elif name in ("erase_vectors", "free_gates", "allocation_gates", "write_gates"):
+            d = d * activated * (1 - activated)
+        elif name == "read_modes":
+            d = activated * (d - (activated * d).sum(-1, keepdim=True))
+        fields.append(d.flatten(1))
+    return torch.cat(fields, -1)
 
 
 def softplus_backward(d_strength: Tensor, x: Tensor) -> Tensor:
@@ -431,6 +463,8 @@ def read_words_backward(d_read_words: Tensor, memory: Tensor, read_weights: Tens
 def _product_of_others(factors: Tensor) -> Tensor:
     """∏_{l≠k} factors[:, l] for each k along axis 1, without dividing by a factor, which may be 0."""
     ones = torch.ones_like(factors[:, :1])
+    if factors.shape[1] == 1:
+        return ones
     before = torch.cat([ones, factors[:, :-1]], dim=1).cumprod(1)
     after = torch.cat([factors[:, 1:], ones], dim=1).flip(1).cumprod(1).flip(1)
     return before * after

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dnc_reference import Interface, MemoryState, addressing, backward, memory_step, memory_step_with_addressing
+from dnc_reference.interface import activate_interface, interface_sizes
 
 RTOL = 1e-10
 
@@ -186,7 +187,7 @@ def adjoint(name: str, d_value: Tensor, value: Tensor, arguments: tuple[Tensor, 
 
 def test_every_adjoint_is_tested() -> None:
     adjoints = {name.removesuffix("_backward") for name in vars(backward) if name.endswith("_backward")}
-    assert adjoints == ARGUMENTS.keys() | {"memory_step"}
+    assert adjoints == ARGUMENTS.keys() | {"memory_step", "activate_interface"}
 
 
 @each_edge
@@ -206,6 +207,22 @@ def test_adjoint_of_each_equation(edge: str, size: dict[str, int]) -> None:
         assert_close(actual, expected, rtol=RTOL, atol=gradient_floor(interface, prev), name=name)
 
 
+@pytest.mark.parametrize("strength", ["oneplus", "softplus"])
+@settings(max_examples=15)
+@given(size=sizes)
+def test_adjoint_of_the_activations(strength: str, size: dict[str, int]) -> None:
+    interface, _ = random_problem(**size, steps=1)
+    (batch, reads, word), writes = interface.read_keys.shape, interface.write_keys.shape[1]
+    length = sum(interface_sizes(reads, writes, word).values())
+    vector = as_leaves(random_like(torch.empty(batch, length, dtype=torch.float64), seed=size["seed"]))
+    activated = activate_interface(vector, num_reads=reads, num_writes=writes, word_size=word, strength=strength)
+    d_interface = random_like(activated, seed=size["seed"] + 1)
+    (expected,) = torch.autograd.grad(list(activated), vector, list(d_interface))
+    with torch.no_grad():
+        actual = backward.activate_interface_backward(d_interface, activated, vector)
+    assert_close(actual, expected, rtol=RTOL, atol=1e-14)
+
+
 # --- the whole step ---------------------------------------------------------------------------------------------------
 
 
@@ -219,10 +236,11 @@ def test_adjoint_of_a_step(edge: str, stop_usage_gradient: bool, size: dict[str,
     expected = step_gradients(
         memory_step, interface, state, d_read_words, d_state, stop_usage_gradient=stop_usage_gradient
     )
-    actual = backward.memory_step_backward(
-        interface, state, d_read_words, d_state, stop_usage_gradient=stop_usage_gradient
-    )
-    assert_close(actual, expected, rtol=RTOL, atol=gradient_floor(interface, state), name=edge)
+    for kept in (None, memory_step_with_addressing(interface, state)[1:]):
+        actual = backward.memory_step_backward(
+            interface, state, d_read_words, d_state, stop_usage_gradient=stop_usage_gradient, kept=kept
+        )
+        assert_close(actual, expected, rtol=RTOL, atol=gradient_floor(interface, state), name=edge)
     if stop_usage_gradient:
         assert not actual[1].write_weights.any()
 

@@ -1,0 +1,78 @@
+"""The step made by PyTorch's compiler, in the sequence operation, against the oracle. All in one size: it compiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from test_sequence import assert_equal_outcomes, assert_parity, draw, make, operation, outcome
+
+from dnc_triton import dispatch, explain
+from dnc_triton.dispatch import BACKENDS
+
+BACKEND = "torch_compiled"
+
+pytestmark = pytest.mark.skipif(not dispatch.HAS_COMPILER, reason="no C++ compiler")
+
+
+@pytest.mark.parametrize("controller", ["lstm", "feedforward"])
+def test_parity(controller):  # the first of them compiles
+    dnc = make(BACKEND, controller=controller, num_layers=2, clip=0.1, stop_usage_gradient=True)
+    inputs, state = draw(dnc)
+    reset = torch.zeros(inputs.shape[:2], dtype=torch.bool)
+    reset[2, 1] = reset[0, 0] = True
+    assert_parity(dnc, inputs, state)
+    assert_parity(dnc, inputs, state, lengths=[5, 2, 4], reset=reset)
+
+
+@pytest.mark.slow  # compiles once more
+@pytest.mark.parametrize("strength", ["oneplus", "softplus"])
+def test_parity_with_the_whole_gradient(strength):
+    dnc = make(BACKEND, strength=strength)
+    assert_parity(dnc, *draw(dnc))
+
+
+def test_without_gradients():
+    dnc = make(BACKEND, stop_usage_gradient=True)
+    inputs, state = draw(dnc, steps=70)  # more than go at once
+    expected, last = make("reference", stop_usage_gradient=True)(inputs, state)
+    with torch.no_grad():
+        outputs, new_state = dnc(inputs, state)
+    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(tuple(new_state.memory), tuple(last.memory), rtol=1e-11, atol=1e-14)
+
+
+def test_the_same_bits_again():
+    dnc = make(BACKEND, stop_usage_gradient=True)
+    first, second = (outcome(operation, dnc, *draw(dnc)) for _ in range(2))
+    assert_same_bits(first, second)
+
+
+def test_with_checkpoints_it_does_not_compile(monkeypatch):
+    def compile_nothing(*arguments):
+        raise AssertionError("a step was compiled")
+
+    monkeypatch.setattr("dnc_triton.sequence.compiled_memory._compile", compile_nothing)
+    dnc = make(BACKEND, checkpoint=2, word_size=3)
+    plain = make("torch_sequence", checkpoint=2, word_size=3)
+    assert_equal_outcomes(outcome(operation, dnc, *draw(dnc)), outcome(operation, plain, *draw(plain)))
+
+
+def test_who_is_served(monkeypatch):
+    dnc = make("auto")
+    inputs, _ = draw(dnc)
+    assert "* torch_sequence" in explain(dnc, inputs)  # nobody waits for a compiler without having asked
+    problem = dnc.problem(inputs)
+    supports = BACKENDS[BACKEND].supports
+    assert supports(problem)[0]
+    for changes, reason in (
+        (dict(num_writes=2), "num_writes is 2"),
+        (dict(device=torch.device("cuda")), "device is cuda"),
+        (dict(batch=8, memory_size=192), "294912 numbers"),
+    ):
+        served, why = supports(type(problem)(**{**vars(problem), **changes}))
+        assert not served
+        assert reason in why
+    monkeypatch.setattr(dispatch, "HAS_COMPILER", False)
+    with pytest.raises(RuntimeError, match=r"torch_compiled.*needs a C\+\+ compiler"):
+        make(BACKEND)(inputs)
