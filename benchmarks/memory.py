@@ -52,12 +52,13 @@ def _growth(case: Case, peer: str, mode: str, threads: int) -> int:
     call_of(mode, network, inputs[:1, :1])()  # loads libraries, starts threads
     network.module.zero_grad(set_to_none=True)
     call = call_of(mode, network, inputs)
-    before = _most_held()
+    before = most_held()
     call()
-    return _most_held() - before
+    return most_held() - before
 
 
-def _most_held() -> int:
+def most_held() -> int:
+    """The most bytes that this process has held so far. Not on Windows."""
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

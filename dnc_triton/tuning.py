@@ -1,10 +1,11 @@
 """Which candidate is the fastest, measured once and remembered: in the process, and in the user's cache directory.
 
 A sequence is measured as a sequence, of `STEPS` steps at most, with a controller of its kind; a memory step, or what
-must go step by step, as a step. A problem is remembered by its bucket: the device's model, the versions of what
-generates code, dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of
-two; for a sequence also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not at all,
-so that any number of processes may measure at once; what is in a file that cannot be understood is measured again.
+must go step by step, as a step. A problem is remembered by its bucket: the device's model, the versions of this package
+and of what generates code, dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to
+powers of two; for a sequence also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not
+at all, so that any number of processes may measure at once; what is in a file that cannot be understood is measured
+again.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless something is
 remembered), DNC_TRITON_CACHE names another directory.
@@ -99,10 +100,13 @@ def _bucket(problem: Problem) -> str:
     """The key under which a problem is remembered."""
     import triton
 
+    import dnc_triton
+
     key = {
         "device": torch.cuda.get_device_name(problem.device),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "dnc_triton": dnc_triton.__version__,
         "format": FORMAT,
         "dtype": str(problem.dtype),
         "batch": _power_of_two(problem.batch),
@@ -248,7 +252,9 @@ def _draw(problem: Problem, shape: tuple[int, ...]) -> Tensor:
 
 
 def _measure(problem: Problem, run: Callable[[], None]) -> float:
-    """Median time of a run in µs; infinite if it does not fit into memory."""
+    """Median time of a run in µs; infinite if it does not fit: into memory, or a block into a multiprocessor."""
+    from triton.runtime.errors import OutOfResources
+
     try:
         with (
             torch.cuda.device(problem.device),
@@ -268,6 +274,6 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
                 end.record()
                 end.synchronize()
                 times.append(1000 * start.elapsed_time(end))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OutOfResources):
         return float("inf")
     return statistics.median(times)

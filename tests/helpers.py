@@ -232,18 +232,21 @@ class Golden(NamedTuple):
         keys = self.meta["f32_self_diff"]
         return {key for key in keys if self.slot_order_is_safe(dtype) or not _HAS_SLOT_AXIS.search(key)}
 
-    def check(self, actual: dict[str, Tensor], *, without: tuple[str, ...] = ()) -> None:
+    def check(self, actual: dict[str, Tensor], *, without: tuple[str, ...] = (), forced: bool = False) -> None:
         """Assert that all results are there, but those whose keys begin with one of `without`, and within tolerance.
 
         Args:
             actual: key in the file → what was computed, all in one dtype, which decides the tolerance. Tensors with
                 a slot axis are passed over where the order of slots is not decided.
             without: what the code that is tested does not show.
+            forced: every step began from the file's own state, so the order of slots is the file's: nothing is passed
+                over.
         """
         (dtype,) = {tensor.dtype for tensor in actual.values()}
         unknown = actual.keys() - self.meta["f32_self_diff"].keys()
         assert not unknown, f"{self.name}: has no {unknown}"
-        wanted = {key for key in self.results(dtype) if not key.startswith(without)}
+        comparable = set(self.meta["f32_self_diff"]) if forced else self.results(dtype)
+        wanted = {key for key in comparable if not key.startswith(without)}
         assert wanted, f"{self.name}: nothing to compare in {dtype}"
         assert wanted <= actual.keys(), f"{self.name}: not computed: {wanted - actual.keys()}"
         complaints = []

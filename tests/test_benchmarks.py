@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import floors, measure, memory, peers, verify
+from benchmarks import floors, lean, measure, memory, peers, verify
 from benchmarks.__main__ import main
 from benchmarks.configurations import (
     BASE,
@@ -325,6 +325,22 @@ def test_peak_of_memory_on_a_cpu_is_a_process_growth():
     links = case.batch * case.steps * case.memory_size**2 * 4
     grown = memory.cpu_peak(case, EAGER, "training", threads=1)
     assert links < grown < 40 * links
+
+
+def test_a_thousand_steps_fitted_into_8_gb(monkeypatch):
+    """As measured and committed; here that it runs, on a small network."""
+    content = json.loads(lean.RESULT.read_text(encoding="utf-8"))
+    (row,) = content["rows"]
+    assert {"steps": 1000, **lean.SIZES}.items() <= row.items()
+    assert row["finite"]
+    assert row["grown_bytes"] < 8e9
+    assert {"date", "cpu", "torch", "commit", "command"} <= content["machine"].keys()
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)
+    again = lean.train_once(4, 2, small)
+    assert again.keys() == row.keys()
+    assert again["finite"]
+    assert again["grown_bytes"] >= 0
 
 
 def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):

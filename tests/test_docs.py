@@ -160,3 +160,12 @@ def test_a_wrong_command_is_noticed(line, monkeypatch):
 def test_commands_are_found():
     page = "Type `make test`, then:\n```sh\nA=1 make x \\\n  Y=2  # no\n# nothing\n```\n```python\nmake = 1\n```\n"
     assert list(commands(page)) == [["make", "x", "Y=2"], ["make", "test"]]
+
+
+def test_every_environment_variable_is_listed_on_one_page():
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "dnc_triton").rglob("*.py")))
+    read = set(re.findall(r"""environ(?:\.get\(|\[)["'](\w+)["']|(DNC_TRITON_[A-Z]+)""", code))
+    read = {name for pair in read for name in pair if name}
+    listed = re.findall(r"^\| `(\w+)(?:=\w+)?` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    of_torchrun, of_the_system = {"WORLD_SIZE", "LOCAL_WORLD_SIZE"}, {"XDG_CACHE_HOME"}
+    assert read - of_torchrun - of_the_system == {name for name in listed if name.isupper()}

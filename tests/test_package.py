@@ -130,6 +130,26 @@ def test_the_product_imports_no_extras(tmp_path):
     assert not new & {"lightning_fabric", "matplotlib", "tensorboard", "tqdm"}
 
 
+def test_an_import_compiles_nothing_and_touches_no_gpu(tmp_path):
+    """Triton, which starts a driver, stays out; so does CUDA, whose set-up would break a fork; nothing is written."""
+    code = """
+import json, os, sys
+import torch
+
+def touched(*arguments, **options):
+    raise AssertionError("a GPU was asked for")
+
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_properties = touched
+torch.cuda.get_device_capability = torch.cuda.get_device_name = torch.cuda.current_device = touched
+before = set(sys.modules)
+import dnc_triton
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(json.dumps([sorted(new & {"triton"}), torch.cuda.is_initialized(), os.listdir()]))
+"""
+    folders = {"TRITON_CACHE_DIR": str(tmp_path), "DNC_TRITON_CACHE": str(tmp_path), "HOME": str(tmp_path)}
+    assert python(code, tmp_path, **folders) == [[], False, []]
+
+
 @pytest.mark.parametrize("absent", ["triton", "lightning_fabric", "matplotlib", "tqdm"])
 def test_runs_where_something_is_absent(absent, tmp_path):
     """Triton has no wheels for macOS and Windows; there the layer runs on what is left."""

@@ -22,7 +22,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 
 from dnc_reference import DNCState, MemoryState, unroll
 from dnc_reference.dnc import interface_step
-from dnc_triton import DNC
+from dnc_triton import DNC, dispatch
+from dnc_triton.kernels.layout import layouts
 from dnc_triton.sequence import op
 from dnc_triton.sequence.loop import Sequence
 
@@ -517,12 +518,41 @@ def test_checkpoints_keep_less(backend, monkeypatch):
         assert kept("auto") == kept(every)
 
 
+@pytest.mark.parametrize("backend", ["torch_sequence", "triton_split"])
+def test_a_thousand_steps_train_within_8_gb(backend, monkeypatch):
+    """(B, N, W, R) = (32, 256, 64, 4), H = 256, with what "auto" takes on a device of 8 GB: every 32nd step.
+
+    On the meta device nothing is computed, but everything that is kept has its size. In benchmarks/results/lean.json
+    stands what a process grew by.
+    """
+    if backend.startswith("triton"):
+        pytest.importorskip("triton")
+    limit, every, batch = 8e9, 32, 32
+    dnc = DNC(64, 256, 64, memory_size=256, word_size=64, num_reads=4, device="meta")
+    inputs = torch.empty(1000, batch, 64, device="meta")
+    layout = {"layout": layouts(256, 64)[0]} if backend.startswith("triton") else {}
+    unroll = dispatch.BACKENDS[backend].unroll
+
+    def kept(checkpoint: int | str | None) -> int:
+        state = dnc.initial_state(batch)
+        return saved_bytes(lambda: unroll(dnc, inputs, state, checkpoint=checkpoint, **layout))
+
+    assert kept(None) > limit
+    monkeypatch.setattr(op, "HOST_MEMORY", int(limit))
+    assert kept("auto") == kept(every)
+    # On the way back a whole stretch of memories and links is there, and for each step about as much again as is kept
+    # of it without these two: slopes and gradients.
+    memory_and_link = 4 * batch * (256 * 64 + 256 * 256)
+    assert 2 * kept(every) + (every - 1) * memory_and_link < limit
+
+
 def saved_bytes(run: Callable[[], Any]) -> int:
     """What autograd holds on to, each storage counted once."""
     storages: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes again
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage  # held, so that none comes again in its place
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import barriers, static  # noqa: E402
+from dnc_triton import dispatch, tuning  # noqa: E402
+from dnc_triton.problem import Problem  # noqa: E402
 
 KERNELS = Path(static.__file__).parent.parent / "dnc_triton" / "kernels"
 
@@ -49,6 +52,62 @@ def check(measurements):
 
 def test_kernels_compile_spill_nothing_fit_race_nowhere_and_take_no_more_than_recorded(measurements):
     check(measurements)
+
+
+def test_every_shape_is_compiled_for_every_target():
+    """In full, and without a GPU, each time that the tests run."""
+    assert static.SHAPES == [
+        (16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)
+    ]  # fmt: skip
+    assert list(static.TARGETS) == ["sm_80", "sm_90", "sm_100", "gfx942"]
+    compiled = static.cases()
+    for shape in static.SHAPES:
+        for target in static.TARGETS:
+            phases = {(case.direction, case.phase) for case in compiled if (case.shape, case.target) == (shape, target)}
+            fused = {(direction, "whole") for direction in static.DIRECTIONS}
+            split = {(direction, phase) for direction in static.DIRECTIONS for phase in ("first", "middle", "last")}
+            assert phases >= fused or phases >= split, (shape, target)
+
+
+@pytest.mark.parametrize("controller", [None, "lstm", "gru"])
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_what_the_dispatcher_takes_unmeasured_is_held_to_spill_nothing(needs_gradient, controller, monkeypatch):
+    """On sm_90, in float32, at every shape: it is compiled, and no spill of it would pass."""
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    monkeypatch.delenv("DNC_TRITON_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(tuning, "remembered", lambda problem: [])
+    compiled = static.cases()
+    sequences = {tuple(shape): hidden for *shape, hidden in static.SEQUENCES}
+    for shape in [*static.SHAPES, *sequences]:
+        slots, word, reads = shape
+        hidden = sequences.get(shape, 256)
+        problem = Problem(
+            device=torch.device("cuda", 0),
+            dtype=torch.float32,
+            batch=16,
+            steps=1 if controller is None else 20,
+            memory_size=slots,
+            word_size=word,
+            num_reads=reads,
+            num_writes=1,
+            controller=controller,
+            needs_gradient=needs_gradient,
+            hidden_size=0 if controller is None else hidden,
+            num_layers=0 if controller is None else 1,
+        )
+        layout = dispatch.choose(problem).unroll.keywords["layout"]
+        if layout.whole:
+            cases = [
+                static.Case(direction, "sequence", shape, layout, "float32", "sm_90", hidden)
+                for direction in static.DIRECTIONS
+            ]
+        elif shape in static.SHAPES:
+            cases = static._cases(shape, "sm_90", layout=layout)
+        else:  # of a sequence that goes step by step: the shapes above stand for it
+            continue
+        assert set(cases) <= set(compiled), (shape, layout)
+        assert not any(case.may_spill for case in cases), (shape, layout)
 
 
 def test_every_barrier_is_needed_and_would_be_missed(measurements):
@@ -257,7 +316,7 @@ def test_a_race_is_told_by_its_lines(races):
 # --- the record and the command line ----------------------------------------------------------------------------------
 
 
-CASE = static.cases()[0]
+CASE = next(case for case in static.cases() if case.target == "sm_90")
 NUMBERS = static.Numbers(registers=64, spilled=0, shared=1024, instructions=500)
 GOOD = static.Measurement(CASE, NUMBERS, [], {"step.py:1": True})
 

@@ -140,18 +140,21 @@ def test_long_sequences_are_alike(clock: Clock) -> None:
     assert len(clock.asked) == 6
 
 
-@pytest.mark.parametrize("changed", ["device", "torch", "triton"])
+@pytest.mark.parametrize("changed", ["device", "torch", "triton", "dnc_triton"])
 def test_another_device_or_version_is_measured_again(
     clock: Clock, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
+
+    import dnc_triton
 
     tuning.fastest(PROBLEM, STEPS)
     forget()
     if changed == "device":
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Straw 9001")
     else:
-        monkeypatch.setattr({"torch": torch, "triton": triton}[changed], "__version__", "99.0")
+        packages = {"torch": torch, "triton": triton, "dnc_triton": dnc_triton}
+        monkeypatch.setattr(packages[changed], "__version__", "99.0")
     tuning.fastest(PROBLEM, STEPS)
     assert len(clock.asked) == 6
     assert len(files()) == 2
@@ -209,6 +212,14 @@ def test_nothing_is_measured_during_capture_but_the_memory_is_used(
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
 
 
+def test_nothing_is_measured_while_tracing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the default for the size is taken, whatever is remembered: a traced function may not look at a file."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dispatch.choose(PROBLEM).unroll.keywords["layout"] == sequence_layouts(16, 8)[0]
+    assert not clock.asked
+    assert not files()
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_survived(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,6 +247,25 @@ def test_what_does_not_fit_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
     forget()
     assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "infinity survives the file"
+
+
+@pytest.mark.parametrize("error", ["memory", "shared memory"])
+def test_running_out_of_something_is_not_an_error(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that wants more shared memory than a multiprocessor has compiles, and fails when it is launched."""
+    from triton.runtime.errors import OutOfResources
+
+    def fail() -> None:
+        if error == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        raise OutOfResources(100_352, 65_536, "shared memory")
+
+    assert tuning._measure(PROBLEM, fail) == float("inf")
+
+    def break_otherwise() -> None:
+        raise RuntimeError("wrong")
+
+    with pytest.raises(RuntimeError, match="wrong"):
+        tuning._measure(PROBLEM, break_otherwise)
 
 
 def test_measuring_stops_when_its_time_is_up(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
