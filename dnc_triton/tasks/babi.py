@@ -21,11 +21,12 @@ NOTHING = -1  # where a step has no (more) words, or asks for none
 class BabiTask(SymbolTask):
     """Answer questions about stories, word by word, the 20 kinds of bAbI jointly.
 
-    Input: the words of a story, one-hot, one per step, or all words of a sentence in one step, without their order;
-    lower case, full stop and question mark are words of their own, line numbers are left out. A question stands where
-    it stands in the story, and after it come as many ``-`` as its answer has words, one per step. Target: at each ``-``
-    a word of the answer, over the same vocabulary; at the other steps the output does not count. A size is a kind, 1 to
-    20: a batch has stories of one kind, padded at the end.
+    Input: the words of a story, a channel for each word of the vocabulary, one word per step, or a sentence per step:
+    which words it has, neither their order nor how often they come. Lower case; full stop and question mark are words
+    of their own; line numbers are left out. A question stands where it stands in the story, and after it come as many
+    ``-`` as its answer has words, one per step. Target: at each ``-`` a word of the answer, over the same vocabulary;
+    at the other steps the output does not count. A size is a kind, 1 to 20: a batch has stories of one kind, padded at
+    the end.
 
     Without `path`, stories of the kinds 1 to 3 are generated, each batch anew; the vocabulary is the generator's. They
     have one to three people, places and things to keep apart like the published ones, and are shorter. With `path`,
@@ -40,7 +41,9 @@ class BabiTask(SymbolTask):
         min_facts, max_facts: statements in a generated story. Training begins with fewer: lesson by lesson the longest
             stories become one statement longer.
         questions: questions in a generated story; one of kind k has at least k statements for each.
-        encoding: what a step is: of "words" or of "sentences".
+        encoding: what a step holds: with "words" a word, with "sentences" the words of a sentence. Then a story takes a
+            fifth of the steps, but what hangs on the order of words cannot be told: who gave something to whom, or
+            what is north of what (kinds 4 and 5, say).
 
     Raises:
         OSError: a file cannot be read.
@@ -60,7 +63,7 @@ class BabiTask(SymbolTask):
         "min_facts": "statements in the shortest generated story",
         "max_facts": "statements in the longest generated story",
         "questions": "questions in a generated story, fewer where it has too few statements",
-        "encoding": "what a step is: of words, or of sentences",
+        "encoding": "words: a step is a word; sentences: a step is all words of a sentence, without their order",
     }
 
     def __init__(
