@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import random
 import re
@@ -219,25 +220,98 @@ def test_bad_arguments_of_a_story(arguments: tuple[int, int, int], message: str)
         generate_story(*arguments, random.Random(0))
 
 
-def test_a_story_is_encoded_as_the_paper_does() -> None:
-    """The paper's own example, with an answer of two words."""
-    story = [
-        Line("John picked up the milk there."),
-        Line("What is John carrying?", ("milk",), (1,)),
-        Line("John took the apple there."),
-        Line("What is John carrying?", ("milk", "apple"), (1, 3)),
-    ]
-    task = BabiTask()
-    task._index = {word: index for index, word in enumerate([*VOCABULARY, "what", "carrying"])}
-    names = list(task._index)
-    given, wanted = task.encode(story)
-    assert " ".join(names[index] for index in given) == (
+STORY = [  # the paper's own example, with an answer of two words
+    Line("John picked up the milk there."),
+    Line("What is John carrying?", ("milk",), (1,)),
+    Line("John took the apple there."),
+    Line("What is John carrying?", ("milk", "apple"), (1, 3)),
+]
+
+
+def write_example(folder: Path) -> None:
+    """A folder with it alone, a story of kind 8."""
+    for split in ("train", "test"):
+        write_stories([STORY] * 10, folder / f"qa8_lists-sets_{split}.txt")
+
+
+def test_a_story_is_encoded_as_the_paper_does(tmp_path: Path) -> None:
+    write_example(tmp_path)
+    task = BabiTask(str(tmp_path), kinds="8")
+    names = task.vocabulary
+    given, wanted = task.encode(STORY)
+    assert given.shape == (26, 1)
+    assert " ".join(names[index] for index in given.flatten()) == (
         "john picked up the milk there . what is john carrying ? - "
         "john took the apple there . what is john carrying ? - -"
     )
     assert [names[index] if index >= 0 else "" for index in wanted] == (
         [""] * 12 + ["milk"] + [""] * 11 + ["milk", "apple"]
     )
+
+
+def test_a_sentence_is_one_step_if_asked_for(tmp_path: Path) -> None:
+    write_example(tmp_path)
+    task = BabiTask(str(tmp_path), kinds="8", encoding="sentences")
+    batch = task.sample(2, 8, generator(0, "test", 0), split="test")
+    assert batch.lengths is not None
+    assert batch.lengths.tolist() == [7, 7]
+    for row in range(2):
+        steps = [{task.vocabulary[place] for place in step.nonzero().flatten()} for step in batch.inputs[row]]
+        asked = {"what", "is", "john", "carrying", "?"}
+        assert steps == [
+            {"john", "picked", "up", "the", "milk", "there", "."},
+            asked,
+            {"-"},
+            {"john", "took", "the", "apple", "there", "."},
+            asked,
+            {"-"},
+            {"-"},
+        ]
+        assert batch.scored[row].nonzero().flatten().tolist() == [2, 5, 6]
+        answers = [task.vocabulary[index] for index in batch.targets[row, batch.scored[row], 0]]
+        assert answers == ["milk", "milk", "apple"]
+    assert set(batch.inputs.unique().tolist()) == {0, 1}  # a word that comes twice is on like any other
+
+
+def both_encodings(path: Path | None, kinds: str) -> dict[str, BabiTask]:
+    folder = None if path is None else str(path)
+    return {encoding: BabiTask(folder, kinds, encoding=encoding) for encoding in ("words", "sentences")}
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_both_encodings_tell_the_same_stories(published: bool, kind: int, split: str, tmp_path: Path) -> None:
+    if published:
+        write_folder(tmp_path)
+    tasks = both_encodings(tmp_path if published else None, "1,2,3")
+    words, sentences = (task.sample(20, kind, generator(0, split, 5), split=split) for task in tasks.values())
+    assert words.lengths is not None
+    assert sentences.lengths is not None
+    vocabulary = tasks["words"].vocabulary
+    assert vocabulary == tasks["sentences"].vocabulary
+    ends = [vocabulary.index(word) for word in ".?-"]
+    for row in range(20):
+        told, length = words.inputs[row, : words.lengths[row]], int(sentences.lengths[row])
+        cuts = [-1, *told[:, ends].any(1).nonzero().flatten().tolist()]
+        expected = [told[after + 1 : end + 1].amax(0) for after, end in itertools.pairwise(cuts)]
+        assert torch.equal(sentences.inputs[row, :length], torch.stack(expected))
+        assert not sentences.inputs[row, length:].any()
+        assert torch.equal(sentences.scored[row, :length], words.scored[row, cuts[1:]])
+        assert torch.equal(sentences.targets[row, sentences.scored[row]], words.targets[row, words.scored[row]])
+
+
+def test_a_story_of_sentences_is_shown_sentence_by_sentence() -> None:
+    task = BabiTask(encoding="sentences", kinds="1", min_facts=1, max_facts=1, questions=1)
+    batch = task.sample(1, 1, generator(0, "test", 0))
+    right = torch.nn.functional.one_hot(batch.targets.squeeze(-1), task.output_size).float()
+    told, asked, answer = (
+        " ".join(task.vocabulary[place] for place in step.nonzero().flatten()) for step in batch.inputs[0]
+    )
+    place = task.vocabulary[int(batch.targets[0, 2, 0])]
+    assert place in told.split()
+    assert answer == "-"
+    assert task.show(right, batch) == f"{told} {asked} -[{place}; right: {place}]"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -301,22 +375,25 @@ def test_the_test_takes_every_story_equally_often(tmp_path: Path) -> None:
     batch = task.sample(90, 2, generator(0, "test", 0), split="test")
     assert batch.lengths is not None
     drawn = [tuple(row[:length].argmax(-1).tolist()) for row, length in zip(batch.inputs, batch.lengths, strict=True)]
-    stories = [task.encode(story)[0] for story in read_stories(tmp_path / "qa2_two-supporting-facts_test.txt")]
+    stories = [
+        task.encode(story)[0].flatten() for story in read_stories(tmp_path / "qa2_two-supporting-facts_test.txt")
+    ]
     assert sorted(drawn) == sorted(tuple(story.tolist()) for story in stories for _ in range(3))
 
 
-def test_long_stories_are_left_out_of_training_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["words", "sentences"])
+def test_long_stories_are_left_out_of_training_only(encoding: str, tmp_path: Path) -> None:
     write_folder(tmp_path)
-    whole, cut = (BabiTask(str(tmp_path), kinds="1", max_words=words) for words in (800, 50))
+    whole, cut = (BabiTask(str(tmp_path), kinds="1", max_words=words, encoding=encoding) for words in (800, 50))
     assert whole.stories is not None
     assert cut.stories is not None
-    short = [story for story, _ in whole.stories[1]["train"] if len(story) <= 50]
+    short = [story for story, _ in whole.stories[1]["train"] if (story >= 0).sum() <= 50]
     assert 0 < len(short) < 27
     assert [story.tolist() for story, _ in cut.stories[1]["train"]] == [story.tolist() for story in short]
     for split in ("validation", "test"):
         assert len(cut.stories[1][split]) == len(whole.stories[1][split])
     with pytest.raises(ValueError, match=r"path: .*kind 1.* at most max_words = 5 words, got 30"):
-        BabiTask(str(tmp_path), kinds="1", max_words=5)
+        BabiTask(str(tmp_path), kinds="1", max_words=5, encoding=encoding)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +405,7 @@ def test_long_stories_are_left_out_of_training_only(tmp_path: Path) -> None:
         ({"min_facts": 2}, "min_facts, max_facts: expected 3 ≤ min_facts .* got 2, 8"),
         ({"min_facts": 9}, "min_facts, max_facts: .* got 9, 8"),
         ({"questions": 0}, "questions: expected at least 1, got 0"),
+        ({"encoding": "letters"}, "encoding: expected one of words, sentences, got 'letters'"),
         ({"path": "nowhere"}, r"path: expected the folder en-10k of bAbI .* 40 files .* got nowhere: no such folder"),
     ],
 )

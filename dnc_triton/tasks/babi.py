@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_triton.tasks.base import Batch, SymbolTask
@@ -15,15 +14,19 @@ from dnc_triton.tasks.stories import ANSWER, KINDS, VOCABULARY, Line, generate_s
 
 FAILED = 0.05  # a kind with more wrong words counts as failed
 PUBLISHED_KINDS = range(1, 21)
+ENCODINGS = ("words", "sentences")
+NOTHING = -1  # where a step has no (more) words, or asks for none
 
 
 class BabiTask(SymbolTask):
     """Answer questions about stories, word by word, the 20 kinds of bAbI jointly.
 
-    Input: the words of a story, one-hot, one per step; lower case, full stop and question mark are words of their own,
-    line numbers are left out. A question stands where it stands in the story, and after its question mark come as many
-    ``-`` as its answer has words. Target: at each ``-`` a word of the answer, over the same vocabulary; at the other
-    steps the output does not count. A size is a kind, 1 to 20: a batch has stories of one kind, padded at the end.
+    Input: the words of a story, a channel for each word of the vocabulary, one word per step, or a sentence per step:
+    which words it has, neither their order nor how often they come. Lower case; full stop and question mark are words
+    of their own; line numbers are left out. A question stands where it stands in the story, and after it come as many
+    ``-`` as its answer has words, one per step. Target: at each ``-`` a word of the answer, over the same vocabulary;
+    at the other steps the output does not count. A size is a kind, 1 to 20: a batch has stories of one kind, padded at
+    the end.
 
     Without `path`, stories of the kinds 1 to 3 are generated, each batch anew; the vocabulary is the generator's. They
     have one to three people, places and things to keep apart like the published ones, and are shorter. With `path`,
@@ -38,13 +41,16 @@ class BabiTask(SymbolTask):
         min_facts, max_facts: statements in a generated story. Training begins with fewer: lesson by lesson the longest
             stories become one statement longer.
         questions: questions in a generated story; one of kind k has at least k statements for each.
+        encoding: what a step holds: with "words" a word, with "sentences" the words of a sentence. Then a story takes a
+            fifth of the steps, but what hangs on the order of words cannot be told: who gave something to whom, or
+            what is north of what (kinds 4 and 5, say).
 
     Raises:
         OSError: a file cannot be read.
         ValueError: an argument out of range; a folder without the files, a file that is not in bAbI's format.
 
-    Source: Weston et al. 2015, "Towards AI-Complete Question Answering"; the encoding is that of Graves et al. 2016,
-    Methods, "bAbI task descriptions".
+    Source: Weston et al. 2015, "Towards AI-Complete Question Answering"; words as in Graves et al. 2016, Methods, "bAbI
+    task descriptions", sentences as in Sukhbaatar et al. 2015, "End-To-End Memory Networks".
     """
 
     name: ClassVar[str] = "babi"
@@ -57,6 +63,7 @@ class BabiTask(SymbolTask):
         "min_facts": "statements in the shortest generated story",
         "max_facts": "statements in the longest generated story",
         "questions": "questions in a generated story, fewer where it has too few statements",
+        "encoding": "words: a step is a word; sentences: a step is all words of a sentence, without their order",
     }
 
     def __init__(
@@ -67,7 +74,11 @@ class BabiTask(SymbolTask):
         min_facts: int = 6,
         max_facts: int = 8,
         questions: int = 2,
+        encoding: str = "words",
     ) -> None:
+        if encoding not in ENCODINGS:
+            raise ValueError(f"encoding: expected one of {', '.join(ENCODINGS)}, got {encoding!r}")
+        self.encoding = encoding
         numbers = _kinds(kinds, PUBLISHED_KINDS if path is not None else KINDS)
         if path is None:
             if questions < 1:
@@ -103,24 +114,27 @@ class BabiTask(SymbolTask):
         self, kind: int, splits: dict[str, list[list[Line]]], max_words: int
     ) -> dict[str, list[tuple[Tensor, Tensor]]]:
         train, test = ([self.encode(story) for story in splits[split]] for split in ("train", "test"))
-        training = [story for index, story in enumerate(train) if index % 10 != 9 and len(story[0]) <= max_words]
+        training = [story for index, story in enumerate(train) if index % 10 != 9 and _count(story) <= max_words]
         validation = train[9::10]
         if not training or not validation:
             raise ValueError(
                 f"path: expected at least 10 stories of kind {kind} to train on, some of them with at most "
-                f"max_words = {max_words} words, got {len(train)} with at least {min(len(s[0]) for s in train)} words"
+                f"max_words = {max_words} words, got {len(train)} with at least {min(map(_count, train))} words"
             )
         return {"train": training, "validation": validation, "test": test}
 
     def encode(self, story: list[Line]) -> tuple[Tensor, Tensor]:
-        """The numbers of the words [T] that go in and that are to come out, int16; -1 where nothing is asked."""
-        given: list[int] = []
+        """The numbers of the words that go in [T, words of a step] and that are to come out [T], int16; or NOTHING."""
+        given: list[list[int]] = []
         wanted: list[int] = []
         for line in story:
             text = [self._index[word] for word in words(line.text)]
-            given += text + [self._index[ANSWER]] * len(line.answers)
-            wanted += [-1] * len(text) + [self._index[word] for word in line.answers]
-        return torch.tensor(given, dtype=torch.int16), torch.tensor(wanted, dtype=torch.int16)
+            steps = [text] if self.encoding == "sentences" else [[word] for word in text]
+            given += steps + [[self._index[ANSWER]]] * len(line.answers)
+            wanted += [NOTHING] * len(steps) + [self._index[word] for word in line.answers]
+        most = max(map(len, given))
+        filled = [step + [NOTHING] * (most - len(step)) for step in given]
+        return torch.tensor(filled, dtype=torch.int16), torch.tensor(wanted, dtype=torch.int16)
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         """Stories of one kind; see `Task.sample`."""
@@ -153,9 +167,10 @@ class BabiTask(SymbolTask):
     def _pad(self, drawn: list[tuple[Tensor, Tensor]]) -> Batch:
         lengths = torch.tensor([len(given) for given, _ in drawn])
         inputs = torch.zeros(len(drawn), int(lengths.max()), self.input_size)
-        targets = torch.full(inputs.shape[:2], -1)
+        targets = torch.full(inputs.shape[:2], NOTHING)
         for row, (given, wanted) in enumerate(drawn):
-            inputs[row, : len(given)] = F.one_hot(given.long(), self.input_size).float()
+            step, place = (given != NOTHING).nonzero(as_tuple=True)
+            inputs[row, step, given[step, place].long()] = 1
             targets[row, : len(wanted)] = wanted
         scored = targets >= 0
         return Batch(inputs, targets.clamp(min=0).unsqueeze(-1), scored, lengths)
@@ -178,6 +193,11 @@ class BabiTask(SymbolTask):
             for word, target, output in zip(*self.symbols(outputs, batch).values(), strict=True)
             if word  # no padding
         )
+
+
+def _count(story: tuple[Tensor, Tensor]) -> int:
+    """How many words go in."""
+    return int((story[0] != NOTHING).sum())
 
 
 def _kinds(kinds: str | None, possible: range | dict[int, str]) -> list[int]:

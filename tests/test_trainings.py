@@ -1,0 +1,48 @@
+"""What the configurations that come with the tasks promise, by training with them from start to end. Hours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dnc_triton.cli import main
+
+pytestmark = pytest.mark.slow
+
+# Task, seeds, and the share of test sequences that is right at least, in the evaluations that are named.
+PROMISES = [
+    ("copy", range(5), {"1 to 10 vectors, as trained": 0.99}),
+    ("delayed_copy", range(3), {"delay 4, as trained": 0.99}),
+    ("repeat_copy", range(3), {"1 to 4 vectors, 1 to 4 times, as trained": 0.99}),
+    ("associative_recall", range(3), {"2 to 6 items, as trained": 0.99}),
+    ("translation", range(3), {"all styles": 0.95}),
+    ("shortest_path", range(1), {}),
+]
+
+
+def train(task: str, seed: int, folder: Path) -> dict:
+    assert main(["train", task, "--run", str(folder), "--seed", str(seed), "--no-baseline"]) == 0
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("task", "seed", "promised"),
+    [pytest.param(task, seed, shares, id=f"{task}-{seed}") for task, seeds, shares in PROMISES for seed in seeds],
+)
+def test_a_task_is_learned(task: str, seed: int, promised: dict[str, float], tmp_path: Path) -> None:
+    result = train(task, seed, tmp_path)
+    reached = {name: result["sequences_right"][name]["dnc"] for name in promised}
+    assert all(reached[name] >= promised[name] for name in promised), reached
+    assert result["seconds"] <= 30 * 60
+    assert sum(result["seconds_in"][part] for part in ("data", "logging")) < 0.1 * result["seconds"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_questions_about_stories_are_answered(seed: int, tmp_path: Path) -> None:
+    result = train("babi", seed, tmp_path)
+    errors = [by_model["dnc"] for by_model in result["words_wrong"].values()]
+    assert len(errors) == 3
+    assert sum(errors) / len(errors) <= 0.05, errors
+    assert result["seconds"] <= 30 * 60
