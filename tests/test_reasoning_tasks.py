@@ -142,7 +142,7 @@ def shortest_paths(task: ShortestPathTask, batch: Batch, row: int) -> tuple[nx.D
     return graph, start, goal, first
 
 
-@pytest.mark.parametrize(("base", "num_digits"), [(20, 1), (5, 2), (10, 3)])
+@pytest.mark.parametrize(("base", "num_digits"), [(20, 1), (2, 5), (10, 3)])
 def test_targets_are_shortest_paths_by_networkx(base: int, num_digits: int) -> None:
     task = ShortestPathTask("5-9/1-3/1-3, 10-20/2-4/2-5", base=base, num_digits=num_digits, planning_steps=4)
     for size, (nodes, lengths) in {1: (range(5, 10), {1, 2, 3}), 2: (range(10, 21), {2, 3, 4, 5})}.items():
@@ -190,6 +190,28 @@ def test_any_shortest_path_is_right_and_nothing_else() -> None:
         assert task.right(20 * one_hot(one.targets, 10), one)
     assert several > 2
     assert longer > 60
+
+
+@pytest.mark.parametrize("name", ["planning_steps", "one_way"])
+def test_counts_of_a_shortest_path_below_zero_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected at least 0, got -1"):
+        ShortestPathTask(**{name: -1})
+
+
+def test_the_first_lessons_may_have_no_edges_both_ways() -> None:
+    task = ShortestPathTask("5-8/2-3/2, 5-8/2-3/2", base=2, num_digits=3, planning_steps=1, one_way=1)
+    both, edges = {1: 0, 2: 0}, {1: 0, 2: 0}
+    for size in both:
+        batch = task.sample(40, size, random(size))
+        for row in range(40):
+            graph, start, goal, _ = shortest_paths(task, batch, row)
+            assert nx.shortest_path_length(graph, start, goal) == 2
+            both[size] += sum(graph.has_edge(there, here) for here, there in graph.edges) // 2
+            edges[size] += graph.number_of_edges()
+    assert both[1] == 0
+    assert both[2] > 40
+    # Nothing else is left out: as many pairs of nodes have edges, but for chance.
+    assert abs(edges[1] - (edges[2] - both[2])) < 80
 
 
 def test_the_loss_counts_all_shortest_paths_together() -> None:

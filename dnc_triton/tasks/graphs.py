@@ -235,6 +235,9 @@ class ShortestPathTask(PlanningTask, GraphTask):
         curriculum: the lessons, separated by commas: nodes, out-degree and length of the shortest path, each a range.
         base, num_digits: of the labels. With 10 and 3, as in the paper, they are 0 to 999.
         planning_steps: between query and answer.
+        one_way: how many lessons, the first ones, have graphs in which of two edges between the same nodes one is left
+            out. Nearest neighbours are mostly mutual: from the paper's graphs alone a network learns to look up the
+            edges out of the goal, which often is enough, and never those into it.
 
     Source: Graves et al. 2016, Methods, "Shortest path" and "Structured prediction", Extended Data Table 5. There
     the loss too is among the edges out of the node reached.
@@ -242,15 +245,26 @@ class ShortestPathTask(PlanningTask, GraphTask):
 
     name: ClassVar[str] = "shortest_path"
     summary: ClassVar[str] = "find a shortest path between two nodes of a random graph"
-    arguments: ClassVar[dict[str, str]] = {**GraphTask.arguments, "planning_steps": "steps between query and answer"}
+    arguments: ClassVar[dict[str, str]] = {
+        **GraphTask.arguments,
+        "planning_steps": "steps between query and answer",
+        "one_way": "how many lessons, the first ones, have graphs without edges both ways between two nodes",
+    }
 
     def __init__(
-        self, curriculum: str = SHORTEST_PATH, base: int = 10, num_digits: int = 3, planning_steps: int = 10
+        self,
+        curriculum: str = SHORTEST_PATH,
+        base: int = 10,
+        num_digits: int = 3,
+        planning_steps: int = 10,
+        one_way: int = 0,
     ) -> None:
         super().__init__(curriculum, base, num_digits)
         if planning_steps < 0:
             raise ValueError(f"planning_steps: expected at least 0, got {planning_steps}")
-        self.planning_steps = planning_steps
+        if one_way < 0:
+            raise ValueError(f"one_way: expected at least 0, got {one_way}")
+        self.planning_steps, self.one_way = planning_steps, one_way
         self.lessons = [[size] for size in range(1, len(self.curriculum) + 1)]
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
@@ -294,6 +308,8 @@ class ShortestPathTask(PlanningTask, GraphTask):
         start, goal = torch.zeros_like(lengths), torch.zeros_like(lengths)
         for _ in range(TRIES):
             drawn = draw_graphs(batch_size, lesson, self.num_labels, generator)
+            if size <= self.one_way:
+                _leave_one_way(drawn.edges, generator)
             pairs = _hops(drawn.edges, lesson.length[1]) == lengths[:, None, None]
             new = missing & pairs.flatten(1).any(1)
             if new.any():
@@ -359,6 +375,14 @@ def _right_edges(walk: _Walk) -> Tensor:
     """[B, E] bool: the edges out of the node reached that are on a shortest path to the goal."""
     moves = walk.moves.where(walk.source == walk.here.unsqueeze(1), FAR)
     return (moves == moves.amin(1, keepdim=True)) & (moves < FAR)
+
+
+def _leave_one_way(edges: Tensor, generator: torch.Generator) -> None:
+    """Of two edges between the same nodes, in edges [B, N, N], leave one, in place."""
+    one = torch.rand(edges.shape, generator=generator) < 0.5
+    above = torch.ones(edges.shape[1:], dtype=torch.bool).triu(1)
+    one = (one & above) | (~one & above).transpose(1, 2)
+    edges &= one | ~edges.transpose(1, 2)
 
 
 def _hops(edges: Tensor, most: int) -> Tensor:
