@@ -2,10 +2,13 @@
 
 A page is picked up by being there. Its blocks of Python run in order in one namespace and in an empty folder; one that
 imports what is not installed and not needed, of OPTIONAL, skips the rest of its page. Commands are those in blocks of
-`sh` and those in backticks in the text; they are parsed, not carried out.
+`sh` and those in backticks in the text; they are parsed, and as a slow test those of `dnc_triton` are carried out, in
+their order, trainings two steps long and on a CPU.
 """
 
 import argparse
+import itertools
+import random
 import re
 import runpy
 import shlex
@@ -15,6 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from dnc_triton.cli import main
+from dnc_triton.tasks.stories import generate_story, write_stories
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -130,6 +136,27 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 def test_the_commands_of_a_page_exist(page, monkeypatch):
     for words in commands(page.read_text()):
         check(words, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(0)
+    for kind, split in itertools.product(range(1, 21), ("train", "test")):  # stories in the place of the published ones
+        path = tmp_path / f"tasks_1-20_v1-2/en-10k/qa{kind}_stories_{split}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_stories([generate_story(1 + kind % 3, 6, 2, draw) for _ in range(20)], path)
+    for words in commands(page.read_text()):
+        if "dnc_triton" not in words:
+            continue
+        arguments = ["cpu" if word == "cuda" else word for word in words[words.index("dnc_triton") + 1 :]]
+        if arguments[0] == "train" and "--resume" not in arguments:
+            arguments += ["--steps", "2"]
+        if "RUN" in arguments:
+            arguments[arguments.index("RUN")] = str(max(Path("runs").iterdir(), key=lambda run: run.stat().st_mtime))
+        assert main(arguments) == 0, arguments
+        assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -18,7 +18,14 @@ PROMISES = [
     ("repeat_copy", range(3), {"1 to 4 vectors, 1 to 4 times, as trained": 0.99}),
     ("associative_recall", range(3), {"2 to 6 items, as trained": 0.99}),
     ("translation", range(3), {"all styles": 0.95}),
-    ("shortest_path", range(1), {}),
+    (
+        "shortest_path",
+        range(3),
+        {
+            "lesson 2: 5 to 10 nodes, 1 to 2 edges out of each, 2 steps": 0.9,
+            "lesson 3: 5 to 20 nodes, 1 to 2 edges out of each, 2 steps": 0.9,
+        },
+    ),
 ]
 
 
