@@ -69,7 +69,7 @@ class Cell:
 
     def begin_backward(self, prev: list[Tensor]) -> None:
         """What depends on the forward alone, for all steps at once, from the states before them, [T, B, H] each."""
-        self._make_d_pre()
+        self.make_d_pre()
         self.by = (1 - self.all_gates * self.all_gates).unbind(0)
 
     def above(self, step: int, new: list[Tensor]) -> Tensor:
@@ -100,9 +100,14 @@ class Cell:
             self.recurrent.add_to(gates, prev[0], gates)
         return gates
 
-    def _make_d_pre(self) -> None:
+    def make_d_pre(self) -> None:
+        """Buffers for all steps, where `backward` leaves its gradients by the gates before their activation."""
         self.d_pre = self.d_pre_hidden = torch.empty_like(self.all_gates)
         self.d_pre_steps = self.d_pre.unbind(0)
+
+    def each_d_pre(self) -> list[Tensor]:
+        """Those buffers, each once."""
+        return [self.d_pre]
 
     def _clip(self, step: int, new: list[Tensor]) -> None:
         if self.clip is not None:
@@ -151,7 +156,7 @@ class LSTM(Cell):
         self._clip(step, new)
 
     def begin_backward(self, prev: list[Tensor]) -> None:
-        self._make_d_pre()
+        self.make_d_pre()
         i, f, _, o = self.all_gates.chunk(4, -1)
         g, tanh_cell = self.kept
         by = [g * i * (1 - i), prev[1] * f * (1 - f), i * (1 - g * g), tanh_cell * o * (1 - o)]
@@ -196,10 +201,16 @@ class GRU(Cell):
         torch.lerp(n, prev[0], gates[:, size : 2 * size], out=hidden)
         self._clip(step, new)
 
-    def begin_backward(self, prev: list[Tensor]) -> None:
-        self._make_d_pre()
+    def make_d_pre(self) -> None:
+        super().make_d_pre()
         self.d_pre_hidden = torch.empty_like(self.d_pre)
         self.d_hidden_steps = self.d_pre_hidden.unbind(0)
+
+    def each_d_pre(self) -> list[Tensor]:
+        return [self.d_pre, self.d_pre_hidden]
+
+    def begin_backward(self, prev: list[Tensor]) -> None:
+        self.make_d_pre()
         r, z, n = self.all_gates.chunk(3, -1)
         by_n = (1 - z) * (1 - n * n)
         by = [by_n * self.kept[0] * r * (1 - r), (prev[0] - n) * z * (1 - z), by_n]

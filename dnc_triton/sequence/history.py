@@ -11,7 +11,7 @@ from torch import Tensor
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.layout import Layout, kept_shapes
-from dnc_triton.sequence import compiled_memory
+from dnc_triton.sequence import oracle_memory, pool
 from dnc_triton.sequence.cells import CELLS, Cell
 from dnc_triton.sequence.torch_memory import Kept
 
@@ -152,7 +152,7 @@ class Checkpoints:
     ) -> None:
         kept = list(zip(memories.unbind(0), links.unbind(0), strict=True))
         spare = min(spare, every - 1, steps - 1)
-        spares = [(torch.empty_like(first[0]), torch.empty_like(first[1])) for _ in range(spare)]
+        spares = [(pool.empty_like(first[0]), pool.empty_like(first[1])) for _ in range(spare)]
         self.every = every
         self._pairs = [first]
         for step in range(1, steps):
@@ -183,10 +183,11 @@ def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -
         size = math.prod(shape)
         unit = max(1, 16 // dtype.itemsize)
         stride = -(-size // unit) * unit
-        return memory.new_empty((entries, stride), dtype=dtype)[:, :size].unflatten(1, shape)
+        like = memory if dtype == memory.dtype else memory.new_empty(0, dtype=dtype)
+        return pool.empty((entries, stride), like)[:, :size].unflatten(1, shape)
 
     if settings.compiled:
-        kept = [over_steps(steps, *shape) for shape in compiled_memory.kept_shapes(batch, slots, reads)]
+        kept = [over_steps(steps, *shape) for shape in oracle_memory.kept_shapes(batch, slots, reads)]
     elif settings.layout is None:
         kept = list(Kept.empty(memory, steps, batch, slots, word, reads))
     else:

@@ -11,16 +11,24 @@ interface vector. K = 1.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dnc_reference.types import MemoryState
-from dnc_triton.sequence.compiled_memory import CompiledMemory
+from dnc_triton.sequence import pool
 from dnc_triton.sequence.history import Carried, Checkpoints, History, Settings, allocate
+from dnc_triton.sequence.oracle_memory import OracleMemory
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
+
+
+class Before(NamedTuple):
+    """What goes into all steps [T, B, ...], rows that a step resets at zero: see `History.carried` and `.layers`."""
+
+    carried: list[Tensor]
+    layers: list[list[Tensor]]
 
 
 class Sequence:
@@ -62,8 +70,9 @@ class Sequence:
             inputs = torch.where(running.unsqueeze(-1), inputs, 0)
             reset = None if reset is None else reset & running
         self.inputs, self.reset = inputs, reset
-        self.stops = _any_by_step(None if running is None else ~running, self.steps)
-        self.resets = _any_by_step(reset, self.steps)
+        self.stops = self._any_by_step(None if running is None else ~running, self.steps)
+        self.resets = self._any_by_step(reset, self.steps)
+        self.parameters = parameters
         self._products(parameters, input_size)
 
         kind, forwards = settings.cell, history is None
@@ -77,7 +86,7 @@ class Sequence:
                 trail[0] = start
         self.history = history
         first = state.memory.memory, state.memory.link
-        last = (torch.empty_like(first[0]), torch.empty_like(first[1])) if last is None else last
+        last = (pool.empty_like(first[0]), pool.empty_like(first[1])) if last is None else last
         spare = 2 if forwards else settings.checkpoint - 1
         self.checkpoints = Checkpoints(
             first, last, history.memories, history.links, self.steps, settings.checkpoint, spare
@@ -105,19 +114,9 @@ class Sequence:
             # The GRU's second bias stands apart.
             bias = biases[0] if self.settings.controller == "gru" else torch.stack(biases).sum(0)
             torch.add(self.from_inputs(self.inputs), bias, out=gates) if layer == 0 else gates.copy_(bias)
-        self.memory.begin_forward()
+        self._begin_forward()
         for step in range(self.steps):
-            before, after = self._before(step), self._after(step)
-            below = before.words.flatten(1)
-            for layer, cell in enumerate(self.cells):
-                if layer and self.dropout:
-                    below = below * self.dropout[layer - 1][step]
-                cell.forward(step, below, before.layers[layer], after.layers[layer])
-                below = cell.above(step, after.layers[layer])
-            self.interface.add_to(self.interface_bias, after.layers[-1][0], self.vectors[step])
-            self.memory.forward(step, before.memory, after.memory, after.words, fresh=self.resets[step])
-            if self.stops[step]:
-                self._keep_ended(step, after.flatten(), before.flatten())
+            self._forward_step(step)
         outputs = self._project()
         if self.settings.clip is not None:
             outputs.clamp_(-self.settings.clip, self.settings.clip)
@@ -136,46 +135,68 @@ class Sequence:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
         if settings.clip is not None:
             d_outputs = d_outputs * (self._project().abs() <= settings.clip)
-        d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
-        d_words_out = self.from_words.all_backward(d_outputs).unflatten(-1, d_last.words.shape[1:]).unbind(0)
+        self.d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
+        d_words_out = self.from_words.all_backward(d_outputs)
+        self.d_words_out = d_words_out.unflatten(-1, d_last.words.shape[1:]).unbind(0)
+        self.d_vectors = torch.empty_like(history.vectors)
 
         d_layers = d_last.layers
         if settings.cell.states == 0:
             d_layers = [[torch.zeros_like(layer[0][0])] for layer in self.layers]
         d = Carried(d_last.memory, d_last.words, d_layers)
-        d_below = torch.empty_like(d_layers[0][0])
-        d_words = d.words.flatten(1)
-        carried_before = [self._start(trail[:-1]) for trail in history.carried]
-        layers_before = [[self._start(trail[:-1]) for trail in layer] for layer in history.layers]
-        d_vectors = torch.empty_like(history.vectors)
-        self.memory.begin_backward(carried_before[0], carried_before[2], carried_before[3], d_vectors)
-        for cell, layer_before in zip(self.cells, layers_before, strict=True):
-            cell.begin_backward(layer_before)
-
+        before = self._befores()
+        self._begin_backward(before)
         for step in reversed(range(self.steps)):
             if step == self.steps - 1 or (step + 1) % settings.checkpoint == 0:
                 self._replay(step - step % settings.checkpoint, step)
-            before, after = self._before(step), self._after(step)
-            passed = [gradient.clone() for gradient in d.flatten()] if self.stops[step] else []
-            d.words.add_(d_words_out[step])
-            d = d._replace(memory=self.memory.backward(step, before.memory, after.memory, d.words, d.memory))
-            self._clear_ended(step, d_vectors)
-            d.layers[-1][0].add_(d_hidden_out[step])
-            self.interface.add_backward(d_vectors[step], d.layers[-1][0])
-            d_above = None
-            for layer in reversed(range(settings.num_layers)):
-                cell = self.cells[layer]
-                cell.backward(step, d.layers[layer], d_above, d_below if layer else d_words)
-                self._clear_ended(step, cell.d_pre, cell.d_pre_hidden)
-                d_above = d_below.mul_(self.dropout[layer - 1][step]) if layer and self.dropout else d_below
-            if passed:
-                self._keep_ended(step, d.flatten(), passed)
-            if self.resets[step]:
-                for gradient in d.flatten():
-                    gradient.masked_fill_(_rows(self.reset[step], gradient), 0)  # type: ignore[index]
-
-        d_parameters = self._weight_gradients(d_outputs, d_vectors, carried_before[4], layers_before)
+            d = self._backward_step(step, d)
+        d_parameters = self._weight_gradients(d_outputs, before)
         return self.from_inputs.all_backward(self.cells[0].d_pre), d, d_parameters
+
+    def _begin_forward(self) -> None:
+        self.memory.begin_forward()
+
+    def _forward_step(self, step: int) -> None:
+        before, after = self._before(step), self._after(step)
+        below = before.words.flatten(1)
+        for layer, cell in enumerate(self.cells):
+            if layer and self.dropout:
+                below = below * self.dropout[layer - 1][step]
+            cell.forward(step, below, before.layers[layer], after.layers[layer])
+            below = cell.above(step, after.layers[layer])
+        self.interface.add_to(self.interface_bias, after.layers[-1][0], self.vectors[step])
+        self.memory.forward(step, before.memory, after.memory, after.words, fresh=self.resets[step])
+        if self.stops[step]:
+            self._keep_ended(step, after.flatten(), before.flatten())
+
+    def _begin_backward(self, before: Before) -> None:
+        usage, _, read_weights, write_weights, _ = before.carried
+        self.memory.begin_backward(usage, read_weights, write_weights, self.d_vectors)
+        for cell, layer_before in zip(self.cells, before.layers, strict=True):
+            cell.begin_backward(layer_before)
+
+    def _backward_step(self, step: int, d: Carried) -> Carried:
+        """From the gradient by the state after a step, which is overwritten, to that by the state before it."""
+        before, after = self._before(step), self._after(step)
+        passed = [gradient.clone() for gradient in d.flatten()] if self.stops[step] else []
+        d.words.add_(self.d_words_out[step])
+        d = d._replace(memory=self.memory.backward(step, before.memory, after.memory, d.words, d.memory))
+        self._clear_ended(step, self.d_vectors[step])
+        d.layers[-1][0].add_(self.d_hidden_out[step])
+        self.interface.add_backward(self.d_vectors[step], d.layers[-1][0])
+        d_above = None
+        for layer in reversed(range(self.settings.num_layers)):
+            cell = self.cells[layer]
+            d_below = torch.empty_like(d.layers[layer][0]) if layer else d.words.flatten(1)
+            cell.backward(step, d.layers[layer], d_above, d_below)
+            self._clear_ended(step, cell.d_pre[step], cell.d_pre_hidden[step])
+            d_above = d_below.mul_(self.dropout[layer - 1][step]) if layer and self.dropout else d_below
+        if passed:
+            self._keep_ended(step, d.flatten(), passed)
+        if self.resets[step]:
+            for gradient in d.flatten():
+                gradient.masked_fill_(_rows(self.reset[step], gradient), 0)  # type: ignore[index]
+        return d
 
     def _products(self, parameters: list[Tensor], input_size: int) -> None:
         """The parameters as the products they are used in."""
@@ -206,10 +227,10 @@ class Sequence:
             "stop_usage_gradient": settings.stop_usage_gradient,
             "reads": reads,
         }
+        _, slots, word = memory.shape
         if settings.compiled:
-            return CompiledMemory(history.vectors, history.memory, memory, **options)
+            return OracleMemory(history.vectors, history.memory, word=word, **options)
         if settings.layout is None:
-            _, slots, word = memory.shape
             return TorchMemory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory
 
@@ -235,6 +256,22 @@ class Sequence:
             [[trail[step] for trail in layer] for layer in self.layers],
         )
 
+    @staticmethod
+    def _any_by_step(mask: Tensor | None, steps: int) -> list[bool]:
+        """Whether a step has any row marked. Only a CPU is asked; from a GPU the answer would have to be waited for."""
+        if mask is None:
+            return [False] * steps
+        if mask.device.type != "cpu":
+            return [True] * steps
+        answers: list[bool] = mask.any(1).tolist()
+        return answers
+
+    def _befores(self) -> Before:
+        return Before(
+            [self._start(trail[:-1]) for trail in self.history.carried],
+            [[self._start(trail[:-1]) for trail in layer] for layer in self.history.layers],
+        )
+
     def _start(self, trail: Tensor) -> Tensor:
         """A quantity as it goes into each step: [T, B, ...], rows that a step resets at zero."""
         if self.reset is None:
@@ -254,10 +291,9 @@ class Sequence:
         hidden, words = self.history.layers[-1][0][1:], self.history.carried[4][1:].flatten(2)
         return self.from_hidden(hidden).add_(self.from_words(words)).add_(self.output_bias)
 
-    def _weight_gradients(
-        self, d_outputs: Tensor, d_vectors: Tensor, words_before: Tensor, layers_before: list[list[Tensor]]
-    ) -> list[Tensor]:
+    def _weight_gradients(self, d_outputs: Tensor, before: Before) -> list[Tensor]:
         """One product each, in the order of the parameters."""
+        words_before = before.carried[4]
         gradients: list[Tensor] = []
         for layer, cell in enumerate(self.cells):
             if layer == 0:
@@ -271,11 +307,11 @@ class Sequence:
                 gradients.append(self.below[layer].weight_gradient(cell.d_pre, below))
             recurrent = self.recurrent[layer]
             if recurrent is not None:
-                gradients.append(recurrent.weight_gradient(cell.d_pre_hidden, layers_before[layer][0]))
+                gradients.append(recurrent.weight_gradient(cell.d_pre_hidden, before.layers[layer][0]))
                 gradients.append(cell.d_pre.sum((0, 1)))
             gradients.append(cell.d_pre_hidden.sum((0, 1)))
         hidden, words = self.history.layers[-1][0][1:], self.history.carried[4][1:].flatten(2)
-        gradients += [self.interface.weight_gradient(d_vectors, hidden), d_vectors.sum((0, 1))]
+        gradients += [self.interface.weight_gradient(self.d_vectors, hidden), self.d_vectors.sum((0, 1))]
         from_hidden = self.from_hidden.weight_gradient(d_outputs, hidden)
         from_words = self.from_words.weight_gradient(d_outputs, words)
         return [*gradients, torch.cat([from_hidden, from_words], 1), d_outputs.sum((0, 1))]
@@ -287,22 +323,12 @@ class Sequence:
             tensor.copy_(torch.where(_rows(rows, tensor), tensor, old))
 
     def _clear_ended(self, step: int, *tensors: Tensor) -> None:
-        """Zeros in rows that have ended, of one step of [T, B, ...] tensors."""
+        """Zeros in rows that have ended."""
         if self.stops[step]:
             for tensor in tensors:
-                tensor[step].masked_fill_(~_rows(self.running[step], tensor[step]), 0)  # type: ignore[index]
+                tensor.masked_fill_(~_rows(self.running[step], tensor), 0)  # type: ignore[index]
 
 
 def _rows(rows: Tensor, like: Tensor) -> Tensor:
     """A mask [B] that applies to [B, ...]."""
     return rows.view(-1, *[1] * (like.dim() - 1))
-
-
-def _any_by_step(mask: Tensor | None, steps: int) -> list[bool]:
-    """Whether a step has any row marked. Only a CPU is asked; from a GPU the answer would have to be waited for."""
-    if mask is None:
-        return [False] * steps
-    if mask.device.type != "cpu":
-        return [True] * steps
-    answers: list[bool] = mask.any(1).tolist()
-    return answers

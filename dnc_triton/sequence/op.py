@@ -21,7 +21,8 @@ from dnc_reference.memory import without_autocast
 from dnc_reference.types import DNCState, MemoryState
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.ops.fused_step import as_layout, on_device
-from dnc_triton.sequence import graphs
+from dnc_triton.sequence import graphs, pool
+from dnc_triton.sequence.compiled import CompiledSequence
 from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
@@ -239,7 +240,7 @@ def _backward_through_time(
         last=last,
     )
     d_outputs, *d_last = gradients
-    d_last = [gradient.clone() for gradient in d_last]
+    d_last = [pool.empty_like(gradient).copy_(gradient) for gradient in d_last]
     d_inputs, d_state, d_parameters = sequence.backward(d_outputs, Carried.unflatten(d_last, settings.num_layers))
     return [d_inputs, *d_state.flatten()[: len(state)], *d_parameters]
 
@@ -269,7 +270,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, state, parameters = nested[:3]
     like = [inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0]), *state]
     given = [
-        torch.zeros_like(tensor) if gradient is None else gradient
+        pool.empty_like(tensor).zero_() if gradient is None else gradient
         for gradient, tensor in zip(gradients[: len(like)], like, strict=True)
     ]
     d_inputs, *others = _sequence_backward(given, *nested, *ctx.settings)
@@ -387,6 +388,8 @@ def _parameters(cell: DNCCell) -> list[Tensor]:
 
 def _kind(settings: Settings) -> Any:
     """The class that runs the sequence."""
+    if settings.compiled:
+        return CompiledSequence
     return OneLaunchSequence if settings.layout is not None and settings.layout.whole else Sequence
 
 

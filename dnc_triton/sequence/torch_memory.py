@@ -19,6 +19,7 @@ from dnc_reference.addressing import NORM_EPSILON, SIMILARITY_EPSILON, USAGE_EPS
 from dnc_reference.backward import _product_of_others
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
+from dnc_triton.sequence import pool
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 
@@ -276,7 +277,7 @@ class TorchMemory:
         empty = usage.new_empty
         self.other_row, self.other_heads = torch.empty_like(self.row), torch.empty_like(self.heads)
         self.other_words = torch.empty_like(self.words)
-        self.square, self.linked = empty(batch, slots, slots), empty(batch, 3 * reads, slots)
+        self.square, self.linked = pool.empty((batch, slots, slots), usage), empty(batch, 3 * reads, slots)
         self.d_modes, self.d_raw_modes = empty(3, batch, reads), empty(batch, reads, 3)
         self.pair, self.d_pair = empty(batch, 2, 1), empty(batch, 2, slots)
         # A product that goes to a part of a tensor is computed row by row of the batch, so it goes here before.

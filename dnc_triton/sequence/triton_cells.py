@@ -23,7 +23,7 @@ class TritonLSTM(LSTM):
         lstm_forward(self._gates(step, below, prev), prev[1], new[0], new[1], unclipped, self.clip)
 
     def begin_backward(self, prev: list[Tensor]) -> None:
-        self._make_d_pre()
+        self.make_d_pre()
         self.prev_cells = prev[1].unbind(0)
 
     def backward(self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor) -> None:
