@@ -1,4 +1,4 @@
-"""The step made by PyTorch's compiler, in the sequence operation, against the oracle. All in one size: it compiles."""
+"""The step made by PyTorch's compiler, in the sequence operation, against the oracle. Few sizes: each compiles."""
 
 from __future__ import annotations
 
@@ -15,35 +15,60 @@ BACKEND = "torch_compiled"
 pytestmark = pytest.mark.skipif(not dispatch.HAS_COMPILER, reason="no C++ compiler")
 
 
-@pytest.mark.parametrize("controller", ["lstm", "feedforward"])
-def test_parity(controller):  # the first of them compiles
-    dnc = make(BACKEND, controller=controller, num_layers=2, clip=0.1, stop_usage_gradient=True)
-    inputs, state = draw(dnc)
+def masks(inputs):
     reset = torch.zeros(inputs.shape[:2], dtype=torch.bool)
     reset[2, 1] = reset[0, 0] = True
-    assert_parity(dnc, inputs, state)
-    assert_parity(dnc, inputs, state, lengths=[5, 2, 4], reset=reset)
+    return dict(lengths=[5, 2, 4], reset=reset)
 
 
-@pytest.mark.slow  # compiles once more
-@pytest.mark.parametrize("strength", ["oneplus", "softplus"])
-def test_parity_with_the_whole_gradient(strength):
-    dnc = make(BACKEND, strength=strength)
+def test_parity():  # the first of them compiles
+    dnc = make(BACKEND, clip=0.1, stop_usage_gradient=True)
     assert_parity(dnc, *draw(dnc))
+    assert_parity(dnc, *draw(dnc, steps=1))
+
+
+@pytest.mark.slow  # each compiles four to eight steps
+@pytest.mark.parametrize(
+    "choice",
+    [
+        dict(num_layers=2, clip=0.1, max_activation_gradient=0.5),
+        dict(strength="softplus"),
+        dict(controller="gru", num_layers=2),
+        dict(controller="rnn", clip=0.2),
+        dict(controller="feedforward", num_layers=2),
+        dict(memory_size=64, word_size=20, num_reads=3),  # more than one thread takes
+    ],
+    ids=["lstm", "softplus", "gru", "rnn", "feedforward", "larger"],
+)
+def test_parity_of_all_that_the_layer_can_be_told(choice):
+    dnc = make(BACKEND, **choice)
+    inputs, state = draw(dnc)
+    assert_parity(dnc, inputs, state)
+    assert_parity(dnc, inputs, state, **masks(inputs))
 
 
 def test_without_gradients():
-    dnc = make(BACKEND, stop_usage_gradient=True)
+    dnc = make(BACKEND, clip=0.1, stop_usage_gradient=True)
     inputs, state = draw(dnc, steps=70)  # more than go at once
-    expected, last = make("reference", stop_usage_gradient=True)(inputs, state)
-    with torch.no_grad():
-        outputs, new_state = dnc(inputs, state)
-    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(tuple(new_state.memory), tuple(last.memory), rtol=1e-11, atol=1e-14)
+    expected, last = make("reference", clip=0.1, stop_usage_gradient=True)(inputs, state)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            outputs, new_state = dnc(inputs, state)
+        torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(tuple(new_state.memory), tuple(last.memory), rtol=1e-11, atol=1e-14)
+
+
+def test_the_first_call_without_gradients():
+    with torch.inference_mode():
+        dnc = make(BACKEND, word_size=3)
+        inputs, state = draw(dnc, steps=2)
+        torch.testing.assert_close(
+            dnc(inputs, state)[0], make("reference", word_size=3)(inputs, state)[0], rtol=1e-12, atol=1e-14
+        )
 
 
 def test_the_same_bits_again():
-    dnc = make(BACKEND, stop_usage_gradient=True)
+    dnc = make(BACKEND, clip=0.1, stop_usage_gradient=True)
     first, second = (outcome(operation, dnc, *draw(dnc)) for _ in range(2))
     assert_same_bits(first, second)
 
@@ -52,7 +77,7 @@ def test_with_checkpoints_it_does_not_compile(monkeypatch):
     def compile_nothing(*arguments):
         raise AssertionError("a step was compiled")
 
-    monkeypatch.setattr("dnc_triton.sequence.compiled_memory._compile", compile_nothing)
+    monkeypatch.setattr("dnc_triton.sequence.compiled._compile", compile_nothing)
     dnc = make(BACKEND, checkpoint=2, word_size=3)
     plain = make("torch_sequence", checkpoint=2, word_size=3)
     assert_equal_outcomes(outcome(operation, dnc, *draw(dnc)), outcome(operation, plain, *draw(plain)))
@@ -68,7 +93,6 @@ def test_who_is_served(monkeypatch):
     for changes, reason in (
         (dict(num_writes=2), "num_writes is 2"),
         (dict(device=torch.device("cuda")), "device is cuda"),
-        (dict(batch=8, memory_size=192), "294912 numbers"),
     ):
         served, why = supports(type(problem)(**{**vars(problem), **changes}))
         assert not served

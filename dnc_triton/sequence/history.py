@@ -11,7 +11,7 @@ from torch import Tensor
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.layout import Layout, kept_shapes
-from dnc_triton.sequence import oracle_memory, pool
+from dnc_triton.sequence import pool
 from dnc_triton.sequence.cells import CELLS, Cell
 from dnc_triton.sequence.torch_memory import Kept
 
@@ -183,12 +183,9 @@ def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -
         size = math.prod(shape)
         unit = max(1, 16 // dtype.itemsize)
         stride = -(-size // unit) * unit
-        like = memory if dtype == memory.dtype else memory.new_empty(0, dtype=dtype)
-        return pool.empty((entries, stride), like)[:, :size].unflatten(1, shape)
+        return pool.empty((entries, stride), memory, dtype)[:, :size].unflatten(1, shape)
 
-    if settings.compiled:
-        kept = [over_steps(steps, *shape) for shape in oracle_memory.kept_shapes(batch, slots, reads)]
-    elif settings.layout is None:
+    if settings.layout is None:
         kept = list(Kept.empty(memory, steps, batch, slots, word, reads))
     else:
         shapes = kept_shapes(batch, slots, reads)

@@ -19,7 +19,6 @@ from torch import Tensor
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
 from dnc_triton.sequence.history import Carried, Checkpoints, History, Settings, allocate
-from dnc_triton.sequence.oracle_memory import OracleMemory
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
 
@@ -91,16 +90,13 @@ class Sequence:
         self.checkpoints = Checkpoints(
             first, last, history.memories, history.links, self.steps, settings.checkpoint, spare
         )
-        self.carried = [trail.unbind(0) for trail in history.carried]
-        self.layers = [[trail.unbind(0) for trail in layer] for layer in history.layers]
-        self.vectors = history.vectors.unbind(0)
         self.cells = [
             kind(gates, below, recurrent, biases[-1], settings.clip, settings.max_activation_gradient, kept)
             for gates, below, recurrent, biases, kept in zip(
                 history.gates, self.below, self.recurrent, self.biases, history.cells, strict=True
             )
         ]
-        self.memory = self._memory(first[0], state.words.shape[1])
+        self._by_step(state)
 
     @staticmethod
     def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> History:
@@ -142,7 +138,7 @@ class Sequence:
 
         d_layers = d_last.layers
         if settings.cell.states == 0:
-            d_layers = [[torch.zeros_like(layer[0][0])] for layer in self.layers]
+            d_layers = [[torch.zeros_like(layer[0][0])] for layer in history.layers]
         d = Carried(d_last.memory, d_last.words, d_layers)
         before = self._befores()
         self._begin_backward(before)
@@ -152,6 +148,14 @@ class Sequence:
             d = self._backward_step(step, d)
         d_parameters = self._weight_gradients(d_outputs, before)
         return self.from_inputs.all_backward(self.cells[0].d_pre), d, d_parameters
+
+    def _by_step(self, state: Carried) -> None:
+        """Cut the history into steps."""
+        history = self.history
+        self.carried = [trail.unbind(0) for trail in history.carried]
+        self.layers = [[trail.unbind(0) for trail in layer] for layer in history.layers]
+        self.vectors = history.vectors.unbind(0)
+        self.memory = self._memory(state.memory.memory, state.words.shape[1])
 
     def _begin_forward(self) -> None:
         self.memory.begin_forward()
@@ -228,8 +232,6 @@ class Sequence:
             "reads": reads,
         }
         _, slots, word = memory.shape
-        if settings.compiled:
-            return OracleMemory(history.vectors, history.memory, word=word, **options)
         if settings.layout is None:
             return TorchMemory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory

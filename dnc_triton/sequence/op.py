@@ -7,7 +7,6 @@ or aliases what it is given.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
-SHARE = 4  # all of the history is kept while it takes less than this part of the device's memory
+SHARE = 4  # all of the history is kept while it takes at most this part of a GPU's memory
 
 
 class Given(NamedTuple):
@@ -307,8 +306,8 @@ def unroll_sequence(
     Args:
         cell, inputs, state, lengths, reset: as there.
         checkpoint: memory and link are kept for the backward at every so many steps, and made again in between; None
-            keeps them at every step; "auto" does too while that takes less than a quarter of the device's memory, and
-            else takes the square root of T.
+            keeps them at every step; "auto" does too while that takes at most a quarter of a GPU's memory, or 256 MiB
+            on a CPU, and else takes the square root of T.
         layout: of the kernels for the memory's part, or for all of it, which keeps every step: a step at a time where
             that takes too much; None for plain PyTorch.
     """
@@ -420,21 +419,11 @@ def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState) -
     if checkpoint is None:
         return 1
     per_step = (memory.memory.numel() + memory.link.numel()) * memory.memory.element_size()
-    return 1 if steps * per_step * SHARE <= _device_memory(memory.memory.device) else math.isqrt(steps - 1) + 1
+    return 1 if steps * per_step <= _most_kept(memory.memory.device) else math.isqrt(steps - 1) + 1
 
 
-def _device_memory(device: torch.device) -> int:
-    """Bytes."""
+def _most_kept(device: torch.device) -> int:
+    """How many bytes of memory and link "auto" keeps."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return HOST_MEMORY
-
-
-def _host_memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 8 * 2**30
-
-
-HOST_MEMORY = _host_memory()  # once: while a graph is traced nobody may ask
+        return int(torch.cuda.get_device_properties(device).total_memory) // SHARE
+    return pool.MOST  # what a CPU is given beyond that it must clear first, which takes as long as to make it again

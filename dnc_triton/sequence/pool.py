@@ -8,50 +8,48 @@ once, so its largest buffers wait here.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 SMALLEST = 2**20  # bytes; what is smaller malloc keeps by itself
 MOST = 2**28  # bytes that wait at most
 
-_waiting: list[np.ndarray] = []  # the latest last; each change of it is atomic
+_waiting: list[np.ndarray] = []  # the latest last
+_lock = threading.RLock()  # a thread that holds it may drop a tensor
 
 
-def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor whose memory is taken again once nothing refers to it any more.
-
-    Args:
-        shape: of the tensor.
-        like: of whose dtype and device it is. Only real ones on a CPU come from here.
-    """
-    size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or type(like) not in (Tensor, torch.nn.Parameter) or size < SMALLEST:
-        return like.new_empty(shape)
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """As `like.new_empty(shape)`, and what is large on a CPU is taken again once no tensor refers to it any more."""
+    dtype = dtype or like.dtype
+    size = math.prod(shape) * dtype.itemsize
+    if size < SMALLEST or like.device.type != "cpu" or type(like) is not Tensor or is_in_torch_dispatch_mode():
+        return like.new_empty(shape, dtype=dtype)  # which whoever traces or fakes must see
     block = _take(size)
-    lease = block[:]  # the tensor holds it, and nobody else
+    lease = block[:]  # the tensor's storage holds it, and nobody else
     weakref.finalize(lease, _give_back, block).atexit = False
-    return torch.from_numpy(lease).view(like.dtype).view(shape)
+    return torch.from_numpy(lease).view(dtype).view(shape)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """As `torch.empty_like`, contiguous."""
+    """As `torch.empty_like`, and contiguous."""
     return empty(tensor.shape, tensor)
 
 
 def _take(size: int) -> np.ndarray:
-    for index in reversed(range(len(_waiting))):
-        try:
+    with _lock:
+        for index in reversed(range(len(_waiting))):
             if _waiting[index].nbytes == size:
                 return _waiting.pop(index)
-        except IndexError:
-            continue
     return np.empty(size, np.uint8)
 
 
 def _give_back(block: np.ndarray) -> None:
-    _waiting.append(block)
-    while sum(waiting.nbytes for waiting in list(_waiting)) > MOST:
-        _waiting.pop(0)
+    with _lock:
+        _waiting.append(block)
+        while sum(waiting.nbytes for waiting in _waiting) > MOST:
+            _waiting.pop(0)

@@ -287,6 +287,7 @@ class TorchMemory:
             empty(batch, reads, 1),
         )
         self.later = usage.new_ones(slots, slots).tril_(-1)
+        self.ones = usage.new_ones(batch, 1, slots)
 
     def backward(
         self, step: int, prev: MemoryState, new: MemoryState, d_read_words: Tensor, d: MemoryState
@@ -344,7 +345,7 @@ class TorchMemory:
         d_write_weights.add_(d_precedence).sub_(torch.bmm(d_precedence, precedence.mT))
         d_write_weights.baddbmm_(precedence, d_link.mT)
         torch.mul(d_link, prev_link, out=square)
-        d_write_weights.sub_(square.sum(-1).unsqueeze(1)).sub_(square.sum(-2, keepdim=True))
+        d_write_weights.baddbmm_(self.ones, square, alpha=-1).baddbmm_(self.ones, square.mT, alpha=-1)
         d_precedence.mul_(1 - write_weights.sum(-1, keepdim=True))
         d_precedence.baddbmm_(write_weights, d_link)
         torch.sub((1 - write_weights).mT, write_weights, out=square)

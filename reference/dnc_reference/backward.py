@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dnc_reference import addressing
 from dnc_reference.interface import interface_sizes
-from dnc_reference.memory import Addressing, memory_step_with_addressing
+from dnc_reference.memory import memory_step_with_addressing
 from dnc_reference.types import Interface, MemoryState
 
 
@@ -25,7 +25,6 @@ def memory_step_backward(
     d_state: MemoryState,
     *,
     stop_usage_gradient: bool = False,
-    kept: tuple[MemoryState, Addressing] | None = None,
 ) -> tuple[Interface, MemoryState]:
     """The adjoint of `memory_step`: the equations' adjoints in reverse order.
 
@@ -34,16 +33,14 @@ def memory_step_backward(
         d_read_words: [B, R, W], gradient by the words read.
         d_state: gradient by the state after the step.
         stop_usage_gradient: as in `memory_step`.
-        kept: the state after the step, and how it came to its weights; None to compute both again.
 
     Returns:
         gradient by the interface and by the state before the step, in the same shapes.
     """
     prev = state
-    if kept is None:
-        with torch.no_grad():
-            kept = memory_step_with_addressing(interface, state)[1:]
-    new, way = kept
+    # What a kernel keeps from its forward, or computes again; here it is computed again.
+    with torch.no_grad():
+        _, new, way = memory_step_with_addressing(interface, state)
 
     # read
     d_memory, d_read_weights = read_words_backward(d_read_words, new.memory, new.read_weights)
