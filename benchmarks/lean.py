@@ -1,7 +1,7 @@
-"""The memory that a training step takes over a long sequence on a CPU: `python -m benchmarks.lean`.
+"""The memory that a training step takes on a CPU: `python -m benchmarks.lean`.
 
-(B, N, W, R, H) = (32, 256, 64, 4, 256) with T = 1,000, which is to fit into 8 GB. As in `memory`, what counts is by how
-much the most memory that a process ever held has grown in forward and backward.
+A large memory, N = 512, beside the eager reference, and a long sequence, T = 1,000, which is to fit into 8 GB. As in
+`memory`, what counts is by how much the most memory that a process ever held has grown in forward and backward.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from benchmarks.memory import most_held
 from dnc_triton import DNC
 
 RESULT = Path(__file__).parent / "results" / "lean.json"
-SIZES = {"batch": 32, "memory_size": 256, "word_size": 64, "num_reads": 4, "hidden_size": 256, "features": 64}
+LARGE = {"batch": 8, "memory_size": 512, "word_size": 32, "num_reads": 4, "hidden_size": 100, "features": 8}
+LONG = {"batch": 32, "memory_size": 256, "word_size": 64, "num_reads": 4, "hidden_size": 256, "features": 64}
+CASES: list[tuple[str, int, int | str | None, dict[str, int]]] = [  # backend, T, checkpoint, sizes
+    ("reference", 100, None, LARGE),
+    ("auto", 100, None, LARGE),
+    ("auto", 100, "auto", LARGE),
+    ("auto", 1000, "auto", LONG),
+]
 
 
-def train_once(steps: int, checkpoint: int | str, sizes: dict[str, int]) -> dict[str, Any]:
+def train_once(backend: str, steps: int, checkpoint: int | str | None, sizes: dict[str, int]) -> dict[str, Any]:
     """Forward and backward over that many steps; call it in a process that has done nothing yet."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     features = sizes["features"]
     shape = {name: sizes[name] for name in ("memory_size", "word_size", "num_reads")}
-    dnc = DNC(features, sizes["hidden_size"], features, **shape, checkpoint=checkpoint)
+    dnc = DNC(features, sizes["hidden_size"], features, **shape, backend=backend, checkpoint=checkpoint)
     inputs = torch.randn(sizes["batch"], steps, features)
     dnc(inputs[:1, :1])[0].sum().backward()  # loads libraries
     dnc.zero_grad(set_to_none=True)
@@ -39,6 +46,7 @@ def train_once(steps: int, checkpoint: int | str, sizes: dict[str, int]) -> dict
     dnc(inputs)[0].square().mean().backward()
     grown = most_held() - before
     return {
+        "backend": backend,
         **sizes,
         "steps": steps,
         "checkpoint": checkpoint,
@@ -51,17 +59,19 @@ def train_once(steps: int, checkpoint: int | str, sizes: dict[str, int]) -> dict
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.lean", description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, metavar="T")
-    parser.add_argument("--checkpoint", type=int, default=32, metavar="K", help="keep every K-th memory and link")
     parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE")
     options = parser.parse_args(arguments)
-    machine = describe_machine(f"python -m benchmarks.lean --steps {options.steps} --checkpoint {options.checkpoint}")
+    machine = describe_machine("python -m benchmarks.lean")
     machine["threads"] = 1
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        row = pool.submit(train_once, options.steps, options.checkpoint, SIZES).result()
-    text = json.dumps({"machine": machine, "rows": [row]}, indent=2, ensure_ascii=False)
+    rows = []
+    for case in CASES:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rows.append(pool.submit(train_once, *case).result())
+        backend, steps, checkpoint, sizes = case
+        grown = rows[-1]["grown_bytes"] / 1e6
+        print(f"{backend}, N = {sizes['memory_size']}, T = {steps}, checkpoint = {checkpoint}: {grown:,.0f} MB")
+    text = json.dumps({"machine": machine, "rows": rows}, indent=2, ensure_ascii=False)
     options.output.write_text(text + "\n", encoding="utf-8")
-    print(f"T = {options.steps}, checkpoint = {options.checkpoint}: {row['grown_bytes'] / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A sequence whose step, and the adjoint of it, is compiled by PyTorch's compiler for a CPU, controller and all.
 
 Where the network is small the time goes into the number of calls, and compiled a step and its adjoint are two of them
-instead of some 150. Nothing is written a second time: what is compiled is `Sequence` itself over a single step.
+instead of some 150. Nothing is written a second time: what is compiled is a step of `Sequence` itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dnc_reference.types import MemoryState
 from dnc_triton.sequence.history import Carried, History, Settings
 from dnc_triton.sequence.loop import Before, Sequence
 
@@ -26,18 +25,17 @@ class CompiledSequence(Sequence):
     """As `Sequence`, with compiled steps. It keeps memory and link of every step."""
 
     def _by_step(self, state: Carried) -> None:
-        # What goes into a step and what it leaves is the history of a sequence of one step.
-        trails = (tensor.unfold(0, len(tensor) - self.steps + 1, 1) for tensor in self.history.flatten()[:-2])
-        self.by_step = [trail.movedim(-1, 1).unbind(0) for trail in trails]
-        self.by_step += [tensor.split(1) for tensor in self.dropout]
+        history = self.history
+        self.trails = [trail.unbind(0) for trail in history.trails()]
+        cells = (kept for cell in history.cells for kept in cell)
+        over_steps = [*history.gates, *cells, history.vectors, *history.memory]
+        self.kept = [tensor.unbind(0) for tensor in over_steps]
         self.compiled: dict[tuple[bool, bool], Callable[..., Any]] = {}
 
     def _at(self, step: int) -> Carried:
-        history = self.history
+        usage, *others = (trail[step] for trail in self.trails)
         memory, link = self.checkpoints[step]
-        usage, *others, words = (trail[step] for trail in history.carried)
-        layers = [[trail[step] for trail in layer] for layer in history.layers]
-        return Carried(MemoryState(memory, usage, link, *others), words, layers)
+        return Carried.unflatten([memory, usage, link, *others], self.settings.num_layers)
 
     def _begin_forward(self) -> None:
         """Nothing."""
@@ -48,8 +46,8 @@ class CompiledSequence(Sequence):
     def _begin_backward(self, before: Before) -> None:
         for cell in self.cells:
             cell.make_d_pre()
-        over_steps = [self.d_vectors, *(d_pre for cell in self.cells for d_pre in cell.each_d_pre())]
-        self.gradients = [self.d_hidden_out, self.d_words_out, *(tensor.split(1) for tensor in over_steps)]
+        over_steps = (self.d_vectors, *(d_pre for cell in self.cells for d_pre in cell.each_d_pre()))
+        self.gradients = [self.d_hidden_out, self.d_words_out, *(tensor.unbind(0) for tensor in over_steps)]
 
     def _backward_step(self, step: int, d: Carried) -> Carried:
         self._run(step, [*d.flatten(), *(tensor[step] for tensor in self.gradients)])
@@ -57,66 +55,112 @@ class CompiledSequence(Sequence):
 
     def _run(self, step: int, gradients: list[Tensor]) -> None:
         masked = self.stops[step], self.resets[step]
-        given = zip((self.running, self.reset), masked, strict=True)
-        masks = [mask[step : step + 1] for mask, used in given if used and mask is not None]
-        states = [*self.checkpoints[step], *self.checkpoints[step + 1]]
-        tensors = [self.inputs[:1], *masks, *states, *self.parameters, *(x[step] for x in self.by_step), *gradients]
+        running = [self.running[step]] if masked[0] else []  # type: ignore[index]
+        reset = [self.reset[step]] if masked[1] else []  # type: ignore[index]
+        dropout, kept = [mask[step] for mask in self.dropout], [tensor[step] for tensor in self.kept]
+        before, after = self._at(step).flatten(), self._at(step + 1).flatten()
+        parts = [self.parameters, running, reset, dropout, before, after, kept, gradients]
+        tensors = [tensor for part in parts for tensor in part]
         if masked not in self.compiled:
-            history = len(self.by_step) - len(self.dropout)
-            counts = len(masks), 4, len(self.parameters), history, len(self.dropout), len(gradients)
             likes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
-            settings = self.settings._replace(checkpoint=1)
-            self.compiled[masked] = _compile(settings, masked, counts, likes, torch.get_num_threads())
+            settings, input_size = self.settings._replace(checkpoint=1), self.inputs.shape[-1]
+            self.compiled[masked] = _compile(
+                settings, input_size, tuple(map(len, parts)), likes, torch.get_num_threads()
+            )
         self.compiled[masked](*tensors)
 
 
 class _Step(Sequence):
-    """A sequence of one step while it is traced, when no tensor's numbers can be asked for."""
+    """One step of a sequence while it is traced, when no number can be asked for.
 
-    @staticmethod
-    def _any_by_step(mask: Tensor | None, steps: int) -> list[bool]:
-        return [mask is not None]
+    What it writes goes to tensors of its own, which are copied at the end, each as a whole: of writes to parts of what
+    it is given the compiler loses the order.
+
+    Args:
+        settings, parameters: as in `Sequence`.
+        input_size: of the network.
+        running, reset, dropout: of this step; the first two are empty where no row has ended, or starts from zeros.
+        before, after: the states.
+        kept: what the step keeps: gates and the rest of the cells, the interface vector, the memory's part.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        parameters: list[Tensor],
+        input_size: int,
+        running: list[Tensor],
+        reset: list[Tensor],
+        dropout: list[Tensor],
+        before: Carried,
+        after: Carried,
+        kept: list[Tensor],
+    ) -> None:
+        self.settings, self.states = settings, (before, after)
+        self.dropout = [mask.unsqueeze(0) for mask in dropout]
+        self.running, self.reset = (mask[0].unsqueeze(0) if mask else None for mask in (running, reset))
+        self.stops, self.resets = [bool(running)], [bool(reset)]
+        self._products(parameters, input_size)
+        remaining = (tensor.unsqueeze(0) for tensor in kept)
+        layers, count = range(settings.num_layers), settings.cell.count_kept(settings.clip)
+        gates = list(islice(remaining, len(layers)))
+        cells = [list(islice(remaining, count)) for _ in layers]
+        vectors, *memory = remaining
+        nothing = vectors.new_empty(0)
+        self.history = History(gates, [], cells, vectors, [], memory, nothing, nothing)
+        self.vectors = vectors.unbind(0)
+        self.cells = self._make_cells()
+        self.memory = self._memory(before.memory.memory, before.words.shape[1])
+
+    def _at(self, step: int) -> Carried:
+        return self.states[step]
 
     def run_forward(self) -> None:
         self._begin_forward()
         self._forward_step(0)
 
-    def run_backward(self, gradients: list[Tensor]) -> None:
-        size = 7 + self.settings.num_layers * max(self.settings.cell.states, 1)
-        d = Carried.unflatten(gradients[:size], self.settings.num_layers)
-        d_hidden_out, d_words_out, self.d_vectors, *given = gradients[size:]
+    def run_backward(self, d: Carried, d_hidden_out: Tensor, d_words_out: Tensor) -> list[Tensor]:
+        """Overwrites d; returns the gradients by the interface vector and by the gates before their activation."""
         self.d_hidden_out, self.d_words_out = (d_hidden_out,), (d_words_out,)
-        self._begin_backward(self._befores())
+        self.d_vectors = torch.empty_like(self.history.vectors)
+        memory, words, layers = self._before(0)
+        carried = [memory.usage, *memory[3:], words]
+        self._begin_backward(Before([x.unsqueeze(0) for x in carried], [[x.unsqueeze(0) for x in y] for y in layers]))
         self._backward_step(0, d)
-        made = (d_pre for cell in self.cells for d_pre in cell.each_d_pre())
-        for buffer, d_pre in zip(given, made, strict=True):
-            buffer.copy_(d_pre)
+        return [self.d_vectors[0], *(d_pre[0] for cell in self.cells for d_pre in cell.each_d_pre())]
 
 
 @lru_cache(maxsize=256)
 def _compile(
-    settings: Settings, masked: tuple[bool, bool], counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
+    settings: Settings, input_size: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
 ) -> Callable[..., Any]:
     """Machine code for these sizes and so many threads, which takes the tensors one by one.
 
     `torch.compile` would check what it is given at each call, which takes as long as the step.
     """
+    num_layers = settings.num_layers
 
-    def traced(inputs: Tensor, *others: Tensor) -> tuple[()]:
-        remaining = iter(others)
-        masks, states, parameters, kept, dropout, gradients = (list(islice(remaining, count)) for count in counts)
-        running, reset = (masks.pop(0) if wanted else None for wanted in masked)
-        memory, link, last_memory, last_link = states
-        history = History.unflatten([*kept, memory.unsqueeze(0)[:0], link.unsqueeze(0)[:0]], settings)
-        usage, precedence, read_weights, write_weights, words = (trail[0] for trail in history.carried)
-        state = Carried(MemoryState(memory, usage, link, precedence, read_weights, write_weights), words, [])
-        step = _Step(
-            settings, parameters, inputs, state, running, reset, dropout, history=history, last=(last_memory, last_link)
+    def traced(*tensors: Tensor) -> tuple[()]:
+        remaining = iter(tensors)
+        parameters, running, reset, dropout, before, after, kept, gradients = (
+            list(islice(remaining, count)) for count in counts
         )
+        prev, masks = Carried.unflatten(before, num_layers), (running, reset, dropout)
         if gradients:
-            step.run_backward(gradients)
+            new = Carried.unflatten(after, num_layers)
+            d, (d_hidden, d_words, *made) = gradients[: len(after)], gradients[len(after) :]
+            step = _Step(settings, parameters, input_size, *masks, prev, new, kept)
+            results = step.run_backward(Carried.unflatten(d, num_layers), d_hidden, d_words)
         else:
-            step.run_forward()
+            own = [torch.empty_like(tensor) for tensor in after]
+            own_kept = [torch.empty_like(tensor) for tensor in kept]
+            own_kept[:num_layers] = [gates.clone() for gates in kept[:num_layers]]
+            _Step(
+                settings, parameters, input_size, *masks, prev, Carried.unflatten(own, num_layers), own_kept
+            ).run_forward()
+            made, results = [*after, *kept], [*own, *own_kept]
+        for buffer, result in zip(made, results, strict=True):
+            buffer.copy_(result)
         return ()
 
     examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
+from dnc_triton.sequence.cells import Cell
 from dnc_triton.sequence.history import Carried, Checkpoints, History, Settings, allocate
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
@@ -69,8 +70,8 @@ class Sequence:
             inputs = torch.where(running.unsqueeze(-1), inputs, 0)
             reset = None if reset is None else reset & running
         self.inputs, self.reset = inputs, reset
-        self.stops = self._any_by_step(None if running is None else ~running, self.steps)
-        self.resets = self._any_by_step(reset, self.steps)
+        self.stops = _any_by_step(None if running is None else ~running, self.steps)
+        self.resets = _any_by_step(reset, self.steps)
         self.parameters = parameters
         self._products(parameters, input_size)
 
@@ -90,12 +91,7 @@ class Sequence:
         self.checkpoints = Checkpoints(
             first, last, history.memories, history.links, self.steps, settings.checkpoint, spare
         )
-        self.cells = [
-            kind(gates, below, recurrent, biases[-1], settings.clip, settings.max_activation_gradient, kept)
-            for gates, below, recurrent, biases, kept in zip(
-                history.gates, self.below, self.recurrent, self.biases, history.cells, strict=True
-            )
-        ]
+        self.cells = self._make_cells()
         self._by_step(state)
 
     @staticmethod
@@ -140,7 +136,10 @@ class Sequence:
         if settings.cell.states == 0:
             d_layers = [[torch.zeros_like(layer[0][0])] for layer in history.layers]
         d = Carried(d_last.memory, d_last.words, d_layers)
-        before = self._befores()
+        before = Before(
+            [self._start(trail[:-1]) for trail in history.carried],
+            [[self._start(trail[:-1]) for trail in layer] for layer in history.layers],
+        )
         self._begin_backward(before)
         for step in reversed(range(self.steps)):
             if step == self.steps - 1 or (step + 1) % settings.checkpoint == 0:
@@ -223,6 +222,15 @@ class Sequence:
         self.from_hidden = Product(output_weight[:, : interface_weight.shape[1]], dtype)
         self.from_words = Product(output_weight[:, interface_weight.shape[1] :], dtype)
 
+    def _make_cells(self) -> list[Cell]:
+        settings, history = self.settings, self.history
+        return [
+            settings.cell(gates, below, recurrent, biases[-1], settings.clip, settings.max_activation_gradient, kept)
+            for gates, below, recurrent, biases, kept in zip(
+                history.gates, self.below, self.recurrent, self.biases, history.cells, strict=True
+            )
+        ]
+
     def _memory(self, memory: Tensor, reads: int) -> Any:
         """The memory's part, by kernels or in plain PyTorch; which is a question of the layout."""
         settings, history = self.settings, self.history
@@ -256,22 +264,6 @@ class Sequence:
             MemoryState(memory, usage, link, precedence, read_weights, write_weights),
             words,
             [[trail[step] for trail in layer] for layer in self.layers],
-        )
-
-    @staticmethod
-    def _any_by_step(mask: Tensor | None, steps: int) -> list[bool]:
-        """Whether a step has any row marked. Only a CPU is asked; from a GPU the answer would have to be waited for."""
-        if mask is None:
-            return [False] * steps
-        if mask.device.type != "cpu":
-            return [True] * steps
-        answers: list[bool] = mask.any(1).tolist()
-        return answers
-
-    def _befores(self) -> Before:
-        return Before(
-            [self._start(trail[:-1]) for trail in self.history.carried],
-            [[self._start(trail[:-1]) for trail in layer] for layer in self.history.layers],
         )
 
     def _start(self, trail: Tensor) -> Tensor:
@@ -334,3 +326,13 @@ class Sequence:
 def _rows(rows: Tensor, like: Tensor) -> Tensor:
     """A mask [B] that applies to [B, ...]."""
     return rows.view(-1, *[1] * (like.dim() - 1))
+
+
+def _any_by_step(mask: Tensor | None, steps: int) -> list[bool]:
+    """Whether a step has any row marked. Only a CPU is asked; from a GPU the answer would have to be waited for."""
+    if mask is None:
+        return [False] * steps
+    if mask.device.type != "cpu":
+        return [True] * steps
+    answers: list[bool] = mask.any(1).tolist()
+    return answers
