@@ -15,7 +15,9 @@ from dnc_reference import unroll
 ALLOWED_ERROR = 1e-5
 # What the eager reference may itself be off by; beyond that nothing can be said of the others.
 REFERENCE_LIMIT = 1e-4
-VERIFIED_STEPS = 200  # of a longer sequence the beginning
+# Of a longer sequence the beginning: sooner or later two slots are used so equally that float32 takes them in another
+# order than float64, after which no bound on rounding holds.
+VERIFIED_STEPS = 50
 SINGLE_STEPS = 10  # taken one by one
 
 

@@ -35,15 +35,23 @@ def test_parity():  # the first of them compiles
         dict(controller="gru", num_layers=2),
         dict(controller="rnn", clip=0.2),
         dict(controller="feedforward", num_layers=2),
-        dict(memory_size=64, word_size=20, num_reads=3),  # more than one thread takes
     ],
-    ids=["lstm", "softplus", "gru", "rnn", "feedforward", "larger"],
+    ids=["lstm", "softplus", "gru", "rnn", "feedforward"],
 )
 def test_parity_of_all_that_the_layer_can_be_told(choice):
     dnc = make(BACKEND, **choice)
     inputs, state = draw(dnc)
     assert_parity(dnc, inputs, state)
     assert_parity(dnc, inputs, state, **masks(inputs))
+
+
+@pytest.mark.slow
+def test_parity_of_a_larger_memory():
+    """More than one thread takes. No resets: of many empty slots, which an ulp tells apart, no order is the right one."""
+    dnc = make(BACKEND, memory_size=64, word_size=20, num_reads=3)
+    inputs, state = draw(dnc)
+    assert_parity(dnc, inputs, state)
+    assert_parity(dnc, inputs, state, lengths=[5, 2, 4])
 
 
 def test_without_gradients():
