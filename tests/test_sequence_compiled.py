@@ -47,7 +47,7 @@ def test_parity_of_all_that_the_layer_can_be_told(choice):
 
 @pytest.mark.slow
 def test_parity_of_a_larger_memory():
-    """More than one thread takes. No resets: of many empty slots, which an ulp tells apart, no order is the right one."""
+    """For more than one thread. No resets: of many empty slots, which an ulp tells apart, no order is right."""
     dnc = make(BACKEND, memory_size=64, word_size=20, num_reads=3)
     inputs, state = draw(dnc)
     assert_parity(dnc, inputs, state)
