@@ -5,8 +5,8 @@ GPU may, once in a million runs. This reads the compiler's intermediate code (TT
 loads, and with a layout on every tensor, which says what thread holds what element) and walks through it as a program
 of the grid would. Integers are computed as they would be there: sizes, program ids and loop bounds are constants, so
 the places that each thread reads and writes are known exactly, down to the parts of a buffer and the slots that a mask
-lets through. Floating point is not computed, nor is anything loaded; an address that depends on it may be anywhere in
-its buffer.
+lets through. Floating point is not computed, and what is loaded is known only from a buffer whose contents are given:
+the walk is then the one for these contents. An address that depends on anything else may be anywhere in its buffer.
 
 A race is a pair of accesses to one place, one of them a store, by different threads, with no barrier between. Barriers
 that the compiler puts in for its own shared memory do not count, for they come and go with the layouts. Threads of one
@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -37,7 +37,9 @@ class Unchecked(Exception):
     """The code does something that this module does not understand."""
 
 
-def races(ttgir: str, grid: tuple[int, ...] = (1,), arguments: Mapping[str, int] | None = None) -> list[str]:
+def races(
+    ttgir: str, grid: tuple[int, ...] = (1,), arguments: Mapping[str, int | Sequence[int]] | None = None
+) -> list[str]:
     """What is wrong with a kernel, in words; nothing if all is well.
 
     Walks through the first program, and along each axis of the grid through the second and the last, then compares the
@@ -46,7 +48,7 @@ def races(ttgir: str, grid: tuple[int, ...] = (1,), arguments: Mapping[str, int]
     Args:
         ttgir: of one kernel, as in `triton.compile(...).asm["ttgir"]`.
         grid: how many programs there are along each axis.
-        arguments: the kernel's integers that are known, by name.
+        arguments: what is known, by name: the kernel's integers, and the integers that a buffer holds.
 
     Raises:
         Unchecked: the code has an operation, a loop bound or an access that cannot be followed.
@@ -317,7 +319,7 @@ class _Touched:
 class _Walk:
     """One program's way through a kernel: its races, and all the places it loads from and stores to."""
 
-    def __init__(self, kernel: _Kernel, program: tuple[int, ...], arguments: Mapping[str, int]) -> None:
+    def __init__(self, kernel: _Kernel, program: tuple[int, ...], arguments: Mapping[str, int | Sequence[int]]) -> None:
         self.program = program
         self.races: list[str] = []
         self.touched: dict[tuple[str, bool], _Touched] = {}  # by buffer and whether it is stores
@@ -326,8 +328,9 @@ class _Walk:
         self.copies: list[list[_Access]] = [[]]  # asynchronous copies under way, in groups, the last one still open
         self.branches = 0  # how many branches deep it is whose condition depends on data
         self.strangers = -1  # the next number for a thread that is not known
-        self.values: dict[str, Any] = {f"%{name}": _Pointer(name, np.zeros((), int)) for name in kernel.pointers}
-        self.values |= {f"%{name}": np.array(value) for name, value in arguments.items()}
+        self.contents = {name: np.array(arguments[name]) for name in kernel.pointers if name in arguments}
+        self.values: dict[str, Any] = {f"%{name}": np.array(value) for name, value in arguments.items()}
+        self.values |= {f"%{name}": _Pointer(name, np.zeros((), int)) for name in kernel.pointers}
         self.block(kernel.body)
 
     def block(self, ops: list[_Op]) -> list[Any]:
@@ -351,9 +354,11 @@ class _Walk:
             return [np.array(self.program[axis] if axis < len(self.program) else 0)]
         if op.name + op.text in BARRIERS:
             self.barrier()
-        elif op.name in ("tt.load", "tt.store"):
-            position = 1 if op.name == "tt.load" else 2
-            self.access(op, operands[0], operands[position] if len(operands) > position else None)
+        elif op.name == "tt.store":
+            self.access(op, operands[0], operands[2] if len(operands) > 2 else None)
+        elif op.name == "tt.load":
+            self.access(op, operands[0], operands[1] if len(operands) > 1 else None)
+            return [self.loaded(*operands)]
         elif op.name == "ttg.async_copy_global_to_local":
             match = re.search(rf" mask ({NAME})", op.text)
             self.copies[-1].append(self.access(op, operands[0], self.values.get(match[1]) if match else None))
@@ -414,6 +419,8 @@ class _Walk:
         if not isinstance(pointer, _Pointer):
             raise Unchecked(f"an unknown pointer, {op.site}")
         is_store = "store" in op.name
+        if is_store and pointer.buffer in self.contents:
+            raise Unchecked(f"{op.site} stores to {pointer.buffer}, whose contents are given")
         holders = _holders(op.layout, op.shape)
         if holders is None or "async" in op.name:  # by strangers: an asynchronous copy keeps no thread's order
             size = int(np.prod(op.shape))
@@ -446,6 +453,13 @@ class _Walk:
         self.add(access)
         self.ever.setdefault((access.buffer, is_store), _Touched()).add(access, self.site(access.site))
         return access
+
+    def loaded(self, pointer: _Pointer, mask: Any = True, other: Any = 0) -> np.ndarray | None:
+        """What a load finds, if the buffer's contents are known."""
+        contents = self.contents.get(pointer.buffer)
+        if contents is None or pointer.offset is None or mask is None or other is None:
+            return None
+        return np.where(mask, contents[np.where(mask, pointer.offset, 0)], other)
 
     def add(self, access: _Access) -> None:
         touched = self.touched.setdefault((access.buffer, access.is_store), _Touched())

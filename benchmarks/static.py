@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -34,7 +36,7 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from benchmarks import barriers
-from dnc_triton.kernels.launch import _sizes
+from dnc_triton.kernels.launch import _sizes, compile_options
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.sequence import sequence_backward_kernel, sequence_forward_kernel, weight_tiles
@@ -46,7 +48,10 @@ Result = TypeVar("Result")
 RECORD = Path(__file__).parent / "results" / "static.json"
 SHAPES = [(16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)]  # N, W, R
 LARGEST = (1024, 256, 16)
-SEQUENCES = [(16, 16, 1, 32), (16, 16, 4, 64), (64, 32, 4, 64), (128, 32, 4, 128)]  # N, W, R, H
+SEQUENCES = [  # N, W, R, H
+    (16, 16, 1, 32), (16, 16, 4, 64), (64, 32, 4, 64), (128, 32, 4, 128),
+    (16, 16, 4, 128), (64, 32, 4, 128), (128, 64, 4, 128),
+]  # fmt: skip
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -58,8 +63,15 @@ SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 DIRECTIONS = ("forward", "backward")
 LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4)  # of which it takes the warps
 PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
-# Of what takes them: each step meets the one before and the one after, and of two blocks one is full, one is not.
-ARGUMENTS = {"batch": 2, "steps": 3, "size": 300}
+# Of what takes them: each step meets the one before and the one after, and of two blocks one is full, one is not. The
+# row that runs to the end is reset before its first and its last step, the other one at both of its steps.
+ARGUMENTS = {"batch": 2, "steps": 3, "size": 300, "lengths_ptr": [3, 2], "reset_ptr": [1, 1, 0, 1, 1, 0]}
+POINTERS = {"free_list_ptr": "*i32", "lengths_ptr": "*i32", "reset_ptr": "*u8"}  # those that are not floating point
+WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interface_weight_t_ptr")
+# What kernels are compiled as beside the plain ones: a step whose interface is activated already, and sequences with
+# rows that end early or are reset, without a clip, with weights in bfloat16.
+STEP_VARIANTS = ("", "activated")
+SEQUENCE_VARIANTS = ("", "lengths reset", "lengths", "reset", "unclipped", "autocast")
 TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
@@ -74,13 +86,15 @@ class Case:
     dtype: str
     target: str
     hidden_size: int = 0  # of the controller, where it is in the kernel
+    variant: str = ""  # one of STEP_VARIANTS or SEQUENCE_VARIANTS
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) + (f"h{self.hidden_size}" if self.hidden_size else "")
         if self.phase == "lstm":
             return f"{self.direction} lstm h{self.hidden_size} {self.dtype} {self.target}"
         layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
-        return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}"
+        variant = f" {self.variant}" if self.variant else ""
+        return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}{variant}"
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -89,14 +103,11 @@ class Case:
 
     @property
     def may_spill(self) -> bool:
-        """Only what runs by default, on the target that the layouts were chosen for, is held to spill nothing."""
-        if self.phase == "lstm":
-            return False
-        if self.phase == "sequence":
-            chosen = self.layout == sequence_layouts(*self.shape[:2])[0] and self.shape[0] <= 64
-        else:
-            chosen = self.layout == default_layout(*self.shape[:2]) and self.shape in SHAPES
-        return not (chosen and self.dtype == "float32" and self.target == "sm_90")
+        """Held to spill nothing, on the target that they were chosen for, is every layout that may be taken.
+
+        Not in float64, which is there to check gradients with: what fits in registers in float32 needs twice as many.
+        """
+        return self.phase != "lstm" and (self.target != "sm_90" or self.dtype == "float64" or self.shape == LARGEST)
 
 
 @dataclass(frozen=True)
@@ -137,49 +148,90 @@ class Measurement:
 
 
 def cases(complete: bool = False) -> list[Case]:
-    """What to compile: every shape for every target, the smallest of them for every dtype, or everything.
+    """What to compile: every shape for every target, one shape at least of every dtype and variant, or everything.
 
-    Everything is also all the layouts that may be measured against each other, on sm_90.
+    Everything is what may be taken on sm_90: all layouts that are measured against each other, in every dtype and
+    variant.
     """
     found = []
     for shape in SHAPES:
         for target in TARGETS:
-            found += _cases(shape, target)
+            found += _step(shape, target)
     # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
-    found += _cases(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
+    found += _step(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
     for dtype in TRITON_TYPES:
-        found += _cases(SHAPES[0], "sm_90", dtype=dtype)
-        if complete:
-            found += _cases(SHAPES[5], "sm_90", dtype=dtype)
-            found += _cases(LARGEST, "sm_90", dtype=dtype)
-    if complete:
-        for shape in SHAPES:
-            for layout in layouts(*shape[:2]):
-                found += _cases(shape, "sm_90", layout=layout)
+        found += _step(SHAPES[0], "sm_90", dtype=dtype)
+        if dtype in ("bfloat16", "float16"):
+            found += _step(SHAPES[5], "sm_90", dtype=dtype)
+    found += _step(SHAPES[1], "sm_90", variant="activated")
+    for *shape, hidden_size in SEQUENCES[:4]:
+        found += _sequence(tuple(shape), hidden_size, "sm_90")
+        if hidden_size == 64:
+            for target in TARGETS:
+                found += _sequence(tuple(shape), hidden_size, target)
+    found += _sequence(SEQUENCES[1][:3], SEQUENCES[1][3], "sm_90", variant="lengths reset")
+    found += _lstm("sm_90")
+    return list(dict.fromkeys(found + _everything() if complete else found))
+
+
+def _everything() -> list[Case]:
+    found = []
+    for shape, dtype, variant in itertools.product(SHAPES, TRITON_TYPES, STEP_VARIANTS):
+        candidates = layouts(*shape[:2])
+        for layout in candidates[:1] if dtype == "float64" else candidates:
+            found += _step(shape, "sm_90", layout=layout, dtype=dtype, variant=variant)
+    for dtype in TRITON_TYPES:
+        for target in TARGETS:
+            found += _step(LARGEST, target, dtype=dtype)
     for *shape, hidden_size in SEQUENCES:
-        candidates = sequence_layouts(*shape[:2])
-        here = [(layout, "sm_90") for layout in (candidates if complete else candidates[:1])]
-        here += [(candidates[0], target) for target in TARGETS if complete or hidden_size == 64]
-        found += [
-            Case(direction, "sequence", tuple(shape), layout, "float32", target, hidden_size)
-            for layout, target in here
-            for direction in DIRECTIONS
-        ]
-    for target in TARGETS if complete else ("sm_90",):
-        found += [Case(direction, "lstm", (1, 1, 1), LSTM, "float32", target, 256) for direction in DIRECTIONS]
-    return list(dict.fromkeys(found))
+        for layout, variant in itertools.product(sequence_layouts(*shape[:2]), SEQUENCE_VARIANTS):
+            found += _sequence(tuple(shape), hidden_size, "sm_90", layout=layout, variant=variant)
+            found += _step(tuple(shape), "sm_90", layout=layout._replace(whole=False))  # with checkpoints
+        for target in TARGETS:
+            found += _sequence(tuple(shape), hidden_size, target)
+        found += _sequence(tuple(shape), hidden_size, "sm_90", dtype="float64")
+    for target in TARGETS:
+        found += _lstm(target)
+    return found
 
 
-def _cases(
-    shape: tuple[int, int, int], target: str, *, dtype: str = "float32", layout: Layout | None = None
+def _step(
+    shape: tuple[int, int, int],
+    target: str,
+    *,
+    layout: Layout | None = None,
+    dtype: str = "float32",
+    variant: str = "",
 ) -> list[Case]:
-    """Every launch of a step and its backward."""
+    """Every launch of a step and its backward, and of a replay from a checkpoint, which is a middle phase."""
     layout = layout or default_layout(*shape[:2])
-    return [
-        Case(direction, phase, shape, layout, dtype, target)
+    phases = ("whole",) if layout.fused else ("first", "middle", "last")
+    found = [
+        Case(direction, phase, shape, layout, dtype, target, variant=variant)
         for direction in DIRECTIONS
-        for phase in (("whole",) if layout.fused else ("first", "middle", "last"))
+        for phase in phases
     ]
+    if layout.fused and not variant:
+        found.append(Case("forward", "middle", shape, layout._replace(fused=False), dtype, target))
+    return found
+
+
+def _sequence(
+    shape: tuple[int, int, int],
+    hidden_size: int,
+    target: str,
+    *,
+    layout: Layout | None = None,
+    dtype: str = "float32",
+    variant: str = "",
+) -> list[Case]:
+    """Both launches of a whole sequence."""
+    layout = layout or sequence_layouts(*shape[:2])[0]
+    return [Case(direction, "sequence", shape, layout, dtype, target, hidden_size, variant) for direction in DIRECTIONS]
+
+
+def _lstm(target: str) -> list[Case]:
+    return [Case(direction, "lstm", (1, 1, 1), LSTM, "float32", target, 256) for direction in DIRECTIONS]
 
 
 # --- one case ---------------------------------------------------------------------------------------------------------
@@ -208,21 +260,22 @@ def measure(case: Case) -> Measurement:
 def _compile(case: Case) -> tuple[dict[str, Any], int]:
     """The code at each stage of the compilation, and the bytes of shared memory."""
     compute = "float64" if case.dtype == "float64" else "float32"
-    constants = dict(COMPUTE=getattr(tl, compute))
+    bounds = (None, None) if case.variant == "unclipped" else (20.0, 10.0)
+    constants: dict[str, Any] = dict(COMPUTE=getattr(tl, compute))
     if case.phase != "lstm":
         constants |= dict(_sizes(*case.shape, case.layout), STRENGTH_OFFSET=1.0)
     if case.phase == "lstm":
         kernel = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}[case.direction]
-        constants |= dict(H=case.hidden_size, CLIP=20.0, BLOCK=BLOCK)
+        constants |= dict(H=case.hidden_size, CLIP=bounds[0], BLOCK=BLOCK)
     elif case.phase == "sequence":
         kernel = {"forward": sequence_forward_kernel, "backward": sequence_backward_kernel}[case.direction]
-        constants |= dict(H=case.hidden_size, CLIP=20.0, **weight_tiles(case.layout))
-        constants |= dict(lengths_ptr=None, reset_ptr=None)  # addresses that depend on data cannot be followed
+        constants |= dict(H=case.hidden_size, CLIP=bounds[0], **weight_tiles(case.layout))
+        constants |= {f"{name}_ptr": None for name in ("lengths", "reset") if name not in case.variant}
     else:
         kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
-        constants |= dict(RAW=True, PHASE=PHASES[case.phase].value)
+        constants |= dict(RAW=case.variant != "activated", PHASE=PHASES[case.phase].value)
     if case.direction == "backward" and case.phase in ("lstm", "sequence"):
-        constants["MAX_GRADIENT"] = 10.0
+        constants["MAX_GRADIENT"] = bounds[1]
     if case.direction == "backward" and case.phase != "lstm":
         constants["STOP_USAGE_GRADIENT"] = False
     signature, attributes = {}, {}
@@ -230,16 +283,23 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in ARGUMENTS:
+        if not name.endswith("_ptr"):
             signature[name] = "i32"
             continue
         dtype = TRITON_TYPES[compute if name in ("kept_ptr", "scratch_ptr") else case.dtype]
-        signature[name] = "*i32" if name == "free_list_ptr" else f"*{dtype}"
+        if case.variant == "autocast" and name in WEIGHTS:
+            dtype = TRITON_TYPES["bfloat16"]
+        signature[name] = POINTERS.get(name, f"*{dtype}")
         attributes[(position,)] = [["tt.divisibility", 16]]  # as at a launch: tensors begin at multiples of 16 bytes
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=TARGETS[case.target],
-        options={"num_warps": case.layout.num_warps},
+        options=compile_options(
+            case.layout,
+            getattr(torch, compute),
+            backward=case.direction == "backward",
+            hip=case.target.startswith("gfx"),
+        ),
     )
     return compiled.asm, compiled.metadata.shared
 

@@ -19,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import barriers, static  # noqa: E402
-from dnc_triton import dispatch, tuning  # noqa: E402
+from dnc_triton import dispatch  # noqa: E402
 from dnc_triton.problem import Problem  # noqa: E402
 
 KERNELS = Path(static.__file__).parent.parent / "dnc_triton" / "kernels"
@@ -69,45 +69,51 @@ def test_every_shape_is_compiled_for_every_target():
             assert phases >= fused or phases >= split, (shape, target)
 
 
-@pytest.mark.parametrize("controller", [None, "lstm", "gru"])
-@pytest.mark.parametrize("needs_gradient", [True, False])
-def test_what_the_dispatcher_takes_unmeasured_is_held_to_spill_nothing(needs_gradient, controller, monkeypatch):
-    """On sm_90, in float32, at every shape: it is compiled, and no spill of it would pass."""
-    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
-    monkeypatch.delenv("DNC_TRITON_BACKEND", raising=False)
+@pytest.mark.parametrize("hidden", [0, *sorted({hidden for *_, hidden in static.SEQUENCES})])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_the_dispatcher_may_take_is_compiled_and_held_to_spill_nothing(dtype, hidden, monkeypatch):
+    """On sm_90, every layout of every backend, be it measured or not; in full with the slow tests."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(tuning, "remembered", lambda problem: [])
-    compiled = static.cases()
-    sequences = {tuple(shape): hidden for *shape, hidden in static.SEQUENCES}
-    for shape in [*static.SHAPES, *sequences]:
+    compiled = set(static.cases(complete=True))
+    shapes = [tuple(shape) for *shape, size in static.SEQUENCES if size == hidden] if hidden else static.SHAPES
+    for shape in shapes:
         slots, word, reads = shape
-        hidden = sequences.get(shape, 256)
         problem = Problem(
             device=torch.device("cuda", 0),
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             batch=16,
-            steps=1 if controller is None else 20,
+            steps=20 if hidden else 1,
             memory_size=slots,
             word_size=word,
             num_reads=reads,
             num_writes=1,
-            controller=controller,
-            needs_gradient=needs_gradient,
-            hidden_size=0 if controller is None else hidden,
-            num_layers=0 if controller is None else 1,
+            controller="lstm" if hidden else None,
+            needs_gradient=True,
+            hidden_size=hidden,
+            num_layers=1 if hidden else 0,
         )
-        layout = dispatch.choose(problem).unroll.keywords["layout"]
-        if layout.whole:
-            cases = [
-                static.Case(direction, "sequence", shape, layout, "float32", "sm_90", hidden)
-                for direction in static.DIRECTIONS
-            ]
-        elif shape in static.SHAPES:
-            cases = static._cases(shape, "sm_90", layout=layout)
-        else:  # of a sequence that goes step by step: the shapes above stand for it
-            continue
-        assert set(cases) <= set(compiled), (shape, layout)
-        assert not any(case.may_spill for case in cases), (shape, layout)
+        serving = [backend for backend in dispatch.BACKENDS.values() if backend.supports(problem)[0]]
+        cases = []
+        for layout in [layout for backend in serving for layout in backend.layouts(problem)]:
+            if layout.whole:
+                cases += static._sequence(shape, hidden, "sm_90", layout=layout, dtype=dtype)
+                layout = layout._replace(whole=False)  # of the same sequence with checkpoints
+            elif hidden and shape not in static.SHAPES:  # step by step: the other shapes stand for it
+                continue
+            cases += static._step(shape, "sm_90", layout=layout, dtype=dtype)
+        assert compiled.issuperset(cases), shape
+        assert not any(case.may_spill for case in cases), shape
+
+
+def test_float64_is_compiled_at_every_shape_and_may_spill():
+    """It is only there to check gradients with."""
+    compiled = set(static.cases(complete=True))
+    shapes = [*static.SHAPES, static.LARGEST]
+    cases = [case for shape in shapes for case in static._step(shape, "sm_90", dtype="float64")]
+    for *shape, hidden in static.SEQUENCES:
+        cases += static._sequence(tuple(shape), hidden, "sm_90", dtype="float64")
+    assert compiled.issuperset(cases)
+    assert all(case.may_spill for case in cases)
 
 
 def test_every_barrier_is_needed_and_would_be_missed(measurements):
@@ -211,6 +217,22 @@ def squeezing(data_ptr, out_ptr):
 
 
 @triton.jit
+def as_told(data_ptr, out_ptr, index_ptr, LAST: tl.constexpr):
+    """As often as the index says at first, stores entry i; loads it where the index says so then, until LAST."""
+    here = tl.arange(0, 256)
+    for i in range(tl.load(index_ptr)):
+        told = tl.load(index_ptr + 1 + i, mask=i <= LAST, other=0) != 0
+        tl.store(data_ptr + i * 256 + here, tl.load(out_ptr + here))
+        entry = tl.where(told, i, 9)
+        tl.store(out_ptr + here, tl.load(data_ptr + entry * 256 + 255 - here))
+
+
+@triton.jit
+def changing_what_is_known(index_ptr):
+    tl.store(index_ptr, tl.load(index_ptr) + 1)
+
+
+@triton.jit
 def prefetching(data_ptr, out_ptr, NEXT: tl.constexpr):
     """The loads of this loop are moved to earlier iterations, before the stores."""
     here = tl.arange(0, 32)
@@ -239,6 +261,7 @@ class Planted(NamedTuple):
     constants: dict[str, int]
     finds: str | None  # part of what is to be found; None if the kernel is right
     target: str = "sm_90"
+    index: list[int] | None = None  # what is in index_ptr, if that is known
 
 
 PLANTED = {
@@ -265,6 +288,13 @@ PLANTED = {
     "place from data": Planted("scattering", dict(BARRIER=0), "loads from data_ptr"),
     "place from data, barrier": Planted("scattering", dict(BARRIER=1), None),
     "two threads, one place": Planted("squeezing", {}, "from several threads"),
+    "told once too often": Planted("as_told", dict(LAST=9), "loads from data_ptr", index=[3, 0, 0, 1]),
+    "told in time": Planted("as_told", dict(LAST=9), None, index=[2, 0, 0, 1]),
+    "told beyond the mask": Planted("as_told", dict(LAST=1), None, index=[3, 0, 0, 1]),
+    "told who knows what": Planted("as_told", dict(LAST=9), "cannot be checked: the bounds of the loop"),
+    "told otherwise meanwhile": Planted(
+        "changing_what_is_known", {}, "stores to index_ptr, whose contents are given", index=[1]
+    ),
     "loaded too early": Planted("prefetching", dict(NEXT=1), "data_ptr"),
     "loaded early": Planted("prefetching", dict(NEXT=6), None),
     "programs apart": Planted("beyond_its_own", dict(SIZE=256), None),
@@ -284,8 +314,10 @@ def find_races(name):
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind != "constexpr"}
     source = ASTSource(kernel, arguments, planted.constants, aligned)
     compiled = triton.compile(source, target=static.TARGETS[planted.target], options={"num_warps": 4})
+    grid = (2,) if planted.kernel == "beyond_its_own" else (1,)
+    known = {} if planted.index is None else {"index_ptr": planted.index}
     try:
-        return barriers.races(compiled.asm["ttgir"], (2,) if planted.kernel == "beyond_its_own" else (1,))
+        return barriers.races(compiled.asm["ttgir"], grid, known)
     except barriers.Unchecked as reason:
         return [f"cannot be checked: {reason}"]
 

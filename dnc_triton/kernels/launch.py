@@ -122,7 +122,7 @@ def launch_forward(
             STRENGTH_OFFSET=strength_offset,
             COMPUTE=_COMPUTE[scratch.dtype],
             PHASE=phase,
-            num_warps=layout.num_warps,
+            **compile_options(layout, scratch.dtype),
         )
 
 
@@ -212,7 +212,7 @@ def launch_backward(
             STOP_USAGE_GRADIENT=stop_usage_gradient,
             COMPUTE=_COMPUTE[scratch.dtype],
             PHASE=phase,
-            num_warps=layout.num_warps,
+            **compile_options(layout, scratch.dtype),
         )
 
 
@@ -235,6 +235,23 @@ def _sizes(slots: int, word: int, num_reads: int, layout: Layout) -> dict[str, i
         "ROWS": layout.rows,
         "COLUMNS": layout.columns,
     }
+
+
+def compile_options(
+    layout: Layout, compute: torch.dtype, *, backward: bool = False, hip: bool = torch.version.hip is not None
+) -> dict[str, int]:
+    """What Triton is told of how to compile a kernel that computes in this dtype.
+
+    Where registers or shared memory run out, loads are not moved ahead of the products that they are for. And a whole
+    sequence may have every register: NVIDIA's assembler would rather spill than give up room for a second program
+    beside this one, which there seldom is. Not its backward with 8 warps, where being told so makes it spill.
+    """
+    options = {"num_warps": layout.num_warps}
+    if layout.whole or compute == torch.float64:
+        options["num_stages"] = 1
+    if layout.whole and not hip and not (backward and layout.num_warps == 8):
+        options["maxnreg"] = 255
+    return options
 
 
 def _launches(batch: int, blocks: int, layout: Layout) -> list[tuple[int, tuple[int, ...]]]:

@@ -249,7 +249,7 @@ class OneLaunchSequence:
             self.recurrent.weight,
             self.interface.weight.contiguous(),
             self.interface_bias,
-            **self._arguments(),
+            **self._arguments(backward=False),
         )
 
     def _launch_backward(self, gradients: list[Tensor]) -> None:
@@ -266,16 +266,17 @@ class OneLaunchSequence:
             backward_scratch(self.history.memory[0], self.reads, self._layout),
             self.recurrent.weight.T.contiguous(),
             self.interface.weight.T.contiguous(),
-            **self._arguments(),
+            **self._arguments(backward=True),
             STOP_USAGE_GRADIENT=self.settings.stop_usage_gradient,
             MAX_GRADIENT=self.settings.max_activation_gradient,
         )
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self, *, backward: bool) -> dict[str, Any]:
         """What both kernels take."""
-        from dnc_triton.kernels.launch import _COMPUTE, _compute_dtype, _sizes
+        from dnc_triton.kernels.launch import _COMPUTE, _compute_dtype, _sizes, compile_options
         from dnc_triton.kernels.sequence import weight_tiles
 
+        compute = _compute_dtype(self.history.memory)
         return {
             "lengths_ptr": self.lengths,
             "reset_ptr": None if self.reset is None else self.reset.to(torch.uint8).contiguous(),
@@ -286,8 +287,8 @@ class OneLaunchSequence:
             **weight_tiles(self._layout),
             "STRENGTH_OFFSET": self.settings.strength_offset,
             "CLIP": self.settings.clip,
-            "COMPUTE": _COMPUTE[_compute_dtype(self.history.memory)],
-            "num_warps": self._layout.num_warps,
+            "COMPUTE": _COMPUTE[compute],
+            **compile_options(self._layout, compute, backward=backward),
         }
 
     @property
