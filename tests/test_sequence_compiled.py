@@ -65,6 +65,7 @@ def test_without_gradients():
         torch.testing.assert_close(tuple(new_state.memory), tuple(last.memory), rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.slow  # compiles
 def test_the_first_call_without_gradients():
     with torch.inference_mode():
         dnc = make(BACKEND, word_size=3)

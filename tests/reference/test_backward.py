@@ -236,11 +236,10 @@ def test_adjoint_of_a_step(edge: str, stop_usage_gradient: bool, size: dict[str,
     expected = step_gradients(
         memory_step, interface, state, d_read_words, d_state, stop_usage_gradient=stop_usage_gradient
     )
-    for kept in (None, memory_step_with_addressing(interface, state)[1:]):
-        actual = backward.memory_step_backward(
-            interface, state, d_read_words, d_state, stop_usage_gradient=stop_usage_gradient, kept=kept
-        )
-        assert_close(actual, expected, rtol=RTOL, atol=gradient_floor(interface, state), name=edge)
+    actual = backward.memory_step_backward(
+        interface, state, d_read_words, d_state, stop_usage_gradient=stop_usage_gradient
+    )
+    assert_close(actual, expected, rtol=RTOL, atol=gradient_floor(interface, state), name=edge)
     if stop_usage_gradient:
         assert not actual[1].write_weights.any()
 
