@@ -16,16 +16,15 @@ import pytest
 import torch
 from helpers import as_leaves, assert_close, assert_same_bits, random_like, random_problem
 from torch import Tensor
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
-from dnc_reference import DNCState, MemoryState, unroll
+from dnc_reference import DNCState, MemoryState, addressing, unroll
 from dnc_reference.dnc import interface_step
 from dnc_triton import DNC, dispatch
 from dnc_triton.kernels.layout import layouts
-from dnc_triton.sequence import pool
+from dnc_triton.sequence import op, pool
 from dnc_triton.sequence.loop import Sequence
 
 BACKENDS = ["torch_sequence"]
@@ -629,49 +628,39 @@ def test_memory_without_gradients_does_not_grow_with_the_sequence():
     assert long < 1.1 * short
 
 
-# --- buffers that are taken again ------------------------------------------------------------------------------------
+# --- long sequences ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def empty_pool(monkeypatch):
-    monkeypatch.setattr(pool, "_waiting", [])
-    monkeypatch.setattr(pool, "SMALLEST", 64)
-    return pool._waiting
+def test_a_hundred_steps_in_float32(monkeypatch):
+    """Against the float64 oracle, told to take the slots in the order in which float32 took them.
 
+    In its own order the gradients are 4.5e-4 apart: it takes two slots the other way round whose usages are equal but
+    for a rounding.
+    """
+    torch.manual_seed(1)
+    sizes = dict(memory_size=64, word_size=16, num_reads=2)
+    dnc = DNC(16, 32, 16, **sizes, batch_first=False, backend="torch_sequence")
+    inputs = torch.randn(100, 4, 16)
+    kept, forward = [], op._forward
+    monkeypatch.setattr(op, "_forward", lambda *arguments: kept.append(forward(*arguments)) or kept[-1])
+    outputs, _ = dnc(inputs)
+    outputs.square().mean().backward()
+    (free_lists,) = [tensor for tensor in kept[0] if tensor.dtype == torch.int64]  # [T, B, N]
 
-def test_what_is_given_up_is_taken_again(empty_pool):
-    like = torch.empty(0, dtype=torch.float64)
-    first = pool.empty((4, 8), like)
-    view, address = first[1:].view(-1), first.data_ptr()
-    del first
-    assert not empty_pool  # a view still refers to it
-    other = pool.empty((4, 8), like)
-    assert other.data_ptr() != address
-    del view
-    again = pool.empty((64,), like, torch.float32)  # as many bytes
-    assert again.data_ptr() == address
-    assert (again.dtype, again.shape, again.requires_grad) == (torch.float32, (64,), False)
+    orders = iter(free_lists)
 
+    def sort_usage(usage: Tensor) -> tuple[Tensor, Tensor]:
+        usage, order = addressing.USAGE_EPSILON + (1 - addressing.USAGE_EPSILON) * usage, next(orders)
+        taken = usage.gather(-1, order)
+        assert (taken - usage.sort(-1).values).abs().max() < 1e-6  # all but equal, where it is another order
+        return taken, order
 
-def test_so_many_bytes_wait_at_most(empty_pool, monkeypatch):
-    monkeypatch.setattr(pool, "MOST", 1000)
-    like = torch.empty(0, dtype=torch.uint8)
-    tensors = [pool.empty((size,), like) for size in (400, 500, 300, 2000)]
-    while tensors:
-        tensors.pop(0)
-    assert [block.nbytes for block in empty_pool] == []  # the last of them alone is too large
-    tensors = [pool.empty((size,), like) for size in (400, 500, 300)]
-    while tensors:
-        tensors.pop(0)
-    assert [block.nbytes for block in empty_pool] == [500, 300]
-
-
-def test_small_and_fake_tensors_are_torchs_own(empty_pool):
-    for like in (torch.empty(0), torch.empty(0, device="meta")):
-        for shape in ((2, 3), (64,)):
-            tensor = pool.empty(shape, like)
-            assert (tensor.shape, tensor.device) == (shape, like.device)
-            del tensor
-    assert [block.nbytes for block in empty_pool] == [256]
-    with FakeTensorMode():
-        assert isinstance(pool.empty((64,), torch.empty(0)), FakeTensor)
+    monkeypatch.setattr(addressing, "sort_usage", sort_usage)
+    exact = copy.deepcopy(dnc).double()
+    exact.zero_grad()
+    expected, _ = oracle(exact, inputs.double(), None)
+    expected.square().mean().backward()
+    for name, parameter in [("outputs", None), *exact.named_parameters()]:
+        actual, truth = (outputs, expected) if parameter is None else (dnc.get_parameter(name).grad, parameter.grad)
+        error = (actual.double() - truth).abs().max() / truth.abs().max()
+        assert error < 2e-6, name

@@ -175,6 +175,7 @@ class Sequence:
     def _begin_backward(self, before: Before) -> None:
         usage, _, read_weights, write_weights, _ = before.carried
         self.memory.begin_backward(usage, read_weights, write_weights, self.d_vectors)
+        self.d_below = torch.empty_like(before.layers[0][0][0])
         for cell, layer_before in zip(self.cells, before.layers, strict=True):
             cell.begin_backward(layer_before)
 
@@ -190,7 +191,7 @@ class Sequence:
         d_above = None
         for layer in reversed(range(self.settings.num_layers)):
             cell = self.cells[layer]
-            d_below = torch.empty_like(d.layers[layer][0]) if layer else d.words.flatten(1)
+            d_below = self.d_below if layer else d.words.flatten(1)
             cell.backward(step, d.layers[layer], d_above, d_below)
             self._clear_ended(step, cell.d_pre[step], cell.d_pre_hidden[step])
             d_above = d_below.mul_(self.dropout[layer - 1][step]) if layer and self.dropout else d_below
@@ -239,8 +240,8 @@ class Sequence:
             "stop_usage_gradient": settings.stop_usage_gradient,
             "reads": reads,
         }
-        _, slots, word = memory.shape
         if settings.layout is None:
+            _, slots, word = memory.shape
             return TorchMemory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory
 

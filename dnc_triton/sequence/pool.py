@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 SMALLEST = 2**20  # bytes; what is smaller malloc keeps by itself
 MOST = 2**28  # bytes that wait at most
 
-_waiting: list[np.ndarray] = []  # the latest last
-_lock = threading.RLock()  # a thread that holds it may drop a tensor
+_waiting: dict[int, list[np.ndarray]] = {}  # by bytes, the latest last
+# Between threads. The collector may drop a tensor in a thread that holds it: each change is one that nothing divides.
+_lock = threading.RLock()
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -41,15 +43,20 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def _take(size: int) -> np.ndarray:
-    with _lock:
-        for index in reversed(range(len(_waiting))):
-            if _waiting[index].nbytes == size:
-                return _waiting.pop(index)
+    with _lock, suppress(LookupError):
+        return _waiting[size].pop()
     return np.empty(size, np.uint8)
 
 
 def _give_back(block: np.ndarray) -> None:
-    with _lock:
-        _waiting.append(block)
-        while sum(waiting.nbytes for waiting in _waiting) > MOST:
-            _waiting.pop(0)
+    with _lock, suppress(LookupError):
+        alike = _waiting.setdefault(block.nbytes, [])
+        alike.append(block)
+        others = (blocks for blocks in list(_waiting.values()) if blocks is not alike)
+        for blocks in (*others, alike):  # what is of another size was wanted longest ago
+            while blocks and _bytes() > MOST:
+                blocks.pop(0)
+
+
+def _bytes() -> int:
+    return sum(size * len(blocks) for size, blocks in list(_waiting.items()))

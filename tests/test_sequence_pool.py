@@ -1,0 +1,92 @@
+"""The large buffers of a sequence on a CPU, which are taken again once nothing refers to them."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from dnc_triton.sequence import pool
+
+BYTES = torch.empty(0, dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def empty_pool(monkeypatch):
+    monkeypatch.setattr(pool, "_waiting", {})
+    monkeypatch.setattr(pool, "SMALLEST", 64)
+
+
+def waiting() -> list[int]:
+    """The bytes of each buffer that waits."""
+    return [block.nbytes for blocks in pool._waiting.values() for block in blocks]
+
+
+def give_up(*sizes: int) -> None:
+    tensors = [pool.empty((size,), BYTES) for size in sizes]
+    while tensors:
+        tensors.pop(0)
+
+
+def test_what_is_given_up_is_taken_again():
+    like = torch.empty(0, dtype=torch.float64)
+    first = pool.empty((4, 8), like)
+    view, address = first[1:].view(-1), first.data_ptr()
+    del first
+    assert waiting() == []  # a view still refers to it
+    other = pool.empty((4, 8), like)
+    assert other.data_ptr() != address
+    del view
+    again = pool.empty((64,), like, torch.float32)  # as many bytes
+    assert again.data_ptr() == address
+    assert (again.dtype, again.shape, again.requires_grad) == (torch.float32, (64,), False)
+
+
+def test_so_many_bytes_wait_at_most(monkeypatch):
+    monkeypatch.setattr(pool, "MOST", 1000)
+    give_up(400, 500, 300)
+    assert waiting() == [500, 300]  # what waited longest makes room
+    give_up(2000)  # too large by itself
+    assert waiting() == []
+    give_up(600)
+    give_up(400, 400)
+    assert waiting() == [400, 400]  # of another size first
+
+
+def test_small_and_fake_tensors_are_torchs_own():
+    for like in (torch.empty(0), torch.empty(0, device="meta")):
+        for shape in ((2, 3), (64,)):
+            tensor = pool.empty(shape, like)
+            assert (tensor.shape, tensor.device) == (shape, like.device)
+            del tensor
+    assert waiting() == [256]
+    with FakeTensorMode():
+        assert isinstance(pool.empty((64,), torch.empty(0)), FakeTensor)
+
+
+def test_threads_and_the_collector_share_it():
+    """No buffer is ever in two hands, though some are given up by the collector in the middle of anything."""
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            mine = pool.empty((100 + number % 2,), BYTES).fill_(number)
+            cycle: list[object] = [pool.empty((100,), BYTES)]
+            cycle.append(cycle)
+            if not bool((mine == number).all()):
+                wrong.append(number)
+
+    wrong: list[int] = []
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*threshold)
+    assert wrong == []
