@@ -645,9 +645,9 @@ def test_a_hundred_steps_in_float32(monkeypatch):
     monkeypatch.setattr(op, "_forward", lambda *arguments: kept.append(forward(*arguments)) or kept[-1])
     outputs, _ = dnc(inputs)
     outputs.square().mean().backward()
-    (free_lists,) = [tensor for tensor in kept[0] if tensor.dtype == torch.int64]  # [T, B, N]
+    (free_lists,) = [tensor for tensor in kept[0] if tensor.dtype == torch.int64]  # [T, B·N]
 
-    orders = iter(free_lists)
+    orders = iter(free_lists.unflatten(-1, (4, 64)))
 
     def sort_usage(usage: Tensor) -> tuple[Tensor, Tensor]:
         usage, order = addressing.USAGE_EPSILON + (1 - addressing.USAGE_EPSILON) * usage, next(orders)

@@ -170,7 +170,8 @@ def torch_memory(vectors: Tensor, state: MemoryState) -> TorchMemory:
     """The memory's part as the sequence makes it, for DeepMind's code: softplus, and a stopped gradient."""
     batch, slots, word = state.memory.shape
     reads = state.read_weights.shape[1]
-    kept = Kept.empty(state.memory, vectors.shape[0], batch, slots, word, reads)
+    *shapes, free_list = (vectors.shape[:1] + shape for shape in Kept.shapes(batch, slots, word, reads))
+    kept = Kept(*map(vectors.new_empty, shapes), vectors.new_empty(free_list, dtype=torch.int64))
     sizes = dict(slots=slots, word=word, reads=reads)
     return TorchMemory(vectors, kept, **sizes, strength_offset=0.0, stop_usage_gradient=True)
 

@@ -102,7 +102,8 @@ class Cell:
 
     def make_d_pre(self) -> None:
         """Buffers for all steps, where `backward` leaves its gradients by the gates before their activation."""
-        self.d_pre = self.d_pre_hidden = torch.empty_like(self.all_gates)
+        gates = self.all_gates  # as these lie, for their alignment
+        self.d_pre = self.d_pre_hidden = gates.new_empty_strided(gates.shape, gates.stride())
         self.d_pre_steps = self.d_pre.unbind(0)
 
     def each_d_pre(self) -> list[Tensor]:
@@ -203,7 +204,7 @@ class GRU(Cell):
 
     def make_d_pre(self) -> None:
         super().make_d_pre()
-        self.d_pre_hidden = torch.empty_like(self.d_pre)
+        self.d_pre_hidden = self.d_pre.new_empty_strided(self.d_pre.shape, self.d_pre.stride())
         self.d_hidden_steps = self.d_pre_hidden.unbind(0)
 
     def each_d_pre(self) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dnc_triton.sequence.history import Carried, History, Settings
+from dnc_triton.sequence.history import Carried, History, Plan, Settings
 from dnc_triton.sequence.loop import Before, Sequence
 
 Like = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides and dtype of a tensor
@@ -26,16 +26,13 @@ class CompiledSequence(Sequence):
 
     def _by_step(self, state: Carried) -> None:
         history = self.history
-        self.trails = [trail.unbind(0) for trail in history.trails()]
-        cells = (kept for cell in history.cells for kept in cell)
-        over_steps = [*history.gates, *cells, history.vectors, *history.memory]
-        self.kept = [tensor.unbind(0) for tensor in over_steps]
+        over_steps = [*history.gates, history.vectors, history.kept_rows, history.memory[-1]]
+        self.rows, self.kept = history.carried_rows.unbind(0), [tensor.unbind(0) for tensor in over_steps]
         self.compiled: dict[tuple[bool, bool], Callable[..., Any]] = {}
 
     def _at(self, step: int) -> Carried:
-        usage, *others = (trail[step] for trail in self.trails)
-        memory, link = self.checkpoints[step]
-        return Carried.unflatten([memory, usage, link, *others], self.settings.num_layers)
+        light = self.plan.carried.cut(self.rows[step])
+        return Carried.of(*self.checkpoints[step], light, self.settings.num_layers)
 
     def _begin_forward(self) -> None:
         """Nothing."""
@@ -58,30 +55,27 @@ class CompiledSequence(Sequence):
         running = [self.running[step]] if masked[0] else []  # type: ignore[index]
         reset = [self.reset[step]] if masked[1] else []  # type: ignore[index]
         dropout, kept = [mask[step] for mask in self.dropout], [tensor[step] for tensor in self.kept]
-        before, after = self._at(step).flatten(), self._at(step + 1).flatten()
+        before, after = ([*self.checkpoints[i], self.rows[i]] for i in (step, step + 1))
         parts = [self.parameters, running, reset, dropout, before, after, kept, gradients]
         tensors = [tensor for part in parts for tensor in part]
         if masked not in self.compiled:
             likes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
-            settings, input_size = self.settings._replace(checkpoint=1), self.inputs.shape[-1]
-            self.compiled[masked] = _compile(
-                settings, input_size, tuple(map(len, parts)), likes, torch.get_num_threads()
-            )
+            settings, sizes = self.settings._replace(checkpoint=1), (self.inputs.shape[-1], self.plan.reads)
+            self.compiled[masked] = _compile(settings, *sizes, tuple(map(len, parts)), likes, torch.get_num_threads())
         self.compiled[masked](*tensors)
 
 
 class _Step(Sequence):
     """One step of a sequence while it is traced, when no number can be asked for.
 
-    What it writes goes to tensors of its own, which are copied at the end, each as a whole: of writes to parts of what
-    it is given the compiler loses the order.
-
     Args:
         settings, parameters: as in `Sequence`.
         input_size: of the network.
         running, reset, dropout: of this step; the first two are empty where no row has ended, or starts from zeros.
         before, after: the states.
-        kept: what the step keeps: gates and the rest of the cells, the interface vector, the memory's part.
+        gates: per layer, what is added up before the loop.
+        vector: [B, S], the raw interface vector.
+        cells, memory: what the step keeps.
     """
 
     def __init__(
@@ -94,20 +88,19 @@ class _Step(Sequence):
         dropout: list[Tensor],
         before: Carried,
         after: Carried,
-        kept: list[Tensor],
+        gates: list[Tensor],
+        vector: Tensor,
+        cells: list[list[Tensor]],
+        memory: list[Tensor],
     ) -> None:
         self.settings, self.states = settings, (before, after)
         self.dropout = [mask.unsqueeze(0) for mask in dropout]
         self.running, self.reset = (mask[0].unsqueeze(0) if mask else None for mask in (running, reset))
         self.stops, self.resets = [bool(running)], [bool(reset)]
         self._products(parameters, input_size)
-        remaining = (tensor.unsqueeze(0) for tensor in kept)
-        layers, count = range(settings.num_layers), settings.cell.count_kept(settings.clip)
-        gates = list(islice(remaining, len(layers)))
-        cells = [list(islice(remaining, count)) for _ in layers]
-        vectors, *memory = remaining
-        nothing = vectors.new_empty(0)
-        self.history = History(gates, [], cells, vectors, [], memory, nothing, nothing)
+        gates, vectors, memory = [x.unsqueeze(0) for x in gates], vector.unsqueeze(0), [x.unsqueeze(0) for x in memory]
+        cells, nothing = [[x.unsqueeze(0) for x in kept] for kept in cells], vector.new_empty(0)
+        self.history = History(gates, [], cells, vectors, [], memory, *[nothing] * 4)
         self.vectors = vectors.unbind(0)
         self.cells = self._make_cells()
         self.memory = self._memory(before.memory.memory, before.words.shape[1])
@@ -132,39 +125,77 @@ class _Step(Sequence):
 
 @lru_cache(maxsize=256)
 def _compile(
-    settings: Settings, input_size: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
+    settings: Settings, input_size: int, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
 ) -> Callable[..., Any]:
     """Machine code for these sizes and so many threads, which takes the tensors one by one.
 
     `torch.compile` would check what it is given at each call, which takes as long as the step.
     """
-    num_layers = settings.num_layers
+    layers = settings.num_layers
 
     def traced(*tensors: Tensor) -> tuple[()]:
         remaining = iter(tensors)
         parameters, running, reset, dropout, before, after, kept, gradients = (
             list(islice(remaining, count)) for count in counts
         )
-        prev, masks = Carried.unflatten(before, num_layers), (running, reset, dropout)
+        memory, link, row = before
+        hidden_size = parameters[-2].shape[1] - reads * memory.shape[-1]
+        plan = Plan(settings, memory, reads, hidden_size)
+        of_network = settings, parameters, input_size, running, reset, dropout
+        prev = Carried.of(memory, link, plan.carried.cut(row), layers)
         if gradients:
-            new = Carried.unflatten(after, num_layers)
-            d, (d_hidden, d_words, *made) = gradients[: len(after)], gradients[len(after) :]
-            step = _Step(settings, parameters, input_size, *masks, prev, new, kept)
-            results = step.run_backward(Carried.unflatten(d, num_layers), d_hidden, d_words)
+            new = Carried.of(after[0], after[1], plan.carried.cut(after[2]), layers)
+            *gates, vector, kept_row, free_list = kept
+            cells, of_memory = plan.split(plan.kept.cut(kept_row))
+            d, (d_hidden, d_words, *made) = gradients[: len(prev.flatten())], gradients[len(prev.flatten()) :]
+            step = _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list])
+            results = step.run_backward(Carried.unflatten(d, layers), d_hidden, d_words)
         else:
-            own = [torch.empty_like(tensor) for tensor in after]
-            own_kept = [torch.empty_like(tensor) for tensor in kept]
-            own_kept[:num_layers] = [gates.clone() for gates in kept[:num_layers]]
-            _Step(
-                settings, parameters, input_size, *masks, prev, Carried.unflatten(own, num_layers), own_kept
-            ).run_forward()
-            made, results = [*after, *kept], [*own, *own_kept]
+            # What is written goes to tensors of its own, which are copied at the end, each buffer as a whole: of writes
+            # to parts of what it is given the compiler loses the order.
+            own_memory, own_link = torch.empty_like(memory), torch.empty_like(link)
+            light, own = ([row.new_empty(shape) for shape in parts.shapes] for parts in (plan.carried, plan.kept))
+            gates, others = [tensor.clone() for tensor in kept[:layers]], list(map(torch.empty_like, kept[layers:]))
+            vector, _, free_list = others
+            cells, of_memory = plan.split(own)
+            new = Carried.of(own_memory, own_link, light, layers)
+            _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list]).run_forward()
+            made = [*after, *kept]
+            results = [own_memory, own_link, plan.carried.join(light), *gates, vector, plan.kept.join(own), free_list]
         for buffer, result in zip(made, results, strict=True):
             buffer.copy_(result)
         return ()
 
     examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
-    graph = make_fx(traced)(*examples)
+    graph = make_fx(traced, decomposition_table=_DECOMPOSITIONS)(*examples)
     # C++ between the kernels too, and threads only for what takes longer than to wake them.
     options = {"config_patches": {"cpp_wrapper": True, "cpp.min_chunk_size": 4096}}
     return torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor | None:
+    """A row times a matrix, or a matrix times a column, as a sum: that the compiler fuses with what is around it."""
+    if a.shape[1] == 1:
+        return (a.mT * b).sum(1, keepdim=True)
+    if b.shape[2] == 1:
+        return (a * b.mT).sum(2, keepdim=True)
+    return None
+
+
+def _bmm(a: Tensor, b: Tensor) -> Any:
+    product = _product(a, b)
+    return NotImplemented if product is None else product
+
+
+def _bmm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Any:
+    product = _product(a, b)
+    return NotImplemented if product is None else out.copy_(product)
+
+
+def _baddbmm_(base: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _product(a, b)
+    return NotImplemented if product is None else base.mul_(beta).add_(product, alpha=alpha)
+
+
+_aten = torch.ops.aten
+_DECOMPOSITIONS: Any = {_aten.bmm.default: _bmm, _aten.bmm.out: _bmm_out, _aten.baddbmm_.default: _baddbmm_}

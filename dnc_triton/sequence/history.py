@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
@@ -56,7 +57,7 @@ class Settings(NamedTuple):
 
 
 class History(NamedTuple):
-    """The buffers. A quantity that is carried on has T+1 entries, the first for what it was before the sequence.
+    """The buffers, cut up. What is carried on has T+1 entries, the first for what it was before the sequence.
 
     Attributes:
         gates: per layer [T, B, G].
@@ -66,6 +67,8 @@ class History(NamedTuple):
         carried: usage, precedence, read weights, write weights and read words, [T+1, B, ...] each.
         memory: what the memory's part keeps besides.
         memories, links: [·, B, N, W] and [·, B, 1, N, N], those that are kept of the states between the steps.
+        carried_rows: [T+1, ·], what `carried` and `layers` are cut from.
+        kept_rows: [T, ·], what `cells` and `memory` are cut from, but for what is of another dtype.
     """
 
     gates: list[Tensor]
@@ -76,32 +79,13 @@ class History(NamedTuple):
     memory: list[Tensor]
     memories: Tensor
     links: Tensor
+    carried_rows: Tensor
+    kept_rows: Tensor
 
     def trails(self) -> list[Tensor]:
-        """The buffers that begin with what was before the sequence, in the order of `Carried.light`."""
+        """The parts that begin with what was before the sequence, in the order of `Carried.light`."""
         states = [trail for layer in self.layers for trail in layer]
         return [*self.carried, *states]
-
-    def flatten(self) -> list[Tensor]:
-        """As a list."""
-        nested = [self.gates, *self.layers, *self.cells, [self.vectors], self.carried, self.memory]
-        return [*(tensor for tensors in nested for tensor in tensors), self.memories, self.links]
-
-    @classmethod
-    def unflatten(cls, tensors: list[Tensor], settings: Settings) -> History:
-        """The inverse."""
-        remaining = iter(tensors)
-        kind, layers = settings.cell, range(settings.num_layers)
-
-        def take(count: int) -> list[Tensor]:
-            return [next(remaining) for _ in range(count)]
-
-        gates = take(settings.num_layers)
-        states = [take(max(kind.states, 1)) for _ in layers]
-        cells = [take(kind.count_kept(settings.clip)) for _ in layers]
-        vectors, carried = next(remaining), take(5)
-        *memory, memories, links = remaining
-        return cls(gates, states, cells, vectors, carried, memory, memories, links)
 
 
 class Carried(NamedTuple):
@@ -125,6 +109,12 @@ class Carried(NamedTuple):
         """All but memory and link."""
         _, usage, _, *others = self.memory
         return [usage, *others, self.words, *(tensor for layer in self.layers for tensor in layer)]
+
+    @classmethod
+    def of(cls, memory: Tensor, link: Tensor, light: list[Tensor], num_layers: int) -> Carried:
+        """From memory, link and all the others."""
+        usage, *others = light
+        return cls.unflatten([memory, usage, link, *others], num_layers)
 
     @classmethod
     def unflatten(cls, tensors: list[Tensor], num_layers: int) -> Carried:
@@ -169,39 +159,95 @@ class Checkpoints:
         return self._pairs[step]
 
 
-def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int) -> History:
-    """Buffers for T steps from a state of these sizes. Nothing is filled in."""
-    kind = settings.cell
-    memory, link = state.memory.memory, state.memory.link
-    batch, slots, word = memory.shape
-    reads = state.words.shape[1]
-    vector_size = sum(interface_sizes(reads, 1, word).values())
-    count = Checkpoints.count(steps, settings.checkpoint)
+class Parts:
+    """Tensors one after the other in each row of a buffer, every one at a multiple of 16 bytes.
 
-    def over_steps(entries: int, *shape: int, dtype: torch.dtype = memory.dtype) -> Tensor:
-        """[entries, *shape], each entry at a multiple of 16 bytes: kernels are compiled anew for what is not."""
-        size = math.prod(shape)
+    Kernels are compiled anew for what is not.
+    """
+
+    def __init__(self, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
         unit = max(1, 16 // dtype.itemsize)
-        stride = -(-size // unit) * unit
-        return pool.empty((entries, stride), memory, dtype)[:, :size].unflatten(1, shape)
+        self.dtype, self.shapes = dtype, shapes
+        self.lengths = [-(-math.prod(shape) // unit) * unit for shape in shapes]
 
-    if settings.layout is None:
-        kept = list(Kept.empty(memory, steps, batch, slots, word, reads))
-    else:
-        shapes = kept_shapes(batch, slots, reads)
-        kept = [
-            over_steps(steps, *shapes[0], dtype=torch.promote_types(memory.dtype, torch.float32)),
-            over_steps(steps, *shapes[1], dtype=torch.int32),
-        ]
-    states = range(max(kind.states, 1))
-    hidden = (batch, hidden_size)
-    return History(
-        gates=[over_steps(steps, batch, kind.gates_per_unit * hidden_size) for _ in state.layers],
-        layers=[[over_steps(steps + 1, *hidden) for _ in states] for _ in state.layers],
-        cells=[[over_steps(steps, *hidden) for _ in range(kind.count_kept(settings.clip))] for _ in state.layers],
-        vectors=over_steps(steps, batch, vector_size),
-        carried=[over_steps(steps + 1, *x.shape) for x in Carried(state.memory, state.words, []).light()],
-        memory=kept,
-        memories=over_steps(count, *memory.shape),
-        links=over_steps(count, *link.shape),
-    )
+    def allocate(self, rows: int, like: Tensor) -> Tensor:
+        """A buffer [rows, ·], on the device of `like`. Nothing is filled in."""
+        return pool.empty((rows, sum(self.lengths)), like, self.dtype)
+
+    def cut(self, buffer: Tensor) -> list[Tensor]:
+        """The parts of a buffer [..., ·]: [..., *shape] each."""
+        parts = zip(buffer.split(self.lengths, -1), self.shapes, strict=True)
+        return [part[..., : math.prod(shape)].unflatten(-1, shape) for part, shape in parts]
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """The inverse of `cut` for one row."""
+        lengths = zip(tensors, self.lengths, strict=True)
+        return torch.cat([F.pad(tensor.flatten(), (0, length - tensor.numel())) for tensor, length in lengths])
+
+
+class Plan:
+    """How the history of a sequence lies in a few buffers. An operator's results cost time by the piece.
+
+    Args:
+        settings: see there.
+        memory: of the sizes of any state's, [B, N, W].
+        reads: R.
+        hidden_size: H.
+    """
+
+    def __init__(self, settings: Settings, memory: Tensor, reads: int, hidden_size: int) -> None:
+        kind, layers = settings.cell, settings.num_layers
+        self.every, self.layers, self.memory, self.reads = settings.checkpoint, layers, memory, reads
+        self.states, self.cells = max(kind.states, 1), kind.count_kept(settings.clip)
+        batch, slots, word = memory.shape
+        dtype, hidden, row, heads = memory.dtype, (batch, hidden_size), (batch, slots), (batch, reads, slots)
+        kept: list[tuple[int, ...]] = []
+        if settings.layout is None:
+            *kept, free_list = Kept.shapes(batch, slots, word, reads)
+            others = [Parts(torch.int64, free_list)]
+        else:
+            work, free_list = kept_shapes(batch, slots, reads)
+            others = [Parts(torch.promote_types(dtype, torch.float32), work), Parts(torch.int32, free_list)]
+        carried = [row, (batch, 1, slots), heads, (batch, 1, slots), (batch, reads, word)]
+        self.carried = Parts(dtype, *carried, *[hidden] * (layers * self.states))
+        self.kept = Parts(dtype, *[hidden] * (layers * self.cells), *kept)
+        gates = Parts(dtype, (batch, kind.gates_per_unit * hidden_size))
+        vectors = Parts(dtype, (batch, sum(interface_sizes(reads, 1, word).values())))
+        self.by_step = [*[gates] * layers, vectors, self.kept, *others]
+        self.by_checkpoint = [Parts(dtype, memory.shape), Parts(dtype, (batch, 1, slots, slots))]
+
+    def allocate(self, steps: int) -> list[Tensor]:
+        """The buffers for T steps. Nothing is filled in."""
+        count = Checkpoints.count(steps, self.every)
+        rows = [(self.carried, steps + 1), *((parts, steps) for parts in self.by_step)]
+        rows += [(parts, count) for parts in self.by_checkpoint]
+        return [parts.allocate(entries, self.memory) for parts, entries in rows]
+
+    def cut(self, buffers: list[Tensor]) -> History:
+        """Such buffers as a history."""
+        carried_rows, *by_entry = buffers
+        each = zip([*self.by_step, *self.by_checkpoint], by_entry, strict=True)
+        parts = [parts.cut(buffer) for parts, buffer in each]
+        gates, (vectors, kept, *others, memories, links) = parts[: self.layers], parts[self.layers :]
+        carried = self.carried.cut(carried_rows)
+        cells, memory = self.split(kept)
+        return History(
+            gates=[tensor for (tensor,) in gates],
+            layers=self._per_layer(carried[5:], self.states),
+            cells=cells,
+            vectors=vectors[0],
+            carried=carried[:5],
+            memory=[*memory, *(tensor for (tensor,) in others)],
+            memories=memories[0],
+            links=links[0],
+            carried_rows=carried_rows,
+            kept_rows=buffers[self.layers + 2],
+        )
+
+    def split(self, kept: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """The parts of `kept`: what the cell of each layer keeps, and what the memory's part does."""
+        count = self.layers * self.cells
+        return self._per_layer(kept[:count], self.cells), kept[count:]
+
+    def _per_layer(self, tensors: list[Tensor], count: int) -> list[list[Tensor]]:
+        return [tensors[layer * count : (layer + 1) * count] for layer in range(self.layers)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
 from dnc_triton.sequence.cells import Cell
-from dnc_triton.sequence.history import Carried, Checkpoints, History, Settings, allocate
+from dnc_triton.sequence.history import Carried, Checkpoints, Plan, Settings
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
 
@@ -42,14 +42,15 @@ class Sequence:
         running: [T, B] bool, or None: where it is False the row has ended, and its state stays.
         reset: [T, B] bool, or None: where it is True the row starts from zeros.
         dropout: per layer but the first what its input is multiplied by, [T, B, H] each; or empty.
-        history: what the forward left, for its backward; None for a forward.
+        history: the buffers that the forward left, for its backward; None for a forward.
         last: memory and link after the last step, for a backward; None for a forward.
 
     `OneLaunchSequence` has the same methods, and may stand in its place.
     """
 
+    _fresh: tuple[Tensor, ...] = ()  # work space, made when it is wanted: a state with rows that begin from zeros
+    _passed: tuple[Tensor, ...] = ()  # and gradients by a state
     chunk = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
-    history_type = History
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Sequence:
         reset: Tensor | None,
         dropout: list[Tensor],
         *,
-        history: History | None = None,
+        history: list[Tensor] | None = None,
         last: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.settings, self.dropout, self.running = settings, dropout, running
@@ -75,29 +76,34 @@ class Sequence:
         self.parameters = parameters
         self._products(parameters, input_size)
 
-        kind, forwards = settings.cell, history is None
-        if history is None:
-            hidden_size = self.interface.weight.shape[1]
-            history = self.allocate(settings, state, self.steps, hidden_size, reset is not None)
+        forwards = history is None
+        self.plan = plan = self._plan(settings, state, self.interface.weight.shape[1])
+        self.buffers = plan.allocate(self.steps) if history is None else history
+        self.history = plan.cut(self.buffers)
+        if forwards:
             starts = state.light()
-            if kind.states == 0:  # its hidden vector is nobody's state, but must not be NaN in a row that never runs
-                starts += [torch.zeros_like(layer[0][0]) for layer in history.layers]
-            for trail, start in zip(history.trails(), starts, strict=True):
+            # Without a state the hidden vector is nobody's, but must not be NaN in a row that never runs.
+            if settings.cell.states == 0:
+                starts += [torch.zeros_like(layer[0][0]) for layer in self.history.layers]
+            for trail, start in zip(self.history.trails(), starts, strict=True):
                 trail[0] = start
-        self.history = history
         first = state.memory.memory, state.memory.link
         last = (pool.empty_like(first[0]), pool.empty_like(first[1])) if last is None else last
         spare = 2 if forwards else settings.checkpoint - 1
         self.checkpoints = Checkpoints(
-            first, last, history.memories, history.links, self.steps, settings.checkpoint, spare
+            first, last, self.history.memories, self.history.links, self.steps, settings.checkpoint, spare
         )
         self.cells = self._make_cells()
         self._by_step(state)
 
     @staticmethod
-    def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> History:
-        """Buffers for T steps from a state of these sizes. Nothing is filled in."""
-        return allocate(settings, state, steps, hidden_size)
+    def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> list[Tensor]:
+        """The buffers for T steps from a state of these sizes. Nothing is filled in."""
+        return Sequence._plan(settings, state, hidden_size).allocate(steps)
+
+    @staticmethod
+    def _plan(settings: Settings, state: Carried, hidden_size: int) -> Plan:
+        return Plan(settings, state.memory.memory, state.words.shape[1], hidden_size)
 
     def forward(self) -> tuple[Tensor, Carried]:
         """Returns the outputs [T, B, output_size] and the state after the last step."""
@@ -130,7 +136,8 @@ class Sequence:
         self.d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
         d_words_out = self.from_words.all_backward(d_outputs)
         self.d_words_out = d_words_out.unflatten(-1, d_last.words.shape[1:]).unbind(0)
-        self.d_vectors = torch.empty_like(history.vectors)
+        vectors = history.vectors  # as these lie, for their alignment
+        self.d_vectors = vectors.new_empty_strided(vectors.shape, vectors.stride())
 
         d_layers = d_last.layers
         if settings.cell.states == 0:
@@ -182,7 +189,7 @@ class Sequence:
     def _backward_step(self, step: int, d: Carried) -> Carried:
         """From the gradient by the state after a step, which is overwritten, to that by the state before it."""
         before, after = self._before(step), self._after(step)
-        passed = [gradient.clone() for gradient in d.flatten()] if self.stops[step] else []
+        passed = self._copies(d.flatten()) if self.stops[step] else []
         d.words.add_(self.d_words_out[step])
         d = d._replace(memory=self.memory.backward(step, before.memory, after.memory, d.words, d.memory))
         self._clear_ended(step, self.d_vectors[step])
@@ -252,8 +259,12 @@ class Sequence:
         state = self._at(step)
         if not self.resets[step]:
             return state
-        rows = self.reset[step]  # type: ignore[index]
-        return Carried.unflatten([x.masked_fill(_rows(rows, x), 0) for x in state.flatten()], len(state.layers))
+        rows, tensors = self.reset[step], state.flatten()  # type: ignore[index]
+        zero = tensors[0].new_zeros(())
+        self._fresh = self._fresh or tuple(map(pool.empty_like, tensors))
+        for tensor, fresh in zip(tensors, self._fresh, strict=True):
+            torch.where(_rows(rows, tensor), zero, tensor, out=fresh)
+        return Carried.unflatten(list(self._fresh), len(state.layers))
 
     def _after(self, step: int) -> Carried:
         return self._at(step + 1)
@@ -315,7 +326,12 @@ class Sequence:
         """Put rows that have ended back to what they were."""
         rows = self.running[step]  # type: ignore[index]
         for tensor, old in zip(tensors, kept, strict=False):
-            tensor.copy_(torch.where(_rows(rows, tensor), tensor, old))
+            torch.where(_rows(rows, tensor), tensor, old, out=tensor)
+
+    def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Copies, in the place of those of the step before."""
+        self._passed = self._passed or tuple(map(pool.empty_like, tensors))
+        return [passed.copy_(tensor) for passed, tensor in zip(self._passed, tensors, strict=True)]
 
     def _clear_ended(self, step: int, *tensors: Tensor) -> None:
         """Zeros in rows that have ended."""

@@ -53,15 +53,6 @@ class OneLaunchHistory(NamedTuple):
         """The buffers of what is carried on: features, cells, the fields of `MemoryState`."""
         return [self.features, self.cells, *self[4:10]]
 
-    def flatten(self) -> list[Tensor]:
-        """As a list."""
-        return list(self)
-
-    @classmethod
-    def unflatten(cls, tensors: list[Tensor], settings: Settings) -> OneLaunchHistory:
-        """The inverse."""
-        return cls(*tensors)
-
 
 class OneLaunchSequence:
     """A network with its weights, a stretch of a sequence, and the buffers of that: forward, and later backward.
@@ -76,12 +67,11 @@ class OneLaunchSequence:
         running: [T, B] bool, or None: where it is False the row has ended, for good, and its state stays.
         reset: [T, B] bool, or None: where it is True the row starts from zeros.
         dropout: of layers that are not there.
-        history: what the forward left, for its backward; None for a forward.
+        history: the buffers that the forward left, for its backward; None for a forward.
         last: not needed.
     """
 
     chunk = 16  # as in `Sequence`; here memory and link are kept for all of them
-    history_type = OneLaunchHistory
 
     def __init__(
         self,
@@ -93,7 +83,7 @@ class OneLaunchSequence:
         reset: Tensor | None,
         dropout: list[Tensor],
         *,
-        history: OneLaunchHistory | None = None,
+        history: list[Tensor] | None = None,
         last: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.settings, self.running = settings, running
@@ -116,25 +106,28 @@ class OneLaunchSequence:
         self.interface = Product(interface_weight, dtype)
         self.output = Product(output_weight, dtype)
 
+        forwards = history is None
         if history is None:
             history = self.allocate(settings, state, self.steps, self.hidden_size, reset is not None)
+        self.buffers, self.history = history, OneLaunchHistory(*history)
+        if forwards:
+            trails = self.history.trails()
             if running is not None:  # where nothing runs a product with zero gradients must be zero
-                history.features.zero_()
-            torch._foreach_copy_([trail[0] for trail in history.trails()], self._carried_on(state))
+                self.history.features.zero_()
+            torch._foreach_copy_([trail[0] for trail in trails], self._carried_on(state))
             if reset is not None:
-                torch._foreach_zero_([trail[-1] for trail in history.trails()])
-        self.history = history
+                torch._foreach_zero_([trail[-1] for trail in trails])
 
     @staticmethod
-    def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> OneLaunchHistory:
-        """Buffers for T steps from a state of these sizes. Nothing is filled in."""
+    def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> list[Tensor]:
+        """The buffers for T steps from a state of these sizes. Nothing is filled in."""
         memory = state.memory.memory
         batch, slots, word = memory.shape
         reads = state.words.shape[1]
         entries = steps + 2 if resets else steps + 1
         kept, free_list = kept_shapes(batch, slots, reads)
         compute = torch.promote_types(memory.dtype, torch.float32)
-        buffers = [
+        return [
             memory.new_empty(steps, batch, 4 * hidden_size),
             memory.new_empty(entries, batch, hidden_size + reads * word),
             memory.new_empty(entries, batch, hidden_size),
@@ -143,7 +136,6 @@ class OneLaunchSequence:
             memory.new_empty((steps, *kept), dtype=compute),
             memory.new_empty((steps, *free_list), dtype=torch.int32),
         ]
-        return OneLaunchHistory(*buffers)
 
     def forward(self) -> tuple[Tensor, Carried]:
         """Returns the outputs [T, B, output_size] and the state after the last step."""

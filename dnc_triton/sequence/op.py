@@ -107,7 +107,7 @@ def _forward(settings: Settings, given: Given, keep: bool) -> list[Tensor]:
     if keep:
         sequence = kind(settings, parameters, inputs, carried, running, reset, dropout)
         outputs, last = sequence.forward()
-        return [outputs, *last.flatten(), *sequence.history.flatten()]
+        return [outputs, *last.flatten(), *sequence.buffers]
 
     pieces = []
     for start in range(0, inputs.shape[0], kind.chunk):
@@ -165,7 +165,7 @@ def _(
     hidden_size = parameters[-4].shape[1]
     carried = Carried.unflatten(last, num_layers)
     history = _kind(settings).allocate(settings, carried, inputs.shape[0], hidden_size, reset is not None)
-    return [outputs, *last, *history.flatten()]
+    return [outputs, *last, *history]
 
 
 @torch.library.custom_op("dnc_triton::sequence_backward", mutates_args=())
@@ -235,7 +235,7 @@ def _backward_through_time(
         running,
         reset,
         dropout,
-        history=kind.history_type.unflatten(history, settings),
+        history=history,
         last=last,
     )
     d_outputs, *d_last = gradients

@@ -61,7 +61,6 @@ class Kept(NamedTuple):
     factors: Tensor  # [B, R, N], of retention
     retention: Tensor  # [B, N]
     written: Tensor  # [B, N], usage before anything is freed
-    free_list: Tensor  # [B, N] int64
     sorted_usage: Tensor  # [B, N]
     product: Tensor  # [B, N], exclusive
     sorted_allocation: Tensor  # [B, N]
@@ -72,10 +71,11 @@ class Kept(NamedTuple):
     write_similarity: Tensor  # [B, 1, N]
     read_similarity: Tensor  # [B, R, N]
     ways: Tensor  # [3, B, R, N], where to read: backward, forward, content
+    free_list: Tensor  # [B, N] int64
 
     @classmethod
-    def empty(cls, like: Tensor, steps: int, batch: int, slots: int, word: int, reads: int) -> Kept:
-        """Buffers for T steps, in the dtype and on the device of `like`."""
+    def shapes(cls, batch: int, slots: int, word: int, reads: int) -> list[tuple[int, ...]]:
+        """Those of one step, in the order of the fields."""
         row, head, heads = (batch, slots), (batch, 1, slots), (batch, reads, slots)
         shapes = {
             "strengths": (batch, reads + 1),
@@ -88,12 +88,7 @@ class Kept(NamedTuple):
             "read_similarity": heads,
             "ways": (3, *heads),
         }
-        return cls(
-            *(
-                like.new_empty((steps, *shapes.get(name, row)), dtype=torch.int64 if name == "free_list" else None)
-                for name in cls._fields
-            )
-        )
+        return [shapes.get(name, row) for name in cls._fields]
 
     def steps(self) -> list[Kept]:
         """A tuple of views per step."""
@@ -124,7 +119,7 @@ class TorchMemory:
 
     Args:
         vectors: [T, B, S], the raw interface vectors, each filled in before its step.
-        kept: as `Kept.empty` makes it.
+        kept: buffers for all steps.
         slots, word, reads: N, W, R.
         strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
