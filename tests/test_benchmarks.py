@@ -523,13 +523,20 @@ def clock(call):
     call()
     return 1e6 * (time.perf_counter() - start)
 
+def measure():
+    print(gpu.markdown([gpu.measure_one(*job) for job in gpu.jobs([(2, 4, 3, 2)], torch.device("cpu"), clock, clock)]))
+
 gpu.layouts = lambda *sizes: [layouts(*sizes)[0], layouts(*sizes)[-1]]
-gpu.torch.compile = lambda step: step
-gpu.STATES = 2
-print(gpu.markdown(gpu.measure(2, 4, 3, 2, torch.device("cpu"), clock, clock)))
+resets = []
+gpu.torch.compiler.reset = lambda: resets.append(1)
+gpu.torch.compile = lambda step: step if resets else None
+gpu.STATES = gpu.SEQUENCE_STEPS = 2
+gpu.SEQUENCE_HIDDEN = 5
+measure()
 exact = gpu.step_forward
 gpu.step_forward = lambda *a, **k: (lambda r: r._replace(usage=r.usage + 0.001))(exact(*a, **k))
-print(gpu.markdown(gpu.measure(2, 4, 3, 2, torch.device("cpu"), clock, clock)))
+gpu.verify.error = lambda *arguments: 0.001
+measure()
 """
 
 
@@ -539,11 +546,45 @@ def test_the_gpu_benchmark_holds_every_layout_against_the_oracle_before_it_is_ti
     done = subprocess.run([sys.executable, "-c", GPU_BENCHMARK], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tables = [[line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 2, 4")]]
-    right, wrong = tables[0][:4], tables[0][4:]
-    assert [row[1] for row in right] == [row[1] for row in wrong]
-    assert all(float(row[2]) < 1e-5 and float(row[3]) > 0 and float(row[4]) > 0 for row in right[:2])
-    assert all(float(row[2]) > 1e-4 and row[3] == row[4] == "not measured" for row in wrong[:2])
-    assert all(float(row[3]) > 0 for row in wrong[2:]), "the reference is timed all the same"
+    right, wrong = tables[0][:5], tables[0][5:]
+    names = [row[1].split(",")[0] for row in right]
+    assert names == ["fused 16×16", "split 16×16", "sequence of 2", "reference", "reference"]
+    assert [row[1] for row in wrong] == [row[1] + (" (wrong: not timed)" if row[2] else "") for row in right]
+    assert all(float(row[2]) < 1e-5 and float(row[3]) > 0 and float(row[4]) > 0 for row in right[:3])
+    assert all(float(row[2]) > 1e-4 and row[3] == row[4] == "not measured" for row in wrong[:3])
+    assert all(float(row[3]) > 0 for row in wrong[3:]), "the reference is timed all the same"
+
+
+def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeypatch, capsys):
+    """Killed in the third row it has two; late from the second on it says what is missing; a failure is noted."""
+    from benchmarks import gpu
+
+    def measured(kind):
+        def measure(row):
+            if kind == "slow":
+                time.sleep(0.2)
+            if kind in ("failing", "interrupted"):
+                raise RuntimeError("no memory\nat all") if kind == "failing" else KeyboardInterrupt
+            return replace(row, error=1e-7, forward_us=2.0, backward_us=3.0)
+
+        return gpu.Row(16, 16, 16, 4, kind), measure
+
+    def run(*kinds, seconds="100"):
+        monkeypatch.setattr(gpu, "jobs", lambda *arguments: map(measured, kinds))
+        status = gpu.main(["--output", str(tmp_path), "--seconds", seconds])
+        (file,) = tmp_path.glob("gpu-step-*.json")
+        assert file.with_suffix(".csv").exists()
+        return status, json.loads(file.read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "describe_machine", lambda command: {"date": "2026-01-02T03"})
+    status, content = run("good", "failing", "interrupted", "good")
+    assert [row["note"] for row in content["rows"]] == ["", "not measured: RuntimeError: no memory"]
+    assert (status, content["left_out"]) == (0, ["what follows: interrupted"])
+    status, content = run("slow", "late", seconds="0.1")
+    assert [row["who"] for row in content["rows"]] == ["slow"]
+    assert content["left_out"] == ["16, 16, 16, 4, late: the time is up"]
+    assert content["left_out"][0] in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_so(capsys, monkeypatch):
