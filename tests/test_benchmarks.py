@@ -346,6 +346,37 @@ def test_what_training_took_of_memory(monkeypatch):
     assert again["grown_bytes"] >= 0
 
 
+def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """On the CPU in its place; the count of a call is made up."""
+    assert lean.main(["--device", "cuda"]) == 2
+    assert "There is no GPU here" in capsys.readouterr().err
+    exact, peaks, out = lean.train_once, iter([100, 30, 30]), tmp_path / "lean-gpu.json"
+    small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)
+
+    def train_once(backend, steps, checkpoint, sizes, device):
+        assert (steps, sizes["memory_size"]) == (256, 256)
+        if checkpoint == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nAnd more")
+        return exact(backend, 4, checkpoint, small, device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lean, "describe_machine", lambda command: {"command": command})
+    monkeypatch.setattr(lean, "train_once", train_once)
+    monkeypatch.setattr(lean, "gpu_peak", lambda call, module: call() or next(peaks))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    for kind in (torch.Tensor, torch.nn.Module):
+        monkeypatch.setattr(kind, "to", lambda self, device: self)
+    assert lean.main(["--device", "cuda", "--output", str(out)]) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    kept = [(row["backend"], row["checkpoint"], row["grown_bytes"]) for row in content["rows"]]
+    assert kept == [("reference", None, 100), ("auto", "auto", 30), ("auto", None, 30)]
+    assert all(row["finite"] for row in content["rows"])
+    printed = capsys.readouterr().out
+    assert "checkpoint = 16: not measured, CUDA out of memory." in printed
+    assert "everything kept | ≤ 0.333 | 0.3 | reached |" in printed
+    assert "every 16th step kept | ≤ 0.1 | | not measured |" in printed
+
+
 def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
     done = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
