@@ -38,17 +38,10 @@ bench: .venv/.dev
 	$(BIN)/python -m benchmarks run $(ARGS)
 
 # On a machine with a GPU, a PyTorch and a pytest of its own: nothing is installed. Under 9 minutes: parity, then the
-# time of every layout, then the benchmark with its report in what is left of GPU_SECONDS, after which nothing is begun.
-GPU_SECONDS ?= 440
+# time of every layout, the memory of training, and the benchmark with its report.
 gpu: export PYTHONPATH := .:reference
 gpu:
-	@start=$$(date +%s); status=0; \
-	$(PYTHON) -m pytest -m gpu -q tests/gpu || status=1; \
-	$(PYTHON) -m benchmarks.gpu --seconds 45 || status=1; \
-	left=$$(($(GPU_SECONDS) + start - $$(date +%s))); \
-	$(PYTHON) -m benchmarks run --device cuda --sweeps B,N,T --rounds 20 --case-seconds 3 --compile-seconds 150 \
-		--seconds $$((left > 0 ? left : 0)) $(ARGS) || status=1; \
-	exit $$status
+	@$(PYTHON) -m benchmarks.on_gpu $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -480,6 +480,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
 
     def interrupted(case, *arguments):
         if case.configuration == "tiny_too":
+            assert len(list(tmp_path.iterdir())) == 2, "nothing was written before"
             raise KeyboardInterrupt
         return exact(case, *arguments)
 
