@@ -107,7 +107,8 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
             return [1 if commands[0][0] == "benchmarks.gpu" else 0]
         record = Path(commands[0][-1])
         with record.open("a", encoding="utf-8") as file:
-            file.write("3 tests in part 1/2\npassed: tests/gpu/a.py::b, 1 s\nfailed: tests/gpu/a.py::c, 1 s\n")
+            file.write("3 tests in part 1/2\npassed: tests/gpu/a.py::b, 1 s\npassed: tests/gpu/a.py::c[1, 2], 1 s\n")
+            file.write("failed: tests/gpu/a.py::c[1, 2], 0 s\n")
             file.write("not run: tests/gpu/a.py::d, 0 s\n2 tests in part 2/2\nskipped: tests/gpu/a.py::e, 0 s\n")
         for log in logs:
             log.write_text(f"what {log.name} printed\n")
