@@ -27,7 +27,8 @@ FIRST = (
     "test_random_problems",  # takes long
     "test_memory_step",
     "test_torch_sequence",
-    "test_sixteen_bits",
+    "test_a_layer_in_bfloat16",
+    "test_sixteen_bits_are_for_storage",
     "test_every_layout",
     "test_layouts",
     "test_same_call_same_bits",
