@@ -93,7 +93,8 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
         peak_memory=not options.no_memory,
         left_out=notes,
     )
-    records = []
+    records: list[dict[str, Any]] = []
+    stem = options.output / f"{'gpu' if device.type == 'cuda' else 'cpu'}-{machine['date'][:10]}"
     with Progress(sum(len(_modes(case, options)) for case in cases)) as progress:
         session.report = progress.describe
         try:
@@ -101,9 +102,9 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
                 peers = [name for name in named if not case.sweep or all_peers()[name].sweeps or options.peers]
                 rows = measure(case, peers, _modes(case, options), session, progress.advance)
                 records += [files.record_of(row) for row in rows]
+                files.write_results(stem, machine, records, session.left_out)  # who is killed later has this
         except KeyboardInterrupt:
             session.left_out.append(f"{case.configuration} and what follows: interrupted")
-    stem = options.output / f"{'gpu' if device.type == 'cuda' else 'cpu'}-{machine['date'][:10]}"
     files.write_results(stem, machine, records, session.left_out)
     _write_report({"machine": machine, "left_out": session.left_out, "rows": records}, stem)
     return 1 if any(record["status"] == WRONG for record in records) else 0

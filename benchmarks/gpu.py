@@ -1,9 +1,10 @@
-"""The memory step on a GPU: first parity, then the time of every layout beside the reference and the floor.
+"""The memory step on a GPU: first parity, then the time of every layout beside the reference and the floors.
 
 ``python -m benchmarks.gpu``, or ``make gpu``, which runs the parity tests on the device before. For each bucket the
 kernels are held against the float64 oracle on the same data; a layout that is wrong gets no time. Kernels are timed as
 replayed in a CUDA graph, the reference as it is used: eager, and compiled. Data are random, and a graph holds several
-steps, each on a state of its own, so that they do not all sit in the cache.
+steps, each on a state of its own, so that they do not all sit in the cache. Where a whole sequence can go in one launch
+that is timed as well, controller and all, per time step. The results are written after each row.
 """
 
 from __future__ import annotations
@@ -15,19 +16,26 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import goals, verify
+from benchmarks.configurations import BASE, case_of
+from benchmarks.floors import KNOWN_BYTES_PER_SECOND, L2_BYTES_PER_SECOND
 from benchmarks.machine import describe_machine
+from benchmarks.modes import draw_inputs
+from benchmarks.peers import Network, dnc_layer
 from dnc_reference import MemoryState, interface_step
 from dnc_reference.interface import interface_sizes
+from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels.launch import step_backward, step_forward
-from dnc_triton.kernels.layout import Layout, layouts
+from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
 
 # (B, N, W, R). The project's goals are set on the first two, so they come first.
 BUCKETS = (
@@ -39,12 +47,16 @@ BUCKETS = (
     (32, 192, 64, 4),
     (64, 512, 64, 8),
 )
-BYTES_PER_SECOND = 4.3e12  # an H200 copying device memory
+SPEEDS = (KNOWN_BYTES_PER_SECOND["NVIDIA H200"], L2_BYTES_PER_SECOND["NVIDIA H200"])
 STATES = 4  # each with a step in the graph
 REPLAYS = 30
 # The kernels' float32 against the float64 oracle, largest error over largest number of a tensor. Rounding alone leaves
 # about 1e-6; tf32 would leave 1e-3.
 ALLOWED_ERROR = 2e-5
+# A whole sequence in one launch: T and H, and the most slots that it serves.
+SEQUENCE_STEPS, SEQUENCE_HIDDEN, SEQUENCE_SLOTS = 32, 64, 128
+
+Clock = Callable[[Callable[[], Any]], float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ class Row:
         who: the layout, or the reference eager or compiled.
         error: largest error over largest number, forward and backward; None for the reference.
         forward_us, backward_us: median µs of a step; None if it was wrong, or does not apply.
-        forward_floor_us, backward_floor_us: the bytes of link and memory that must move, at the copy's speed.
+        forward_floor_us, backward_floor_us: the bytes of link and memory that must move, as fast as an H200 copies.
+        forward_l2_floor_us, backward_l2_floor_us: the same at the speed of its L2 cache, if they fit into it.
         note: why something is missing.
     """
 
@@ -65,12 +78,19 @@ class Row:
     word_size: int
     num_reads: int
     who: str
-    error: float | None
-    forward_us: float | None
-    backward_us: float | None
-    forward_floor_us: float
-    backward_floor_us: float
+    error: float | None = None
+    forward_us: float | None = None
+    backward_us: float | None = None
+    forward_floor_us: float = 0.0
+    backward_floor_us: float = 0.0
+    forward_l2_floor_us: float = 0.0
+    backward_l2_floor_us: float = 0.0
     note: str = ""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it was held against the oracle and is not what that computes."""
+        return self.error is not None and self.forward_us is None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,68 +98,142 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
-    parser.add_argument("--seconds", type=float, default=300, help="start no bucket after this time (default: 300)")
+    parser.add_argument("--seconds", type=float, default=300, help="start nothing after this time (default: 300)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing was measured.", file=sys.stderr)
         return 2
-    machine = describe_machine(shlex.join(["python", "-m", "benchmarks.gpu", *arguments]))
-    rows: list[Row] = []
     started = time.perf_counter()
-    for bucket in BUCKETS:
-        if time.perf_counter() - started > options.seconds:
-            print(f"B, N, W, R = {bucket} and what follows: not measured, the time is up")
-            break
-        rows += measure(*bucket, torch.device("cuda"), graph_time, call_time)
-        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-    if not rows:
-        return 0
+    machine = describe_machine(shlex.join(["python", "-m", "benchmarks.gpu", *arguments]))
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"gpu-step-{machine['date'][:10]}"
+    rows: list[Row] = []
+    left_out: list[str] = []
+    try:
+        for row, measure in jobs(BUCKETS, torch.device("cuda"), graph_time, call_time):
+            if time.perf_counter() - started > options.seconds:
+                left_out.append(f"{sizes_of(row)}, {row.who}: the time is up")
+                continue
+            rows.append(measure_one(row, measure))
+            write(stem, machine, rows, left_out)
+            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+    except KeyboardInterrupt:
+        left_out.append("what follows: interrupted")
+    write(stem, machine, rows, left_out)
+    reached = goals.table(goals.STEPS, [asdict(row) for row in rows])
+    print(markdown(rows), *left_out, "", reached, "", f"Written: {stem}.json, {stem}.csv", sep="\n")
+    return 1 if any(row.is_wrong for row in rows) else 0
+
+
+def write(stem: Path, machine: dict[str, Any], rows: list[Row], left_out: list[str]) -> None:
+    """Write <stem>.json and <stem>.csv."""
     records = [asdict(row) for row in rows]
-    stem.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": records}, indent=2) + "\n")
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+    content = {"machine": machine, "left_out": left_out, "rows": records}
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-    print(markdown(rows))
-    print(f"Written: {stem}.json, {stem}.csv")
-    return 1 if any(row.error is not None and not row.error <= ALLOWED_ERROR for row in rows) else 0
 
 
-def measure(
-    batch: int,
-    slots: int,
-    word: int,
-    reads: int,
-    device: torch.device,
-    kernel_time: Callable[[Callable[[], Any]], float],
-    eager_time: Callable[[Callable[[], Any]], float],
-) -> list[Row]:
-    """All rows of one bucket. The clocks come as arguments: a graph's for kernels, an eager one for the reference."""
-    floors = tuple(1e6 * batch * (link * slots * slots + 8 * slots * word) / BYTES_PER_SECOND for link in (8, 12))  # µs
-    states = [random_step(batch, slots, word, reads, device, seed) for seed in range(STATES)]
-    rows = []
-    for layout in layouts(slots, word):
-        who = f"{'fused' if layout.fused else 'split'} {layout.rows}×{layout.columns}, {layout.num_warps} warps"
-        error = worst_error(*states[0], reads, layout)
-        if not error <= ALLOWED_ERROR:
-            rows.append(Row(batch, slots, word, reads, who, error, None, None, *floors, note="wrong: not timed"))
-            continue
-        forward, backward = kernel_calls(states, reads, layout)
-        times = [kernel_time(call) / len(states) for call in (forward, backward)]
-        rows.append(Row(batch, slots, word, reads, who, error, *times, *floors))
-    for who, step in (("reference, eager", oracle_step), ("reference, compiled", torch.compile(oracle_step))):
-        try:
-            forward_time, both_time = (
-                eager_time(reference_call(step, *states[0], reads, backward)) for backward in (False, True)
-            )
-        except Exception as error:  # a compiler that is not there must not cost the other figures
-            note = f"not measured: {type(error).__name__}"
-            rows.append(Row(batch, slots, word, reads, who, None, None, None, *floors, note=note))
-            continue
-        rows.append(Row(batch, slots, word, reads, who, None, forward_time, both_time - forward_time, *floors))
-    return rows
+def jobs(
+    buckets: Sequence[tuple[int, int, int, int]], device: torch.device, kernel_time: Clock, eager_time: Clock
+) -> Iterator[tuple[Row, Callable[[Row], Row]]]:
+    """Rows without figures, each with what fills them in; what matters most first, what compiles for long last.
+
+    The clocks come as arguments: a graph's for kernels, an eager one for the reference.
+    """
+
+    def row_of(bucket: tuple[int, int, int, int], who: str) -> Row:
+        batch, slots, word, reads = bucket
+        moved = [batch * (link * slots * slots + 8 * slots * word) for link in (8, 12)]
+        (memory, l2), (d_memory, d_l2) = ([1e6 * size / speed for speed in SPEEDS] for size in moved)  # µs
+        floors = dict(forward_floor_us=memory, backward_floor_us=d_memory)
+        floors |= dict(forward_l2_floor_us=l2, backward_l2_floor_us=d_l2)
+        return Row(batch, slots, word, reads, who, **floors)  # type: ignore[arg-type]
+
+    for bucket in buckets:
+        _, slots, word, _ = bucket
+        for layout in layouts(slots, word):
+            row = row_of(bucket, f"{'fused' if layout.fused else 'split'} {describe(layout)}")
+            yield row, partial(step_row, device=device, layout=layout, clock=kernel_time)
+        for layout in sequence_layouts(slots, word) if slots <= SEQUENCE_SLOTS else []:
+            row = row_of(bucket, f"sequence of {SEQUENCE_STEPS}, H = {SEQUENCE_HIDDEN}, {describe(layout)}")
+            yield row, partial(sequence_row, device=device, layout=layout, clock=kernel_time)
+        row = row_of(bucket, "reference, eager")
+        yield row, partial(reference_row, device=device, compiled=False, clock=eager_time)
+    for bucket in buckets:
+        row = row_of(bucket, "reference, compiled")
+        yield row, partial(reference_row, device=device, compiled=True, clock=eager_time)
+
+
+def measure_one(row: Row, measure: Callable[[Row], Row]) -> Row:
+    """A row with its figures, or with the reason why there are none."""
+    try:
+        return measure(row)
+    except Exception as error:  # one that breaks must not cost the others' figures
+        lines = str(error).strip().splitlines() or [""]
+        return replace(row, note=f"not measured: {type(error).__name__}: {lines[0]}")
+
+
+def states_of(row: Row, device: torch.device, count: int) -> list[tuple[Tensor, MemoryState, list[Tensor]]]:
+    """Random steps in the sizes of a row."""
+    sizes = row.batch, row.memory_size, row.word_size, row.num_reads
+    return [random_step(*sizes, device, seed) for seed in range(count)]
+
+
+def step_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock) -> Row:
+    """One layout of the memory step."""
+    states = states_of(row, device, STATES)
+    error = worst_error(*states[0], row.num_reads, layout)
+    if not error <= ALLOWED_ERROR:
+        return replace(row, error=error, note="wrong: not timed")
+    forward, backward = (clock(call) / len(states) for call in kernel_calls(states, row.num_reads, layout))
+    return replace(row, error=error, forward_us=forward, backward_us=backward)
+
+
+def sequence_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock) -> Row:
+    """A whole sequence in one launch each way; what is allowed is what the benchmark allows a sequence."""
+    case = replace(
+        case_of("sequence", BASE, "cuda"),
+        batch=row.batch,
+        steps=SEQUENCE_STEPS,
+        memory_size=row.memory_size,
+        word_size=row.word_size,
+        num_reads=row.num_reads,
+        hidden_size=SEQUENCE_HIDDEN,
+    )
+    inputs = draw_inputs(case, device)
+    layer = dnc_layer(case, device, "triton_sequence")
+
+    def run(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = layer.initial_state(len(inputs))
+        unroll = BACKENDS["triton_sequence"].unroll
+        outputs, state = unroll(layer, inputs.transpose(0, 1), state, layout=layout)
+        return outputs.transpose(0, 1), state
+
+    truth = verify.find_truth(case, inputs, ["training"])
+    error = verify.error(Network(layer, run), "training", truth)
+    if not error <= truth.allowed["training"]:
+        return replace(row, error=error, note="wrong: not timed")
+    parameters = list(layer.parameters())
+    forward = clock(lambda: run(inputs, None))
+    both = clock(lambda: torch.autograd.grad(run(inputs, None)[0].square().mean(), parameters))
+    return replace(row, error=error, forward_us=forward / SEQUENCE_STEPS, backward_us=(both - forward) / SEQUENCE_STEPS)
+
+
+def reference_row(row: Row, *, device: torch.device, compiled: bool, clock: Clock) -> Row:
+    """The reference, whose backward is what forward and backward take beyond the forward."""
+    torch.compiler.reset()  # what is compiled for a second size takes any size, and is slower than it need be
+    step = torch.compile(oracle_step) if compiled else oracle_step
+    (state,) = states_of(row, device, 1)
+    forward, both = (clock(reference_call(step, *state, row.num_reads, backward)) for backward in (False, True))
+    return replace(row, forward_us=forward, backward_us=both - forward)
+
+
+def describe(layout: Layout) -> str:
+    """Rows, columns, warps."""
+    return f"{layout.rows}×{layout.columns}, {layout.num_warps} warps"
 
 
 def random_step(
@@ -259,16 +353,22 @@ def call_time(call: Callable[[], Any]) -> float:
 def markdown(rows: list[Row]) -> str:
     """The rows as a table."""
     lines = [
-        "| B, N, W, R | who | error | forward µs | backward µs | floor µs, forward and backward |",
-        "|---|---|--:|--:|--:|--:|",
+        "| B, N, W, R | who | error | forward µs | backward µs | floor µs of memory | floor µs of L2 |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         forward, backward = ("not measured" if us is None else f"{us:.1f}" for us in (row.forward_us, row.backward_us))
-        sizes = f"{row.batch}, {row.memory_size}, {row.word_size}, {row.num_reads}"
         error = "" if row.error is None else f"{row.error:.0e}"
-        floors = f"{row.forward_floor_us:.2f}, {row.backward_floor_us:.2f}"
-        lines.append(f"| {sizes} | {row.who} | {error} | {forward} | {backward} | {floors} |")
+        memory = f"{row.forward_floor_us:.2f}, {row.backward_floor_us:.2f}"
+        cache = f"{row.forward_l2_floor_us:.2f}, {row.backward_l2_floor_us:.2f}"
+        note = f" ({row.note})" if row.note else ""
+        lines.append(f"| {sizes_of(row)} | {row.who}{note} | {error} | {forward} | {backward} | {memory} | {cache} |")
     return "\n".join(lines)
+
+
+def sizes_of(row: Row) -> str:
+    """B, N, W, R."""
+    return f"{row.batch}, {row.memory_size}, {row.word_size}, {row.num_reads}"
 
 
 if __name__ == "__main__":

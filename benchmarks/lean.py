@@ -1,7 +1,8 @@
-"""The memory that a training step takes on a CPU: `python -m benchmarks.lean`.
+"""The memory that a training step takes: `python -m benchmarks.lean`, on a GPU with `--device cuda`.
 
-A large memory, N = 512, beside the eager reference, and a long sequence, T = 1,000, which is to fit into 8 GB. As in
-`memory`, what counts is by how much the most memory that a process ever held has grown in forward and backward.
+A large memory beside the eager reference, N = 512 on a CPU, N = 256 over 256 steps on a GPU; and on a CPU a long
+sequence, T = 1,000, which is to fit into 8 GB. It counts as `memory` does: on a CPU by how much the most memory that a
+process ever held has grown in forward and backward, on a GPU the tensors at their peak.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,34 +19,54 @@ from typing import Any
 
 import torch
 
+from benchmarks import goals
 from benchmarks.machine import describe_machine
-from benchmarks.memory import most_held
+from benchmarks.memory import gpu_peak, most_held
 from dnc_triton import DNC
 
 RESULT = Path(__file__).parent / "results" / "lean.json"
 LARGE = {"batch": 8, "memory_size": 512, "word_size": 32, "num_reads": 4, "hidden_size": 100, "features": 8}
+WIDE = {"batch": 16, "memory_size": 256, "word_size": 64, "num_reads": 4, "hidden_size": 256, "features": 64}
 LONG = {"batch": 32, "memory_size": 256, "word_size": 64, "num_reads": 4, "hidden_size": 256, "features": 64}
-CASES: list[tuple[str, int, int | str | None, dict[str, int]]] = [  # backend, T, checkpoint, sizes
+Case = tuple[str, int, int | str | None, dict[str, int]]  # backend, T, checkpoint, sizes
+CASES: list[Case] = [
     ("reference", 100, None, LARGE),
     ("auto", 100, None, LARGE),
     ("auto", 100, "auto", LARGE),
     ("auto", 1000, "auto", LONG),
 ]
+GPU_CASES: list[Case] = [
+    ("reference", 256, None, WIDE),
+    ("auto", 256, "auto", WIDE),
+    ("auto", 256, None, WIDE),
+    ("auto", 256, 16, WIDE),
+]
 
 
-def train_once(backend: str, steps: int, checkpoint: int | str | None, sizes: dict[str, int]) -> dict[str, Any]:
-    """Forward and backward over that many steps; call it in a process that has done nothing yet."""
+def train_once(
+    backend: str, steps: int, checkpoint: int | str | None, sizes: dict[str, int], device: str = "cpu"
+) -> dict[str, Any]:
+    """Forward and backward over that many steps; on a CPU call it in a process that has done nothing yet."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     features = sizes["features"]
     shape = {name: sizes[name] for name in ("memory_size", "word_size", "num_reads")}
-    dnc = DNC(features, sizes["hidden_size"], features, **shape, backend=backend, checkpoint=checkpoint)
-    inputs = torch.randn(sizes["batch"], steps, features)
+    dnc = DNC(features, sizes["hidden_size"], features, **shape, backend=backend, checkpoint=checkpoint).to(device)
+    inputs = torch.randn(sizes["batch"], steps, features).to(device)
+
+    def train() -> None:
+        dnc(inputs)[0].square().mean().backward()
+
     dnc(inputs[:1, :1])[0].sum().backward()  # loads libraries
     dnc.zero_grad(set_to_none=True)
-    before, started = most_held(), time.process_time()
-    dnc(inputs)[0].square().mean().backward()
-    grown = most_held() - before
+    started = time.process_time()
+    if device == "cuda":
+        train()  # measures the candidates
+        grown = gpu_peak(train, dnc)
+    else:
+        before = most_held()
+        train()
+        grown = most_held() - before
     return {
         "backend": backend,
         **sizes,
@@ -56,23 +78,39 @@ def train_once(backend: str, steps: int, checkpoint: int | str | None, sizes: di
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns its exit status: 2 if a GPU is asked for and there is none."""
     parser = argparse.ArgumentParser("python -m benchmarks.lean", description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/lean.json, lean-gpu.json")
     options = parser.parse_args(arguments)
-    machine = describe_machine("python -m benchmarks.lean")
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        print("There is no GPU here: nothing was measured.", file=sys.stderr)
+        return 2
+    output = options.output or (RESULT.with_name("lean-gpu.json") if on_gpu else RESULT)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine("python -m benchmarks.lean" + (" --device cuda" if on_gpu else ""))
     machine["threads"] = 1
-    rows = []
-    for case in CASES:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(train_once, *case).result())
+    rows: list[dict[str, Any]] = []
+    for case in GPU_CASES if on_gpu else CASES:
         backend, steps, checkpoint, sizes = case
-        grown = rows[-1]["grown_bytes"] / 1e6
-        print(f"{backend}, N = {sizes['memory_size']}, T = {steps}, checkpoint = {checkpoint}: {grown:,.0f} MB")
-    text = json.dumps({"machine": machine, "rows": rows}, indent=2, ensure_ascii=False)
-    options.output.write_text(text + "\n", encoding="utf-8")
+        try:
+            if on_gpu:
+                rows.append(train_once(*case, device="cuda"))
+            else:
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    rows.append(pool.submit(train_once, *case).result())
+            result = f"{rows[-1]['grown_bytes'] / 1e6:,.0f} MB"
+        except torch.OutOfMemoryError as error:  # the next one may take less
+            result = f"not measured, {str(error).splitlines()[0]}"
+        print(f"{backend}, N = {sizes['memory_size']}, T = {steps}, checkpoint = {checkpoint}: {result}", flush=True)
+        text = json.dumps({"machine": machine, "rows": rows}, indent=2, ensure_ascii=False)
+        output.write_text(text + "\n", encoding="utf-8")
+    if on_gpu:
+        print("", goals.table(goals.MEMORY, rows), f"Written: {output}", sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

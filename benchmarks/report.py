@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import goals
 from benchmarks.measure import MEASURED
 from benchmarks.modes import MODES
-from benchmarks.peers import OURS, all_peers
+from benchmarks.peers import EAGER, OURS, all_peers
+from dnc_triton.dispatch import BACKENDS
 
 Record = dict[str, Any]
 
@@ -22,8 +24,12 @@ def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
     machine, rows = results["machine"], results["rows"]
     parts = ["# Milliseconds per time step", describe_means(machine), *(f"![]({name})" for name in pictures)]
     for mode, meaning in MODES.items():
-        table = side_by_side([row for row in rows if row["mode"] == mode and not row.get("sweep")])
+        rows_of_mode = [row for row in rows if row["mode"] == mode and not row.get("sweep")]
+        table = side_by_side(rows_of_mode)
         parts += [f"## {mode.capitalize()}: {meaning}", table] if table else []
+        parts += [means] if (means := geometric_means(rows_of_mode)) else []
+    if machine.get("device") == "cuda":
+        parts += ["## Goals, set for an H200", goals.table(goals.TIMES, rows)]
     parts += ["## Every figure", every_figure(rows)]
     notes = notes_of(results)
     parts += ["## Not measured", "\n".join(f"- {note}" for note in notes)] if notes else []
@@ -68,13 +74,32 @@ def _cell(row: Record | None) -> str:
     return f"{milliseconds(row['ms_per_step_p50'])}{backend}{ratio}"
 
 
-def every_figure(rows: list[Record]) -> str:
-    """A line per row that has a time, or would have if it were right."""
+def geometric_means(rows: list[Record]) -> str:
+    """How many times as long each peer takes as each of ours, over the configurations where both were measured."""
+    names = list(dict.fromkeys(row["peer"] for row in rows if row["status"] == MEASURED))
+    backends = {OURS, *BACKENDS} - {EAGER}
+    ours = [name for name in names if name.removesuffix("_launched") in backends]
+    peers = [name for name in names if name not in ours]
+    if not ours or not peers:
+        return ""
     lines = [
-        "| configuration (N, W, R, H; B, T) | mode | who | ms per step | 20th to 80th percentile | ratio | peak MB "
-        "| GB/s | of the floor's speed | error |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "How many times as long they take, the geometric mean, in brackets over how many configurations:",
+        "",
+        f"| than | {' | '.join(map(label_of, peers))} |",
+        f"|---|{'--:|' * len(peers)}",
     ]
+    for own in ours:
+        means = [goals.geometric_mean(goals.ratios(rows, peer, own).values()) for peer in peers]
+        cells = ["–" if mean is None else f"{mean[0]:.2f}× ({mean[1]})" for mean in means]
+        lines.append(f"| {label_of(own)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def every_figure(rows: list[Record]) -> str:
+    """A line per row that has a time, or would have if it were right. What is empty throughout has no column."""
+    titles = ["configuration (N, W, R, H; B, T)", "mode", "who", "ms per step", "20th to 80th percentile", "ratio"]
+    titles += ["peak MB", "GB/s", "of the floor's speed", "error"]
+    lines = []
     for row in rows:
         cells = [f"{row['configuration']} ({sizes_of(row)})", row["mode"], label_of(row["peer"])]
         if row["status"] == MEASURED:
@@ -91,8 +116,11 @@ def every_figure(rows: list[Record]) -> str:
             cells += [row["status"], *[""] * 5]
         else:
             continue
-        lines.append(f"| {' | '.join(cells)} | {_number(row.get('error'), '{:.0e}')} |")
-    return "\n".join(lines)
+        lines.append([*cells, _number(row.get("error"), "{:.0e}")])
+    shown = [column for column in range(len(titles)) if column < 4 or any(cells[column] for cells in lines)]
+    rule = [*["---"] * 3, *["--:"] * (len(titles) - 3)]
+    table = [[cells[column] for column in shown] for cells in [titles, rule, *lines]]
+    return "\n".join(f"| {' | '.join(cells)} |" if cells[0] != "---" else f"|{'|'.join(cells)}|" for cells in table)
 
 
 def notes_of(results: dict[str, Any]) -> list[str]:

@@ -15,6 +15,22 @@ if find_spec("hypothesis"):
 
 pytest.register_assert_rewrite("helpers")
 
+# What these import: without it they are passed over, so that `pytest -m gpu` finds its tests on a machine without it.
+NEEDED = {
+    "reference/test_backward.py": "hypothesis",
+    "reference/test_invariants.py": "hypothesis",
+    "test_cli.py": "tqdm",
+    "test_language_tasks.py": "babel",
+    "test_reasoning_tasks.py": "networkx",
+    "test_train.py": "tqdm",
+    "test_training_failures.py": "tensorboard",
+}
+collect_ignore = [file for file, package in NEEDED.items() if not find_spec(package)]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"not collected: tests/{file}, {NEEDED[file]} is not installed" for file in collect_ignore]
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -346,6 +346,37 @@ def test_what_training_took_of_memory(monkeypatch):
     assert again["grown_bytes"] >= 0
 
 
+def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """On the CPU in its place; the count of a call is made up."""
+    assert lean.main(["--device", "cuda"]) == 2
+    assert "There is no GPU here" in capsys.readouterr().err
+    exact, peaks, out = lean.train_once, iter([100, 30, 30]), tmp_path / "lean-gpu.json"
+    small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)
+
+    def train_once(backend, steps, checkpoint, sizes, device):
+        assert (steps, sizes["memory_size"]) == (256, 256)
+        if checkpoint == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nAnd more")
+        return exact(backend, 4, checkpoint, small, device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lean, "describe_machine", lambda command: {"command": command})
+    monkeypatch.setattr(lean, "train_once", train_once)
+    monkeypatch.setattr(lean, "gpu_peak", lambda call, module: call() or next(peaks))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    for kind in (torch.Tensor, torch.nn.Module):
+        monkeypatch.setattr(kind, "to", lambda self, device: self)
+    assert lean.main(["--device", "cuda", "--output", str(out)]) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    kept = [(row["backend"], row["checkpoint"], row["grown_bytes"]) for row in content["rows"]]
+    assert kept == [("reference", None, 100), ("auto", "auto", 30), ("auto", None, 30)]
+    assert all(row["finite"] for row in content["rows"])
+    printed = capsys.readouterr().out
+    assert "checkpoint = 16: not measured, CUDA out of memory." in printed
+    assert "everything kept | ≤ 0.333 | 0.3 | reached |" in printed
+    assert "every 16th step kept | ≤ 0.1 | | not measured |" in printed
+
+
 def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
     done = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
@@ -449,6 +480,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
 
     def interrupted(case, *arguments):
         if case.configuration == "tiny_too":
+            assert len(list(tmp_path.iterdir())) == 2, "nothing was written before"
             raise KeyboardInterrupt
         return exact(case, *arguments)
 
@@ -523,13 +555,20 @@ def clock(call):
     call()
     return 1e6 * (time.perf_counter() - start)
 
+def measure():
+    print(gpu.markdown([gpu.measure_one(*job) for job in gpu.jobs([(2, 4, 3, 2)], torch.device("cpu"), clock, clock)]))
+
 gpu.layouts = lambda *sizes: [layouts(*sizes)[0], layouts(*sizes)[-1]]
-gpu.torch.compile = lambda step: step
-gpu.STATES = 2
-print(gpu.markdown(gpu.measure(2, 4, 3, 2, torch.device("cpu"), clock, clock)))
+resets = []
+gpu.torch.compiler.reset = lambda: resets.append(1)
+gpu.torch.compile = lambda step: step if resets else None
+gpu.STATES = gpu.SEQUENCE_STEPS = 2
+gpu.SEQUENCE_HIDDEN = 5
+measure()
 exact = gpu.step_forward
 gpu.step_forward = lambda *a, **k: (lambda r: r._replace(usage=r.usage + 0.001))(exact(*a, **k))
-print(gpu.markdown(gpu.measure(2, 4, 3, 2, torch.device("cpu"), clock, clock)))
+gpu.verify.error = lambda *arguments: 0.001
+measure()
 """
 
 
@@ -539,11 +578,45 @@ def test_the_gpu_benchmark_holds_every_layout_against_the_oracle_before_it_is_ti
     done = subprocess.run([sys.executable, "-c", GPU_BENCHMARK], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tables = [[line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 2, 4")]]
-    right, wrong = tables[0][:4], tables[0][4:]
-    assert [row[1] for row in right] == [row[1] for row in wrong]
-    assert all(float(row[2]) < 1e-5 and float(row[3]) > 0 and float(row[4]) > 0 for row in right[:2])
-    assert all(float(row[2]) > 1e-4 and row[3] == row[4] == "not measured" for row in wrong[:2])
-    assert all(float(row[3]) > 0 for row in wrong[2:]), "the reference is timed all the same"
+    right, wrong = tables[0][:5], tables[0][5:]
+    names = [row[1].split(",")[0] for row in right]
+    assert names == ["fused 16×16", "split 16×16", "sequence of 2", "reference", "reference"]
+    assert [row[1] for row in wrong] == [row[1] + (" (wrong: not timed)" if row[2] else "") for row in right]
+    assert all(float(row[2]) < 1e-5 and float(row[3]) > 0 and float(row[4]) > 0 for row in right[:3])
+    assert all(float(row[2]) > 1e-4 and row[3] == row[4] == "not measured" for row in wrong[:3])
+    assert all(float(row[3]) > 0 for row in wrong[3:]), "the reference is timed all the same"
+
+
+def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeypatch, capsys):
+    """Killed in the third row it has two; late from the second on it says what is missing; a failure is noted."""
+    from benchmarks import gpu
+
+    def measured(kind):
+        def measure(row):
+            if kind == "slow":
+                time.sleep(0.2)
+            if kind in ("failing", "interrupted"):
+                raise RuntimeError("no memory\nat all") if kind == "failing" else KeyboardInterrupt
+            return replace(row, error=1e-7, forward_us=2.0, backward_us=3.0)
+
+        return gpu.Row(16, 16, 16, 4, kind), measure
+
+    def run(*kinds, seconds="100"):
+        monkeypatch.setattr(gpu, "jobs", lambda *arguments: map(measured, kinds))
+        status = gpu.main(["--output", str(tmp_path), "--seconds", seconds])
+        (file,) = tmp_path.glob("gpu-step-*.json")
+        assert file.with_suffix(".csv").exists()
+        return status, json.loads(file.read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "describe_machine", lambda command: {"date": "2026-01-02T03"})
+    status, content = run("good", "failing", "interrupted", "good")
+    assert [row["note"] for row in content["rows"]] == ["", "not measured: RuntimeError: no memory"]
+    assert (status, content["left_out"]) == (0, ["what follows: interrupted"])
+    status, content = run("slow", "late", seconds="0.1")
+    assert [row["who"] for row in content["rows"]] == ["slow"]
+    assert content["left_out"] == ["16, 16, 16, 4, late: the time is up"]
+    assert content["left_out"][0] in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_so(capsys, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from benchmarks import goals, report
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.files import read_results
@@ -86,6 +87,73 @@ def test_a_report_has_tables_and_pictures(tmp_path, results, capsys):
     for picture in ("bars", "scaling", "roofline"):
         assert f"![](cpu-{picture}.png)" in lines
         assert (tmp_path / f"cpu-{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_geometric_means_are_over_what_both_have(results):
+    """Of copy the reference takes 1.5 times as long; of two configurations the LSTM 0.25 and 0.005 times."""
+    results["rows"].append(row("copy", "training", "torch_sequence", 1.0))
+    lines = report.markdown(results).splitlines()
+    training = lines.index("| than | reference, eager | nn.LSTM | retired_peer |")
+    assert lines[training + 2] == "| dnc_triton | 1.50× (1) | 0.04× (2) | 0.75× (1) |"
+    assert lines[training + 3] == "| dnc_triton, torch_sequence | 3.00× (1) | 0.50× (1) | – |"
+    assert "| dnc_triton | 1.50× (1) | 0.25× (1) |" in lines  # of a single step
+    assert "Goals" not in report.markdown(results)
+
+
+def test_what_is_empty_throughout_has_no_column(results):
+    for measured in results["rows"]:
+        measured["peak_bytes"] = None
+    page = report.markdown(results)
+    assert "peak MB" not in page
+    assert "| copy (16, 8, 4, 32; 2, 3) | training | dnc_triton | 2.00 | 1.90 to 2.10 | 1.00 | 1.0 | 5.0% |" in page
+
+
+def test_goals_are_reached_missed_or_not_measured(results):
+    results["machine"] = {**MACHINE, "device": "cuda", "gpu": "NVIDIA H200"}
+    rows = results["rows"] = [
+        row("deepmind_repeat_copy", "training", "dnc_triton", 0.019),
+        row("deepmind_repeat_copy", "training", "lstm", 0.004),
+        row("deepmind_repeat_copy", "training", "reference", 0.019 * 20.5),
+        row("adnc_babi", "training", "dnc_triton", 0.061),
+        row("adnc_babi", "training", "reference", 0.061 * 45),
+        row("sam_scaling_2048", "training", "dnc_triton", 1.0),
+        row("nature_babi", "forward", "dnc_triton", 0.001),
+        row("nature_babi_wide", "training", "dnc_triton", status="wrong", note="wrong"),
+        row("base/N=16", "training", "reference", 100.0, sweep="N"),
+    ]
+    for measured in rows:
+        measured["peak_bytes"] = 60 if measured["peer"] == "reference" else 30
+    rows[0]["peak_bytes"] = 6
+    page = report.markdown(results)
+    verdicts = dict(line[2:].split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
+    assert verdicts["deepmind_repeat_copy, training, µs per time step"] == "≤ 20 | 19 | reached |"
+    assert verdicts["adnc_babi, training, µs per time step"] == "≤ 60 | 61 | missed |"
+    for name in ("nature_babi", "nature_babi_wide", "csordas_repeat_copy"):
+        assert verdicts[f"{name}, training, µs per time step"].endswith("| | not measured |")
+    assert verdicts["sam_scaling_2048, training, times its byte floor"] == "≤ 2 | 20 | missed |"
+    mean = "training, {} over dnc_triton, geometric mean"
+    assert verdicts[mean.format("reference")] == "≥ 30 | 30.37 | reached, over 2 configurations |"
+    assert verdicts[mean.format("pypi_dnc")] == "≥ 30 | | not measured |"
+    assert verdicts["deepmind_repeat_copy, training, dnc_triton over lstm"] == "≤ 4 | 4.75 | missed |"
+    memory = "training, peak of memory, part of eager's, the largest"
+    assert verdicts[memory] == "≤ 0.333 | 0.5 | missed, over 2 configurations |"
+
+
+def test_goals_of_a_step_and_of_memory():
+    sizes = dict(batch=16, memory_size=16, word_size=16, num_reads=4)
+    steps = [
+        dict(**sizes, who="fused 16×16, 4 warps", forward_us=5.0, backward_us=12.0),
+        dict(**sizes, who="split 16×16, 8 warps", forward_us=7.0, backward_us=11.0),
+        dict(**sizes, who="split 16×32, 8 warps", forward_us=None, backward_us=None),
+        dict(**sizes, who="sequence of 32", forward_us=1.0, backward_us=1.0),
+    ]
+    lines = goals.table(goals.STEPS, steps).splitlines()[2:]
+    assert [line.split("| ")[-1] for line in lines] == ["reached |", "missed |", *["not measured |"] * 2]
+    assert lines[1] == "| memory step (16, 16, 16, 4), backward, µs | ≤ 10 | 11 | missed |"
+    memory = [("reference", None, 1200), ("auto", "auto", 500), ("auto", None, 300), ("auto", 16, 150)]
+    rows = [dict(backend=backend, checkpoint=kept, grown_bytes=grown) for backend, kept, grown in memory]
+    lines = goals.table(goals.MEMORY, rows).splitlines()[2:]
+    assert [line.split(" | ", 1)[1] for line in lines] == ["≤ 0.333 | 0.25 | reached |", "≤ 0.1 | 0.125 | missed |"]
 
 
 def test_there_are_no_pictures_of_what_was_not_measured(tmp_path, results):

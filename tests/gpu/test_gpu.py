@@ -53,6 +53,7 @@ from test_kernel_parity import (
     test_sixteen_bits_are_for_storage,
     test_stopped_usage_gradient,
 )
+from test_kernel_rollouts import test_a_layer_in_bfloat16, test_fifty_steps, test_torch_sequence
 from test_kernel_rows import (
     test_a_nan_is_not_lost,
     test_a_nan_stays_in_its_row,

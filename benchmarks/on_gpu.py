@@ -1,0 +1,179 @@
+"""Everything that is done on a GPU, in under nine minutes: `make gpu`.
+
+First parity, in several processes at once, since what takes time there is compiling. Beside it the benchmark runs once
+for what it compiles, which the compilers keep; its times are thrown away. Then one thing at a time: the memory step in
+every layout, the memory that training takes, and the benchmark with its report. Each part stops by itself when its time
+is up and has written what it has until then; one that does not stop is interrupted, and in the end killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from benchmarks.configurations import CONFIGURATIONS
+from benchmarks.machine import describe_machine
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 480.0
+# By when a part stops by itself, as a part of all the time. What one does not need the later ones have.
+PARITY = 0.36
+PARTS = [
+    ("the memory step", 0.54, "benchmarks.gpu --seconds {seconds} --output {folder}"),
+    ("lean memory", 0.6, "benchmarks.lean --device cuda --output {folder}/lean-gpu.json"),
+    (
+        "the benchmark",
+        1.0,
+        "benchmarks run --device cuda --sweeps B,N,T --rounds 20 --case-seconds 3 --compile-seconds 90 "
+        "--seconds {seconds} --output {folder}",
+    ),
+]
+TESTS = "pytest -m gpu -q --color=no -p no:cacheprovider tests/gpu --part {part} --seconds {seconds} --record {record}"
+ONCE = (
+    "benchmarks run --device cuda --modes training,forward --rounds 1 --case-seconds 0 --no-memory "
+    "--configurations {names} --seconds {seconds} --output {folder}"
+)
+OVERTIME, LAST_WORDS = 30.0, 15.0  # seconds until a part is interrupted; from then on until it is killed
+MOST_PROCESSES = 8  # for parity, and as many for the compilers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns its exit status: 0 if all of parity ran and nothing failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing after this time (%(default)g)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(
+            "There is no GPU here: nothing was run. `make bench` measures on this CPU, `make test` interprets the "
+            "kernels.",
+            file=sys.stderr,
+        )
+        return 2
+    started = time.monotonic()
+
+    def left(share: float) -> float:
+        return max(0.0, started + share * options.seconds - time.monotonic())
+
+    folder = options.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    statuses = {"parity": run_parity(folder, left(PARITY))}
+    for name, share, command in PARTS:
+        seconds = left(share)
+        print(f"--- {name}: {seconds:.0f} s", flush=True)
+        (statuses[name],) = run_all([fill_in(command, seconds, folder=folder)], seconds)
+    print(
+        f"Done in {time.monotonic() - started:.0f} s.",
+        *(f"{name}: {word(status)}." for name, status in statuses.items()),
+    )
+    return 1 if any(statuses.values()) else 0
+
+
+def fill_in(command: str, seconds: float, **values: object) -> list[str]:
+    """A command with its time and its other values, as a list."""
+    return shlex.split(command.format(seconds=round(seconds), **{k: shlex.quote(str(v)) for k, v in values.items()}))
+
+
+def word(status: int) -> str:
+    """What an exit status means."""
+    return {0: "all right", 1: "wrong or incomplete, see above"}.get(status, f"ended with status {status}")
+
+
+def run_parity(output: Path, seconds: float) -> int:
+    """The tests in tests/gpu and, for the sake of the compilers' caches, the benchmark; the status of the tests."""
+    machine = describe_machine("make gpu")
+    record = output / f"gpu-parity-{machine['date'][:10]}.txt"
+    record.write_text(json.dumps(machine, ensure_ascii=False) + "\n", encoding="utf-8")
+    count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) // 2))
+    print(f"--- parity: {count} processes, {seconds:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tests = [fill_in(TESTS, seconds, part=f"{part}/{count}", record=record) for part in range(1, count + 1)]
+        names = [",".join(list(CONFIGURATIONS)[part::count]) for part in range(count)]
+        compilers = [fill_in(ONCE, seconds, names=some, folder=folder) for some in names if some]
+        variables = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "DNC_TRITON_CACHE": folder}
+        logs = [Path(folder, f"{index}.log") for index in range(len(tests + compilers))]
+        statuses = run_all(tests + compilers, seconds, logs, variables)[:count]
+        for status, log in zip(statuses, logs, strict=False):
+            if status:
+                print(log.read_text(encoding="utf-8", errors="replace")[-6000:])
+    lines = record.read_text(encoding="utf-8").splitlines()[1:]
+    outcomes = {}
+    for line in lines:
+        outcome, _, test = line.partition(": ")
+        if test.startswith("tests/"):  # by its name without the seconds; what fails in its teardown has a second line
+            outcomes[test.rpartition(", ")[0]] = outcome
+    counts = Counter(outcomes.values())
+    total = sum(int(line.split()[0]) for line in lines if " tests in part " in line)
+    missing = total - sum(counts[name] for name in ("passed", "failed", "skipped"))
+    counted = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
+    complete = missing == 0 and counts["passed"] and not any(statuses)
+    text = f"Parity on {machine['gpu']}: {counted}, {missing} not run."
+    text += "" if complete else " This is not all of parity."
+    with record.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+    print(text, *(line for line in lines if line.startswith(("failed", "not run"))), f"Written: {record}", sep="\n")
+    return 0 if complete else 1
+
+
+def run_all(
+    commands: Sequence[Sequence[str]],
+    seconds: float,
+    logs: Sequence[Path] | None = None,
+    variables: dict[str, str] | None = None,
+) -> list[int]:
+    """Run modules of Python side by side.
+
+    Args:
+        commands: each a module and its arguments.
+        seconds: after which they should have stopped. `OVERTIME` later they are interrupted.
+        logs: a file each for what they print; without, they print here.
+        variables: of the environment, beside those that are there.
+
+    Returns:
+        the exit statuses, negative for what had to be killed.
+    """
+    deadline = time.monotonic() + seconds + OVERTIME
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for index, command in enumerate(commands):
+            log = logs[index].open("wb") if logs else None
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *command],
+                    stdout=log,
+                    stderr=subprocess.STDOUT if log else None,
+                    cwd=ROOT,
+                    env={**os.environ, **(variables or {})},
+                    start_new_session=True,  # a group, so that what they start ends with them
+                )
+            )
+            if log:
+                log.close()
+        for limit, number in ((deadline, signal.SIGINT), (deadline + LAST_WORDS, signal.SIGKILL)):
+            for process in processes:
+                try:
+                    process.wait(max(0.0, limit - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(number)
+        return [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""`make gpu` without a GPU: its parts get their time, stop when it is up, and what was not run is told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import on_gpu
+
+ROOT = Path(__file__).parents[1]
+TESTS = """
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_other():
+    pass
+
+@pytest.mark.parametrize("number", range(4))
+def test_parity(number):
+    pass
+
+def test_that_fails():
+    assert not FAILS
+
+def test_that_is_skipped():
+    pytest.skip("there is one GPU")
+"""
+
+
+@pytest.fixture
+def run_tests(tmp_path):
+    """Runs those tests with the conftest.py of tests/gpu. Returns exit status, what is printed, lines of the record."""
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    shutil.copy(ROOT / "tests" / "gpu" / "conftest.py", folder)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
+
+    def run(*arguments, fails=False):
+        (folder / "test_some.py").write_text(f"FAILS = {fails}\n{TESTS}", encoding="utf-8")
+        record = tmp_path / "record.txt"
+        record.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "gpu", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        lines = record.read_text().splitlines() if record.exists() else []
+        return done.returncode, done.stdout + done.stderr, [line.split(", ")[0] for line in lines]
+
+    return run
+
+
+def test_the_tests_on_a_gpu_go_in_parts_the_important_ones_first(run_tests):
+    parts = [run_tests("--part", f"{part}/2", "--record", "record.txt", fails=True) for part in (1, 2)]
+    assert [status for status, _, _ in parts] == [0, 1]
+    at = "gpu/test_some.py::test_"
+    assert parts[0][2] == ["4 tests in part 1/2", f"passed: {at}parity[0]", f"passed: {at}parity[2]",
+                           f"passed: {at}other", f"skipped: {at}that_is_skipped"]  # fmt: skip
+    assert parts[1][2] == ["3 tests in part 2/2", f"passed: {at}parity[1]", f"passed: {at}parity[3]",
+                           f"failed: {at}that_fails"]  # fmt: skip
+
+
+def test_the_tests_on_a_gpu_stop_in_time_and_say_so(run_tests):
+    status, printed, lines = run_tests("--seconds", "0", "--record", "record.txt", fails=True)
+    assert status == 1
+    assert [line.split(":")[0] for line in lines] == ["7 tests in part 1/1", *["not run"] * 7]
+    assert "7 tests were not run: the time is up. This is not all of parity." in printed
+    status, printed, lines = run_tests()
+    assert (status, lines) == (0, [])
+    assert "not all of parity" not in printed
+
+
+MODULES = {
+    "good": "print('well')",
+    "bad": "raise SystemExit(3)",
+    "long": "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemExit(5)",
+    "deaf": "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
+def test_what_does_not_stop_is_interrupted_and_killed(tmp_path, monkeypatch):
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(on_gpu, "OVERTIME", 2.0)
+    monkeypatch.setattr(on_gpu, "LAST_WORDS", 1.0)
+    logs = [tmp_path / f"{name}.log" for name in MODULES]
+    started = time.monotonic()
+    statuses = on_gpu.run_all([[name] for name in MODULES], 0.5, logs, {"PYTHONPATH": str(tmp_path)})
+    assert statuses == [0, 3, 5, -9]
+    assert time.monotonic() - started < 30
+    assert logs[0].read_text() == "well\n"
+
+
+def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, capsys):
+    """With nothing run: the tests leave a record, of which one part was killed; the benchmark of a step is wrong."""
+    called = []
+
+    def run_all(commands, seconds, logs=None, variables=None):
+        called.append((commands, seconds))
+        if logs is None:
+            return [1 if commands[0][0] == "benchmarks.gpu" else 0]
+        record = Path(commands[0][-1])
+        with record.open("a", encoding="utf-8") as file:
+            file.write("3 tests in part 1/2\npassed: tests/gpu/a.py::b, 1 s\npassed: tests/gpu/a.py::c[1, 2], 1 s\n")
+            file.write("failed: tests/gpu/a.py::c[1, 2], 0 s\n")
+            file.write("not run: tests/gpu/a.py::d, 0 s\n2 tests in part 2/2\nskipped: tests/gpu/a.py::e, 0 s\n")
+        for log in logs:
+            log.write_text(f"what {log.name} printed\n")
+        return [1, -9, *[0] * (len(commands) - 2)]
+
+    monkeypatch.setattr(on_gpu, "run_all", run_all)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(on_gpu, "describe_machine", lambda command: {"date": "2026-01-02T03", "gpu": "a GPU"})
+    folder = tmp_path / "with a space"
+    assert on_gpu.main(["--seconds", "100", "--output", str(folder)]) == 1
+    parity, *others = called
+    assert [command[0] for command in parity[0]] == ["pytest"] * 2 + ["benchmarks"] * 2
+    assert [command[0] for commands, _ in others for command in commands] == [
+        "benchmarks.gpu",
+        "benchmarks.lean",
+        "benchmarks",
+    ]
+    assert [round(seconds) for _, seconds in called] == [36, 54, 60, 100]
+    assert all(str(folder) in commands[0][-1] for commands, _ in others)
+    printed = capsys.readouterr().out
+    assert "Parity on a GPU: 1 passed, 1 failed, 1 skipped, 2 not run. This is not all of parity." in printed
+    assert "failed: tests/gpu/a.py::c" in printed
+    assert "what 1.log printed" in printed
+    assert (
+        "the memory step: wrong or incomplete, see above. lean memory: all right. the benchmark: all right." in printed
+    )
+    record = (folder / "gpu-parity-2026-01-02.txt").read_text(encoding="utf-8").splitlines()
+    assert record[0] == '{"date": "2026-01-02T03", "gpu": "a GPU"}'
+    assert record[-1].startswith("Parity on a GPU: 1 passed")
+
+
+def test_without_a_gpu_it_says_what_to_run(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert on_gpu.main([]) == 2
+    assert "There is no GPU here" in (message := capsys.readouterr().err)
+    assert "`make bench`" in message
+
+
+def test_what_it_runs_is_there():
+    """The options that it passes are those that the programs take; no more than nine minutes, whatever happens."""
+    from benchmarks.__main__ import _parser
+
+    assert on_gpu.SECONDS + on_gpu.OVERTIME + on_gpu.LAST_WORDS <= 9 * 60 - 10
+    for command in (on_gpu.PARTS[-1][2], on_gpu.ONCE):
+        module, *arguments = on_gpu.fill_in(command, 7.6, folder="here", names="adnc_babi,sam_scaling")
+        options = _parser().parse_args(arguments)
+        assert (module, options.seconds, options.output) == ("benchmarks", 8.0, Path("here"))
