@@ -108,3 +108,9 @@ def test_who_is_served(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_COMPILER", False)
     with pytest.raises(RuntimeError, match=r"torch_compiled.*needs a C\+\+ compiler"):
         make(BACKEND)(inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CELLS if "B1N128" in name or "clip0p5" in name])
+def test_deepminds_rollouts(name):
+    test_cell_rollout(BACKEND, name, torch.float64, None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, random_problem
+from helpers import assert_close, assert_same_bits, random_problem
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -173,3 +173,51 @@ def test_checkpoint(backend: str, device: torch.device) -> None:
     expected = run(dnc, inputs, state, backend)
     with use_backend(backend):
         assert_close(run(dnc, inputs, state, backend, module=checkpointed), expected, **CLOSE, name="")
+
+
+@pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
+def test_dropout(backend: str, device: torch.device) -> None:
+    """With the masks that plain PyTorch draws from the same seed."""
+    dnc = make(device, num_layers=2, dropout=0.5)
+    inputs, state = make_inputs(dnc), start(dnc)
+    outcomes = []
+    for name in (backend, "torch_sequence"):
+        torch.manual_seed(2)
+        outcomes.append(run(dnc, inputs, state, name))
+    assert_close(*outcomes, **CLOSE, name="")
+
+
+@each_backend
+def test_twice_in_one_graph(backend: str, device: torch.device) -> None:
+    dnc = make(device)
+    inputs, state = make_inputs(dnc), start(dnc)
+
+    def twice(inputs: Tensor, state: DNCState) -> Any:
+        first, state = dnc(inputs, state)
+        second, state = dnc(inputs.flip(1) * first.mean(), state)
+        return torch.cat([first, second], dim=1), state
+
+    actual, expected = (run(dnc, inputs, state, name, module=twice) for name in (backend, "reference"))
+    assert_close(actual, expected, **CLOSE, name="")
+
+
+@each_backend
+def test_in_pieces(backend: str, device: torch.device) -> None:
+    dnc = make(device)
+    inputs, state = make_inputs(dnc), start(dnc)
+
+    def in_pieces(inputs: Tensor, state: DNCState) -> Any:
+        first, state = dnc(inputs[:, :2], state)
+        second, state = dnc(inputs[:, 2:], state)
+        return torch.cat([first, second], dim=1), state
+
+    actual = run(dnc, inputs, state, backend, module=in_pieces)
+    assert_close(actual, run(dnc, inputs, state, backend), **CLOSE, name="")
+
+
+@pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
+def test_lean_is_full_to_the_last_bit(backend: str, device: torch.device) -> None:
+    dnc = make(device)
+    inputs, state = make_inputs(dnc), start(dnc)
+    full, lean = (run(dnc, inputs, state, backend, checkpoint=every) for every in (None, 2))
+    assert_same_bits(lean, full)
