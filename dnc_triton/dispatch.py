@@ -296,7 +296,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     times = tuning.remembered(problem)
     lines = [str(problem), f"asked for: {asked!r}, by {asked_by}"]
     for name, (supported, reason) in answers.items():
-        measured = [f"{_label(layout)}{time:.1f} µs" for candidate, layout, time in times if candidate == name]
+        measured = [f"{_label(layout)}{time:.1f} µs" for (other, layout), time in times.items() if other == name]
         lines.append(
             f"{'*' if name == chosen else ' '} {name:<15} {'serves' if supported else 'declines'}: {reason}"
             + (f"; measured per step: {', '.join(measured)}" if measured else "")
