@@ -102,14 +102,12 @@ def cache_directory() -> Path:
 
 def _bucket(problem: Problem) -> str:
     """The key under which a problem is remembered."""
-    import triton
-
     import dnc_triton
 
     key = {
         "device": torch.cuda.get_device_name(problem.device),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": _triton_version(),
         "dnc_triton": dnc_triton.__version__,
         "format": FORMAT,
         "dtype": str(problem.dtype),
@@ -125,6 +123,15 @@ def _bucket(problem: Problem) -> str:
         key["steps"] = _measured_steps(problem)
         key["graphs"] = os.environ.get(graphs.GRAPHS_VARIABLE) != "0"
     return json.dumps(key, sort_keys=True)
+
+
+def _triton_version() -> str:
+    """Empty where there is no Triton: then plain PyTorch is all that is measured."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)
 
 
 def _path(bucket: str) -> Path:

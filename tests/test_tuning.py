@@ -449,6 +449,17 @@ def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPa
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
 
 
+@pytest.mark.parametrize("measure", ["0", "1"])
+def test_without_triton_plain_pytorch_is_measured(measure: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", measure)
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0))
+    assert "* torch_sequence" in dispatch.explain_problem(PROBLEM)
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+    assert len(tuning.remembered(PROBLEM)) == (2 if measure == "1" else 0)
+
+
 # --- what is measured
 
 
