@@ -65,6 +65,7 @@ def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tuning, "_random_sequence", lambda problem: print)
     monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
     monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(dispatch, "_settled", {})
     monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DNC_TRITON_MEASURE", raising=False)
     monkeypatch.delenv("DNC_TRITON_BACKEND", raising=False)
@@ -410,6 +411,41 @@ def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monke
     for batch in (1, 12, 500):
         chosen = dispatch.choose(replace(PROBLEM, batch=batch))
         assert chosen.unroll.keywords["layout"] == sequence_layouts(16, 8)[0]
+
+
+def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    default = dispatch.choose(PROBLEM)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "1")
+    fastest = dispatch.choose(PROBLEM)
+    assert (default.unroll.keywords["layout"], fastest) == (
+        FAST._replace(whole=True),
+        dispatch.BACKENDS["torch_sequence"],
+    )
+    named = dispatch.choose(PROBLEM, "triton_fused")
+
+    def work(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("worked out again")
+
+    monkeypatch.setattr(dispatch, "_best", work)
+    assert dispatch.choose(replace(PROBLEM)) is fastest
+    assert dispatch.choose(PROBLEM, "triton_fused") is named
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", "0")
+    with pytest.raises(AssertionError, match="again"):
+        dispatch.choose(PROBLEM)
+    monkeypatch.delenv("DNC_TRITON_GRAPHS")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with pytest.raises(AssertionError, match="again"):
+        dispatch.choose(PROBLEM)
+
+
+def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
+    chosen = [dispatch.choose(PROBLEM) for _ in range(5)]
+    assert chosen[0].unroll.keywords["layout"].whole
+    assert chosen[-1] is dispatch.BACKENDS["torch_sequence"]
 
 
 def test_explain_measures_nothing(clock: Clock) -> None:
