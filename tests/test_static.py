@@ -20,6 +20,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import barriers, static  # noqa: E402
 from dnc_triton import dispatch  # noqa: E402
+from dnc_triton.kernels.layout import layouts  # noqa: E402
 from dnc_triton.problem import Problem  # noqa: E402
 
 KERNELS = Path(static.__file__).parent.parent / "dnc_triton" / "kernels"
@@ -114,6 +115,23 @@ def test_float64_is_compiled_at_every_shape_and_may_spill():
         cases += static._sequence(tuple(shape), hidden, "sm_90", dtype="float64")
     assert compiled.issuperset(cases)
     assert all(case.may_spill for case in cases)
+
+
+@pytest.mark.slow
+def test_wide_words_fit_on_small_gpus():
+    """The widest, with few slots, since there loops are unrolled; at N = 1024 the record shows it."""
+    shapes = [(16, 256, 16), (32, 256, 16)]
+    cases = [
+        case
+        for shape in shapes
+        for layout in layouts(*shape[:2])
+        for case in static._step(shape, "sm_80", layout=layout)
+    ]
+    for measurement in static.compiling_map(static.measure, cases):
+        assert not measurement.problems()
+        # Of capability 8.6, 8.9 and 12.0. With 4 warps it spilled 5 KB.
+        assert measurement.numbers.shared <= 101_376, measurement
+        assert measurement.numbers.spilled <= 80, measurement
 
 
 def test_every_barrier_is_needed_and_would_be_missed(measurements):
