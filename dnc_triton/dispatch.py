@@ -27,6 +27,7 @@ from dnc_triton import tuning
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
+from dnc_triton.sequence import graphs
 from dnc_triton.sequence.op import is_plain, unroll_sequence
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
@@ -182,7 +183,8 @@ def _one_launch_supports(problem: Problem) -> tuple[bool, str]:
         return False, "the controller or another part is the user's own, or has hooks"
     if problem.controller != "lstm":
         return False, f"the controller is {problem.controller!r}, the kernel has an LSTM in it"
-    for name, limit in (("num_layers", 1), ("hidden_size", 128), ("memory_size", 128)):
+    # As far as it was compiled without spilling. With W = 256 it spilled up to 2.6 KB a thread, at every step.
+    for name, limit in (("num_layers", 1), ("hidden_size", 128), ("memory_size", 128), ("word_size", 64)):
         if getattr(problem, name) > limit:
             return False, f"{name} is {getattr(problem, name)}, one launch for a sequence goes up to {limit}"
     if problem.dtype not in (torch.float32, torch.float64):
@@ -242,6 +244,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _in_use: list[str] = []
+_settled: dict[tuple[Problem, str, str | None] | None, Backend] = {}
 
 
 @contextmanager
@@ -276,6 +279,10 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         RuntimeError: the backend asked for by name does not serve this problem; its reason is in the message.
     """
     asked, asked_by = _asked(backend)
+    # Every call comes by here, on a GPU even every step: what measurements have settled is not worked out again.
+    key = (problem, asked, os.environ.get(graphs.GRAPHS_VARIABLE)) if _clock_decides(problem) else None
+    if key in _settled:
+        return _settled[key]
     if asked == "auto":
         serving = [name for name in BACKENDS if BACKENDS[name].supports(problem)[0]]
     else:
@@ -283,8 +290,13 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         if not supported:
             raise RuntimeError(f"backend {asked!r}, asked for by {asked_by}, does not serve this call: {reason}")
         serving = [asked]
-    name, layout = _best(problem, serving)
-    return BACKENDS[name].with_layout(layout)
+    (name, layout), settled = _best(problem, serving)
+    chosen = BACKENDS[name].with_layout(layout)
+    if key is not None and settled:
+        if len(_settled) >= 1000:  # of a new batch or length each time
+            _settled.clear()
+        _settled[key] = chosen
+    return chosen
 
 
 def explain_problem(problem: Problem, backend: str = "auto") -> str:
@@ -292,11 +304,11 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     asked, asked_by = _asked(backend)
     answers = {name: BACKENDS[name].supports(problem) for name in BACKENDS}
     serving = [name for name in BACKENDS if answers[name][0] and asked in ("auto", name)]
-    chosen = _best(problem, serving, measure=False)[0] if serving else None
+    chosen = _best(problem, serving, measure=False)[0][0] if serving else None
     times = tuning.remembered(problem)
     lines = [str(problem), f"asked for: {asked!r}, by {asked_by}"]
     for name, (supported, reason) in answers.items():
-        measured = [f"{_label(layout)}{time:.1f} µs" for candidate, layout, time in times if candidate == name]
+        measured = [f"{_label(layout)}{time:.1f} µs" for (other, layout), time in times.items() if other == name]
         lines.append(
             f"{'*' if name == chosen else ' '} {name:<15} {'serves' if supported else 'declines'}: {reason}"
             + (f"; measured per step: {', '.join(measured)}" if measured else "")
@@ -322,21 +334,27 @@ def _asked(backend: str) -> tuple[str, str]:
     return name, f"the environment variable {ENVIRONMENT_VARIABLE}" if name != "auto" else "default"
 
 
-def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[str, Layout | None]:
-    """Of the backends that serve a problem the fastest, with its layout."""
+def _clock_decides(problem: Problem) -> bool:
+    """Whether what is chosen is what was measured."""
+    # Tracing comes first: a traced function may look neither at a file nor at a clock.
+    if torch.compiler.is_compiling() or problem.device.type != "cuda" or _is_transformed():
+        return False
+    return not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
+
+
+def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[tuning.Candidate, bool]:
+    """Of the backends that serve a problem the fastest, with its layout; and whether it stays so in this process."""
     ranked = sorted(serving, key=lambda name: BACKENDS[name].rank(problem))
-    candidates: list[tuple[str, Layout | None]] = []
+    candidates: list[tuning.Candidate] = []
     for name in ranked:
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
-    # Tracing comes first: a traced function may look neither at a file nor at a clock.
-    if len(candidates) == 1 or torch.compiler.is_compiling() or problem.device.type != "cuda":
-        return candidates[0]
-    if torch.are_deterministic_algorithms_enabled():  # a clock decides otherwise, and layouts differ in their last bits
-        return candidates[0]
-    settled = {(name, layout): BACKENDS[name].with_layout(layout) for name, layout in candidates}
+    if len(candidates) == 1 or not _clock_decides(problem):
+        return candidates[0], len(candidates) == 1
+    backends = {(name, layout): BACKENDS[name].with_layout(layout) for name, layout in candidates}
     operation = "unroll" if tuning.measures_sequence(problem) else "memory_step"
-    operations = {candidate: getattr(backend, operation) for candidate, backend in settled.items()}
-    return tuning.fastest(problem, operations, measure=measure)
+    operations = {candidate: getattr(backend, operation) for candidate, backend in backends.items()}
+    best = tuning.fastest(problem, operations, measure=measure)
+    return best, tuning.remembered(problem).keys() >= operations.keys()
 
 
 def _label(layout: Layout | None) -> str:

@@ -5,7 +5,7 @@ must go step by step, as a step. A problem is remembered by its bucket: the devi
 and of what generates code, dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to
 powers of two; for a sequence also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not
 at all, so that any number of processes may measure at once; what is in a file that cannot be understood is measured
-again.
+again. What a bucket lacks, since nobody had asked for it or time was up, is measured when it is asked for next.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless something is
 remembered), DNC_TRITON_CACHE names another directory.
@@ -36,15 +36,15 @@ from dnc_triton.sequence import graphs
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-FORMAT = 2
+FORMAT = 3
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
 SECONDS = 1.0  # per candidate, compilation not counted
-TOTAL_SECONDS = 60.0  # compilation counted; candidates that are not reached are not chosen
+TOTAL_SECONDS = 60.0  # per call, compilation counted; candidates that are not reached wait for the next call
 
 logger = logging.getLogger("dnc_triton")
-_known: dict[str, list[tuple[str, Layout | None, float]]] = {}
+_known: dict[str, dict[Candidate, float]] = {}
 
 
 def measures_sequence(problem: Problem) -> bool:
@@ -63,27 +63,31 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
 
     Returns:
         one of the candidates.
+
+    Raises:
+        Exception: every candidate failed, and this one the last; or CUDA can no longer be used.
     """
-    times = [row for row in remembered(problem) if row[:2] in operations]
-    # What is remembered may know fewer candidates: somebody had named one, say. Then all are measured again.
-    if {row[:2] for row in times} != set(operations):
+    times = remembered(problem)
+    missing = {candidate: operation for candidate, operation in operations.items() if candidate not in times}
+    if missing:
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if not measure or capturing or os.environ.get("DNC_TRITON_MEASURE") == "0":
             return next(iter(operations))
-        times = _measure_all(problem, operations)
-        _remember(problem, times)
-    return min(times, key=lambda row: row[2])[:2]
+        works = any(times.get(candidate, math.inf) < math.inf for candidate in operations)
+        _remember(problem, _measure_all(problem, missing, works))
+        times = remembered(problem)
+    return min((candidate for candidate in operations if candidate in times), key=lambda candidate: times[candidate])
 
 
-def remembered(problem: Problem) -> list[tuple[str, Layout | None, float]]:
-    """What was measured for a problem: backend, layout, µs per step (infinite if it failed). Empty if nothing was."""
+def remembered(problem: Problem) -> dict[Candidate, float]:
+    """What was measured for a problem: candidate → µs per step (infinite if it failed). Empty if nothing was."""
     if problem.device.type != "cuda":
-        return []
+        return {}
     bucket = _bucket(problem)
     if bucket not in _known:
         times = _read(_path(bucket), bucket)
         if not times:
-            return []
+            return {}
         _known[bucket] = times
     return _known[bucket]
 
@@ -98,14 +102,12 @@ def cache_directory() -> Path:
 
 def _bucket(problem: Problem) -> str:
     """The key under which a problem is remembered."""
-    import triton
-
     import dnc_triton
 
     key = {
         "device": torch.cuda.get_device_name(problem.device),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": _triton_version(),
         "dnc_triton": dnc_triton.__version__,
         "format": FORMAT,
         "dtype": str(problem.dtype),
@@ -123,31 +125,42 @@ def _bucket(problem: Problem) -> str:
     return json.dumps(key, sort_keys=True)
 
 
+def _triton_version() -> str:
+    """Empty where there is no Triton: then plain PyTorch is all that is measured."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)
+
+
 def _path(bucket: str) -> Path:
     return cache_directory() / f"{hashlib.sha256(bucket.encode()).hexdigest()[:32]}.json"
 
 
-def _read(path: Path, bucket: str) -> list[tuple[str, Layout | None, float]]:
+def _read(path: Path, bucket: str) -> dict[Candidate, float]:
     try:
         record = json.loads(path.read_text())
         if record["bucket"] != bucket:
-            return []
-        return [
-            (str(name), None if layout is None else Layout(*layout), float(microseconds))
+            return {}
+        return {
+            (str(name), None if layout is None else Layout(*layout)): float(microseconds)
             for name, layout, microseconds in record["times"]
-        ]
+        }
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measure again
-        return []
+        return {}
 
 
-def _remember(problem: Problem, times: list[tuple[str, Layout | None, float]]) -> None:
+def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
+    """Add to what is known, here and in the file, where another process may have added something too."""
     bucket = _bucket(problem)
-    _known[bucket] = times
     path = _path(bucket)
+    _known[bucket] = _read(path, bucket) | _known.get(bucket, {}) | times
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            json.dump({"bucket": bucket, "times": times}, file)
+            rows = [(name, layout, microseconds) for (name, layout), microseconds in _known[bucket].items()]
+            json.dump({"bucket": bucket, "times": rows}, file)
         os.replace(file.name, path)
     except OSError as error:  # a read-only home, a full disk: the process still remembers
         logger.warning("cannot keep the measured times in %s: %s", path.parent, error)
@@ -161,16 +174,33 @@ def _measured_steps(problem: Problem) -> int:
     return min(STEPS, _power_of_two(problem.steps)) if measures_sequence(problem) else 1
 
 
-def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation]) -> list[tuple[str, Layout | None, float]]:
+def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], works: bool) -> dict[Candidate, float]:
+    """µs per step of each candidate that is reached, infinite for one that fails.
+
+    If none of them works it raises the last one's error, unless another, not among these, `works`.
+    """
     started = time.perf_counter()
     with torch.inference_mode(False), torch.cuda.device(problem.device):
         run = _random_sequence(problem) if measures_sequence(problem) else _random_step(problem)
-    times = []
+    times: dict[Candidate, float] = {}
     for (name, layout), operation in operations.items():
-        late = time.perf_counter() - started > TOTAL_SECONDS
-        microseconds = float("inf") if late else _measure(problem, partial(run, operation))
-        times.append((name, layout, microseconds / _measured_steps(problem)))
-    name, layout, microseconds = min(times, key=lambda row: row[2])
+        # Until one works there is nothing to take, however late it is.
+        if min(times.values(), default=math.inf) < math.inf and time.perf_counter() - started > TOTAL_SECONDS:
+            break
+        try:
+            microseconds = _measure(problem, partial(run, operation))
+        except torch.AcceleratorError:  # CUDA may be of no more use
+            raise
+        except Exception as error:  # it does not compile, or does not fit: into memory, a block into a multiprocessor
+            torch.cuda.synchronize(problem.device)  # raises if CUDA is of no more use
+            logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, error)
+            failure, microseconds = error.with_traceback(None), math.inf  # its frames hold memory
+        times[name, layout] = microseconds / _measured_steps(problem)
+    name, layout = min(times, key=lambda candidate: times[candidate])
+    if times[name, layout] == math.inf:
+        if not works:
+            raise failure
+        return times
     logger.info(
         "measured %d candidates for %s in %.1f s: %s %s with %.1f µs per step",
         len(times),
@@ -178,7 +208,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation]) ->
         time.perf_counter() - started,
         name,
         tuple(layout) if layout else "",
-        microseconds,
+        times[name, layout],
     )
     return times
 
@@ -252,28 +282,23 @@ def _draw(problem: Problem, shape: tuple[int, ...]) -> Tensor:
 
 
 def _measure(problem: Problem, run: Callable[[], None]) -> float:
-    """Median time of a run in µs; infinite if it does not fit: into memory, or a block into a multiprocessor."""
-    from triton.runtime.errors import OutOfResources
-
-    try:
-        with (
-            torch.cuda.device(problem.device),
-            torch.inference_mode(False),
-            torch.set_grad_enabled(problem.needs_gradient),
-            graphs.forgetting(),  # a candidate is measured as it would be used, and leaves no memory behind
-        ):
-            for _ in range(WARM_UP):
-                run()
-            torch.cuda.synchronize()
-            times: list[float] = []
-            deadline = time.perf_counter() + SECONDS
-            while len(times) < REPETITIONS and (not times or time.perf_counter() < deadline):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                times.append(1000 * start.elapsed_time(end))
-    except (torch.OutOfMemoryError, OutOfResources):
-        return float("inf")
+    """Median time of a run in µs."""
+    with (
+        torch.cuda.device(problem.device),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(problem.needs_gradient),
+        graphs.forgetting(),  # a candidate is measured as it would be used, and leaves no memory behind
+    ):
+        for _ in range(WARM_UP):
+            run()
+        torch.cuda.synchronize()
+        times: list[float] = []
+        deadline = time.perf_counter() + SECONDS
+        while len(times) < REPETITIONS and (not times or time.perf_counter() < deadline):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(1000 * start.elapsed_time(end))
     return statistics.median(times)

@@ -12,6 +12,8 @@ import torch
 import dnc_reference
 from dnc_triton import DNC, Interface, MemoryState, dispatch, explain, memory_step, use_backend
 from dnc_triton.dispatch import BACKENDS, Backend, Problem, choose
+from dnc_triton.kernels.layout import layouts, sequence_layouts
+from dnc_triton.ops.fused_step import as_layout
 
 PROBLEM = Problem(
     device=torch.device("cpu"),
@@ -210,6 +212,11 @@ def test_explain_stars_the_one_asked_for(add_backends, monkeypatch):
 def test_explain_takes_what_forward_takes():
     packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(2, 3, 3), [3, 1], batch_first=True)
     assert explain(make(), packed).startswith("sequence, lstm controller, 1×6, cpu, float32, B=2, T=3,")
+
+
+def test_an_operator_is_given_every_layout_whole():
+    for layout in [*layouts(16, 256), *layouts(64, 8), *sequence_layouts(16, 8)]:
+        assert as_layout([int(value) for value in layout]) == layout
 
 
 # --- Every call goes through the table

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import barriers, static  # noqa: E402
 from dnc_triton import dispatch  # noqa: E402
+from dnc_triton.kernels.layout import layouts, sequence_layouts  # noqa: E402
 from dnc_triton.problem import Problem  # noqa: E402
 
 KERNELS = Path(static.__file__).parent.parent / "dnc_triton" / "kernels"
@@ -114,6 +115,53 @@ def test_float64_is_compiled_at_every_shape_and_may_spill():
         cases += static._sequence(tuple(shape), hidden, "sm_90", dtype="float64")
     assert compiled.issuperset(cases)
     assert all(case.may_spill for case in cases)
+
+
+@pytest.mark.slow
+def test_a_sequence_is_served_where_its_kernels_fit():
+    """At the corners of what is served: as many numbers in a word, heads and hidden units as may be."""
+    limits = dict(num_layers=1, hidden_size=128, num_reads=16, word_size=64)
+    problem = Problem(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch=1,
+        steps=1,
+        memory_size=128,
+        num_writes=1,
+        controller="lstm",
+        needs_gradient=True,
+        **limits,
+    )
+    for name, limit in limits.items():
+        _, reason = dispatch.BACKENDS["triton_sequence"].supports(replace(problem, **{name: limit + 1}))
+        assert f"goes up to {limit}" in reason or f"go up to {limit}" in reason
+    cases = [
+        case
+        for slots in (16, 32, 64, 128)
+        for layout in sequence_layouts(slots, 64)
+        for case in static._sequence((slots, 64, 16), 128, "sm_90", layout=layout)
+    ]
+    for measurement in static.compiling_map(static.measure, cases):
+        assert not measurement.errors
+        assert measurement.numbers.spilled <= 24, measurement
+        assert measurement.numbers.shared <= 101_376, measurement
+
+
+@pytest.mark.slow
+def test_wide_words_fit_on_small_gpus():
+    """The widest, with few slots, since there loops are unrolled; at N = 1024 the record shows it."""
+    shapes = [(16, 256, 16), (32, 256, 16)]
+    cases = [
+        case
+        for shape in shapes
+        for layout in layouts(*shape[:2])
+        for case in static._step(shape, "sm_80", layout=layout)
+    ]
+    for measurement in static.compiling_map(static.measure, cases):
+        assert not measurement.problems()
+        # Of capability 8.6, 8.9 and 12.0. With 4 warps it spilled 5 KB.
+        assert measurement.numbers.shared <= 101_376, measurement
+        assert measurement.numbers.spilled <= 80, measurement
 
 
 def test_every_barrier_is_needed_and_would_be_missed(measurements):

@@ -43,14 +43,17 @@ FAST, SLOW, REFERENCE = Layout(True, 16, 16, 4), Layout(False, 16, 32, 8), None
 class Clock:
     """Answers with made-up times, and counts how often it was asked."""
 
-    def __init__(self, **microseconds: float) -> None:
+    def __init__(self, **microseconds: float | Exception) -> None:
         self.microseconds, self.asked = microseconds, []
 
     def __call__(self, problem: Problem, run: partial) -> float:
-        """µs for a run; the dictionary has those per step."""
+        """µs for a run, or the error that it ends with; the dictionary has µs per step."""
         (operation,) = run.args
         self.asked.append(operation)
-        return self.microseconds[str(operation)] * tuning._measured_steps(problem)
+        answer = self.microseconds[str(operation)]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer * tuning._measured_steps(problem)
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +61,11 @@ def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Straw 9000")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(tuning, "_random_sequence", lambda problem: print)
     monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
     monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(dispatch, "_settled", {})
     monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DNC_TRITON_MEASURE", raising=False)
     monkeypatch.delenv("DNC_TRITON_BACKEND", raising=False)
@@ -97,7 +102,7 @@ def test_another_process_reads_what_this_one_measured(clock: Clock) -> None:
     forget()
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
     assert len(clock.asked) == 3
-    assert tuning.remembered(PROBLEM) == [("split", SLOW, 30.0), ("fused", FAST, 10.0), ("reference", None, 900.0)]
+    assert tuning.remembered(PROBLEM) == {("split", SLOW): 30.0, ("fused", FAST): 10.0, ("reference", None): 900.0}
     assert [path.suffix for path in files()] == [".json"]
 
 
@@ -189,7 +194,28 @@ def test_new_candidates_are_measured_beside_the_old(clock: Clock) -> None:
     assert tuning.fastest(PROBLEM, one) == ("split", SLOW)
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
     assert tuning.fastest(PROBLEM, one) == ("split", SLOW), "only what was asked for may be chosen"
-    assert len(clock.asked) == 5
+    assert clock.asked == ["slow", "reference", "fast"]
+
+
+def test_asking_by_name_in_turn_measures_each_once(clock: Clock) -> None:
+    for _ in range(2):
+        for candidate, operation in STEPS.items():
+            assert tuning.fastest(PROBLEM, {candidate: operation}) == candidate
+    assert clock.asked == ["slow", "fast", "reference"]
+    forget()
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert len(clock.asked) == 3, "the file has them all"
+
+
+def test_what_another_process_measured_meanwhile_is_kept(clock: Clock) -> None:
+    tuning.fastest(PROBLEM, {("split", SLOW): "slow"})
+    here = dict(tuning._known)
+    forget()
+    tuning.fastest(PROBLEM, {("fused", FAST): "fast"})
+    tuning._known.update(here)
+    tuning.fastest(PROBLEM, {("reference", REFERENCE): "reference"})
+    forget()
+    assert tuning.remembered(PROBLEM).keys() == STEPS.keys()
 
 
 def test_measuring_can_be_switched_off(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,37 +268,76 @@ def test_measuring_is_logged_once(clock: Clock, caplog: pytest.LogCaptureFixture
     assert "10.0 µs" in message
 
 
-def test_what_does_not_fit_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_measure", Clock(fast=float("inf"), slow=30.0, reference=900.0))
-    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
-    forget()
-    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "infinity survives the file"
-
-
-@pytest.mark.parametrize("error", ["memory", "shared memory"])
-def test_running_out_of_something_is_not_an_error(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block that wants more shared memory than a multiprocessor has compiles, and fails when it is launched."""
+def out_of(what: str) -> Exception:
+    """Of shared memory: a block that wants more than a multiprocessor has compiles, and fails when it is launched."""
     from triton.runtime.errors import OutOfResources
 
-    def fail() -> None:
-        if error == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        raise OutOfResources(100_352, 65_536, "shared memory")
-
-    assert tuning._measure(PROBLEM, fail) == float("inf")
-
-    def break_otherwise() -> None:
-        raise RuntimeError("wrong")
-
-    with pytest.raises(RuntimeError, match="wrong"):
-        tuning._measure(PROBLEM, break_otherwise)
+    if what == "memory":
+        return torch.OutOfMemoryError("CUDA out of memory")
+    if what == "shared memory":
+        return OutOfResources(100_352, 65_536, "shared memory")
+    return RuntimeError(f"no {what}")
 
 
-def test_measuring_stops_when_its_time_is_up(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["memory", "shared memory", "code for this"])
+def test_what_fails_is_not_chosen_and_said_once(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(fast=out_of(what), slow=30.0, reference=900.0)
+    monkeypatch.setattr(tuning, "_measure", clock)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+        forget()
+    assert len(clock.asked) == 3, "the failure survives the file"
+    (message,) = caplog.messages
+    assert message.startswith("fused (True, 16, 16, 4, ")
+    assert message.endswith(str(out_of(what)))
+
+
+def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where something else that may be taken did, and late or not each is tried; nothing is remembered."""
     monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
-    assert tuning.fastest(PROBLEM, STEPS) in STEPS
-    assert not clock.asked
-    assert [row[2] for row in tuning.remembered(PROBLEM)] == [float("inf")] * 3
+    clock = Clock(slow=RuntimeError("first"), fast=RuntimeError("second"), reference=RuntimeError("third"))
+    monkeypatch.setattr(tuning, "_measure", clock)
+    with pytest.raises(RuntimeError, match="third"):
+        tuning.fastest(PROBLEM, STEPS)
+    assert clock.asked == ["slow", "fast", "reference"]
+    assert not files()
+    clock.microseconds["slow"] = 30.0
+    tuning.fastest(PROBLEM, {("split", SLOW): "slow"})
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+
+
+def test_what_leaves_cuda_unusable_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it told by PyTorch, or by Triton, whose errors are RuntimeErrors: then by the next synchronization."""
+    told = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    monkeypatch.setattr(tuning, "_measure", Clock(slow=30.0, fast=told, reference=900.0))
+    with pytest.raises(torch.AcceleratorError, match="unspecified"):
+        tuning.fastest(PROBLEM, STEPS)
+
+    def synchronize(device: object = None) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    told = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    monkeypatch.setattr(tuning, "_measure", Clock(slow=30.0, fast=told, reference=900.0))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        tuning.fastest(PROBLEM, STEPS)
+    assert not files()
+
+
+def test_measuring_stops_when_its_time_is_up_and_goes_on_at_the_next_call(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "one is measured, be it late"
+    assert clock.asked == ["slow"]
+    forget()
+    assert tuning.remembered(PROBLEM) == {("split", SLOW): 30.0}, "nothing is said of the others"
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert clock.asked == ["slow", "fast", "reference"]
 
 
 def test_many_processes_may_write_at_once(clock: Clock, tmp_path: Path) -> None:
@@ -283,7 +348,7 @@ torch.cuda.get_device_name = lambda device=None: "Straw 9000"
 from test_tuning import PROBLEM, STEPS
 from dnc_triton import tuning
 for _ in range(200):
-    tuning._remember(PROBLEM, [(name, layout, 10.0) for name, layout in STEPS])
+    tuning._remember(PROBLEM, dict.fromkeys(STEPS, 10.0))
     tuning._known.clear()
     assert len(tuning.remembered(PROBLEM)) == 3
 """
@@ -348,6 +413,41 @@ def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monke
         assert chosen.unroll.keywords["layout"] == sequence_layouts(16, 8)[0]
 
 
+def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    default = dispatch.choose(PROBLEM)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "1")
+    fastest = dispatch.choose(PROBLEM)
+    assert (default.unroll.keywords["layout"], fastest) == (
+        FAST._replace(whole=True),
+        dispatch.BACKENDS["torch_sequence"],
+    )
+    named = dispatch.choose(PROBLEM, "triton_fused")
+
+    def work(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("worked out again")
+
+    monkeypatch.setattr(dispatch, "_best", work)
+    assert dispatch.choose(replace(PROBLEM)) is fastest
+    assert dispatch.choose(PROBLEM, "triton_fused") is named
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", "0")
+    with pytest.raises(AssertionError, match="again"):
+        dispatch.choose(PROBLEM)
+    monkeypatch.delenv("DNC_TRITON_GRAPHS")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with pytest.raises(AssertionError, match="again"):
+        dispatch.choose(PROBLEM)
+
+
+def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
+    chosen = [dispatch.choose(PROBLEM) for _ in range(5)]
+    assert chosen[0].unroll.keywords["layout"].whole
+    assert chosen[-1] is dispatch.BACKENDS["torch_sequence"]
+
+
 def test_explain_measures_nothing(clock: Clock) -> None:
     dispatch.explain_problem(PROBLEM)
     assert not clock.asked
@@ -383,6 +483,17 @@ def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPa
     assert "not installed" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+
+
+@pytest.mark.parametrize("measure", ["0", "1"])
+def test_without_triton_plain_pytorch_is_measured(measure: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", measure)
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0))
+    assert "* torch_sequence" in dispatch.explain_problem(PROBLEM)
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+    assert len(tuning.remembered(PROBLEM)) == (2 if measure == "1" else 0)
 
 
 # --- what is measured

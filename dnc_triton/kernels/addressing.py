@@ -29,9 +29,11 @@ def in_allocation(usage):
 def sort_key(usage, offs_n, mask_n, COMPUTE: tl.constexpr):
     """Integers that sort as the free list does: 1 − u descending, the lower slot first; the slot in the low 10 bits.
 
-    A number that is not negative sorts as its bits do. In float64 the slot takes the place of the last 9 bits.
+    A number that is not negative sorts as its bits do. In float64 the slot takes the place of the last 9 bits. A NaN
+    sorts first, and makes all that comes after it one too.
     """
     free = tl.maximum(1.0 - in_allocation(usage), 0.0)
+    free = tl.where(usage == usage, free, 2.0)  # the bits of a NaN may sort anywhere; compiled, the maximum drops it
     if COMPUTE == tl.float64:
         taken = 0x3FF0000000000000 - free.to(tl.int64, bitcast=True)
         key = ((taken << 1) & -1024) | offs_n

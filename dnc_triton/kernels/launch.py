@@ -247,7 +247,7 @@ def compile_options(
     beside this one, which there seldom is. Not its backward with 8 warps, where being told so makes it spill.
     """
     options = {"num_warps": layout.num_warps}
-    if layout.whole or compute == torch.float64:
+    if layout.whole or not layout.ahead or compute == torch.float64:
         options["num_stages"] = 1
     if layout.whole and not hip and not (backward and layout.num_warps == 8):
         options["maxnreg"] = 255

@@ -14,6 +14,7 @@ class Layout(NamedTuple):
         columns: columns of the link taken at once; a power of two, at least 16.
         num_warps: per program.
         whole: all steps of a sequence in one launch, the controller's too; else a step at a time. Only if fused.
+        ahead: loads are moved ahead of the products that they are for, which takes shared memory; never so if whole.
     """
 
     fused: bool
@@ -21,6 +22,7 @@ class Layout(NamedTuple):
     columns: int
     num_warps: int
     whole: bool = False
+    ahead: bool = True
 
 
 def layouts(memory_size: int, word_size: int) -> list[Layout]:
@@ -30,18 +32,29 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     to N = 512, W = 64, whatever the dtype (float64 apart); wider tiles would, a few bytes in some kernel or other.
     """
     tall = 16 if word_size > 128 else 32
-    if memory_size <= 16:
-        return [Layout(True, 16, 16, 4), Layout(False, 16, 16, 8)]
     split = [Layout(False, tall, 16, 8), Layout(False, 16, 32, 8), Layout(False, 16, 32, 4)]
-    if memory_size <= 64:
-        return [Layout(True, tall, 16, 8), Layout(True, 16, 32, 8), split[0]]
-    return [*split, Layout(True, 16, 16, 8)] if memory_size <= 128 else split
+    if memory_size <= 16:
+        found = [Layout(True, 16, 16, 4 if word_size <= 32 else 8), Layout(False, 16, 16, 8)]
+    elif memory_size <= 64:
+        found = [Layout(True, tall, 16, 8), Layout(True, 16, 32, 8), split[0]]
+    elif memory_size <= 128:
+        found = [*split, Layout(True, 16, 16, 8)]
+    else:
+        found = split
+    # Where a link has no further columns there is no loop, and all of wide words would be loaded ahead: more than the
+    # 99 KiB of shared memory that a block has on GPUs of capability 8.6, 8.9 and 12.0.
+    return [layout._replace(ahead=word_size <= 128 or memory_size > layout.columns) for layout in found]
 
 
 def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:
-    """The layouts worth measuring for a whole sequence in one launch, the default one first; none spills on sm_90."""
+    """The layouts worth measuring for a whole sequence in one launch, the default one first.
+
+    On sm_90 and in float32 none spills at the shapes on record, nor more than 24 bytes at the limits of what is served.
+    """
     # Of few rows: the pointers that live through the whole loop leave no registers for more.
-    tiles = [(16, 16, 4)] if memory_size <= 32 else [(16, 16, 8), (16, 32, 8)]
+    tiles = [(16, 16, 8), (16, 32, 8)]
+    if memory_size <= 32:
+        tiles = [(16, 16, 4 if word_size <= 32 else 8)]
     return [Layout(True, rows, columns, num_warps, whole=True) for rows, columns, num_warps in tiles]
 
 

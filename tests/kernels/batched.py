@@ -188,7 +188,8 @@ class Language:
 
     @staticmethod
     def maximum(a: Value, b: Any) -> Value:
-        return Value(torch.maximum(*_aligned(a, b)) if isinstance(b, Value) else a.data.clamp(min=b))
+        """Of a number and NaN the number, as compiled; so in `max`."""
+        return Value(torch.fmax(*(torch.as_tensor(x, dtype=a.dtype) for x in _aligned(a, b))))
 
     @staticmethod
     def sum(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
@@ -197,7 +198,8 @@ class Language:
 
     @staticmethod
     def max(x: Value, axis: int, keep_dims: bool = False) -> Value:
-        return Value(x.data.amax(axis + 1, keepdim=keep_dims))
+        numbers = torch.where(x.data.isnan(), -torch.inf, x.data)
+        return Value(numbers.amax(axis + 1, keepdim=keep_dims))
 
     @staticmethod
     def cumsum(x: Value, axis: int, reverse: bool = False) -> Value:

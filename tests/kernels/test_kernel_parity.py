@@ -88,6 +88,8 @@ def test_pairwise() -> None:
 )
 def test_limits(case: Case, layout: Layout | None, device: torch.device) -> None:
     problem = draw(case)
+    if device.type == "cuda":  # large tiles save the interpreter time; a device has no room for them
+        layout = None
     assert_parity(run(case, problem, device, layout), problem, **case.options)
 
 

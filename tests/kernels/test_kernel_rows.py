@@ -68,15 +68,16 @@ def test_a_nan_stays_in_its_row(interface: str, value: float, layout: str, devic
 
 
 @quietly
-def test_a_nan_is_not_lost(device: torch.device) -> None:
+@pytest.mark.parametrize(("dtype", "nan"), [("float32", torch.nan), ("float32", -torch.nan), ("float64", torch.nan)])
+def test_a_nan_is_not_lost(dtype: str, nan: float, device: torch.device) -> None:
     """Whichever tensor it comes in by, what the oracle makes a NaN of comes out as one: no maximum swallows it."""
-    case = Case(1, 5, 3, 2)
+    case = Case(1, 5, 3, 2, dtype)
     problem = draw(case)
     leaves, structure = tree_flatten(problem[:2])
     # A row of the batch for each tensor that is spoilt, in its first element.
     batch = [[x.clone() for x in leaves] for _ in leaves]
     for index, row in enumerate(batch):
-        row[index].flatten()[0] = torch.nan
+        row[index].flatten()[0] = nan
     inputs, state = tree_unflatten([torch.cat(same) for same in zip(*batch, strict=True)], structure)
     gradients = tree_map(lambda x: x.expand(len(leaves), *x.shape[1:]), problem.gradients)
     spoilt = Problem(inputs, state, gradients)
