@@ -217,7 +217,6 @@ def test_in_pieces(backend: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
 def test_lean_is_full_to_the_last_bit(backend: str, device: torch.device) -> None:
-    dnc = make(device)
-    inputs, state = make_inputs(dnc), start(dnc)
-    full, lean = (run(dnc, inputs, state, backend, checkpoint=every) for every in (None, 2))
-    assert_same_bits(lean, full)
+    full, lean = (make(device, checkpoint=every) for every in (None, 2))
+    inputs, state = make_inputs(full), start(full)
+    assert_same_bits(*(run(dnc, inputs, state, backend) for dnc in (lean, full)))
