@@ -48,6 +48,7 @@ Result = TypeVar("Result")
 RECORD = Path(__file__).parent / "results" / "static.json"
 SHAPES = [(16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)]  # N, W, R
 LARGEST = (1024, 256, 16)
+LONGEST = (2048, 32, 4)
 SEQUENCES = [  # N, W, R, H
     (16, 16, 1, 32), (16, 16, 4, 64), (64, 32, 4, 64), (128, 32, 4, 128),
     (16, 16, 4, 128), (64, 32, 4, 128), (128, 64, 4, 128),
@@ -183,6 +184,10 @@ def _everything() -> list[Case]:
     for dtype in TRITON_TYPES:
         for target in TARGETS:
             found += _step(LARGEST, target, dtype=dtype)
+    for layout in layouts(*LONGEST[:2]):
+        found += _step(LONGEST, "sm_90", layout=layout)
+    for target in TARGETS:
+        found += _step(LONGEST, target)
     for *shape, hidden_size in SEQUENCES:
         for layout, variant in itertools.product(sequence_layouts(*shape[:2]), SEQUENCE_VARIANTS):
             found += _sequence(tuple(shape), hidden_size, "sm_90", layout=layout, variant=variant)

@@ -138,7 +138,7 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
         return False, "a trace is asked for, which the reference keeps step by step"
     limits = (
         ("num_writes", problem.num_writes, 1),
-        ("memory_size", problem.memory_size, 1024),
+        ("memory_size", problem.memory_size, 1024 if problem.dtype == torch.float64 else 2048),
         ("word_size", problem.word_size, 256),
         ("num_reads", problem.num_reads, 16),
     )

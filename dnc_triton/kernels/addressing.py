@@ -27,10 +27,10 @@ def in_allocation(usage):
 
 @triton.jit
 def sort_key(usage, offs_n, mask_n, COMPUTE: tl.constexpr):
-    """Integers that sort as the free list does: 1 − u descending, the lower slot first; the slot in the low 10 bits.
+    """Integers that sort as the free list does: 1 − u descending, the lower slot first; the slot in the low bits.
 
-    A number that is not negative sorts as its bits do. In float64 the slot takes the place of the last 9 bits. A NaN
-    sorts first, and makes all that comes after it one too.
+    A number that is not negative sorts as its bits do. In float64 the slot takes the place of the last 9 bits, and has
+    10. A NaN sorts first, and makes all that comes after it one too.
     """
     free = tl.maximum(1.0 - in_allocation(usage), 0.0)
     free = tl.where(usage == usage, free, 2.0)  # the bits of a NaN may sort anywhere; compiled, the maximum drops it
@@ -98,7 +98,8 @@ def address(
     tl.store(new_usage_ptr + offs_n, usage, mask=mask_n)
 
     key = tl.sort(sort_key(usage, offs_n, mask_n, COMPUTE))
-    tl.store(free_list_ptr + offs_n, (key & 1023).to(tl.int32), mask=mask_n)
+    SLOTS: tl.constexpr = 1023 if COMPUTE == tl.float64 else 2047
+    tl.store(free_list_ptr + offs_n, (key & SLOTS).to(tl.int32), mask=mask_n)
 
     offs_w = tl.arange(0, BLOCK_W)
     mask_w = offs_w < W

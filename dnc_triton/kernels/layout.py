@@ -29,7 +29,8 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a memory of N slots of W numbers, the default one first.
 
     The order is from counted registers and instructions; none of it has been measured on a GPU. None spills on sm_90 up
-    to N = 512, W = 64, whatever the dtype (float64 apart); wider tiles would, a few bytes in some kernel or other.
+    to N = 512, W = 64, whatever the dtype (float64 apart), nor at N = 2048, W = 32; wider tiles would, a few bytes in some
+    kernel or other.
     """
     tall = 16 if word_size > 128 else 32
     split = [Layout(False, tall, 16, 8), Layout(False, 16, 32, 8), Layout(False, 16, 32, 4)]
@@ -40,7 +41,7 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     elif memory_size <= 128:
         found = [*split, Layout(True, 16, 16, 8)]
     else:
-        found = split
+        found = split if memory_size <= 1024 else split[:2]
     # Where a link has no further columns there is no loop, and all of wide words would be loaded ahead: more than the
     # 99 KiB of shared memory that a block has on GPUs of capability 8.6, 8.9 and 12.0.
     return [layout._replace(ahead=word_size <= 128 or memory_size > layout.columns) for layout in found]

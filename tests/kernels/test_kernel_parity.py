@@ -19,6 +19,7 @@ from parity import (
     pick_layout,
     rounded_to,
     run_kernels,
+    slot_order_is_safe,
 )
 from torch.utils._pytree import tree_map
 
@@ -90,6 +91,19 @@ def test_limits(case: Case, layout: Layout | None, device: torch.device) -> None
     problem = draw(case)
     if device.type == "cuda":  # large tiles save the interpreter time; a device has no room for them
         layout = None
+    assert_parity(run(case, problem, device, layout), problem, **case.options)
+
+
+def test_two_thousand_slots(device: torch.device) -> None:
+    """So many random usages are too close to each other for float32; here they are evenly spread, and stay as they are."""
+    case = Case(1, 2048, 1, 1, "float32", "split")
+    (interface, state, gradients) = draw(case._replace(dtype="float64"))
+    usage = torch.linspace(0.05, 0.95, 2048)[torch.randperm(2048, generator=torch.Generator().manual_seed(0))]
+    interface = interface._replace(free_gates=torch.zeros_like(interface.free_gates))
+    state = state._replace(usage=usage.unsqueeze(0), write_weights=torch.zeros_like(state.write_weights))
+    problem = tree_map(lambda x: x.float(), Problem(interface, state, gradients))
+    assert slot_order_is_safe(problem, torch.float32).all()
+    layout = Layout(False, 512, 512, 4) if device.type == "cpu" else None  # which saves the interpreter time
     assert_parity(run(case, problem, device, layout), problem, **case.options)
 
 
