@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_sequence_goldens
 import torch
 from helpers import assert_same_bits
 from test_sequence import assert_equal_outcomes, assert_parity, draw, make, operation, outcome
@@ -111,6 +112,6 @@ def test_who_is_served(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CELLS if "B1N128" in name or "clip0p5" in name])
+@pytest.mark.parametrize("name", [name for name in test_sequence_goldens.CELLS if "B1N128" in name or "clip0p5" in name])
 def test_deepminds_rollouts(name):
-    test_cell_rollout(BACKEND, name, torch.float64, None)
+    test_sequence_goldens.test_cell_rollout(BACKEND, name, torch.float64, None)

@@ -457,7 +457,7 @@ def test_explain_measures_nothing(clock: Clock) -> None:
     ("change", "reason"),
     [
         ({"num_writes": 2}, "num_writes is 2"),
-        ({"memory_size": 1025}, "memory_size is 1025"),
+        ({"memory_size": 2049}, "memory_size is 2049"),
         ({"word_size": 257}, "word_size is 257"),
         ({"num_reads": 17}, "num_reads is 17"),
         ({"dtype": torch.float8_e5m2}, "float8_e5m2"),

@@ -95,7 +95,7 @@ def test_limits(case: Case, layout: Layout | None, device: torch.device) -> None
 
 
 def test_two_thousand_slots(device: torch.device) -> None:
-    """So many random usages are too close to each other for float32; here they are evenly spread, and stay as they are."""
+    """So many random usages are too close to each other for float32; here they are spread evenly, and stay so."""
     case = Case(1, 2048, 1, 1, "float32", "split")
     (interface, state, gradients) = draw(case._replace(dtype="float64"))
     usage = torch.linspace(0.05, 0.95, 2048)[torch.randperm(2048, generator=torch.Generator().manual_seed(0))]
