@@ -12,6 +12,7 @@ from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
 
 BACKEND = "torch_compiled"
+CELLS = test_sequence_goldens.CELLS
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_COMPILER, reason="no C++ compiler")
 
@@ -112,6 +113,6 @@ def test_who_is_served(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in test_sequence_goldens.CELLS if "B1N128" in name or "clip0p5" in name])
+@pytest.mark.parametrize("name", [name for name in CELLS if "B1N128" in name or "clip0p5" in name])
 def test_deepminds_rollouts(name):
     test_sequence_goldens.test_cell_rollout(BACKEND, name, torch.float64, None)
