@@ -20,14 +20,18 @@ help:
 demo: .venv/.train
 	$(BIN)/python -m dnc_triton train copy $(ARGS)
 
+# A file of tests per process, each with one thread: two cores then take little more than half as long.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-oldest: export OMP_NUM_THREADS ?= 1
 test-oldest: .venv-oldest/.dev
-	.venv-oldest/bin/python -m pytest $(ARGS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 COUNT ?= 1000000
 fuzz: .venv/.dev

@@ -110,11 +110,6 @@ class Engine:
             return
         torch._C._cuda_releasePool(self.device.index, pool)
         self.broken.append(graph)
-        try:
-            torch.empty((), device=self.device).uniform_()
-        except RuntimeError:  # so did the generator of PyTorch up to 2.11; a copy of its state was never captured
-            generator = torch.cuda.default_generators[self.device.index]
-            generator.graphsafe_set_state(generator.clone_state())
 
 
 ENGINES: dict[str, Callable[[torch.device], Engine]] = {"cuda": Engine}
