@@ -32,6 +32,11 @@ def pytest_report_header() -> list[str]:
     return [f"not collected: tests/{file}, {NEEDED[file]} is not installed" for file in collect_ignore]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest file first: at the end the other processes would have nothing left to do beside it.
+    items.sort(key=lambda item: "test_static.py" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

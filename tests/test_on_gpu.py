@@ -55,6 +55,7 @@ def run_tests(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_tests_on_a_gpu_go_in_parts_the_important_ones_first(run_tests):
     parts = [run_tests("--part", f"{part}/2", "--record", "record.txt", fails=True) for part in (1, 2)]
     assert [status for status, _, _ in parts] == [0, 1]
@@ -65,6 +66,7 @@ def test_the_tests_on_a_gpu_go_in_parts_the_important_ones_first(run_tests):
                            f"failed: {at}that_fails"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_tests_on_a_gpu_stop_in_time_and_say_so(run_tests):
     status, printed, lines = run_tests("--seconds", "0", "--record", "record.txt", fails=True)
     assert status == 1
