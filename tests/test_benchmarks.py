@@ -572,6 +572,7 @@ measure()
 """
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_holds_every_layout_against_the_oracle_before_it_is_timed():
     """Its code, on the CPU with interpreted kernels and a clock of its own; then again with a kernel that is off."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
