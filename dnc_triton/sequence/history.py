@@ -241,7 +241,7 @@ class Plan:
             memories=memories[0],
             links=links[0],
             carried_rows=carried_rows,
-            kept_rows=buffers[self.layers + 2],
+            kept_rows=by_entry[self.by_step.index(self.kept)],
         )
 
     def split(self, kept: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
