@@ -543,7 +543,9 @@ def _compare(op: _Op, left: Any, right: Any) -> Any:
 
 def _select(op: _Op, condition: Any, yes: Any, no: Any) -> Any:
     if isinstance(yes, _Pointer) or isinstance(no, _Pointer):
-        raise Unchecked(f"{op.name} of pointers, {op.site}")
+        if condition is None or condition.ndim:
+            raise Unchecked(f"{op.name} of pointers, {op.site}")
+        return yes if condition else no
     return None if condition is None or yes is None or no is None else np.where(condition, yes, no)
 
 

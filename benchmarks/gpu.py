@@ -155,10 +155,10 @@ def jobs(
     for bucket in buckets:
         _, slots, word, _ = bucket
         for layout in layouts(slots, word):
-            row = row_of(bucket, f"{'fused' if layout.fused else 'split'} {describe(layout)}")
+            row = row_of(bucket, f"{'fused' if layout.fused else 'split'} {layout.describe()}")
             yield row, partial(step_row, device=device, layout=layout, clock=kernel_time)
         for layout in sequence_layouts(slots, word) if slots <= SEQUENCE_SLOTS else []:
-            row = row_of(bucket, f"sequence of {SEQUENCE_STEPS}, H = {SEQUENCE_HIDDEN}, {describe(layout)}")
+            row = row_of(bucket, f"sequence of {SEQUENCE_STEPS}, H = {SEQUENCE_HIDDEN}, {layout.describe()}")
             yield row, partial(sequence_row, device=device, layout=layout, clock=kernel_time)
         row = row_of(bucket, "reference, eager")
         yield row, partial(reference_row, device=device, compiled=False, clock=eager_time)
@@ -229,11 +229,6 @@ def reference_row(row: Row, *, device: torch.device, compiled: bool, clock: Cloc
     (state,) = states_of(row, device, 1)
     forward, both = (clock(reference_call(step, *state, row.num_reads, backward)) for backward in (False, True))
     return replace(row, forward_us=forward, backward_us=both - forward)
-
-
-def describe(layout: Layout) -> str:
-    """Rows, columns, warps."""
-    return f"{layout.rows}×{layout.columns}, {layout.num_warps} warps"
 
 
 def random_step(

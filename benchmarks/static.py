@@ -40,7 +40,17 @@ from dnc_triton.kernels.launch import _sizes, compile_options
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.sequence import sequence_backward_kernel, sequence_forward_kernel, weight_tiles
-from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
+from dnc_triton.kernels.step import (
+    ENDED,
+    FIRST,
+    FRESH,
+    LAST,
+    LOST,
+    MIDDLE,
+    WHOLE,
+    step_backward_kernel,
+    step_forward_kernel,
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,13 +75,22 @@ DIRECTIONS = ("forward", "backward")
 LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4)  # of which it takes the warps
 PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
 # Of what takes them: each step meets the one before and the one after, and of two blocks one is full, one is not. The
-# row that runs to the end is reset before its first and its last step, the other one at both of its steps.
-ARGUMENTS = {"batch": 2, "steps": 3, "size": 300, "lengths_ptr": [3, 2], "reset_ptr": [1, 1, 0, 1, 1, 0]}
-POINTERS = {"free_list_ptr": "*i32", "lengths_ptr": "*i32", "reset_ptr": "*u8"}  # those that are not floating point
+# row that runs to the end is reset before its first and its last step, the other one at both of its steps. Where a step
+# is marked one row is reset at it and at the next, the other has ended.
+ARGUMENTS = {
+    "batch": 2,
+    "steps": 3,
+    "size": 300,
+    "lengths_ptr": [3, 2],
+    "reset_ptr": [1, 1, 0, 1, 1, 0],
+    "marks_ptr": [FRESH.value | LOST.value, ENDED.value],
+}
+# Those that are not floating point.
+POINTERS = {"free_list_ptr": "*i32", "lengths_ptr": "*i32", "reset_ptr": "*u8", "marks_ptr": "*u8"}
 WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interface_weight_t_ptr")
-# What kernels are compiled as beside the plain ones: a step whose interface is activated already, and sequences with
-# rows that end early or are reset, without a clip, with weights in bfloat16.
-STEP_VARIANTS = ("", "activated")
+# What kernels are compiled as beside the plain ones: a step whose interface is activated already, one with rows that
+# have ended or are reset; and sequences with such rows, without a clip, with weights in bfloat16.
+STEP_VARIANTS = ("", "activated", "marked")
 SEQUENCE_VARIANTS = ("", "lengths reset", "lengths", "reset", "unclipped", "autocast")
 TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
@@ -94,6 +113,7 @@ class Case:
         if self.phase == "lstm":
             return f"{self.direction} lstm h{self.hidden_size} {self.dtype} {self.target}"
         layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
+        layout += "" if self.layout.ahead else " unpipelined"
         variant = f" {self.variant}" if self.variant else ""
         return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}{variant}"
 
@@ -164,7 +184,8 @@ def cases(complete: bool = False) -> list[Case]:
         found += _step(SHAPES[0], "sm_90", dtype=dtype)
         if dtype in ("bfloat16", "float16"):
             found += _step(SHAPES[5], "sm_90", dtype=dtype)
-    found += _step(SHAPES[1], "sm_90", variant="activated")
+    for variant in STEP_VARIANTS[1:]:
+        found += _step(SHAPES[1], "sm_90", variant=variant)
     for *shape, hidden_size in SEQUENCES[:3]:
         found += _sequence(tuple(shape), hidden_size, "sm_90")
     for target in TARGETS:
@@ -178,6 +199,8 @@ def _everything() -> list[Case]:
     found = []
     for shape, dtype, variant in itertools.product(SHAPES, TRITON_TYPES, STEP_VARIANTS):
         candidates = layouts(*shape[:2])
+        if variant == "marked" and dtype != "float32":
+            continue
         for layout in candidates[:1] if dtype == "float64" else candidates:
             found += _step(shape, "sm_90", layout=layout, dtype=dtype, variant=variant)
     for dtype in TRITON_TYPES:
@@ -215,7 +238,7 @@ def _step(
         for direction in DIRECTIONS
         for phase in phases
     ]
-    if layout.fused and not variant:
+    if layout.fused and variant != "activated":
         found.append(Case("forward", "middle", shape, layout._replace(fused=False), dtype, target))
     return found
 
@@ -278,6 +301,7 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
     else:
         kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
         constants |= dict(RAW=case.variant != "activated", PHASE=PHASES[case.phase].value)
+        constants |= {} if case.variant == "marked" else dict(marks_ptr=None, zeros_ptr=None)
     if case.direction == "backward" and case.phase in ("lstm", "sequence"):
         constants["MAX_GRADIENT"] = bounds[1]
     if case.direction == "backward" and case.phase != "lstm":

@@ -308,10 +308,14 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     times = tuning.remembered(problem)
     lines = [str(problem), f"asked for: {asked!r}, by {asked_by}"]
     for name, (supported, reason) in answers.items():
-        measured = [f"{_label(layout)}{time:.1f} µs" for (other, layout), time in times.items() if other == name]
+        measured = [
+            f"{time:.1f} µs" if layout is None else f"{layout.describe()}: {time:.1f} µs"
+            for (other, layout), time in times.items()
+            if other == name
+        ]
         lines.append(
             f"{'*' if name == chosen else ' '} {name:<15} {'serves' if supported else 'declines'}: {reason}"
-            + (f"; measured per step: {', '.join(measured)}" if measured else "")
+            + (f"; measured per step: {'; '.join(measured)}" if measured else "")
         )
     return "\n".join(lines)
 
@@ -355,7 +359,3 @@ def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tupl
     operations = {candidate: getattr(backend, operation) for candidate, backend in backends.items()}
     best = tuning.fastest(problem, operations, measure=measure)
     return best, tuning.remembered(problem).keys() >= operations.keys()
-
-
-def _label(layout: Layout | None) -> str:
-    return "" if layout is None else f"{layout.rows}×{layout.columns} tiles, {layout.num_warps} warps "

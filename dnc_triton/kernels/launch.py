@@ -95,6 +95,8 @@ def launch_forward(
     strength_offset: float,
     layout: Layout,
     replay: bool = False,
+    marks: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> None:
     """Launch the forward into buffers that are there already.
 
@@ -103,6 +105,8 @@ def launch_forward(
         result: where everything goes, contiguous.
         scratch: as `forward_scratch` makes it.
         replay: only the middle phase, which writes memory and link, with the write weights that `result` has.
+        marks: [B] uint8, of FRESH and ENDED, or None. Of what has ended memory and link stay, and all else is nobody's.
+        zeros: as many as `count_zeros` says, with marks.
     """
     memory = state[0]
     batch, slots, word = memory.shape
@@ -117,6 +121,8 @@ def launch_forward(
             *state,
             *result,
             scratch,
+            marks,
+            zeros,
             **_sizes(slots, word, num_reads, layout),
             RAW=raw,
             STRENGTH_OFFSET=strength_offset,
@@ -124,6 +130,11 @@ def launch_forward(
             PHASE=phase,
             **compile_options(layout, scratch.dtype),
         )
+
+
+def count_zeros(slots: int, word: int, num_reads: int) -> int:
+    """How many zeros stand for any field of a state, for one batch element."""
+    return slots * max(slots, word, num_reads)
 
 
 def step_backward(
@@ -186,6 +197,8 @@ def launch_backward(
     strength_offset: float,
     stop_usage_gradient: bool,
     layout: Layout,
+    marks: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> None:
     """Launch the backward into buffers that are there already.
 
@@ -195,6 +208,7 @@ def launch_backward(
         gradients: as in `step_backward`; not where `gradient` goes.
         gradient: where everything goes, contiguous.
         scratch: as `backward_scratch` makes it.
+        marks, zeros: as in `launch_forward`, LOST as well. Of what has ended nothing is written.
     """
     batch, slots, word = state[0].shape
     num_reads = gradients[0].shape[1]
@@ -206,6 +220,8 @@ def launch_backward(
             *gradients,
             *gradient,
             scratch,
+            marks,
+            zeros,
             **_sizes(slots, word, num_reads, layout),
             RAW=raw,
             STRENGTH_OFFSET=strength_offset,

@@ -24,6 +24,10 @@ class Layout(NamedTuple):
     whole: bool = False
     ahead: bool = True
 
+    def describe(self) -> str:
+        """Of layouts of one kind, which."""
+        return f"{self.rows}×{self.columns}, {self.num_warps} warps" + ("" if self.ahead else ", unpipelined")
+
 
 def layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a memory of N slots of W numbers, the default one first.
@@ -44,7 +48,9 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
         found = split if memory_size <= 1024 else split[:2]
     # Where a link has no further columns there is no loop, and all of wide words would be loaded ahead: more than the
     # 99 KiB of shared memory that a block has on GPUs of capability 8.6, 8.9 and 12.0.
-    return [layout._replace(ahead=word_size <= 128 or memory_size > layout.columns) for layout in found]
+    found = [layout._replace(ahead=word_size <= 128 or memory_size > layout.columns) for layout in found]
+    default = found[0]
+    return [*found, default._replace(ahead=False)] if memory_size > default.columns else found
 
 
 def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:

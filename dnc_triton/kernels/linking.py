@@ -40,6 +40,7 @@ def write_and_link(
     similarity_ptr,
     forward_ptr,
     backward_partial_ptr,
+    runs,
     N: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
@@ -53,7 +54,8 @@ def write_and_link(
     """Write to the rows of a block, and link them.
 
     Leaves the read keys' similarity [R, N] and the forward weights [R, N] of its rows, and its part of the backward
-    weights [R, N] in `backward_partial` [NUM_BLOCKS, R, N].
+    weights [R, N] in `backward_partial` [NUM_BLOCKS, R, N]. Of an element that has ended (not `runs`) memory and link
+    stay.
     """
     WRITE_VECTOR: tl.constexpr = R * W + W
     ERASE_VECTOR: tl.constexpr = R * W + 2 * W + R + 1
@@ -68,8 +70,8 @@ def write_and_link(
     memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
     erase = gate(tl.load(interface_ptr + ERASE_VECTOR + offs_w, mask=mask_w, other=0.0).to(COMPUTE), RAW)
     write = tl.load(interface_ptr + WRITE_VECTOR + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
-    memory = memory * (1.0 - write_rows[:, None] * erase[None, :]) + write_rows[:, None] * write[None, :]
-    memory = rounded(memory, new_memory_ptr)
+    written = memory * (1.0 - write_rows[:, None] * erase[None, :]) + write_rows[:, None] * write[None, :]
+    memory = rounded(tl.where(runs, written, memory), new_memory_ptr)
     tl.store(new_memory_ptr + offsets, memory, mask=mask)
 
     mask = mask_r[None, :] & mask_w[:, None]
@@ -91,7 +93,8 @@ def write_and_link(
         at_link = rows[:, None] * N + columns[None, :]
         mask_link = mask_rows[:, None] & mask_columns[None, :]
         link = tl.load(link_ptr + at_link, mask=mask_link, other=0.0).to(COMPUTE)
-        link = rounded(linked(link, rows, columns, write_rows, write_columns, precedence), new_link_ptr)
+        new_link = linked(link, rows, columns, write_rows, write_columns, precedence)
+        link = rounded(tl.where(runs, new_link, link), new_link_ptr)
         tl.store(new_link_ptr + at_link, link, mask=mask_link)
 
         by_columns = offs_r[None, :] * N + columns[:, None]

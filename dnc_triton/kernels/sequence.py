@@ -281,6 +281,7 @@ def sequence_forward_kernel(
                 read_similarity_ptr,
                 forward_ptr,
                 scratch_ptr,
+                True,
                 N,
                 W,
                 R,

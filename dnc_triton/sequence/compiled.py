@@ -119,6 +119,7 @@ class _Step(Sequence):
         memory, words, layers = self._before(0)
         carried = [memory.usage, *memory[3:], words]
         self._begin_backward(Before([x.unsqueeze(0) for x in carried], [[x.unsqueeze(0) for x in y] for y in layers]))
+        self.held = [x.clone() for x in d.flatten()] if self.stops[0] else []
         self._backward_step(0, d)
         return [self.d_vectors[0], *(d_pre[0] for cell in self.cells for d_pre in cell.each_d_pre())]
 

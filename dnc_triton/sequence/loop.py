@@ -39,7 +39,7 @@ class Sequence:
         parameters: in the order of `DNCCell.parameters()`.
         inputs: [T, B, input_size], T at least 1.
         state: before the first step.
-        running: [T, B] bool, or None: where it is False the row has ended, and its state stays.
+        running: [T, B] bool, or None: where it is False the row has ended, for good, and its state stays.
         reset: [T, B] bool, or None: where it is True the row starts from zeros.
         dropout: per layer but the first what its input is multiplied by, [T, B, H] each; or empty.
         history: the buffers that the forward left, for its backward; None for a forward.
@@ -49,7 +49,6 @@ class Sequence:
     """
 
     _fresh: tuple[Tensor, ...] = ()  # work space, made when it is wanted: a state with rows that begin from zeros
-    _passed: tuple[Tensor, ...] = ()  # and gradients by a state
     chunk = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
 
     def __init__(
@@ -120,11 +119,15 @@ class Sequence:
             outputs.clamp_(-self.settings.clip, self.settings.clip)
         if self.running is not None:
             outputs = torch.where(self.running.unsqueeze(-1), outputs, 0)
-        memory, words, layers = self._after(self.steps - 1)
-        memory = MemoryState(memory.memory, memory.usage.clone(), memory.link, *(x.clone() for x in memory[3:]))
-        states = self.settings.cell.states
         # Nothing that is returned is a part of the history.
-        return outputs, Carried(memory, words.clone(), [[x.clone() for x in layer[:states]] for layer in layers])
+        if self.running is None:
+            light = [trail[-1].clone() for trail in history.trails()]
+        else:  # in the history a row that has ended runs on
+            last, rows = self.running.sum(0), torch.arange(self.batch, device=self.inputs.device)
+            light = [trail[last, rows] for trail in history.trails()]
+        if self.settings.cell.states == 0:
+            del light[len(history.carried) :]
+        return outputs, Carried.of(*self.checkpoints[self.steps], light, self.settings.num_layers)
 
     def backward(self, d_outputs: Tensor, d_last: Carried) -> tuple[Tensor, Carried, list[Tensor]]:
         """From gradients by what `forward` returned to those by inputs, state and parameters; overwrites `d_last`."""
@@ -148,10 +151,12 @@ class Sequence:
             [[self._start(trail[:-1]) for trail in layer] for layer in history.layers],
         )
         self._begin_backward(before)
+        self.held = [tensor.clone() for tensor in d.flatten()[self.by_kernel :]] if any(self.stops) else []
         for step in reversed(range(self.steps)):
             if step == self.steps - 1 or (step + 1) % settings.checkpoint == 0:
                 self._replay(step - step % settings.checkpoint, step)
             d = self._backward_step(step, d)
+        self._finish_rows(d)
         d_parameters = self._weight_gradients(d_outputs, before)
         return self.from_inputs.all_backward(self.cells[0].d_pre), d, d_parameters
 
@@ -176,8 +181,7 @@ class Sequence:
             below = cell.above(step, after.layers[layer])
         self.interface.add_to(self.interface_bias, after.layers[-1][0], self.vectors[step])
         self.memory.forward(step, before.memory, after.memory, after.words, fresh=self.resets[step])
-        if self.stops[step]:
-            self._keep_ended(step, after.flatten(), before.flatten())
+        self._hold(step, before.memory, after.memory)
 
     def _begin_backward(self, before: Before) -> None:
         usage, _, read_weights, write_weights, _ = before.carried
@@ -189,10 +193,8 @@ class Sequence:
     def _backward_step(self, step: int, d: Carried) -> Carried:
         """From the gradient by the state after a step, which is overwritten, to that by the state before it."""
         before, after = self._before(step), self._after(step)
-        passed = self._copies(d.flatten()) if self.stops[step] else []
         d.words.add_(self.d_words_out[step])
         d = d._replace(memory=self.memory.backward(step, before.memory, after.memory, d.words, d.memory))
-        self._clear_ended(step, self.d_vectors[step])
         d.layers[-1][0].add_(self.d_hidden_out[step])
         self.interface.add_backward(self.d_vectors[step], d.layers[-1][0])
         d_above = None
@@ -200,12 +202,12 @@ class Sequence:
             cell = self.cells[layer]
             d_below = self.d_below if layer else d.words.flatten(1)
             cell.backward(step, d.layers[layer], d_above, d_below)
-            self._clear_ended(step, cell.d_pre[step], cell.d_pre_hidden[step])
             d_above = d_below.mul_(self.dropout[layer - 1][step]) if layer and self.dropout else d_below
-        if passed:
-            self._keep_ended(step, d.flatten(), passed)
+        own = d.flatten()[self.by_kernel :]
+        if self.stops[step]:
+            self._keep_ended(step, own, self.held)
         if self.resets[step]:
-            for gradient in d.flatten():
+            for gradient in own:
                 gradient.masked_fill_(_rows(self.reset[step], gradient), 0)  # type: ignore[index]
         return d
 
@@ -239,6 +241,11 @@ class Sequence:
             )
         ]
 
+    @property
+    def by_kernel(self) -> int:
+        """Of the tensors of `Carried.flatten` how many the kernels reset, and keep where a row has ended."""
+        return 0 if self.settings.layout is None else len(MemoryState._fields)
+
     def _memory(self, memory: Tensor, reads: int) -> Any:
         """The memory's part, by kernels or in plain PyTorch; which is a question of the layout."""
         settings, history = self.settings, self.history
@@ -252,19 +259,21 @@ class Sequence:
             return TorchMemory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory
 
-        return TritonMemory(history.vectors, history.memory, memory, layout=settings.layout, **options)
+        masks = self.running, self.reset
+        return TritonMemory(history.vectors, history.memory, memory, *masks, layout=settings.layout, **options)
 
     def _before(self, step: int) -> Carried:
-        """What goes into a step, rows that it resets at zero."""
+        """What goes into a step, rows that it resets at zero, but for what the kernels reset."""
         state = self._at(step)
         if not self.resets[step]:
             return state
         rows, tensors = self.reset[step], state.flatten()  # type: ignore[index]
-        zero = tensors[0].new_zeros(())
-        self._fresh = self._fresh or tuple(map(pool.empty_like, tensors))
-        for tensor, fresh in zip(tensors, self._fresh, strict=True):
+        tensors, own = tensors[: self.by_kernel], tensors[self.by_kernel :]
+        zero = own[0].new_zeros(())
+        self._fresh = self._fresh or tuple(map(pool.empty_like, own))
+        for tensor, fresh in zip(own, self._fresh, strict=True):
             torch.where(_rows(rows, tensor), zero, tensor, out=fresh)
-        return Carried.unflatten(list(self._fresh), len(state.layers))
+        return Carried.unflatten([*tensors, *self._fresh], len(state.layers))
 
     def _after(self, step: int) -> Carried:
         return self._at(step + 1)
@@ -289,8 +298,7 @@ class Sequence:
         for step in range(first, last):
             before, after = self._before(step).memory, self._after(step).memory
             self.memory.replay(step, before, after)
-            if self.stops[step]:
-                self._keep_ended(step, [after.memory, after.link], [before.memory, before.link])
+            self._hold(step, before, after)
 
     def _project(self) -> Tensor:
         """The output layer over all steps, before the clip."""
@@ -322,22 +330,25 @@ class Sequence:
         from_words = self.from_words.weight_gradient(d_outputs, words)
         return [*gradients, torch.cat([from_hidden, from_words], 1), d_outputs.sum((0, 1))]
 
+    def _hold(self, step: int, before: MemoryState, after: MemoryState) -> None:
+        """Memory and link of rows that have ended stay. All else runs on, and is nobody's."""
+        if not self.by_kernel and self.stops[step]:
+            self._keep_ended(step, [after.memory, after.link], [before.memory, before.link])
+
     def _keep_ended(self, step: int, tensors: list[Tensor], kept: list[Tensor]) -> None:
         """Put rows that have ended back to what they were."""
         rows = self.running[step]  # type: ignore[index]
-        for tensor, old in zip(tensors, kept, strict=False):
+        for tensor, old in zip(tensors, kept, strict=True):
             torch.where(_rows(rows, tensor), tensor, old, out=tensor)
 
-    def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Copies, in the place of those of the step before."""
-        self._passed = self._passed or tuple(map(pool.empty_like, tensors))
-        return [passed.copy_(tensor) for passed, tensor in zip(self._passed, tensors, strict=True)]
-
-    def _clear_ended(self, step: int, *tensors: Tensor) -> None:
-        """Zeros in rows that have ended."""
-        if self.stops[step]:
-            for tensor in tensors:
-                tensor.masked_fill_(~_rows(self.running[step], tensor), 0)  # type: ignore[index]
+    def _finish_rows(self, d: Carried) -> None:
+        """After the loop back: no gradient from steps past the end of a row, nor by a state that was reset at once."""
+        if self.running is not None:
+            for gradient in (self.d_vectors, *(d_pre for cell in self.cells for d_pre in cell.each_d_pre())):
+                gradient.masked_fill_(~self.running.unsqueeze(-1), 0)
+        if self.reset is not None:
+            for gradient in d.flatten()[: self.by_kernel]:
+                gradient.masked_fill_(_rows(self.reset[0], gradient), 0)
 
 
 def _rows(rows: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The memory's part of a sequence by the kernels: the counterpart of `TorchMemory`, with the same methods."""
+"""The memory's part of a sequence by the kernels: the counterpart of `TorchMemory`, with the same methods.
+
+The kernels see to rows that a step resets, and to those that have ended: the memory before a step is given to them as
+the step before left it, and so is the gradient by the memory after it.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ from dnc_triton.kernels.launch import (
     StepGradient,
     StepResult,
     backward_scratch,
+    count_zeros,
     forward_scratch,
     launch_backward,
     launch_forward,
 )
 from dnc_triton.kernels.layout import Layout
+from dnc_triton.kernels.step import ENDED, FRESH, LOST
 
 
 class TritonMemory:
@@ -24,6 +30,7 @@ class TritonMemory:
         vectors: [T, B, S], the raw interface vectors, each filled in before its step.
         kept: `kept` and `free_list` of each step, of `layout.kept_shapes`, with T in front.
         memory: any state's memory, [B, N, W].
+        running, reset: [T, B] bool, or None: the rows that have not ended, and those that a step resets.
         reads: R.
         strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
@@ -35,6 +42,8 @@ class TritonMemory:
         vectors: Tensor,
         kept: list[Tensor],
         memory: Tensor,
+        running: Tensor | None = None,
+        reset: Tensor | None = None,
         *,
         reads: int,
         strength_offset: float,
@@ -44,7 +53,12 @@ class TritonMemory:
         self.vectors, self.reads, self.layout = vectors.unbind(0), reads, layout
         self.strength_offset, self.stop_usage_gradient = strength_offset, stop_usage_gradient
         self.kept, self.free_list = (tensor.unbind(0) for tensor in kept)
-        self.like = memory
+        self.like, self.ends = memory, running is not None
+        self.marks = _marks(running, reset)
+        self.zeros = None
+        if self.marks is not None:
+            _, slots, word = memory.shape
+            self.zeros = memory.new_zeros(count_zeros(slots, word, reads))
         self.scratch = forward_scratch(memory, reads, layout)
         self.unread = memory.new_empty(memory.shape[0], reads, memory.shape[2])
 
@@ -68,8 +82,13 @@ class TritonMemory:
     def backward(
         self, step: int, prev: MemoryState, new: MemoryState, d_read_words: Tensor, d: MemoryState
     ) -> MemoryState:
-        """As in `TorchMemory`. Two sets of buffers take turns as what is given and what is returned."""
-        spare = MemoryState(*map(torch.empty_like, d)) if self.spare is None else self.spare
+        """As in `TorchMemory`. Two sets of buffers take turns as what is given and what is returned.
+
+        Of a row that has ended neither is written to: both begin with the gradient by its last state.
+        """
+        if self.spare is None:
+            self.spare = MemoryState(*(x.clone() if self.ends else torch.empty_like(x) for x in d))
+        spare = self.spare
         launch_backward(
             self.vectors[step],
             tuple(prev),
@@ -81,6 +100,8 @@ class TritonMemory:
             strength_offset=self.strength_offset,
             stop_usage_gradient=self.stop_usage_gradient,
             layout=self.layout,
+            marks=None if self.marks is None else self.marks[step],
+            zeros=self.zeros,
         )
         self.spare = d
         return spare
@@ -97,4 +118,18 @@ class TritonMemory:
             strength_offset=self.strength_offset,
             layout=self.layout,
             replay=replay,
+            marks=None if self.marks is None else self.marks[step],
+            zeros=self.zeros,
         )
+
+
+def _marks(running: Tensor | None, reset: Tensor | None) -> Tensor | None:
+    """What the kernels are told of the rows at each step, [T, B]."""
+    marks = None
+    if running is not None:
+        marks = ~running * ENDED.value
+    if reset is not None:
+        lost = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+        resets = reset * FRESH.value + lost * LOST.value
+        marks = resets if marks is None else marks + resets
+    return None if marks is None else marks.to(torch.uint8).contiguous()

@@ -92,23 +92,28 @@ def test_layouts(layout: Any, device: torch.device) -> None:
     assert_close((outputs, final), expected, **CLOSE)
 
 
-def test_lengths_and_resets_leave_nothing_unwritten(device: torch.device) -> None:
-    """Rows that end early, or never run, and rows that begin anew; NaN where the inputs are padding."""
-    dnc = make(device, clip=0.4)
-    inputs, state = draw(dnc, 4, batch=3)
-    reset = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool, device=device)
-    call = {"lengths": [4, 0, 2], "reset": reset}
+@pytest.mark.parametrize(("backend", "checkpoint"), [(BACKEND, None), ("triton_fused", 2), ("triton_split", None)])
+def test_lengths_and_resets_leave_nothing_unwritten(backend: str, checkpoint: int | None, device: torch.device) -> None:
+    """Rows that end early, or never run, and rows that begin anew, one of them with a spoilt state; NaN for padding."""
+    dnc = make(device, clip=0.4, checkpoint=checkpoint)
+    inputs, state = draw(dnc, 4, batch=4)
+    reset = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0]], dtype=torch.bool, device=device)
+    call = {"lengths": [4, 0, 2, 3], "reset": reset}
+    with torch.no_grad():
+        for leaf in tree_leaves(state):
+            leaf[3] = torch.nan
     expected = run(dnc, inputs, state, "reference", **call)
     with torch.no_grad():
-        inputs[1], inputs[2, 2:] = torch.nan, torch.nan
+        inputs[1], inputs[2, 2:], inputs[3, 3:] = torch.nan, torch.nan, torch.nan
     with poisoned():
-        assert_close(run(dnc, inputs, state, BACKEND, **call), expected, **CLOSE, name="")
+        assert_close(run(dnc, inputs, state, backend, **call), expected, **CLOSE, name="")
 
 
-def test_float32(device: torch.device) -> None:
+@pytest.mark.parametrize(("sizes", "steps"), [((16, 8, 2), 5), ((5, 6, 3), 3), ((48, 20, 8), 2), ((100, 32, 4), 2)])
+def test_float32(sizes: tuple[int, int, int], steps: int, device: torch.device) -> None:
     """At most twice as far from the oracle in float64 as the oracle in float32 is."""
-    exact, dnc = make(device, sizes=(16, 8, 2), hidden=16), make(device, sizes=(16, 8, 2), hidden=16).float()
-    (inputs, state), (inputs32, state32) = draw(exact, 5), draw(dnc, 5)
+    exact, dnc = make(device, sizes=sizes, hidden=16), make(device, sizes=sizes, hidden=16).float()
+    (inputs, state), (inputs32, state32) = draw(exact, steps), draw(dnc, steps)
     expected = run(exact, inputs, state, "reference")
     by_oracle, actual = (run(dnc, inputs32, state32, backend) for backend in ("reference", BACKEND))
     for name, values in expected.items():
