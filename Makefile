@@ -21,7 +21,7 @@ demo: .venv/.train
 	$(BIN)/python -m dnc_triton train copy $(ARGS)
 
 # A file of tests per process, each with one thread: two cores then take little more than half as long.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.dev
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

@@ -49,8 +49,8 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     # Where a link has no further columns there is no loop, and all of wide words would be loaded ahead: more than the
     # 99 KiB of shared memory that a block has on GPUs of capability 8.6, 8.9 and 12.0.
     found = [layout._replace(ahead=word_size <= 128 or memory_size > layout.columns) for layout in found]
-    default = found[0]
-    return [*found, default._replace(ahead=False)] if memory_size > default.columns else found
+    # Whether that pays is measured where there are loops to speak of; with fewer slots it would spill.
+    return [*found, found[0]._replace(ahead=False)] if memory_size > 64 else found
 
 
 def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:
