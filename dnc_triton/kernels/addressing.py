@@ -161,6 +161,7 @@ def address_backward(
     d_read_columns_ptr,
     d_words_partial_ptr,
     scratch_ptr,
+    runs,
     N: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
@@ -178,13 +179,13 @@ def address_backward(
     Takes in what the row blocks left: gradients by row [N] and by column [NUM_BLOCKS, N] of the write weights, by
     column of the precedence, by row [R, N] and by column [NUM_BLOCKS, R, N] of the previous read weights, and the parts
     [NUM_BLOCKS, R + 2, W] of those of read keys, erase vector and write vector. Adds to the memory's gradient.
-    `scratch` is [2, N].
+    `scratch` is [2, N]. Of an element that has ended (not `runs`) no gradient by the state is written.
     """
     WRITE_KEY: tl.constexpr = R * W
     WRITE_STRENGTH: tl.constexpr = R * W + 2 * W + R
     FREE_GATES: tl.constexpr = WRITE_STRENGTH + 1 + W
     offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
+    mask_n = (offs_n < N) & runs
 
     # read keys, erase vector, write vector: the blocks' parts summed up
     offs_w = tl.arange(0, BLOCK_W)
@@ -224,9 +225,8 @@ def address_backward(
     tl.store(d_interface_ptr + FREE_GATES + R, d_gate(d_allocation_gate, allocation_gate, RAW))
     tl.store(d_interface_ptr + FREE_GATES + R + 1, d_gate(d_write_gate, write_gate, RAW))
 
-    # write content lookup on the previous memory
-    d_content = d_mixed * (1.0 - allocation_gate)
-    d_scaled = content * (d_content - tl.sum(d_content * content))
+    # write content lookup on the previous memory; the gates stay outside the difference, as the mode in `read_backward`
+    d_scaled = write_gate * (1.0 - allocation_gate) * content * (d_weights - tl.sum(d_weights * content))
     d_write_strength = tl.sum(d_scaled * similarity)
     tl.store(d_interface_ptr + WRITE_STRENGTH, d_strength(d_write_strength, raw_strength, RAW))
     tl.store(scratch_ptr + offs_n, d_scaled * write_strength, mask=mask_n)  # by the similarity
@@ -240,7 +240,7 @@ def address_backward(
     for start in range(0, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         offsets = rows[:, None] * W + offs_w[None, :]
-        mask = (rows < N)[:, None] & mask_w[None, :]
+        mask = ((rows < N) & runs)[:, None] & mask_w[None, :]
         memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
         norm = tl.sqrt(tl.sum(memory * memory, 1) + NORM_EPSILON)
         d_dot = tl.load(scratch_ptr + rows, mask=rows < N, other=0.0) / (norm * key_norm + SIMILARITY_EPSILON)

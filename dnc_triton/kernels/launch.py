@@ -208,7 +208,7 @@ def launch_backward(
         gradients: as in `step_backward`; not where `gradient` goes.
         gradient: where everything goes, contiguous.
         scratch: as `backward_scratch` makes it.
-        marks, zeros: as in `launch_forward`, LOST as well. Of what has ended nothing is written.
+        marks, zeros: as in `launch_forward`, LOST as well. Of what has ended no gradient by the state is written.
     """
     batch, slots, word = state[0].shape
     num_reads = gradients[0].shape[1]

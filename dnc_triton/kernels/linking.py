@@ -132,6 +132,7 @@ def write_and_link_backward(
     d_read_rows_ptr,
     d_read_columns_ptr,
     d_words_partial_ptr,
+    runs,
     N: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
@@ -147,14 +148,15 @@ def write_and_link_backward(
     Writes the gradient of its rows of the memory and link before the step; leaves gradients of the write weights by row
     [N] and by column [NUM_BLOCKS, N], of the precedence by column, of the previous read weights by row [R, N] and by
     column [NUM_BLOCKS, R, N], and its part [R + 2, W] of the gradients of the read keys, the erase vector and the write
-    vector in `d_words_partial` [NUM_BLOCKS, R + 2, W].
+    vector in `d_words_partial` [NUM_BLOCKS, R + 2, W]. Of an element that has ended (not `runs`) it reads and writes no
+    rows.
     """
     WRITE_VECTOR: tl.constexpr = R * W + W
     ERASE_VECTOR: tl.constexpr = R * W + 2 * W + R + 1
     rows = block * ROWS + tl.arange(0, ROWS)
     offs_w = tl.arange(0, BLOCK_W)
     offs_r = tl.arange(0, BLOCK_R)
-    mask_rows, mask_w, mask_r = rows < N, offs_w < W, offs_r < R
+    mask_rows, mask_w, mask_r = (rows < N) & runs, offs_w < W, offs_r < R
     by_rows = offs_r[None, :] * N + rows[:, None]  # [ROWS, BLOCK_R] of a tensor [R, N]
     mask_by_rows = mask_r[None, :] & mask_rows[:, None]
     words = offs_r[:, None] * W + offs_w[None, :]  # [BLOCK_R, BLOCK_W] of a tensor [R, W]

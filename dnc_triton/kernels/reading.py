@@ -139,8 +139,9 @@ def read_backward(
 
     tl.store(d_forward_ptr + offsets, mode_f[:, None] * d_weights, mask=mask)
     tl.store(d_backward_ptr + offsets, mode_b[:, None] * d_weights, mask=mask)
-    d_content = mode_c[:, None] * d_weights
-    d_scaled = content * (d_content - tl.sum(d_content * content, 1, keep_dims=True))
+    # The mode stays outside the difference: of a one-hot content that is zero, but for a product's rounding, which a
+    # compiler that fuses it with the subtraction would leave over, to be multiplied by the strength.
+    d_scaled = mode_c[:, None] * content * (d_weights - tl.sum(d_weights * content, 1, keep_dims=True))
     d_strengths = d_strength(tl.sum(d_scaled * similarity, 1), raw_strengths, RAW)
     tl.store(d_interface_ptr + READ_STRENGTHS + offs_r, d_strengths, mask=mask_r)
     tl.debug_barrier()  # all have read the gradient of the weights, whose place is taken

@@ -225,7 +225,7 @@ def step_backward_kernel(
 ):
     """Grid: (B,), or (B, row blocks) for the middle phase alone.
 
-    With marks [B] come zeros, as in the forward. Of what has ended nothing is read and nothing written.
+    With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written.
     """
     INTERFACE: tl.constexpr = R * W + 3 * W + 5 * R + 3
     NUM_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
@@ -291,111 +291,112 @@ def step_backward_kernel(
         d_new_read_weights_ptr = tl.where(lost, zeros_ptr, d_new_read_weights_ptr)
         d_new_write_weights_ptr = tl.where(lost, zeros_ptr, d_new_write_weights_ptr)
 
-    if runs:
-        if PHASE == FIRST or PHASE == WHOLE:
-            read_backward(
+    if PHASE == FIRST or PHASE == WHOLE:
+        read_backward(
+            interface_ptr,
+            new_memory_ptr,
+            read_similarity_ptr,
+            forward_ptr,
+            backward_ptr,
+            d_read_words_ptr,
+            d_new_read_weights_ptr,
+            d_interface_ptr,
+            d_forward_ptr,
+            d_backward_ptr,
+            d_similarity_ptr,
+            N,
+            W,
+            R,
+            BLOCK_N,
+            BLOCK_W,
+            BLOCK_R,
+            ROWS,
+            RAW,
+            STRENGTH_OFFSET,
+            COMPUTE,
+        )
+    if PHASE == WHOLE:
+        tl.debug_barrier()
+    if PHASE == MIDDLE or PHASE == WHOLE:
+        first_block = tl.program_id(1)
+        for block in range(first_block, NUM_BLOCKS if PHASE == WHOLE else first_block + 1):
+            write_and_link_backward(
+                block,
                 interface_ptr,
+                memory_ptr,
+                link_ptr,
+                precedence_ptr,
+                read_weights_ptr,
                 new_memory_ptr,
+                new_read_weights_ptr,
+                new_write_weights_ptr,
                 read_similarity_ptr,
-                forward_ptr,
-                backward_ptr,
                 d_read_words_ptr,
-                d_new_read_weights_ptr,
-                d_interface_ptr,
+                d_new_memory_ptr,
+                d_new_link_ptr,
                 d_forward_ptr,
                 d_backward_ptr,
                 d_similarity_ptr,
-                N,
-                W,
-                R,
-                BLOCK_N,
-                BLOCK_W,
-                BLOCK_R,
-                ROWS,
-                RAW,
-                STRENGTH_OFFSET,
-                COMPUTE,
-            )
-        if PHASE == WHOLE:
-            tl.debug_barrier()
-        if PHASE == MIDDLE or PHASE == WHOLE:
-            first_block = tl.program_id(1)
-            for block in range(first_block, NUM_BLOCKS if PHASE == WHOLE else first_block + 1):
-                write_and_link_backward(
-                    block,
-                    interface_ptr,
-                    memory_ptr,
-                    link_ptr,
-                    precedence_ptr,
-                    read_weights_ptr,
-                    new_memory_ptr,
-                    new_read_weights_ptr,
-                    new_write_weights_ptr,
-                    read_similarity_ptr,
-                    d_read_words_ptr,
-                    d_new_memory_ptr,
-                    d_new_link_ptr,
-                    d_forward_ptr,
-                    d_backward_ptr,
-                    d_similarity_ptr,
-                    d_memory_ptr,
-                    d_link_ptr,
-                    d_write_rows_ptr,
-                    d_write_columns_ptr,
-                    d_precedence_columns_ptr,
-                    d_read_rows_ptr,
-                    d_read_columns_ptr,
-                    d_words_partial_ptr,
-                    N,
-                    W,
-                    R,
-                    BLOCK_W,
-                    BLOCK_R,
-                    ROWS,
-                    COLUMNS,
-                    RAW,
-                    COMPUTE,
-                )
-        if PHASE == WHOLE:
-            tl.debug_barrier()
-        if PHASE == LAST or PHASE == WHOLE:
-            address_backward(
-                interface_ptr,
-                memory_ptr,
-                usage_ptr,
-                precedence_ptr,
-                read_weights_ptr,
-                write_weights_ptr,
-                new_usage_ptr,
-                new_write_weights_ptr,
-                allocation_ptr,
-                write_similarity_ptr,
-                free_list_ptr,
-                d_new_usage_ptr,
-                d_new_precedence_ptr,
-                d_new_write_weights_ptr,
-                d_interface_ptr,
                 d_memory_ptr,
-                d_usage_ptr,
-                d_precedence_ptr,
-                d_read_weights_ptr,
-                d_write_weights_ptr,
+                d_link_ptr,
                 d_write_rows_ptr,
                 d_write_columns_ptr,
                 d_precedence_columns_ptr,
                 d_read_rows_ptr,
                 d_read_columns_ptr,
                 d_words_partial_ptr,
-                d_addressing_ptr,
+                runs,
                 N,
                 W,
                 R,
-                BLOCK_N,
                 BLOCK_W,
+                BLOCK_R,
                 ROWS,
-                NUM_BLOCKS,
+                COLUMNS,
                 RAW,
-                STRENGTH_OFFSET,
-                STOP_USAGE_GRADIENT,
                 COMPUTE,
             )
+    if PHASE == WHOLE:
+        tl.debug_barrier()
+    if PHASE == LAST or PHASE == WHOLE:
+        address_backward(
+            interface_ptr,
+            memory_ptr,
+            usage_ptr,
+            precedence_ptr,
+            read_weights_ptr,
+            write_weights_ptr,
+            new_usage_ptr,
+            new_write_weights_ptr,
+            allocation_ptr,
+            write_similarity_ptr,
+            free_list_ptr,
+            d_new_usage_ptr,
+            d_new_precedence_ptr,
+            d_new_write_weights_ptr,
+            d_interface_ptr,
+            d_memory_ptr,
+            d_usage_ptr,
+            d_precedence_ptr,
+            d_read_weights_ptr,
+            d_write_weights_ptr,
+            d_write_rows_ptr,
+            d_write_columns_ptr,
+            d_precedence_columns_ptr,
+            d_read_rows_ptr,
+            d_read_columns_ptr,
+            d_words_partial_ptr,
+            d_addressing_ptr,
+            runs,
+            N,
+            W,
+            R,
+            BLOCK_N,
+            BLOCK_W,
+            ROWS,
+            NUM_BLOCKS,
+            RAW,
+            STRENGTH_OFFSET,
+            STOP_USAGE_GRADIENT,
+            COMPUTE,
+        )
