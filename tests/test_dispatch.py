@@ -215,8 +215,20 @@ def test_explain_takes_what_forward_takes():
 
 
 def test_an_operator_is_given_every_layout_whole():
-    for layout in [*layouts(16, 256), *layouts(64, 8), *sequence_layouts(16, 8)]:
+    for layout in [*layouts(16, 256), *layouts(64, 8), *layouts(256, 64), *sequence_layouts(16, 8)]:
         assert as_layout([int(value) for value in layout]) == layout
+
+
+@pytest.mark.parametrize("memory_size", [1, 16, 17, 64, 65, 128, 129, 1024, 2048])
+@pytest.mark.parametrize("word_size", [1, 32, 64, 129, 256])
+def test_layouts_are_few_and_told_apart(memory_size, word_size):
+    found = layouts(memory_size, word_size)
+    assert len(found) <= 5
+    for fused in (True, False):
+        described = [layout.describe() for layout in found if layout.fused == fused]
+        assert len(set(described)) == len(described)
+    pipelined = {layout.ahead for layout in found if layout[:4] == found[0][:4]}
+    assert pipelined == ({True, False} if memory_size > 64 else {found[0].ahead})
 
 
 # --- Every call goes through the table

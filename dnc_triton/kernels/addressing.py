@@ -240,11 +240,12 @@ def address_backward(
     for start in range(0, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         offsets = rows[:, None] * W + offs_w[None, :]
-        mask = ((rows < N) & runs)[:, None] & mask_w[None, :]
+        mask_rows = (rows < N) & runs
+        mask = mask_rows[:, None] & mask_w[None, :]
         memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
         norm = tl.sqrt(tl.sum(memory * memory, 1) + NORM_EPSILON)
-        d_dot = tl.load(scratch_ptr + rows, mask=rows < N, other=0.0) / (norm * key_norm + SIMILARITY_EPSILON)
-        d_norms = -d_dot * tl.load(similarity_ptr + rows, mask=rows < N, other=0.0)
+        d_dot = tl.load(scratch_ptr + rows, mask=mask_rows, other=0.0) / (norm * key_norm + SIMILARITY_EPSILON)
+        d_norms = -d_dot * tl.load(similarity_ptr + rows, mask=mask_rows, other=0.0)
         d_key += tl.sum(d_dot[:, None] * memory, 0)
         d_key_norm += tl.sum(d_norms * norm)
         d_memory = tl.load(d_memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)

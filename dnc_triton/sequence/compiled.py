@@ -40,7 +40,7 @@ class CompiledSequence(Sequence):
     def _forward_step(self, step: int) -> None:
         self._run(step, [])
 
-    def _begin_backward(self, before: Before) -> None:
+    def _begin_backward(self, before: Before, d: Carried) -> None:
         for cell in self.cells:
             cell.make_d_pre()
         over_steps = (self.d_vectors, *(d_pre for cell in self.cells for d_pre in cell.each_d_pre()))
@@ -118,8 +118,8 @@ class _Step(Sequence):
         self.d_vectors = torch.empty_like(self.history.vectors)
         memory, words, layers = self._before(0)
         carried = [memory.usage, *memory[3:], words]
-        self._begin_backward(Before([x.unsqueeze(0) for x in carried], [[x.unsqueeze(0) for x in y] for y in layers]))
-        self.held = [x.clone() for x in d.flatten()] if self.stops[0] else []
+        by_step = Before([x.unsqueeze(0) for x in carried], [[x.unsqueeze(0) for x in y] for y in layers])
+        self._begin_backward(by_step, d)
         self._backward_step(0, d)
         return [self.d_vectors[0], *(d_pre[0] for cell in self.cells for d_pre in cell.each_d_pre())]
 

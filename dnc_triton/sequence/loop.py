@@ -81,7 +81,7 @@ class Sequence:
         self.history = plan.cut(self.buffers)
         if forwards:
             starts = state.light()
-            # Without a state the hidden vector is nobody's, but must not be NaN in a row that never runs.
+            # Without a state the hidden vector before is nobody's, but it is passed on with the others.
             if settings.cell.states == 0:
                 starts += [torch.zeros_like(layer[0][0]) for layer in self.history.layers]
             for trail, start in zip(self.history.trails(), starts, strict=True):
@@ -150,8 +150,7 @@ class Sequence:
             [self._start(trail[:-1]) for trail in history.carried],
             [[self._start(trail[:-1]) for trail in layer] for layer in history.layers],
         )
-        self._begin_backward(before)
-        self.held = [tensor.clone() for tensor in d.flatten()[self.by_kernel :]] if any(self.stops) else []
+        self._begin_backward(before, d)
         for step in reversed(range(self.steps)):
             if step == self.steps - 1 or (step + 1) % settings.checkpoint == 0:
                 self._replay(step - step % settings.checkpoint, step)
@@ -183,7 +182,9 @@ class Sequence:
         self.memory.forward(step, before.memory, after.memory, after.words, fresh=self.resets[step])
         self._hold(step, before.memory, after.memory)
 
-    def _begin_backward(self, before: Before) -> None:
+    def _begin_backward(self, before: Before, d: Carried) -> None:
+        # What goes on through the steps after a row's end: the gradient by its last state.
+        self.held = [tensor.clone() for tensor in d.flatten()[self.by_kernel :]] if any(self.stops) else []
         usage, _, read_weights, write_weights, _ = before.carried
         self.memory.begin_backward(usage, read_weights, write_weights, self.d_vectors)
         self.d_below = torch.empty_like(before.layers[0][0][0])

@@ -7,6 +7,7 @@ the step before left it, and so is the gradient by the memory after it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_reference.types import MemoryState
@@ -124,7 +125,10 @@ class TritonMemory:
 
 
 def _marks(running: Tensor | None, reset: Tensor | None) -> Tensor | None:
-    """What the kernels are told of the rows at each step, [T, B]."""
+    """What the kernels are told of the rows at each step: [T, B], and some more.
+
+    Each step's begin at a multiple of 16 bytes: kernels are compiled anew for what does not.
+    """
     marks = None
     if running is not None:
         marks = ~running * ENDED.value
@@ -132,4 +136,4 @@ def _marks(running: Tensor | None, reset: Tensor | None) -> Tensor | None:
         lost = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
         resets = reset * FRESH.value + lost * LOST.value
         marks = resets if marks is None else marks + resets
-    return None if marks is None else marks.to(torch.uint8).contiguous()
+    return None if marks is None else F.pad(marks.to(torch.uint8), (0, -marks.shape[1] % 16)).contiguous()

@@ -39,12 +39,12 @@ class Kernel:
         self.function = function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(*tensors: Tensor, num_warps: int, num_stages: int | None = None, **constants: Any) -> None:
+        def run(*tensors: Tensor | None, num_warps: int, num_stages: int | None = None, **constants: Any) -> None:
             constants["COMPUTE"] = {tl.float32: torch.float32, tl.float64: torch.float64}[constants["COMPUTE"]]
             # The programs of the second axis, which differ in how far they loop, run one after the other.
             for second in range(grid[1] if len(grid) > 1 else 1):
                 Language.program_ids = (Value(torch.arange(grid[0])), second)
-                self.function(*map(Pointer, tensors), **constants)
+                self.function(*(None if x is None else Pointer(x) for x in tensors), **constants)
 
         return run
 

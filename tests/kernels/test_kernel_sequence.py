@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dnc_triton import DNC, DNCState, MemoryState, explain, use_backend
 from dnc_triton.dispatch import BACKENDS
-from dnc_triton.kernels.layout import kept_shapes, sequence_layouts
+from dnc_triton.kernels.layout import default_layout, kept_shapes, sequence_layouts
 from dnc_triton.sequence import op
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 from dnc_triton.sequence.triton_memory import TritonMemory
@@ -107,6 +107,22 @@ def test_lengths_and_resets_leave_nothing_unwritten(backend: str, checkpoint: in
         inputs[1], inputs[2, 2:], inputs[3, 3:] = torch.nan, torch.nan, torch.nan
     with poisoned():
         assert_close(run(dnc, inputs, state, backend, **call), expected, **CLOSE, name="")
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 17])
+def test_marks_are_aligned_at_each_step(batch: int) -> None:
+    """Else the kernels would be compiled twice."""
+    vectors, memory = torch.zeros(3, batch, 30), torch.zeros(batch, 5, 4)
+    kept = [vectors.new_empty(3, *shape) for shape in kept_shapes(batch, 5, 2)]
+    options: dict[str, Any] = dict(reads=2, strength_offset=1.0, stop_usage_gradient=False)
+    running = torch.arange(3).unsqueeze(1) < torch.arange(batch) % 4
+    reset = (torch.arange(batch * 3) % 5 == 0).view(batch, 3).T & running
+    memory_part = TritonMemory(vectors, kept, memory, running, reset, **options, layout=default_layout(5, 4))
+    marks = memory_part.marks
+    assert marks is not None
+    assert all(step.is_contiguous() and step.data_ptr() % 16 == 0 for step in marks)
+    lost = torch.cat([reset[1:], reset.new_zeros(1, batch)])
+    assert marks[:, :batch].tolist() == (reset * 1 + ~running * 2 + lost * 4).tolist()
 
 
 @pytest.mark.parametrize(("sizes", "steps"), [((16, 8, 2), 5), ((5, 6, 3), 3), ((48, 20, 8), 2), ((100, 32, 4), 2)])
