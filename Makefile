@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-oldest fuzz bench gpu sanitize lint format clean help
+.PHONY: demo test test-slow test-oldest emulate fuzz bench gpu sanitize lint format clean help
 
 help:
 	@echo "make demo       train a DNC on the copy task (about half a minute on two CPU cores); ARGS='--help' shows what it takes"
 	@echo "make test       the tests (under 10 minutes on two CPU cores)"
 	@echo "make test-slow  the tests that take longer: trainings, and every kernel for every target"
 	@echo "make test-oldest  the tests with the oldest supported versions, in .venv-oldest"
+	@echo "make emulate    the kernels as compiled for an NVIDIA GPU, in an emulator on the CPU; some minutes"
 	@echo "make fuzz       random small problems through the kernels; COUNT=1000000 says how many"
 	@echo "make bench      the times beside those of others, on a CPU or a GPU; ARGS='--help' shows what it takes"
 	@echo "make gpu        on a machine with a GPU: parity there, then all the times, under 9 minutes; installs nothing"
@@ -32,6 +33,11 @@ test-slow: .venv/.dev
 test-oldest: export OMP_NUM_THREADS ?= 1
 test-oldest: .venv-oldest/.dev
 	.venv-oldest/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+# A process of its own: in that of the other tests the kernels are interpreted, and not compiled.
+emulate: export OMP_NUM_THREADS ?= 1
+emulate: .venv/.dev
+	$(BIN)/python -m pytest -m slow tests/emulated $(ARGS)
 
 COUNT ?= 1000000
 fuzz: .venv/.dev

@@ -1,0 +1,126 @@
+"""In the place of a device: a kernel that is launched is compiled for an NVIDIA GPU, and run by `ptx` on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise, product
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import ptx
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+
+from dnc_triton.kernels import launch, lstm, sequence
+
+HOPPER = GPUTarget("cuda", 90, ptx.WARP)
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+PROGRAMS: dict[str, tuple[ptx.Program, int]] = {}  # what was compiled, and its bytes of shared memory
+
+
+class Emulated:
+    """What takes the place of a `triton.jit` function: `kernel[grid](...)` on tensors of the CPU.
+
+    A mistake in it is an AssertionError that names the kernel, the line and what happened.
+    """
+
+    def __init__(self, kernel: triton.JITFunction) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.launch(grid, *args, **kwargs)
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        names = self.kernel.arg_names
+        given = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names[len(args) :]}
+        tensors = [x for x in given.values() if isinstance(x, Tensor)]
+        extents = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors)
+        assert all(x.is_contiguous() for x in tensors), "an argument has gaps"
+        assert all(a[1] <= b[0] for a, b in pairwise(extents)), "arguments overlap"
+        program, shared = self.compile(given, kwargs)
+        arguments = [as_integers(x) if isinstance(x, Tensor) else x for x in self.variables(given).values()]
+        arguments += [0] * (len(program.params) - len(arguments))  # scratch of Triton's, which is not used
+        run = ptx.Launch(program, arguments, shared)
+        try:
+            for index in product(*map(range, grid)):
+                run.block(index)
+        except ptx.Mistake as mistake:
+            raise AssertionError(f"{self.kernel.__name__}: {mistake}") from None
+        run.finish()
+
+    def variables(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What is known at the launch only."""
+        constant = {name: param.is_constexpr for name, param in zip(given, self.kernel.params, strict=True)}
+        return {name: value for name, value in given.items() if not constant[name] and value is not None}
+
+    def compile(self, given: dict[str, Any], options: dict[str, Any]) -> tuple[ptx.Program, int]:
+        """As Triton does for a device, which knows of pointers if they are aligned to 16 bytes; but without ptxas."""
+        variables, signature, attributes = self.variables(given), {}, {}
+        for position, name in enumerate(given):
+            signature[name] = "constexpr" if name not in variables else "i32"
+            if isinstance(value := variables.get(name), Tensor):
+                signature[name] = f"*{TYPES[value.dtype]}"
+                if value.data_ptr() % 16 == 0:
+                    attributes[(position,)] = [["tt.divisibility", 16]]
+            else:
+                assert name not in variables or self.kernel.params[position].do_not_specialize, name
+        constants = {name: value for name, value in given.items() if name not in variables}
+        key = repr((id(self.kernel), signature, constants, attributes, options))
+        if key not in PROGRAMS:
+            # The variable is for the dispatcher alone. Without ptxas, which takes long, there is no machine code, and
+            # the cache may be nobody else's: conftest.py sees to that.
+            with patch.dict(os.environ), patch.object(CUDABackend, "make_cubin", lambda *_: b""):
+                os.environ.pop("TRITON_INTERPRET", None)
+                source = ASTSource(self.kernel, signature, constants, attributes)
+                compiled = triton.compile(source, target=HOPPER, options=options)
+            PROGRAMS[key] = ptx.parse(compiled.asm["ptx"]), compiled.metadata.shared
+        return PROGRAMS[key]
+
+
+def as_integers(tensor: Tensor) -> ptx.Array:
+    """The same memory."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[tensor.element_size()])
+
+
+def poison(tensor: Tensor) -> Tensor:
+    """Fill with what counts as not written."""
+    if tensor.is_contiguous():
+        tensor.detach().view(-1).view(torch.uint8).fill_(ptx.POISON)
+    return tensor
+
+
+class Poisoned(TorchFunctionMode):
+    """Memory that was not written to holds poison."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return poison(result) if function in (torch.empty, torch.empty_like, Tensor.new_empty) else result
+
+
+@contextmanager
+def emulating() -> Iterator[None]:
+    """The project's kernels, launched within, run in the emulator."""
+    with pytest.MonkeyPatch.context() as patched, Poisoned():
+        for module in (launch, lstm, sequence):
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel"):
+                    patched.setattr(module, name, Emulated(kernel))
+        yield

@@ -1,0 +1,54 @@
+"""The kernels as compiled: what tests/kernels holds them to in the interpreter."""
+
+from __future__ import annotations
+
+import fuzz
+import pytest
+import test_kernel_goldens
+import test_kernel_parity
+import torch
+from helpers import load_golden
+from parity import Case
+
+# The tests themselves, to be run again here.
+# ruff: noqa: F401
+from test_kernel_parity import (
+    test_products_are_not_rounded,
+    test_sixteen_bits_are_for_storage,
+    test_stopped_usage_gradient,
+)
+from test_kernel_rows import (
+    test_a_nan_is_not_lost,
+    test_a_nan_stays_in_its_row,
+    test_a_row_alone_is_the_row_in_a_batch,
+    test_no_rows,
+    test_same_call_same_bits,
+)
+from test_kernel_sequence import test_lengths_and_resets_leave_nothing_unwritten
+
+pytestmark = pytest.mark.slow
+
+# Compiling takes most of the time: few sizes, each with all that there is of it.
+GOLDENS = [
+    case for case in test_kernel_goldens.CASES if load_golden(case.values[0]).meta["config"]["memory_size"] <= 16
+]
+# Of each dtype and layout the smallest, which comes last and stays.
+PARITY = {
+    (case.dtype, case.layout): case
+    for case in sorted(test_kernel_parity.CASES, key=lambda case: case.slots * case.word, reverse=True)
+    if case.slots > 1
+}
+
+
+@pytest.mark.parametrize(("name", "dtype", "backend"), GOLDENS)
+def test_memory_step(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    test_kernel_goldens.test_memory_step(name, dtype, backend, device)
+
+
+@pytest.mark.parametrize("case", PARITY.values(), ids=str)
+def test_parity(case: Case, device: torch.device) -> None:
+    test_kernel_parity.test_parity(case, device)
+
+
+def test_random_problems() -> None:
+    assert fuzz.run(6, seed=2, rows=2, engine="interpreter", report=lambda line: None) == 6

@@ -1,0 +1,151 @@
+"""The emulator itself, on kernels whose results, or mistakes, are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from arithmetic import Unsupported
+from helpers import assert_close, assert_same_bits
+from launching import PROGRAMS, Emulated, poison
+from torch import Tensor
+
+pytestmark = pytest.mark.slow
+
+N = 256
+
+
+def run(kernel: Any, *args: Any, grid: tuple[int, ...] = (1,), warps: int = 4, **constants: Any) -> None:
+    Emulated(kernel)[grid](*args, **constants, num_warps=warps)
+
+
+def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return poison(torch.zeros(*shape, dtype=dtype))
+
+
+@triton.jit(do_not_specialize=["n"])
+def elementwise_kernel(x_ptr, y_ptr, out_ptr, n, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, tl.exp(x) / (1 + y * y) - tl.sqrt(tl.abs(y)), mask=i < n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_elementwise(dtype: torch.dtype) -> None:
+    x, y, out = torch.randn(400).to(dtype), torch.randn(400).to(dtype), unwritten(512)
+    run(elementwise_kernel, x, y, out, 400, grid=(2,), N=N)
+    expected = x.double().exp() / (1 + y.double() ** 2) - y.double().abs().sqrt()
+    assert_close(out[:400].double(), expected, rtol=1e-6, atol=1e-6, name="out")
+    assert out[400:].isnan().all()
+
+
+@triton.jit
+def extremes_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
+    tl.store(out_ptr + i, tl.maximum(x, y))
+    tl.store(out_ptr + N + i, tl.minimum(x, y))
+    tl.store(out_ptr + 2 * N, tl.max(x, 0))
+    tl.store(out_ptr + 2 * N + 1, tl.sum(x, 0))
+
+
+def test_a_nan_is_lost_in_a_maximum_and_not_in_a_sum() -> None:
+    x, y, out = torch.randn(N), torch.randn(N), unwritten(2 * N + 2)
+    x[3], y[5], x[7], y[7] = torch.nan, torch.nan, torch.nan, torch.nan
+    x[9], y[9], x[10], y[10] = 0.0, -0.0, -0.0, 0.0
+    run(extremes_kernel, x, y, out, N=N)
+    for got, expected in ((out[:N], torch.fmax(x, y)), (out[N : 2 * N], torch.fmin(x, y))):
+        assert torch.equal(got.nan_to_num(77), expected.nan_to_num(77))
+    assert [str(v) for v in out[[9, 10, N + 9, N + 10]].tolist()] == ["0.0", "0.0", "-0.0", "-0.0"]
+    assert out[2 * N] == x.nan_to_num(-99).max()
+    assert out[2 * N + 1].isnan()
+
+
+@triton.jit
+def scans_kernel(x_ptr, keys_ptr, out_ptr, sorted_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.cumprod(tl.load(x_ptr + i), 0))
+    tl.store(sorted_ptr + i, tl.sort(tl.load(keys_ptr + i)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cumprod_and_sort(dtype: torch.dtype) -> None:
+    x, keys = 1 + 0.05 * torch.randn(64, dtype=dtype), torch.randint(-(2**40), 2**40, (64,))
+    out, in_order = unwritten(64, dtype=dtype), unwritten(64, dtype=torch.int64)
+    run(scans_kernel, x, keys, out, in_order, N=64)
+    assert_close(out, x.double().cumprod(0).to(dtype), rtol=64 * torch.finfo(dtype).eps, atol=0, name="cumprod")
+    assert_same_bits(in_order, keys.sort().values)
+
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr, STEPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
+    m, k = tl.arange(0, M), tl.arange(0, K)
+    total = tl.dot(tl.load(a_ptr + m[:, None] * K + k), tl.load(b_ptr + k[:, None] * M + m), input_precision="ieee")
+    for step in range(1, STEPS):
+        a = tl.load(a_ptr + step * M * K + m[:, None] * K + k)
+        b = tl.load(b_ptr + step * M * K + k[:, None] * M + m)
+        total += tl.dot(a, b, input_precision="ieee", out_dtype=total.dtype)
+    tl.store(out_ptr + m[:, None] * M + m, total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dot(dtype: torch.dtype) -> None:
+    a, b, out = torch.randn(4, 16, 32, dtype=dtype), torch.randn(4, 32, 16, dtype=dtype), unwritten(16, 16, dtype=dtype)
+    run(product_kernel, a, b, out, STEPS=4, M=16, K=32)
+    bound = 128 * torch.finfo(dtype).eps
+    assert_close(out.double(), (a.double() @ b.double()).sum(0), rtol=0, atol=bound, name="out")
+
+
+@pytest.mark.parametrize("missing", ["cp.async.wait_group", "bar.sync"])
+def test_a_pipeline_whose_copies_are_not_waited_for(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, out = torch.randn(4, 32, 32), torch.randn(4, 32, 32), unwritten(32, 32)
+    run(product_kernel, a, b, out, STEPS=4, M=32, K=32)
+    key, (program, shared) = list(PROGRAMS.items())[-1]
+    assert any(i.op.startswith("cp.async.c") for i in program.instructions)
+    nothing = dict(op="mov.b32", operands=["%r1", "%r1"])
+    broken = [i._replace(**nothing) if i.op == missing else i for i in program.instructions]
+    monkeypatch.setitem(PROGRAMS, key, (program._replace(instructions=broken), shared))
+    with pytest.raises(AssertionError, match=r"product_kernel: (asynchronous|race|uninitialised): test_ptx.py:"):
+        run(product_kernel, a, b, out, STEPS=4, M=32, K=32)
+
+
+@triton.jit
+def reversing_kernel(data_ptr, out_ptr, N: tl.constexpr, BARRIER: tl.constexpr, BY: tl.constexpr):
+    here = tl.arange(0, N)
+    tl.store(data_ptr + here, tl.load(out_ptr + here + BY) + 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(out_ptr + here, tl.load(data_ptr + N - 1 - here))
+
+
+def test_a_race() -> None:
+    numbers = torch.randn(N)
+    with pytest.raises(
+        AssertionError, match=r"reversing_kernel: race: test_ptx.py:\d+: ld.global.*another thread wrote"
+    ):
+        run(reversing_kernel, unwritten(N), numbers.clone(), N=N, BARRIER=False, BY=0)
+    out = numbers.clone()
+    run(reversing_kernel, unwritten(N), out, N=N, BARRIER=True, BY=0)
+    assert_same_bits(out, (numbers + 1).flip(0))
+
+
+@pytest.mark.parametrize("by", [-4, 4])
+def test_out_of_bounds(by: int) -> None:
+    with pytest.raises(AssertionError, match=r"outside: test_ptx.py:\d+: ld.global.*outside of any global buffer"):
+        run(reversing_kernel, unwritten(N), torch.randn(N), N=N, BARRIER=True, BY=by)
+
+
+def test_uninitialised() -> None:
+    numbers = torch.randn(N)
+    poison(numbers[17:18])
+    with pytest.raises(AssertionError, match=r"uninitialised: test_ptx.py:\d+: ld.global"):
+        run(reversing_kernel, unwritten(N), numbers, N=N, BARRIER=True, BY=0)
+
+
+def test_an_instruction_that_is_not_emulated() -> None:
+    with pytest.raises(Unsupported, match=r"test_ptx.py:\d+: cvt.rzi.s32.f32"):
+        run(elementwise_kernel, torch.randn(N), torch.randn(N), unwritten(N, dtype=torch.int32), N, N=N)
