@@ -125,7 +125,15 @@ def test_marks_are_aligned_at_each_step(batch: int) -> None:
     assert marks[:, :batch].tolist() == (reset * 1 + ~running * 2 + lost * 4).tolist()
 
 
-@pytest.mark.parametrize(("sizes", "steps"), [((16, 8, 2), 5), ((5, 6, 3), 3), ((48, 20, 8), 2), ((100, 32, 4), 2)])
+@pytest.mark.parametrize(
+    ("sizes", "steps"),
+    [
+        ((16, 8, 2), 5),
+        ((5, 6, 3), 3),
+        pytest.param((48, 20, 8), 2, marks=pytest.mark.slow),  # in the interpreter
+        pytest.param((100, 32, 4), 2, marks=pytest.mark.slow),
+    ],
+)
 def test_float32(sizes: tuple[int, int, int], steps: int, device: torch.device) -> None:
     """At most twice as far from the oracle in float64 as the oracle in float32 is."""
     exact, dnc = make(device, sizes=sizes, hidden=16), make(device, sizes=sizes, hidden=16).float()
