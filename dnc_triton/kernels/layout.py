@@ -34,7 +34,7 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
 
     The order is from counted registers and instructions; none of it has been measured on a GPU. None spills on sm_90 up
     to N = 512, W = 64, whatever the dtype (float64 apart), nor at N = 2048, W = 32; wider tiles would, a few bytes in
-    some kernel or other.
+    some kernel or other. (With Triton 3.6.0 some do, 8 bytes, on the way back through ended or reset rows.)
     """
     tall = 16 if word_size > 128 else 32
     split = [Layout(False, tall, 16, 8), Layout(False, 16, 32, 8), Layout(False, 16, 32, 4)]
