@@ -1,8 +1,10 @@
 """What the phases of the memory step share: the layout of their buffers, and small device functions.
 
 Every buffer of one batch element is contiguous. Sizes are compile-time constants: N slots, W word size, R read heads;
-BLOCK_N, BLOCK_W, BLOCK_R the next powers of two, at least 16 so that `tl.dot` takes them; ROWS the slots in a row
-block. Arithmetic is in float32, in float64 if the tensors are.
+BLOCK_N, BLOCK_W, BLOCK_R the next powers of two. How they are cut up: a tile of the link is ROWS × COLUMNS, a block of
+memory SLOTS words; elsewhere CHUNK words are taken at once, or PLACES numbers of every word; HEADS heads at once where
+there are products with each. Arithmetic is in float32,
+in float64 if the tensors are.
 """
 
 import triton
@@ -16,15 +18,25 @@ USAGE_EPSILON = tl.constexpr(addressing.USAGE_EPSILON)
 
 
 @triton.jit
-def matmul(a, b):
-    """a @ b in full precision: tensor cores would round float32 to 10 bits."""
-    return tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
+def exp(x):
+    """eˣ to about two units in the last place, as PyTorch has it.
+
+    The hardware's is 2ʸ of y = x / log 2, whose rounding alone costs |x| units in float32.
+    """
+    if x.dtype == tl.float64:
+        y = tl.exp(x)
+    else:
+        x = tl.where(x < -128.0, -128.0, tl.where(x > 128.0, 128.0, x))  # 0 and infinity; a NaN stays one
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        # log 2 in two parts, of which the first has so few bits that n times it is exact.
+        y = tl.exp((x - n * 0.693359375) - n * -2.12194440054690583e-4) * tl.exp2(n)
+    return y
 
 
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e⁻ˣ), without overflow on either side."""
-    small = tl.exp(-tl.abs(x))
+    small = exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
@@ -32,7 +44,7 @@ def sigmoid(x):
 def tanh(x):
     """tanh x, to full relative precision near 0 as well."""
     y = -2.0 * tl.abs(x)
-    u = tl.exp(y)
+    u = exp(y)
     # eʸ − 1 where y is small and eʸ rounds: (u − 1) y / log(u).
     near = (u > 0.5) & (u < 1.0)
     less = tl.where(near, (u - 1.0) * y / tl.log(tl.where(near, u, 0.5)), tl.where(u == 1.0, y, u - 1.0))
@@ -60,7 +72,7 @@ def d_clipped(d, x, CLIP: tl.constexpr, COMPUTE: tl.constexpr):
 @triton.jit
 def softplus(x):
     """log(1 + eˣ), without overflow."""
-    small = tl.exp(-tl.abs(x))
+    small = exp(-tl.abs(x))
     # log(1 + s) to full relative precision where s is small and 1 + s rounds: log(t) s / (t − 1).
     total = 1.0 + small
     rest = tl.where(total == 1.0, small, tl.log(total) * small / tl.where(total == 1.0, 1.0, total - 1.0))
@@ -105,7 +117,7 @@ def softmax(logits, mask, AXIS: tl.constexpr):
     logits = tl.where(mask, logits, float("-inf"))
     largest = tl.max(logits, AXIS, keep_dims=True)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    exponential = tl.exp(logits - largest)
+    exponential = exp(logits - largest)
     total = tl.sum(exponential, AXIS, keep_dims=True)
     return tl.where(mask, exponential / tl.where(total == 0.0, 1.0, total), 0.0)
 
@@ -124,7 +136,18 @@ def read_modes(modes_ptr, offs_r, mask_r, RAW: tl.constexpr, COMPUTE: tl.constex
     content = tl.load(modes_ptr + 3 * offs_r + 2, mask=mask_r, other=0.0).to(COMPUTE)
     if RAW:
         largest = tl.maximum(tl.maximum(backward, forward), content)
-        backward, forward, content = tl.exp(backward - largest), tl.exp(forward - largest), tl.exp(content - largest)
+        backward, forward, content = exp(backward - largest), exp(forward - largest), exp(content - largest)
         total = backward + forward + content
         backward, forward, content = backward / total, forward / total, content / total
     return backward, forward, content
+
+
+@triton.jit
+def add_parts(total, ptr, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """A total and, one after the other, COUNT parts, STRIDE apart. Sixteen loads at a time are under way."""
+    AT_ONCE: tl.constexpr = 16 if COUNT > 16 else COUNT
+    for first in range(0, COUNT, AT_ONCE):
+        for offset in tl.static_range(AT_ONCE):
+            part = first + offset
+            total += tl.load(ptr + part * STRIDE, mask=mask & (part < COUNT), other=0.0)
+    return total

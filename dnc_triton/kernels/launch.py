@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def step_forward(
 def forward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
     """Work space of `launch_forward`."""
     batch, slots, _ = memory.shape
-    blocks = triton.cdiv(slots, layout.rows)
+    blocks = triton.cdiv(slots, layout.rows) + triton.cdiv(slots, layout.columns)
     return memory.new_empty((batch, blocks * num_reads * slots), dtype=_compute_dtype(memory))
 
 
@@ -111,24 +112,20 @@ def launch_forward(
     memory = state[0]
     batch, slots, word = memory.shape
     num_reads = result.read_words.shape[1]
-    blocks = triton.cdiv(slots, layout.rows)
-    launches = (
-        _launches(batch, blocks, layout._replace(fused=False))[1:2] if replay else _launches(batch, blocks, layout)
-    )
-    for phase, grid in launches:
-        step_forward_kernel[grid](
+    for launch in launches(batch, slots, word, num_reads, layout, only_middle=replay):
+        step_forward_kernel[launch.grid](
             interface,
             *state,
             *result,
             scratch,
             marks,
             zeros,
-            **_sizes(slots, word, num_reads, layout),
+            **launch.sizes,
             RAW=raw,
             STRENGTH_OFFSET=strength_offset,
             COMPUTE=_COMPUTE[scratch.dtype],
-            PHASE=phase,
-            **compile_options(layout, scratch.dtype),
+            PHASE=launch.phase,
+            **compile_options(layout, launch.num_warps),
         )
 
 
@@ -180,8 +177,10 @@ def step_backward(
 def backward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
     """Work space of `launch_backward`."""
     batch, slots, word = memory.shape
-    blocks = triton.cdiv(slots, layout.rows)
-    size = (3 + 4 * num_reads) * slots + blocks * (2 + num_reads) * (slots + word)
+    rows, columns = triton.cdiv(slots, layout.rows), triton.cdiv(slots, layout.columns)
+    blocks = triton.cdiv(slots, piece_sizes(slots, word, num_reads, layout, layout.num_warps)["SLOTS"])
+    by_slot = 1 + 5 * num_reads + columns * (1 + num_reads) + rows * (2 + num_reads)
+    size = by_slot * slots + blocks * (2 + num_reads) * word
     return memory.new_empty((batch, size), dtype=_compute_dtype(memory))
 
 
@@ -212,8 +211,8 @@ def launch_backward(
     """
     batch, slots, word = state[0].shape
     num_reads = gradients[0].shape[1]
-    for phase, grid in _launches(batch, triton.cdiv(slots, layout.rows), layout):
-        step_backward_kernel[grid](
+    for launch in launches(batch, slots, word, num_reads, layout, backward=True):
+        step_backward_kernel[launch.grid](
             interface,
             *state,
             *result,
@@ -222,13 +221,13 @@ def launch_backward(
             scratch,
             marks,
             zeros,
-            **_sizes(slots, word, num_reads, layout),
+            **launch.sizes,
             RAW=raw,
             STRENGTH_OFFSET=strength_offset,
             STOP_USAGE_GRADIENT=stop_usage_gradient,
             COMPUTE=_COMPUTE[scratch.dtype],
-            PHASE=phase,
-            **compile_options(layout, scratch.dtype),
+            PHASE=launch.phase,
+            **compile_options(layout, launch.num_warps),
         )
 
 
@@ -240,40 +239,86 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _sizes(slots: int, word: int, num_reads: int, layout: Layout) -> dict[str, int]:
+class Launch(NamedTuple):
+    """One launch of a step.
+
+    Attributes:
+        phase: which, or all.
+        grid: of programs.
+        num_warps: per program.
+        sizes: the kernel's constants.
+    """
+
+    phase: int
+    grid: tuple[int, ...]
+    num_warps: int
+    sizes: dict[str, int]
+
+
+def launches(
+    batch: int,
+    slots: int,
+    word: int,
+    num_reads: int,
+    layout: Layout,
+    *,
+    backward: bool = False,
+    only_middle: bool = False,
+) -> list[Launch]:
+    """The launches of a step in one direction, in order; none for an empty batch."""
+    if batch == 0:
+        return []
+
+    def launch(phase: int, num_warps: int, count: Callable[[dict[str, int]], int]) -> Launch:
+        sizes = piece_sizes(slots, word, num_reads, layout, num_warps)
+        return Launch(phase, (batch, count(sizes)), num_warps, sizes)
+
+    if layout.fused and not only_middle:
+        return [launch(WHOLE.value, layout.num_warps, lambda sizes: 1)]
+    tiles = triton.cdiv(slots, layout.rows) * triton.cdiv(slots, layout.columns)
+    middle = launch(MIDDLE.value, layout.num_warps, lambda sizes: tiles + triton.cdiv(slots, sizes["SLOTS"]))
+    if only_middle:
+        return [middle]
+    # Of the phases around it, which wait for memory more than they compute.
+    first = launch(FIRST.value, 8, lambda sizes: 1)
+    warps = min(16, max(4, triton.next_power_of_2(slots) // 64))
+    last = launch(LAST.value, warps, lambda sizes: triton.cdiv(word, sizes["PLACES"]) + backward * num_reads)
+    return [first, middle, last]
+
+
+def piece_sizes(slots: int, word: int, num_reads: int, layout: Layout, num_warps: int) -> dict[str, int]:
+    """A kernel's constants: the sizes of a step, and of the pieces that a program of so many warps takes at once.
+
+    Those keep 32 numbers in a thread's registers, 64 where nothing else is there.
+    """
+    block_n, block_w = (max(16, triton.next_power_of_2(size)) for size in (slots, word))
+    block_r, numbers = triton.next_power_of_2(num_reads), 32 * 32 * num_warps
+    written = min(block_n, max(1, 16 * 32 * layout.num_warps // block_w))  # which all phases must agree on
     return {
         "N": slots,
         "W": word,
         "R": num_reads,
-        "BLOCK_N": max(16, triton.next_power_of_2(slots)),
-        "BLOCK_W": max(16, triton.next_power_of_2(word)),
-        "BLOCK_R": max(16, triton.next_power_of_2(num_reads)),
+        "BLOCK_N": block_n,
+        "BLOCK_W": block_w,
+        "BLOCK_R": block_r,
         "ROWS": layout.rows,
         "COLUMNS": layout.columns,
+        "SLOTS": written,
+        "HEADS": min(block_r, max(1, numbers // max(layout.rows * layout.columns, block_n * block_w))),
+        "CHUNK": min(block_n, max(1, 2 * numbers // block_w)),
+        "PLACES": min(block_w, max(4, 4 * numbers // (block_n * max(4, block_r)))),
     }
 
 
 def compile_options(
-    layout: Layout, compute: torch.dtype, *, backward: bool = False, hip: bool = torch.version.hip is not None
+    layout: Layout, num_warps: int, *, backward: bool = False, hip: bool = torch.version.hip is not None
 ) -> dict[str, int]:
-    """What Triton is told of how to compile a kernel that computes in this dtype.
+    """What Triton is told of how to compile a kernel.
 
-    Where registers or shared memory run out, loads are not moved ahead of the products that they are for. And a whole
-    sequence may have every register: NVIDIA's assembler would rather spill than give up room for a second program
-    beside this one, which there seldom is. Not its backward with 8 warps, where being told so makes it spill.
+    A whole sequence may have every register: NVIDIA's assembler would rather spill than give up room for a second
+    program beside this one, which there seldom is. Not its backward with 8 warps, where being told so makes it spill.
     """
-    options = {"num_warps": layout.num_warps}
-    if layout.whole or not layout.ahead or compute == torch.float64:
-        options["num_stages"] = 1
-    if layout.whole and not hip and not (backward and layout.num_warps == 8):
+    options = {"num_warps": num_warps}
+    if layout.whole and not hip and not (backward and num_warps == 8):
         options["maxnreg"] = 255
     return options
-
-
-def _launches(batch: int, blocks: int, layout: Layout) -> list[tuple[int, tuple[int, ...]]]:
-    """Phase and grid of each launch; none for an empty batch."""
-    if batch == 0:
-        return []
-    if layout.fused:
-        return [(WHOLE.value, (batch,))]
-    return [(FIRST.value, (batch,)), (MIDDLE.value, (batch, blocks)), (LAST.value, (batch,))]

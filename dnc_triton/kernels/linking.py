@@ -1,234 +1,270 @@
-"""Phase two of a step, a program per block of rows: write to memory, look up the read keys, update the link.
+"""Phase two of a step: update the link, a program per tile of it, and write to memory, a program per block of rows.
 
-Its adjoint is the middle phase of the backward. All pointers are those of one batch element. What a block has to say
-about columns, which other blocks have a say in as well, it leaves as a partial sum: nothing is added atomically, so the
-same call gives the same bits.
+Their adjoints are the middle phase of the backward. All pointers are those of one batch element. What a tile has to say
+about its rows and columns, which other tiles have a say in as well, it leaves as a partial sum: nothing is added
+atomically, so the same call gives the same bits.
+
+Products with the read heads' vectors are made by multiplying and adding up, for HEADS heads at once: [heads, rows,
+columns]. As products of matrices, a few heads wide, they go through shared memory, which took several times as long.
 """
 
 import triton
 import triton.language as tl
 
-from dnc_triton.kernels.common import (
-    NORM_EPSILON,
-    SIMILARITY_EPSILON,
-    d_gate,
-    gate,
-    matmul,
-    rounded,
-)
+from dnc_triton.kernels.common import NORM_EPSILON, SIMILARITY_EPSILON, d_gate, gate, rounded
 
 
 @triton.jit
-def linked(link, rows, columns, write_rows, write_columns, precedence_columns):
-    """L' of a tile [ROWS, COLUMNS] from L: (1 − w[i] − w[j]) L[i,j] + w[i] p[j], and 0 on the diagonal."""
-    link = (1.0 - write_rows[:, None] - write_columns[None, :]) * link
-    link += write_rows[:, None] * precedence_columns[None, :]
-    return tl.where(rows[:, None] == columns[None, :], 0.0, link)
+def linked(link, rows, columns, write_rows, write_columns, precedence):
+    """L' of a tile from L: (1 − w[i] − w[j]) L[i,j] + w[i] p[j], and 0 on the diagonal."""
+    link = (1.0 - write_rows - write_columns) * link + write_rows * precedence
+    return tl.where(rows == columns, 0.0, link)
 
 
 @triton.jit
-def write_and_link(
-    block,
-    interface_ptr,
-    memory_ptr,
+def link_tile(
+    tile,
     link_ptr,
     precedence_ptr,
     read_weights_ptr,
     new_write_weights_ptr,
-    new_memory_ptr,
     new_link_ptr,
-    similarity_ptr,
-    forward_ptr,
+    forward_partial_ptr,
     backward_partial_ptr,
+    runs,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Update a tile of the link.
+
+    Leaves its part of the forward weights, of its rows, in `forward_partial` [N / COLUMNS, R, N], and that of the
+    backward weights, of its columns, in `backward_partial` [N / ROWS, R, N]. Of an element that has ended (not `runs`)
+    the link stays.
+    """
+    COLUMN_BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    row_block, column_block = tile // COLUMN_BLOCKS, tile % COLUMN_BLOCKS
+    by_row = row_block * ROWS + tl.arange(0, ROWS)[None, :]
+    by_column = column_block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    rows, columns = by_row[:, :, None], by_column[:, None, :]
+    mask_rows, mask_columns = rows < N, columns < N
+    write_rows = tl.load(new_write_weights_ptr + rows, mask=mask_rows, other=0.0).to(COMPUTE)
+    write_columns = tl.load(new_write_weights_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE)
+    precedence = tl.load(precedence_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE)
+    at_link, mask = rows * N + columns, mask_rows & mask_columns
+    link = tl.load(link_ptr + at_link, mask=mask, other=0.0).to(COMPUTE)
+    new_link = linked(link, rows, columns, write_rows, write_columns, precedence)
+    link = rounded(tl.where(runs, new_link, link), new_link_ptr)
+    tl.store(new_link_ptr + at_link, link, mask=mask)
+    for head in range(0, R, HEADS):
+        offs_h = head + tl.arange(0, HEADS)[:, None]
+        heads, mask_h = offs_h[:, :, None], offs_h < R
+        mask_heads = heads < R
+        weights_ptr = read_weights_ptr + heads * N
+        read_rows = tl.load(weights_ptr + rows, mask=mask_heads & mask_rows, other=0.0).to(COMPUTE)
+        read_columns = tl.load(weights_ptr + columns, mask=mask_heads & mask_columns, other=0.0).to(COMPUTE)
+        forward, backward = tl.sum(link * read_columns, 2), tl.sum(link * read_rows, 1)
+        forward_ptr = forward_partial_ptr + (column_block * R + offs_h) * N + by_row
+        tl.store(forward_ptr, forward, mask=mask_h & (by_row < N))
+        backward_ptr = backward_partial_ptr + (row_block * R + offs_h) * N + by_column
+        tl.store(backward_ptr, backward, mask=mask_h & (by_column < N))
+
+
+@triton.jit
+def write(
+    block,
+    interface_ptr,
+    memory_ptr,
+    new_write_weights_ptr,
+    new_memory_ptr,
+    similarity_ptr,
     runs,
     N: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
     RAW: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Write to the rows of a block, and link them.
+    """Write to the slots of a block, and look up the read keys there: leaves their similarity [R, N].
 
-    Leaves the read keys' similarity [R, N] and the forward weights [R, N] of its rows, and its part of the backward
-    weights [R, N] in `backward_partial` [NUM_BLOCKS, R, N]. Of an element that has ended (not `runs`) memory and link
-    stay.
+    Of an element that has ended (not `runs`) the memory stays.
     """
     WRITE_VECTOR: tl.constexpr = R * W + W
     ERASE_VECTOR: tl.constexpr = R * W + 2 * W + R + 1
-    rows = block * ROWS + tl.arange(0, ROWS)
-    offs_w = tl.arange(0, BLOCK_W)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_rows, mask_w, mask_r = rows < N, offs_w < W, offs_r < R
-    write_rows = tl.load(new_write_weights_ptr + rows, mask=mask_rows, other=0.0).to(COMPUTE)
-
-    offsets = rows[:, None] * W + offs_w[None, :]
-    mask = mask_rows[:, None] & mask_w[None, :]
+    by_slot = block * SLOTS + tl.arange(0, SLOTS)[None, :]
+    slots, places = by_slot[:, :, None], tl.arange(0, BLOCK_W)[None, None, :]
+    mask_slots, mask_places = slots < N, places < W
+    weights = tl.load(new_write_weights_ptr + slots, mask=mask_slots, other=0.0).to(COMPUTE)
+    offsets, mask = slots * W + places, mask_slots & mask_places
     memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
-    erase = gate(tl.load(interface_ptr + ERASE_VECTOR + offs_w, mask=mask_w, other=0.0).to(COMPUTE), RAW)
-    write = tl.load(interface_ptr + WRITE_VECTOR + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
-    written = memory * (1.0 - write_rows[:, None] * erase[None, :]) + write_rows[:, None] * write[None, :]
+    erase = gate(tl.load(interface_ptr + ERASE_VECTOR + places, mask=mask_places, other=0.0).to(COMPUTE), RAW)
+    word = tl.load(interface_ptr + WRITE_VECTOR + places, mask=mask_places, other=0.0).to(COMPUTE)
+    written = memory * (1.0 - weights * erase) + weights * word
     memory = rounded(tl.where(runs, written, memory), new_memory_ptr)
     tl.store(new_memory_ptr + offsets, memory, mask=mask)
 
-    mask = mask_r[None, :] & mask_w[:, None]
-    keys = tl.load(interface_ptr + offs_r[None, :] * W + offs_w[:, None], mask=mask, other=0.0).to(COMPUTE)
-    key_norms = tl.sqrt(tl.sum(keys * keys, 0) + NORM_EPSILON)
-    norm = tl.sqrt(tl.sum(memory * memory, 1) + NORM_EPSILON)
-    similarity = matmul(memory, keys) / (norm[:, None] * key_norms[None, :] + SIMILARITY_EPSILON)
-    by_rows = offs_r[None, :] * N + rows[:, None]  # [ROWS, BLOCK_R] of a tensor [R, N]
-    mask_by_rows = mask_r[None, :] & mask_rows[:, None]
-    tl.store(similarity_ptr + by_rows, similarity, mask=mask_by_rows)
-
-    read_rows = tl.load(read_weights_ptr + by_rows, mask=mask_by_rows, other=0.0).to(COMPUTE)
-    forward = tl.zeros([ROWS, BLOCK_R], COMPUTE)
-    for start in range(0, N, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        mask_columns = columns < N
-        write_columns = tl.load(new_write_weights_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE)
-        precedence = tl.load(precedence_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE)
-        at_link = rows[:, None] * N + columns[None, :]
-        mask_link = mask_rows[:, None] & mask_columns[None, :]
-        link = tl.load(link_ptr + at_link, mask=mask_link, other=0.0).to(COMPUTE)
-        new_link = linked(link, rows, columns, write_rows, write_columns, precedence)
-        link = rounded(tl.where(runs, new_link, link), new_link_ptr)
-        tl.store(new_link_ptr + at_link, link, mask=mask_link)
-
-        by_columns = offs_r[None, :] * N + columns[:, None]
-        mask_by_columns = mask_r[None, :] & mask_columns[:, None]
-        read_columns = tl.load(read_weights_ptr + by_columns, mask=mask_by_columns, other=0.0).to(COMPUTE)
-        forward += matmul(link, read_columns)
-        backward = matmul(tl.trans(link), read_rows)
-        tl.store(backward_partial_ptr + block * R * N + by_columns, backward, mask=mask_by_columns)
-    tl.store(forward_ptr + by_rows, forward, mask=mask_by_rows)
+    norm = tl.sqrt(tl.sum(memory * memory, 2) + NORM_EPSILON)
+    for head in range(0, R, HEADS):
+        offs_h = head + tl.arange(0, HEADS)[:, None]
+        heads = offs_h[:, :, None]
+        mask_keys = (heads < R) & mask_places
+        keys = tl.load(interface_ptr + heads * W + places, mask=mask_keys, other=0.0).to(COMPUTE)
+        norms = norm * tl.sqrt(tl.sum(keys * keys, 2) + NORM_EPSILON)
+        similarity = tl.sum(memory * keys, 2) / (norms + SIMILARITY_EPSILON)
+        tl.store(similarity_ptr + offs_h * N + by_slot, similarity, mask=(offs_h < R) & (by_slot < N))
 
 
 @triton.jit
-def write_and_link_backward(
-    block,
-    interface_ptr,
-    memory_ptr,
+def link_tile_backward(
+    tile,
     link_ptr,
     precedence_ptr,
     read_weights_ptr,
+    new_write_weights_ptr,
+    d_new_link_ptr,
+    d_forward_ptr,
+    d_backward_ptr,
+    d_link_ptr,
+    d_write_rows_ptr,
+    d_read_rows_ptr,
+    d_write_columns_ptr,
+    d_precedence_columns_ptr,
+    d_read_columns_ptr,
+    runs,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The adjoint of `link_tile`, after that of reading.
+
+    Writes the gradient of the tile before the step; leaves parts of the gradients of the write weights and the previous
+    read weights by row, [N / COLUMNS, N] and [N / COLUMNS, R, N], and of the write weights, the precedence and the
+    previous read weights by column, [N / ROWS, N] twice and [N / ROWS, R, N]. Of an element that has ended (not `runs`)
+    it reads and writes no rows.
+    """
+    COLUMN_BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    row_block, column_block = tile // COLUMN_BLOCKS, tile % COLUMN_BLOCKS
+    by_row = row_block * ROWS + tl.arange(0, ROWS)[None, :]
+    by_column = column_block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask_by_row, mask_by_column = (by_row < N) & runs, by_column < N
+    rows, columns = by_row[:, :, None], by_column[:, None, :]
+    mask_rows, mask_columns = (rows < N) & runs, columns < N
+    at_link, mask = rows * N + columns, mask_rows & mask_columns
+    link = tl.load(link_ptr + at_link, mask=mask, other=0.0).to(COMPUTE)
+    d_link = tl.load(d_new_link_ptr + at_link, mask=mask, other=0.0).to(COMPUTE)
+    write_rows = tl.load(new_write_weights_ptr + rows, mask=mask_rows, other=0.0).to(COMPUTE)
+    write_columns = tl.load(new_write_weights_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE)
+    precedence = tl.load(precedence_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE)
+    # S, the gradient of L' after adding what its two readers give back, 0 on the diagonal
+    for head in range(0, R, HEADS):
+        heads = head + tl.arange(0, HEADS)[:, None, None]
+        at_rows, mask_at_rows = heads * N + rows, (heads < R) & mask_rows
+        at_columns, mask_at_columns = heads * N + columns, (heads < R) & mask_columns
+        read_rows = tl.load(read_weights_ptr + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
+        read_columns = tl.load(read_weights_ptr + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
+        d_forward = tl.load(d_forward_ptr + at_rows, mask=mask_at_rows, other=0.0)
+        d_backward = tl.load(d_backward_ptr + at_columns, mask=mask_at_columns, other=0.0)
+        d_link += tl.sum(d_forward * read_columns + read_rows * d_backward, 0, keep_dims=True)
+    d_link = tl.where(rows == columns, 0.0, d_link)
+    tl.store(d_link_ptr + at_link, (1.0 - write_rows - write_columns) * d_link, mask=mask)
+    d_write_rows = tl.sum(d_link * (precedence - link), 2)
+    tl.store(d_write_rows_ptr + column_block * N + by_row, d_write_rows, mask=mask_by_row)
+    at_partial = row_block * N + by_column
+    tl.store(d_write_columns_ptr + at_partial, -tl.sum(d_link * link, 1), mask=mask_by_column)
+    tl.store(d_precedence_columns_ptr + at_partial, tl.sum(d_link * write_rows, 1), mask=mask_by_column)
+
+    link = linked(link, rows, columns, write_rows, write_columns, precedence)
+    for head in range(0, R, HEADS):
+        offs_h = head + tl.arange(0, HEADS)[:, None]
+        heads, mask_h = offs_h[:, :, None], offs_h < R
+        mask_heads = heads < R
+        d_forward = tl.load(d_forward_ptr + heads * N + rows, mask=mask_heads & mask_rows, other=0.0)
+        d_backward = tl.load(d_backward_ptr + heads * N + columns, mask=mask_heads & mask_columns, other=0.0)
+        d_rows, d_columns = tl.sum(link * d_backward, 2), tl.sum(link * d_forward, 1)
+        tl.store(d_read_rows_ptr + (column_block * R + offs_h) * N + by_row, d_rows, mask=mask_h & mask_by_row)
+        d_columns_ptr = d_read_columns_ptr + (row_block * R + offs_h) * N + by_column
+        tl.store(d_columns_ptr, d_columns, mask=mask_h & mask_by_column)
+
+
+@triton.jit
+def write_backward(
+    block,
+    interface_ptr,
+    memory_ptr,
     new_memory_ptr,
     new_read_weights_ptr,
     new_write_weights_ptr,
     similarity_ptr,
     d_read_words_ptr,
     d_new_memory_ptr,
-    d_new_link_ptr,
-    d_forward_ptr,
-    d_backward_ptr,
     d_similarity_ptr,
     d_memory_ptr,
-    d_link_ptr,
-    d_write_rows_ptr,
-    d_write_columns_ptr,
-    d_precedence_columns_ptr,
-    d_read_rows_ptr,
-    d_read_columns_ptr,
+    d_write_ptr,
     d_words_partial_ptr,
     runs,
     N: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
     RAW: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The adjoint of `write_and_link` for the rows of a block, after that of reading.
+    """The adjoint of `write`, after that of reading.
 
-    Writes the gradient of its rows of the memory and link before the step; leaves gradients of the write weights by row
-    [N] and by column [NUM_BLOCKS, N], of the precedence by column, of the previous read weights by row [R, N] and by
-    column [NUM_BLOCKS, R, N], and its part [R + 2, W] of the gradients of the read keys, the erase vector and the write
-    vector in `d_words_partial` [NUM_BLOCKS, R + 2, W]. Of an element that has ended (not `runs`) it reads and writes no
-    rows.
+    Writes the gradient of the block's slots before the step; leaves that of their write weights in `d_write` [N], and
+    its part of those of the read keys, the erase vector and the write vector in `d_words_partial`
+    [N / SLOTS, R + 2, W]. Of an element that has ended (not `runs`) it reads and writes no slots.
     """
     WRITE_VECTOR: tl.constexpr = R * W + W
     ERASE_VECTOR: tl.constexpr = R * W + 2 * W + R + 1
-    rows = block * ROWS + tl.arange(0, ROWS)
-    offs_w = tl.arange(0, BLOCK_W)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_rows, mask_w, mask_r = (rows < N) & runs, offs_w < W, offs_r < R
-    by_rows = offs_r[None, :] * N + rows[:, None]  # [ROWS, BLOCK_R] of a tensor [R, N]
-    mask_by_rows = mask_r[None, :] & mask_rows[:, None]
-    words = offs_r[:, None] * W + offs_w[None, :]  # [BLOCK_R, BLOCK_W] of a tensor [R, W]
-    mask_words = mask_r[:, None] & mask_w[None, :]
+    by_slot = block * SLOTS + tl.arange(0, SLOTS)[None, :]
+    slots, places = by_slot[:, :, None], tl.arange(0, BLOCK_W)[None, None, :]
+    mask_slots, mask_places = (slots < N) & runs, places < W
+    offsets, mask = slots * W + places, mask_slots & mask_places
+    partial_ptr = d_words_partial_ptr + block * (R + 2) * W + places
 
     # what reading gives back to the new memory: the words read, and the content lookup
-    offsets = rows[:, None] * W + offs_w[None, :]
-    mask = mask_rows[:, None] & mask_w[None, :]
     new_memory = tl.load(new_memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
     d_new_memory = tl.load(d_new_memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
-    new_read_rows = tl.load(new_read_weights_ptr + by_rows, mask=mask_by_rows, other=0.0).to(COMPUTE)
-    d_read_words = tl.load(d_read_words_ptr + words, mask=mask_words, other=0.0).to(COMPUTE)
-    d_new_memory += matmul(new_read_rows, d_read_words)
-
-    keys = tl.load(interface_ptr + words, mask=mask_words, other=0.0).to(COMPUTE)
-    key_norms = tl.sqrt(tl.sum(keys * keys, 1) + NORM_EPSILON)
-    norm = tl.sqrt(tl.sum(new_memory * new_memory, 1) + NORM_EPSILON)
-    similarity = tl.load(similarity_ptr + by_rows, mask=mask_by_rows, other=0.0)
-    d_dot = tl.load(d_similarity_ptr + by_rows, mask=mask_by_rows, other=0.0)
-    d_dot = d_dot / (norm[:, None] * key_norms[None, :] + SIMILARITY_EPSILON)
-    d_norms = -d_dot * similarity
-    d_new_memory += matmul(d_dot, keys)
-    d_new_memory += (tl.sum(d_norms * key_norms[None, :], 1) / norm)[:, None] * new_memory
-    d_keys = matmul(tl.trans(d_dot), new_memory)
-    d_keys += (tl.sum(d_norms * norm[:, None], 0) / key_norms)[:, None] * keys
-    partial_ptr = d_words_partial_ptr + block * (R + 2) * W
-    tl.store(partial_ptr + words, d_keys, mask=mask_words)
+    memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
+    norm = tl.sqrt(tl.sum(new_memory * new_memory, 2, keep_dims=True) + NORM_EPSILON)
+    for head in range(0, R, HEADS):
+        heads = head + tl.arange(0, HEADS)[:, None, None]
+        at_slots, mask_at_slots = heads * N + slots, (heads < R) & mask_slots
+        at_words, mask_words = heads * W + places, (heads < R) & mask_places
+        read_weights = tl.load(new_read_weights_ptr + at_slots, mask=mask_at_slots, other=0.0).to(COMPUTE)
+        d_words = tl.load(d_read_words_ptr + at_words, mask=mask_words, other=0.0).to(COMPUTE)
+        keys = tl.load(interface_ptr + at_words, mask=mask_words, other=0.0).to(COMPUTE)
+        similarity = tl.load(similarity_ptr + at_slots, mask=mask_at_slots, other=0.0)
+        d_dot = tl.load(d_similarity_ptr + at_slots, mask=mask_at_slots, other=0.0)
+        key_norms = tl.sqrt(tl.sum(keys * keys, 2, keep_dims=True) + NORM_EPSILON)
+        d_dot = d_dot / (norm * key_norms + SIMILARITY_EPSILON)
+        d_norms = -d_dot * similarity
+        d_new_memory += tl.sum(read_weights * d_words + d_dot * keys, 0, keep_dims=True)
+        d_new_memory += tl.sum(d_norms * key_norms, 0, keep_dims=True) / norm * new_memory
+        d_keys = tl.sum(d_dot * new_memory, 1, keep_dims=True)
+        d_keys += tl.sum(d_norms * norm, 1, keep_dims=True) / key_norms * keys
+        tl.store(partial_ptr + heads * W, d_keys, mask=mask_words)
 
     # the write: M' = M (1 − w eᵀ) + w vᵀ
-    write_rows = tl.load(new_write_weights_ptr + rows, mask=mask_rows, other=0.0).to(COMPUTE)
-    erase = gate(tl.load(interface_ptr + ERASE_VECTOR + offs_w, mask=mask_w, other=0.0).to(COMPUTE), RAW)
-    write = tl.load(interface_ptr + WRITE_VECTOR + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
-    memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
-    d_memory = d_new_memory * (1.0 - write_rows[:, None] * erase[None, :])
-    tl.store(d_memory_ptr + offsets, d_memory, mask=mask)
-    d_write_rows = tl.sum(d_new_memory * (write[None, :] - memory * erase[None, :]), 1)
-    d_erase = d_gate(-tl.sum(d_new_memory * memory * write_rows[:, None], 0), erase, RAW)
-    tl.store(partial_ptr + R * W + offs_w, d_erase, mask=mask_w)
-    tl.store(partial_ptr + (R + 1) * W + offs_w, tl.sum(d_new_memory * write_rows[:, None], 0), mask=mask_w)
-
-    # the link, with S the gradient of L' after adding what its two readers give back, 0 on the diagonal
-    read_rows = tl.load(read_weights_ptr + by_rows, mask=mask_by_rows, other=0.0).to(COMPUTE)
-    d_forward_rows = tl.load(d_forward_ptr + by_rows, mask=mask_by_rows, other=0.0)
-    d_read_rows = tl.zeros([ROWS, BLOCK_R], COMPUTE)
-    for start in range(0, N, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        mask_columns = columns < N
-        write_columns = tl.load(new_write_weights_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE)
-        precedence = tl.load(precedence_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE)
-        by_columns = offs_r[:, None] * N + columns[None, :]  # [BLOCK_R, COLUMNS] of a tensor [R, N]
-        mask_by_columns = mask_r[:, None] & mask_columns[None, :]
-        read_columns = tl.load(read_weights_ptr + by_columns, mask=mask_by_columns, other=0.0).to(COMPUTE)
-        d_backward_columns = tl.load(d_backward_ptr + by_columns, mask=mask_by_columns, other=0.0)
-
-        at_link = rows[:, None] * N + columns[None, :]
-        mask_link = mask_rows[:, None] & mask_columns[None, :]
-        link = tl.load(link_ptr + at_link, mask=mask_link, other=0.0).to(COMPUTE)
-        d_link = tl.load(d_new_link_ptr + at_link, mask=mask_link, other=0.0).to(COMPUTE)
-        d_link += matmul(d_forward_rows, read_columns) + matmul(read_rows, d_backward_columns)
-        d_link = tl.where(rows[:, None] == columns[None, :], 0.0, d_link)
-        decay = 1.0 - write_rows[:, None] - write_columns[None, :]
-        tl.store(d_link_ptr + at_link, decay * d_link, mask=mask_link)
-
-        d_write_rows += tl.sum(d_link * (precedence[None, :] - link), 1)
-        at_columns = block * N + columns
-        tl.store(d_write_columns_ptr + at_columns, -tl.sum(d_link * link, 0), mask=mask_columns)
-        d_precedence = tl.sum(d_link * write_rows[:, None], 0)
-        tl.store(d_precedence_columns_ptr + at_columns, d_precedence, mask=mask_columns)
-
-        link = linked(link, rows, columns, write_rows, write_columns, precedence)
-        d_read_rows += matmul(link, tl.trans(d_backward_columns))
-        d_read_columns = matmul(tl.trans(d_forward_rows), link)
-        tl.store(d_read_columns_ptr + block * R * N + by_columns, d_read_columns, mask=mask_by_columns)
-    tl.store(d_write_rows_ptr + rows, d_write_rows, mask=mask_rows)
-    tl.store(d_read_rows_ptr + by_rows, d_read_rows, mask=mask_by_rows)
+    weights = tl.load(new_write_weights_ptr + slots, mask=mask_slots, other=0.0).to(COMPUTE)
+    erase = gate(tl.load(interface_ptr + ERASE_VECTOR + places, mask=mask_places, other=0.0).to(COMPUTE), RAW)
+    word = tl.load(interface_ptr + WRITE_VECTOR + places, mask=mask_places, other=0.0).to(COMPUTE)
+    tl.store(d_memory_ptr + offsets, d_new_memory * (1.0 - weights * erase), mask=mask)
+    d_write = tl.sum(d_new_memory * (word - memory * erase), 2)
+    tl.store(d_write_ptr + by_slot, d_write, mask=(by_slot < N) & runs)
+    d_erase = d_gate(-tl.sum(d_new_memory * memory * weights, 1, keep_dims=True), erase, RAW)
+    tl.store(partial_ptr + R * W, d_erase, mask=mask_places)
+    d_word = tl.sum(d_new_memory * weights, 1, keep_dims=True)
+    tl.store(partial_ptr + (R + 1) * W, d_word, mask=mask_places)

@@ -1,4 +1,4 @@
-"""Phase three of a step, a program per batch element: read content weights, read weights, the words read.
+"""Phase three of a step, a program per part of the words: read content weights, read weights, the words read.
 
 Its adjoint is the first phase of the backward. All pointers are those of one batch element.
 """
@@ -6,16 +6,18 @@ Its adjoint is the first phase of the backward. All pointers are those of one ba
 import triton
 import triton.language as tl
 
-from dnc_triton.kernels.common import d_strength, matmul, read_modes, rounded, softmax, strength
+from dnc_triton.kernels.common import add_parts, d_strength, read_modes, rounded, softmax, strength
 
 
 @triton.jit
 def read(
+    part,
     interface_ptr,
     new_memory_ptr,
     similarity_ptr,
-    forward_ptr,
+    forward_partial_ptr,
     backward_partial_ptr,
+    forward_ptr,
     backward_ptr,
     new_read_weights_ptr,
     read_words_ptr,
@@ -23,46 +25,46 @@ def read(
     W: tl.constexpr,
     R: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
+    PLACES: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,
     RAW: tl.constexpr,
     STRENGTH_OFFSET: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Where to read, and what. Sums the parts of the backward weights up and keeps them [R, N]."""
+    """Where to read, and what: PLACES numbers of every word, those of this part.
+
+    Sums up what the tiles of the link left. The first part keeps forward weights, backward weights and read weights,
+    [R, N] each.
+    """
     READ_STRENGTHS: tl.constexpr = R * W + 2 * W
     READ_MODES: tl.constexpr = READ_STRENGTHS + R + 1 + W + R + 2
-    offs_n, offs_r, offs_w = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_W)
-    mask_r, mask_w = offs_r < R, offs_w < W
+    offs_n, offs_r, offs_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), part * PLACES + tl.arange(0, PLACES)
+    mask_r, mask_n, mask_p = offs_r < R, offs_n < N, offs_p < W
     offsets = offs_r[:, None] * N + offs_n[None, :]
-    mask = mask_r[:, None] & (offs_n < N)[None, :]
+    mask = mask_r[:, None] & mask_n[None, :]
+    at_memory = offs_n[None, :, None] * W + offs_p[None, None, :]
+    mask_memory = mask_n[None, :, None] & mask_p[None, None, :]
+    memory = tl.load(new_memory_ptr + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
 
-    backward = tl.zeros([BLOCK_R, BLOCK_N], COMPUTE)
-    for block in range(NUM_BLOCKS):
-        backward += tl.load(backward_partial_ptr + block * R * N + offsets, mask=mask, other=0.0)
-    tl.store(backward_ptr + offsets, backward, mask=mask)
-    forward = tl.load(forward_ptr + offsets, mask=mask, other=0.0)
+    nothing = tl.zeros([BLOCK_R, BLOCK_N], COMPUTE)
+    backward = add_parts(nothing, backward_partial_ptr + offsets, mask, R * N, ROW_BLOCKS)
+    forward = add_parts(nothing, forward_partial_ptr + offsets, mask, R * N, COLUMN_BLOCKS)
     strengths = tl.load(interface_ptr + READ_STRENGTHS + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
     strengths = strength(strengths, RAW, STRENGTH_OFFSET)
     similarity = tl.load(similarity_ptr + offsets, mask=mask, other=0.0)
     content = softmax(similarity * strengths[:, None], mask, 1)
     mode_b, mode_f, mode_c = read_modes(interface_ptr + READ_MODES, offs_r, mask_r, RAW, COMPUTE)
     weights = mode_b[:, None] * backward + mode_f[:, None] * forward + mode_c[:, None] * content
-    tl.store(new_read_weights_ptr + offsets, rounded(weights, new_read_weights_ptr), mask=mask)
-
-    tl.debug_barrier()  # the weights are read by rows, which other threads wrote
-    words = tl.zeros([BLOCK_R, BLOCK_W], COMPUTE)
-    for start in range(0, N, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask_rows = rows < N
-        at_rows, mask_at_rows = offs_r[:, None] * N + rows[None, :], mask_r[:, None] & mask_rows[None, :]
-        at_memory, mask_memory = rows[:, None] * W + offs_w[None, :], mask_rows[:, None] & mask_w[None, :]
-        weights_rows = tl.load(new_read_weights_ptr + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
-        memory = tl.load(new_memory_ptr + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
-        words += matmul(weights_rows, memory)
-    tl.store(read_words_ptr + offs_r[:, None] * W + offs_w[None, :], words, mask=mask_r[:, None] & mask_w[None, :])
+    weights = rounded(weights, new_read_weights_ptr)
+    if part == 0:
+        tl.store(forward_ptr + offsets, forward, mask=mask)
+        tl.store(backward_ptr + offsets, backward, mask=mask)
+        tl.store(new_read_weights_ptr + offsets, weights, mask=mask)
+    words = tl.sum(tl.where(mask, weights, 0.0)[:, :, None] * memory, 1)
+    at_words, mask_words = offs_r[:, None] * W + offs_p[None, :], mask_r[:, None] & mask_p[None, :]
+    tl.store(read_words_ptr + at_words, words, mask=mask_words)
 
 
 @triton.jit
@@ -84,7 +86,8 @@ def read_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
     RAW: tl.constexpr,
     STRENGTH_OFFSET: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -99,16 +102,18 @@ def read_backward(
     mask_r, mask_w = offs_r < R, offs_w < W
 
     # words: r = w M'; the gradient of w goes through memory, from rows to whole heads
-    mask_words = mask_r[:, None] & mask_w[None, :]
-    d_words = tl.load(d_read_words_ptr + offs_r[:, None] * W + offs_w[None, :], mask=mask_words, other=0.0).to(COMPUTE)
-    for start in range(0, N, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask_rows = rows < N
-        at_rows, mask_at_rows = offs_r[:, None] * N + rows[None, :], mask_r[:, None] & mask_rows[None, :]
-        at_memory, mask_memory = rows[None, :] * W + offs_w[:, None], mask_w[:, None] & mask_rows[None, :]
-        memory = tl.load(new_memory_ptr + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
-        d_weights_rows = tl.load(d_new_read_weights_ptr + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
-        tl.store(d_similarity_ptr + at_rows, d_weights_rows + matmul(d_words, memory), mask=mask_at_rows)
+    for start in range(0, N, CHUNK):
+        by_slot = start + tl.arange(0, CHUNK)[None, :]
+        slots, places = by_slot[:, :, None], offs_w[None, None, :]
+        mask_memory = (slots < N) & mask_w[None, None, :]
+        memory = tl.load(new_memory_ptr + slots * W + places, mask=mask_memory, other=0.0).to(COMPUTE)
+        for head in range(0, R, HEADS):
+            offs_h = head + tl.arange(0, HEADS)[:, None]
+            heads, at_heads = offs_h[:, :, None], offs_h * N + by_slot
+            mask_words, mask_heads = (heads < R) & mask_w[None, None, :], (offs_h < R) & (by_slot < N)
+            d_words = tl.load(d_read_words_ptr + heads * W + places, mask=mask_words, other=0.0).to(COMPUTE)
+            given = tl.load(d_new_read_weights_ptr + at_heads, mask=mask_heads, other=0.0).to(COMPUTE)
+            tl.store(d_similarity_ptr + at_heads, given + tl.sum(memory * d_words, 2), mask=mask_heads)
     tl.debug_barrier()
 
     offsets = offs_r[:, None] * N + offs_n[None, :]

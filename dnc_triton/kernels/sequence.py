@@ -12,10 +12,10 @@ interface vector. K = 1.
 import triton
 import triton.language as tl
 
-from dnc_triton.kernels.addressing import address, address_backward
+from dnc_triton.kernels.addressing import address, address_backward, by_write_weights, lookup_backward
 from dnc_triton.kernels.common import clipped, d_clipped, rounded, sigmoid, tanh
 from dnc_triton.kernels.layout import Layout
-from dnc_triton.kernels.linking import write_and_link, write_and_link_backward
+from dnc_triton.kernels.linking import link_tile, link_tile_backward, write, write_backward
 from dnc_triton.kernels.reading import read, read_backward
 
 
@@ -194,6 +194,10 @@ def sequence_forward_kernel(
     BLOCK_R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PLACES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     STRENGTH_OFFSET: tl.constexpr,
@@ -207,9 +211,14 @@ def sequence_forward_kernel(
     """
     S: tl.constexpr = R * W + 3 * W + 5 * R + 3
     F: tl.constexpr = H + R * W
-    NUM_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    ROW_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    COLUMN_BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    TILES: tl.constexpr = ROW_BLOCKS * COLUMN_BLOCKS
+    SLOT_BLOCKS: tl.constexpr = (N + SLOTS - 1) // SLOTS
+    PARTS: tl.constexpr = (W + PLACES - 1) // PLACES
     element = tl.program_id(0).to(tl.int64)
-    scratch_ptr += element * NUM_BLOCKS * R * N
+    scratch_ptr += element * (ROW_BLOCKS + COLUMN_BLOCKS) * R * N
+    backward_partial_ptr = scratch_ptr + COLUMN_BLOCKS * R * N
     length = steps
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + element)
@@ -220,7 +229,7 @@ def sequence_forward_kernel(
             before = tl.where(tl.load(reset_ptr + now) != 0, (steps + 1) * batch + element, now)
         after = now + batch
         step_interface_ptr = interface_ptr + now * S
-        step_kept_ptr = kept_ptr + now * (2 + 3 * R) * N
+        step_kept_ptr = kept_ptr + now * (3 + 3 * R) * N
         read_similarity_ptr = step_kept_ptr + 2 * N
         forward_ptr = step_kept_ptr + (2 + R) * N
         control(
@@ -255,65 +264,80 @@ def sequence_forward_kernel(
             write_weights_ptr + after * N,
             step_kept_ptr,
             step_kept_ptr + N,
+            step_kept_ptr + (2 + 3 * R) * N,
             free_list_ptr + now * N,
             N,
             W,
             R,
             BLOCK_N,
             BLOCK_W,
-            ROWS,
+            CHUNK,
             True,
             STRENGTH_OFFSET,
             COMPUTE,
         )
         tl.debug_barrier()
-        for block in range(NUM_BLOCKS):
-            write_and_link(
-                block,
-                step_interface_ptr,
-                memory_ptr + before * N * W,
+        for tile in range(TILES):
+            link_tile(
+                tile,
                 link_ptr + before * N * N,
                 precedence_ptr + before * N,
                 read_weights_ptr + before * R * N,
                 write_weights_ptr + after * N,
-                memory_ptr + after * N * W,
                 link_ptr + after * N * N,
-                read_similarity_ptr,
-                forward_ptr,
                 scratch_ptr,
+                backward_partial_ptr,
+                True,
+                N,
+                R,
+                ROWS,
+                COLUMNS,
+                HEADS,
+                COMPUTE,
+            )
+        for block in range(SLOT_BLOCKS):
+            write(
+                block,
+                step_interface_ptr,
+                memory_ptr + before * N * W,
+                write_weights_ptr + after * N,
+                memory_ptr + after * N * W,
+                read_similarity_ptr,
                 True,
                 N,
                 W,
                 R,
                 BLOCK_W,
-                BLOCK_R,
-                ROWS,
-                COLUMNS,
+                SLOTS,
+                HEADS,
                 True,
                 COMPUTE,
             )
         tl.debug_barrier()
-        read(
-            step_interface_ptr,
-            memory_ptr + after * N * W,
-            read_similarity_ptr,
-            forward_ptr,
-            scratch_ptr,
-            step_kept_ptr + (2 + 2 * R) * N,
-            read_weights_ptr + after * R * N,
-            features_ptr + after * F + H,
-            N,
-            W,
-            R,
-            BLOCK_N,
-            BLOCK_W,
-            BLOCK_R,
-            ROWS,
-            NUM_BLOCKS,
-            True,
-            STRENGTH_OFFSET,
-            COMPUTE,
-        )
+        for part in range(PARTS):
+            read(
+                part,
+                step_interface_ptr,
+                memory_ptr + after * N * W,
+                read_similarity_ptr,
+                scratch_ptr,
+                backward_partial_ptr,
+                forward_ptr,
+                step_kept_ptr + (2 + 2 * R) * N,
+                read_weights_ptr + after * R * N,
+                features_ptr + after * F + H,
+                N,
+                W,
+                R,
+                BLOCK_N,
+                BLOCK_R,
+                PLACES,
+                ROW_BLOCKS,
+                COLUMN_BLOCKS,
+                True,
+                STRENGTH_OFFSET,
+                COMPUTE,
+            )
         tl.debug_barrier()
 
 
@@ -357,6 +381,10 @@ def sequence_backward_kernel(
     BLOCK_R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PLACES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     STRENGTH_OFFSET: tl.constexpr,
@@ -374,19 +402,25 @@ def sequence_backward_kernel(
     """
     S: tl.constexpr = R * W + 3 * W + 5 * R + 3
     F: tl.constexpr = H + R * W
-    NUM_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    ROW_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    COLUMN_BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    TILES: tl.constexpr = ROW_BLOCKS * COLUMN_BLOCKS
+    SLOT_BLOCKS: tl.constexpr = (N + SLOTS - 1) // SLOTS
+    PARTS: tl.constexpr = (W + PLACES - 1) // PLACES
     element = tl.program_id(0).to(tl.int64)
-    scratch_ptr += element * ((3 + 4 * R) * N + NUM_BLOCKS * ((2 + R) * N + (2 + R) * W))
+    scratch_ptr += element * (
+        (5 * R + (COLUMN_BLOCKS + 1) + COLUMN_BLOCKS * R + ROW_BLOCKS * (2 + R)) * N + SLOT_BLOCKS * (2 + R) * W
+    )
     d_forward_ptr = scratch_ptr
     d_backward_ptr = d_forward_ptr + R * N
     d_similarity_ptr = d_backward_ptr + R * N
-    d_read_rows_ptr = d_similarity_ptr + R * N
-    d_write_rows_ptr = d_read_rows_ptr + R * N
-    d_addressing_ptr = d_write_rows_ptr + N
-    d_write_columns_ptr = d_addressing_ptr + 2 * N
-    d_precedence_columns_ptr = d_write_columns_ptr + NUM_BLOCKS * N
-    d_read_columns_ptr = d_precedence_columns_ptr + NUM_BLOCKS * N
-    d_words_partial_ptr = d_read_columns_ptr + NUM_BLOCKS * R * N
+    d_addressing_ptr = d_similarity_ptr + R * N
+    d_write_rows_ptr = d_addressing_ptr + 2 * R * N
+    d_read_rows_ptr = d_write_rows_ptr + (COLUMN_BLOCKS + 1) * N
+    d_write_columns_ptr = d_read_rows_ptr + COLUMN_BLOCKS * R * N
+    d_precedence_columns_ptr = d_write_columns_ptr + ROW_BLOCKS * N
+    d_read_columns_ptr = d_precedence_columns_ptr + ROW_BLOCKS * N
+    d_words_partial_ptr = d_read_columns_ptr + ROW_BLOCKS * R * N
     length = steps
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + element)
@@ -406,7 +440,7 @@ def sequence_backward_kernel(
             d_after = tl.where(lost, 2 * batch + element, d_after)
         step_interface_ptr = interface_ptr + now * S
         d_step_interface_ptr = d_interface_ptr + now * S
-        step_kept_ptr = kept_ptr + now * (2 + 3 * R) * N
+        step_kept_ptr = kept_ptr + now * (3 + 3 * R) * N
         read_similarity_ptr = step_kept_ptr + 2 * N
         read_backward(
             step_interface_ptr,
@@ -426,55 +460,107 @@ def sequence_backward_kernel(
             BLOCK_N,
             BLOCK_W,
             BLOCK_R,
-            ROWS,
+            CHUNK,
+            HEADS,
             True,
             STRENGTH_OFFSET,
             COMPUTE,
         )
         tl.debug_barrier()
-        for block in range(NUM_BLOCKS):
-            write_and_link_backward(
-                block,
-                step_interface_ptr,
-                memory_ptr + before * N * W,
+        for tile in range(TILES):
+            link_tile_backward(
+                tile,
                 link_ptr + before * N * N,
                 precedence_ptr + before * N,
                 read_weights_ptr + before * R * N,
+                write_weights_ptr + after * N,
+                d_link_ptr + d_after * N * N,
+                d_forward_ptr,
+                d_backward_ptr,
+                d_link_ptr + d_before * N * N,
+                d_write_rows_ptr,
+                d_read_rows_ptr,
+                d_write_columns_ptr,
+                d_precedence_columns_ptr,
+                d_read_columns_ptr,
+                True,
+                N,
+                R,
+                ROWS,
+                COLUMNS,
+                HEADS,
+                COMPUTE,
+            )
+        for block in range(SLOT_BLOCKS):
+            write_backward(
+                block,
+                step_interface_ptr,
+                memory_ptr + before * N * W,
                 memory_ptr + after * N * W,
                 read_weights_ptr + after * R * N,
                 write_weights_ptr + after * N,
                 read_similarity_ptr,
                 d_words_ptr,
                 d_memory_ptr + d_after * N * W,
-                d_link_ptr + d_after * N * N,
-                d_forward_ptr,
-                d_backward_ptr,
                 d_similarity_ptr,
                 d_memory_ptr + d_before * N * W,
-                d_link_ptr + d_before * N * N,
-                d_write_rows_ptr,
-                d_write_columns_ptr,
-                d_precedence_columns_ptr,
-                d_read_rows_ptr,
-                d_read_columns_ptr,
+                d_write_rows_ptr + COLUMN_BLOCKS * N,
                 d_words_partial_ptr,
                 True,
                 N,
                 W,
                 R,
                 BLOCK_W,
-                BLOCK_R,
-                ROWS,
-                COLUMNS,
+                SLOTS,
+                HEADS,
                 True,
                 COMPUTE,
             )
         tl.debug_barrier()
-        address_backward(
-            step_interface_ptr,
-            memory_ptr + before * N * W,
-            usage_ptr + before * N,
+        offs_n = tl.arange(0, BLOCK_N)
+        d_weights = by_write_weights(
             precedence_ptr + before * N,
+            write_weights_ptr + after * N,
+            d_precedence_ptr + d_after * N,
+            d_write_weights_ptr + d_after * N,
+            d_write_rows_ptr,
+            d_write_columns_ptr,
+            offs_n,
+            offs_n < N,
+            N,
+            ROW_BLOCKS,
+            COLUMN_BLOCKS,
+            COMPUTE,
+        )
+        for part in range(PARTS):
+            lookup_backward(
+                part,
+                step_interface_ptr,
+                memory_ptr + before * N * W,
+                step_kept_ptr + N,
+                step_kept_ptr + (2 + 3 * R) * N,
+                d_weights,
+                d_words_partial_ptr,
+                d_step_interface_ptr,
+                d_memory_ptr + d_before * N * W,
+                True,
+                N,
+                W,
+                R,
+                BLOCK_N,
+                BLOCK_W,
+                BLOCK_R,
+                PLACES,
+                SLOT_BLOCKS,
+                True,
+                STRENGTH_OFFSET,
+                COMPUTE,
+            )
+        address_backward(
+            0,
+            R,
+            step_interface_ptr,
+            usage_ptr + before * N,
             read_weights_ptr + before * R * N,
             write_weights_ptr + before * N,
             usage_ptr + after * N,
@@ -482,30 +568,25 @@ def sequence_backward_kernel(
             step_kept_ptr,
             step_kept_ptr + N,
             free_list_ptr + now * N,
+            d_weights,
             d_usage_ptr + d_after * N,
             d_precedence_ptr + d_after * N,
-            d_write_weights_ptr + d_after * N,
             d_step_interface_ptr,
-            d_memory_ptr + d_before * N * W,
             d_usage_ptr + d_before * N,
             d_precedence_ptr + d_before * N,
             d_read_weights_ptr + d_before * R * N,
             d_write_weights_ptr + d_before * N,
-            d_write_rows_ptr,
-            d_write_columns_ptr,
             d_precedence_columns_ptr,
             d_read_rows_ptr,
             d_read_columns_ptr,
-            d_words_partial_ptr,
             d_addressing_ptr,
             True,
             N,
             W,
             R,
             BLOCK_N,
-            BLOCK_W,
-            ROWS,
-            NUM_BLOCKS,
+            ROW_BLOCKS,
+            COLUMN_BLOCKS,
             True,
             STRENGTH_OFFSET,
             STOP_USAGE_GRADIENT,

@@ -1,8 +1,8 @@
 """The memory step as kernels: three phases forward and three backward, in one launch each way or in one per phase.
 
 In one launch a program does a whole step for its batch element, phase after phase; the phases hand over through buffers
-that stay in the cache. In three launches the middle phase, which reads and writes the link, has a program per block of
-rows. Which one is faster depends on N and B.
+that stay in the cache. In three launches the middle phase, which reads and writes the link, has a program per tile of
+it, and the phases that read words have one per part of those. Which one is faster depends on N and B.
 
 K = 1. All tensors are contiguous, of one dtype, on one device; what is kept for the backward is in the dtype of the
 arithmetic, float32 unless the tensors are float64.
@@ -11,8 +11,8 @@ arithmetic, float32 unless the tensors are float64.
 import triton
 import triton.language as tl
 
-from dnc_triton.kernels.addressing import address, address_backward
-from dnc_triton.kernels.linking import write_and_link, write_and_link_backward
+from dnc_triton.kernels.addressing import address, address_backward, by_write_weights, lookup_backward
+from dnc_triton.kernels.linking import link_tile, link_tile_backward, write, write_backward
 from dnc_triton.kernels.reading import read, read_backward
 
 # The phases of a direction, and all of them in one launch.
@@ -52,17 +52,25 @@ def step_forward_kernel(
     BLOCK_R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PLACES: tl.constexpr,
     RAW: tl.constexpr,
     STRENGTH_OFFSET: tl.constexpr,
     COMPUTE: tl.constexpr,
     PHASE: tl.constexpr,
 ):
-    """Grid: (B,), or (B, row blocks) for the middle phase alone.
+    """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
     With marks [B] come zeros, as many as the largest field of a state has numbers for a batch element.
     """
     INTERFACE: tl.constexpr = R * W + 3 * W + 5 * R + 3
-    NUM_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    ROW_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    COLUMN_BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    TILES: tl.constexpr = ROW_BLOCKS * COLUMN_BLOCKS
+    SLOT_BLOCKS: tl.constexpr = (N + SLOTS - 1) // SLOTS
+    PARTS: tl.constexpr = (W + PLACES - 1) // PLACES
     element = tl.program_id(0).to(tl.int64)
     interface_ptr += element * INTERFACE
     memory_ptr += element * N * W
@@ -78,14 +86,17 @@ def step_forward_kernel(
     new_precedence_ptr += element * N
     new_read_weights_ptr += element * R * N
     new_write_weights_ptr += element * N
-    kept_ptr += element * (2 + 3 * R) * N
+    kept_ptr += element * (3 + 3 * R) * N
     free_list_ptr += element * N
-    scratch_ptr += element * NUM_BLOCKS * R * N
+    scratch_ptr += element * (ROW_BLOCKS + COLUMN_BLOCKS) * R * N
     allocation_ptr = kept_ptr
     write_similarity_ptr = kept_ptr + N
     read_similarity_ptr = kept_ptr + 2 * N
     forward_ptr = kept_ptr + (2 + R) * N
     backward_ptr = kept_ptr + (2 + 2 * R) * N
+    norm_ptr = kept_ptr + (2 + 3 * R) * N
+    forward_partial_ptr = scratch_ptr
+    backward_partial_ptr = scratch_ptr + COLUMN_BLOCKS * R * N
 
     runs = True
     if marks_ptr is not None:
@@ -111,13 +122,14 @@ def step_forward_kernel(
             new_write_weights_ptr,
             allocation_ptr,
             write_similarity_ptr,
+            norm_ptr,
             free_list_ptr,
             N,
             W,
             R,
             BLOCK_N,
             BLOCK_W,
-            ROWS,
+            CHUNK,
             RAW,
             STRENGTH_OFFSET,
             COMPUTE,
@@ -125,56 +137,72 @@ def step_forward_kernel(
     if PHASE == WHOLE:
         tl.debug_barrier()
     if PHASE == MIDDLE or PHASE == WHOLE:
-        first_block = tl.program_id(1)
-        for block in range(first_block, NUM_BLOCKS if PHASE == WHOLE else first_block + 1):
-            write_and_link(
-                block,
-                interface_ptr,
-                memory_ptr,
-                link_ptr,
-                precedence_ptr,
-                read_weights_ptr,
-                new_write_weights_ptr,
-                new_memory_ptr,
-                new_link_ptr,
-                read_similarity_ptr,
-                forward_ptr,
-                scratch_ptr,
-                runs,
-                N,
-                W,
-                R,
-                BLOCK_W,
-                BLOCK_R,
-                ROWS,
-                COLUMNS,
-                RAW,
-                COMPUTE,
-            )
+        first = tl.program_id(1)
+        for piece in range(first, TILES + SLOT_BLOCKS if PHASE == WHOLE else first + 1):
+            if piece < TILES:
+                link_tile(
+                    piece,
+                    link_ptr,
+                    precedence_ptr,
+                    read_weights_ptr,
+                    new_write_weights_ptr,
+                    new_link_ptr,
+                    forward_partial_ptr,
+                    backward_partial_ptr,
+                    runs,
+                    N,
+                    R,
+                    ROWS,
+                    COLUMNS,
+                    HEADS,
+                    COMPUTE,
+                )
+            else:
+                write(
+                    piece - TILES,
+                    interface_ptr,
+                    memory_ptr,
+                    new_write_weights_ptr,
+                    new_memory_ptr,
+                    read_similarity_ptr,
+                    runs,
+                    N,
+                    W,
+                    R,
+                    BLOCK_W,
+                    SLOTS,
+                    HEADS,
+                    RAW,
+                    COMPUTE,
+                )
     if PHASE == WHOLE:
         tl.debug_barrier()
     if PHASE == LAST or PHASE == WHOLE:
-        read(
-            interface_ptr,
-            new_memory_ptr,
-            read_similarity_ptr,
-            forward_ptr,
-            scratch_ptr,
-            backward_ptr,
-            new_read_weights_ptr,
-            read_words_ptr,
-            N,
-            W,
-            R,
-            BLOCK_N,
-            BLOCK_W,
-            BLOCK_R,
-            ROWS,
-            NUM_BLOCKS,
-            RAW,
-            STRENGTH_OFFSET,
-            COMPUTE,
-        )
+        first = tl.program_id(1)
+        for part in range(first, PARTS if PHASE == WHOLE else first + 1):
+            read(
+                part,
+                interface_ptr,
+                new_memory_ptr,
+                read_similarity_ptr,
+                forward_partial_ptr,
+                backward_partial_ptr,
+                forward_ptr,
+                backward_ptr,
+                new_read_weights_ptr,
+                read_words_ptr,
+                N,
+                W,
+                R,
+                BLOCK_N,
+                BLOCK_R,
+                PLACES,
+                ROW_BLOCKS,
+                COLUMN_BLOCKS,
+                RAW,
+                STRENGTH_OFFSET,
+                COMPUTE,
+            )
 
 
 @triton.jit
@@ -217,18 +245,26 @@ def step_backward_kernel(
     BLOCK_R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PLACES: tl.constexpr,
     RAW: tl.constexpr,
     STRENGTH_OFFSET: tl.constexpr,
     STOP_USAGE_GRADIENT: tl.constexpr,
     COMPUTE: tl.constexpr,
     PHASE: tl.constexpr,
 ):
-    """Grid: (B,), or (B, row blocks) for the middle phase alone.
+    """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
     With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written.
     """
     INTERFACE: tl.constexpr = R * W + 3 * W + 5 * R + 3
-    NUM_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    ROW_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    COLUMN_BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    TILES: tl.constexpr = ROW_BLOCKS * COLUMN_BLOCKS
+    SLOT_BLOCKS: tl.constexpr = (N + SLOTS - 1) // SLOTS
+    PARTS: tl.constexpr = (W + PLACES - 1) // PLACES
     element = tl.program_id(0).to(tl.int64)
     interface_ptr += element * INTERFACE
     memory_ptr += element * N * W
@@ -241,7 +277,7 @@ def step_backward_kernel(
     new_usage_ptr += element * N
     new_read_weights_ptr += element * R * N
     new_write_weights_ptr += element * N
-    kept_ptr += element * (2 + 3 * R) * N
+    kept_ptr += element * (3 + 3 * R) * N
     free_list_ptr += element * N
     d_read_words_ptr += element * R * W
     d_new_memory_ptr += element * N * W
@@ -257,22 +293,25 @@ def step_backward_kernel(
     d_precedence_ptr += element * N
     d_read_weights_ptr += element * R * N
     d_write_weights_ptr += element * N
-    scratch_ptr += element * ((3 + 4 * R) * N + NUM_BLOCKS * ((2 + R) * N + (2 + R) * W))
+    scratch_ptr += element * (
+        (5 * R + (COLUMN_BLOCKS + 1) + COLUMN_BLOCKS * R + ROW_BLOCKS * (2 + R)) * N + SLOT_BLOCKS * (2 + R) * W
+    )
     allocation_ptr = kept_ptr
     write_similarity_ptr = kept_ptr + N
     read_similarity_ptr = kept_ptr + 2 * N
     forward_ptr = kept_ptr + (2 + R) * N
     backward_ptr = kept_ptr + (2 + 2 * R) * N
+    norm_ptr = kept_ptr + (2 + 3 * R) * N
     d_forward_ptr = scratch_ptr
     d_backward_ptr = d_forward_ptr + R * N
     d_similarity_ptr = d_backward_ptr + R * N
-    d_read_rows_ptr = d_similarity_ptr + R * N
-    d_write_rows_ptr = d_read_rows_ptr + R * N
-    d_addressing_ptr = d_write_rows_ptr + N
-    d_write_columns_ptr = d_addressing_ptr + 2 * N
-    d_precedence_columns_ptr = d_write_columns_ptr + NUM_BLOCKS * N
-    d_read_columns_ptr = d_precedence_columns_ptr + NUM_BLOCKS * N
-    d_words_partial_ptr = d_read_columns_ptr + NUM_BLOCKS * R * N
+    d_addressing_ptr = d_similarity_ptr + R * N
+    d_write_rows_ptr = d_addressing_ptr + 2 * R * N
+    d_read_rows_ptr = d_write_rows_ptr + (COLUMN_BLOCKS + 1) * N
+    d_write_columns_ptr = d_read_rows_ptr + COLUMN_BLOCKS * R * N
+    d_precedence_columns_ptr = d_write_columns_ptr + ROW_BLOCKS * N
+    d_read_columns_ptr = d_precedence_columns_ptr + ROW_BLOCKS * N
+    d_words_partial_ptr = d_read_columns_ptr + ROW_BLOCKS * R * N
 
     runs = True
     if marks_ptr is not None:
@@ -310,7 +349,8 @@ def step_backward_kernel(
             BLOCK_N,
             BLOCK_W,
             BLOCK_R,
-            ROWS,
+            CHUNK,
+            HEADS,
             RAW,
             STRENGTH_OFFSET,
             COMPUTE,
@@ -318,85 +358,134 @@ def step_backward_kernel(
     if PHASE == WHOLE:
         tl.debug_barrier()
     if PHASE == MIDDLE or PHASE == WHOLE:
-        first_block = tl.program_id(1)
-        for block in range(first_block, NUM_BLOCKS if PHASE == WHOLE else first_block + 1):
-            write_and_link_backward(
-                block,
+        first = tl.program_id(1)
+        for piece in range(first, TILES + SLOT_BLOCKS if PHASE == WHOLE else first + 1):
+            if piece < TILES:
+                link_tile_backward(
+                    piece,
+                    link_ptr,
+                    precedence_ptr,
+                    read_weights_ptr,
+                    new_write_weights_ptr,
+                    d_new_link_ptr,
+                    d_forward_ptr,
+                    d_backward_ptr,
+                    d_link_ptr,
+                    d_write_rows_ptr,
+                    d_read_rows_ptr,
+                    d_write_columns_ptr,
+                    d_precedence_columns_ptr,
+                    d_read_columns_ptr,
+                    runs,
+                    N,
+                    R,
+                    ROWS,
+                    COLUMNS,
+                    HEADS,
+                    COMPUTE,
+                )
+            else:
+                write_backward(
+                    piece - TILES,
+                    interface_ptr,
+                    memory_ptr,
+                    new_memory_ptr,
+                    new_read_weights_ptr,
+                    new_write_weights_ptr,
+                    read_similarity_ptr,
+                    d_read_words_ptr,
+                    d_new_memory_ptr,
+                    d_similarity_ptr,
+                    d_memory_ptr,
+                    d_write_rows_ptr + COLUMN_BLOCKS * N,
+                    d_words_partial_ptr,
+                    runs,
+                    N,
+                    W,
+                    R,
+                    BLOCK_W,
+                    SLOTS,
+                    HEADS,
+                    RAW,
+                    COMPUTE,
+                )
+    if PHASE == WHOLE:
+        tl.debug_barrier()
+    if PHASE == LAST or PHASE == WHOLE:
+        offs_n = tl.arange(0, BLOCK_N)
+        d_weights = by_write_weights(
+            precedence_ptr,
+            new_write_weights_ptr,
+            d_new_precedence_ptr,
+            d_new_write_weights_ptr,
+            d_write_rows_ptr,
+            d_write_columns_ptr,
+            offs_n,
+            (offs_n < N) & runs,
+            N,
+            ROW_BLOCKS,
+            COLUMN_BLOCKS,
+            COMPUTE,
+        )
+        first = tl.program_id(1)
+        for part in range(first, PARTS if PHASE == WHOLE else tl.minimum(first + 1, PARTS)):
+            lookup_backward(
+                part,
                 interface_ptr,
                 memory_ptr,
-                link_ptr,
-                precedence_ptr,
-                read_weights_ptr,
-                new_memory_ptr,
-                new_read_weights_ptr,
-                new_write_weights_ptr,
-                read_similarity_ptr,
-                d_read_words_ptr,
-                d_new_memory_ptr,
-                d_new_link_ptr,
-                d_forward_ptr,
-                d_backward_ptr,
-                d_similarity_ptr,
-                d_memory_ptr,
-                d_link_ptr,
-                d_write_rows_ptr,
-                d_write_columns_ptr,
-                d_precedence_columns_ptr,
-                d_read_rows_ptr,
-                d_read_columns_ptr,
+                write_similarity_ptr,
+                norm_ptr,
+                d_weights,
                 d_words_partial_ptr,
+                d_interface_ptr,
+                d_memory_ptr,
                 runs,
                 N,
                 W,
                 R,
+                BLOCK_N,
                 BLOCK_W,
                 BLOCK_R,
-                ROWS,
-                COLUMNS,
+                PLACES,
+                SLOT_BLOCKS,
                 RAW,
+                STRENGTH_OFFSET,
                 COMPUTE,
             )
-    if PHASE == WHOLE:
-        tl.debug_barrier()
-    if PHASE == LAST or PHASE == WHOLE:
-        address_backward(
-            interface_ptr,
-            memory_ptr,
-            usage_ptr,
-            precedence_ptr,
-            read_weights_ptr,
-            write_weights_ptr,
-            new_usage_ptr,
-            new_write_weights_ptr,
-            allocation_ptr,
-            write_similarity_ptr,
-            free_list_ptr,
-            d_new_usage_ptr,
-            d_new_precedence_ptr,
-            d_new_write_weights_ptr,
-            d_interface_ptr,
-            d_memory_ptr,
-            d_usage_ptr,
-            d_precedence_ptr,
-            d_read_weights_ptr,
-            d_write_weights_ptr,
-            d_write_rows_ptr,
-            d_write_columns_ptr,
-            d_precedence_columns_ptr,
-            d_read_rows_ptr,
-            d_read_columns_ptr,
-            d_words_partial_ptr,
-            d_addressing_ptr,
-            runs,
-            N,
-            W,
-            R,
-            BLOCK_N,
-            BLOCK_W,
-            ROWS,
-            NUM_BLOCKS,
-            RAW,
-            STRENGTH_OFFSET,
-            STOP_USAGE_GRADIENT,
-            COMPUTE,
-        )
+        if PHASE == WHOLE or first >= PARTS:
+            address_backward(
+                0 if PHASE == WHOLE else first - PARTS,
+                R if PHASE == WHOLE else first - PARTS + 1,
+                interface_ptr,
+                usage_ptr,
+                read_weights_ptr,
+                write_weights_ptr,
+                new_usage_ptr,
+                new_write_weights_ptr,
+                allocation_ptr,
+                write_similarity_ptr,
+                free_list_ptr,
+                d_weights,
+                d_new_usage_ptr,
+                d_new_precedence_ptr,
+                d_interface_ptr,
+                d_usage_ptr,
+                d_precedence_ptr,
+                d_read_weights_ptr,
+                d_write_weights_ptr,
+                d_precedence_columns_ptr,
+                d_read_rows_ptr,
+                d_read_columns_ptr,
+                d_addressing_ptr + (0 if PHASE == WHOLE else (first - PARTS) * 2 * N),
+                runs,
+                N,
+                W,
+                R,
+                BLOCK_N,
+                ROW_BLOCKS,
+                COLUMN_BLOCKS,
+                RAW,
+                STRENGTH_OFFSET,
+                STOP_USAGE_GRADIENT,
+                COMPUTE,
+            )

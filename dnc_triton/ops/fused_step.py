@@ -179,8 +179,8 @@ def _run(
 
 def as_layout(values: list[int]) -> Layout:
     """From how an operator takes it."""
-    fused, rows, columns, num_warps, whole, ahead = values
-    return Layout(bool(fused), rows, columns, num_warps, bool(whole), bool(ahead))
+    fused, rows, columns, num_warps, whole = values
+    return Layout(bool(fused), rows, columns, num_warps, bool(whole))
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

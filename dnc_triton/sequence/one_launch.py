@@ -265,7 +265,7 @@ class OneLaunchSequence:
 
     def _arguments(self, *, backward: bool) -> dict[str, Any]:
         """What both kernels take."""
-        from dnc_triton.kernels.launch import _COMPUTE, _compute_dtype, _sizes, compile_options
+        from dnc_triton.kernels.launch import _COMPUTE, _compute_dtype, compile_options, piece_sizes
         from dnc_triton.kernels.sequence import weight_tiles
 
         compute = _compute_dtype(self.history.memory)
@@ -274,13 +274,13 @@ class OneLaunchSequence:
             "reset_ptr": None if self.reset is None else self.reset.to(torch.uint8).contiguous(),
             "batch": self.batch,
             "steps": self.steps,
-            **_sizes(self.slots, self.word, self.reads, self._layout),
+            **piece_sizes(self.slots, self.word, self.reads, self._layout, self._layout.num_warps),
             "H": self.hidden_size,
             **weight_tiles(self._layout),
             "STRENGTH_OFFSET": self.settings.strength_offset,
             "CLIP": self.settings.clip,
             "COMPUTE": _COMPUTE[compute],
-            **compile_options(self._layout, compute, backward=backward),
+            **compile_options(self._layout, self._layout.num_warps, backward=backward),
         }
 
     @property

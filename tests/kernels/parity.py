@@ -132,9 +132,9 @@ class Case(NamedTuple):
 
 
 def pick_layout(name: str, slots: int, word: int) -> Layout:
-    """The first layout that may be taken for this size, of those that are "fused", "split", or "split64"."""
+    """The first layout that may be taken for this size, of those that are "fused", "split", or "split16"."""
     candidates = [layout for layout in layouts(slots, word) if layout.fused == (name == "fused")]
-    return candidates[0]._replace(columns=64) if name == "split64" else candidates[0]  # wider than high
+    return candidates[0]._replace(columns=16) if name == "split16" else candidates[0]  # several tiles beside each other
 
 
 class Problem(NamedTuple):
