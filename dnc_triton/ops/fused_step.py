@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dnc_reference import Interface, MemoryState
 from dnc_reference.interface import interface_sizes
@@ -181,6 +182,21 @@ def as_layout(values: list[int]) -> Layout:
     """From how an operator takes it."""
     fused, rows, columns, num_warps, whole = values
     return Layout(bool(fused), rows, columns, num_warps, bool(whole))
+
+
+def is_eager(tensors: list[Tensor]) -> bool:
+    """Whether nobody looks at what is called, as compilers, modes, transforms and other kinds of tensors do."""
+    return (
+        not torch.compiler.is_compiling()  # first: a compiler follows nothing of the rest
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and not tensors[0].is_meta
+        and all(type(tensor) in _ORDINARY for tensor in tensors)
+    )
+
+
+_ORDINARY = (Tensor, nn.Parameter)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

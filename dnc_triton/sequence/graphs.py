@@ -145,7 +145,8 @@ class Instance:
         handed: how many of its results are copied out; the others are the history.
         places: where the history stands.
         size: bytes.
-        gradients: copies of what a backward is given.
+        gradients: copies of what a backward is given, zeros where that is None.
+        filled: which of them may be something else than zero.
         backward: the graph.
         lease: the storages under which the history was handed out last.
     """
@@ -157,6 +158,7 @@ class Instance:
     places: list[int]
     size: int
     gradients: list[Tensor] = field(default_factory=list)
+    filled: set[int] = field(default_factory=set)
     backward: Captured | None = None
     lease: list[StorageWeakRef] = field(default_factory=list)
 
@@ -178,10 +180,15 @@ class Instance:
         self.lease = [StorageWeakRef(tensor.untyped_storage()) for tensor in history]
         return [*_clones(self.forward.results[: self.handed]), *history]
 
-    def run_backward(self, gradients: list[Tensor]) -> list[Tensor]:
+    def run_backward(self, gradients: list[Tensor | None]) -> list[Tensor]:
         """Likewise, any number of times."""
         assert self.backward is not None
-        _copy(self.gradients, gradients)
+        given = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        _copy([self.gradients[index] for index in given], [gradients[index] for index in given])  # type: ignore[misc]
+        others = self.filled.difference(given)
+        if others:
+            torch._foreach_zero_([self.gradients[index] for index in others])
+        self.filled = set(given)
         self.backward.replay()
         return _clones(self.backward.results)
 
@@ -218,7 +225,7 @@ class Graphs:
         return results
 
     def backward(
-        self, gradients: list[Tensor], history: list[Tensor], run: Callable[..., list[Tensor]]
+        self, gradients: list[Tensor | None], history: list[Tensor], run: Callable[..., list[Tensor]]
     ) -> list[Tensor] | None:
         """By a graph, or None if there is none that fits."""
         with _lock:
@@ -227,7 +234,7 @@ class Graphs:
             instance = next((x for x in self.instances if x.places == places), None)
             if instance is None or instance.signature.numerics != _numerics():
                 return None
-            if instance.backward is None and not self._capture_backward(instance, gradients, run):
+            if instance.backward is None and not self._capture_backward(instance, run):
                 return None
             return instance.run_backward(gradients)
 
@@ -268,14 +275,14 @@ class Graphs:
         self.instances.append(instance)
         return instance
 
-    def _capture_backward(self, instance: Instance, gradients: list[Tensor], run: Callable[..., list[Tensor]]) -> bool:
+    def _capture_backward(self, instance: Instance, run: Callable[..., list[Tensor]]) -> bool:
         signature = instance.signature
         if signature.failed:
             return False
         try:
             with _ordinary_tensors():
-                copies = _clones(gradients)
                 handed, history = instance.forward.results[: instance.handed], instance.history
+                copies = [torch.zeros_like(result, memory_format=torch.contiguous_format) for result in handed]
                 captured = self.engine.capture(
                     partial(run, copies, instance.given, handed, history), instance.forward.pool
                 )
@@ -342,11 +349,13 @@ def forward(
     return run(given) if graphs is None else graphs.forward(key, given, run, handed)
 
 
-def backward(gradients: list[Tensor], history: list[Tensor], run: Callable[..., list[Tensor]]) -> list[Tensor] | None:
+def backward(
+    gradients: list[Tensor | None], history: list[Tensor], run: Callable[..., list[Tensor]]
+) -> list[Tensor] | None:
     """The backward of a forward that was replayed, by a graph.
 
     Args:
-        gradients: contiguous, of the results that were handed to the caller.
+        gradients: contiguous, of the results that were handed to the caller; None for zeros.
         history: what the forward returned beyond them.
         run: gradients, what the forward was given, its results for the caller, its history → results. It changes none
             of them, launches, and never waits for the device.
@@ -354,7 +363,7 @@ def backward(gradients: list[Tensor], history: list[Tensor], run: Callable[..., 
     Returns:
         the results, in memory of their own; None if plain launches are to be taken.
     """
-    graphs = _serving(gradients[0])
+    graphs = _serving(history[0])
     return None if graphs is None else graphs.backward(gradients, history, run)
 
 

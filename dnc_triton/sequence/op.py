@@ -2,11 +2,17 @@
 
 Both directions are opaque to `torch.compile`: a sequence is one node of the graph, whatever its length. Neither mutates
 or aliases what it is given.
+
+What PyTorch does around such an operator takes longer than a small network. So where nobody looks at what is called,
+`_Sequence` stands in its place, which calls the same two functions, `_run` and `_run_backward`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +25,10 @@ from dnc_reference.dnc import DNCCell
 from dnc_reference.memory import without_autocast
 from dnc_reference.types import DNCState, MemoryState
 from dnc_triton.kernels.layout import Layout
-from dnc_triton.ops.fused_step import as_layout, on_device
+from dnc_triton.ops.fused_step import as_layout, is_eager, on_device
 from dnc_triton.sequence import graphs, pool
 from dnc_triton.sequence.compiled import CompiledSequence
-from dnc_triton.sequence.history import Carried, Settings
+from dnc_triton.sequence.history import Carried, Settings, zeros
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
@@ -88,14 +94,28 @@ def _sequence(
         compiled,
         layout,
     )
+    return _run(settings, inputs, state, parameters, lengths, reset, dropout, keep)
+
+
+def _run(
+    settings: Settings,
+    inputs: Tensor,
+    state: list[Tensor],
+    parameters: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: list[Tensor],
+    keep: bool,
+) -> list[Tensor]:
+    """What the operator computes, by a graph where that is possible."""
     given = _given(inputs, state, parameters, lengths, reset, dropout)
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
         return _forward(settings, given.replace(tensors), keep)
 
     with on_device(inputs):
-        if _kind(settings) is not Sequence or len(inputs) > graphs.LONGEST:  # one launch needs no graph
-            return run(given.flatten())
+        if settings.compiled or len(inputs) > graphs.LONGEST:
+            return _forward(settings, given, keep)
         key = settings, keep, len(dropout), lengths is None, reset is None
         return graphs.forward(key, given.flatten(), run, handed=1 + len(state))
 
@@ -203,24 +223,42 @@ def _sequence_backward(
         compiled,
         layout,
     )
+    return _run_backward(
+        settings, list(gradients), inputs, state, parameters, lengths, reset, dropout, (last[0], last[1]), history
+    )
+
+
+def _run_backward(
+    settings: Settings,
+    gradients: list[Tensor | None],
+    inputs: Tensor,
+    state: list[Tensor],
+    parameters: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: list[Tensor],
+    last: tuple[Tensor, Tensor],
+    history: list[Tensor],
+) -> list[Tensor]:
+    """What the operator's backward computes. A gradient that is None is zero."""
     given = _given(inputs, state, parameters, lengths, reset, dropout)
-    gradients = [gradient.contiguous() for gradient in gradients]
+    gradients = [None if gradient is None else gradient.contiguous() for gradient in gradients]
 
     def run(
-        gradients: list[Tensor], tensors: list[Tensor], handed: list[Tensor], history: list[Tensor]
+        gradients: list[Tensor | None], tensors: list[Tensor], handed: list[Tensor], history: list[Tensor]
     ) -> list[Tensor]:
         return _backward_through_time(settings, gradients, given.replace(tensors), (handed[1], handed[3]), history)
 
     with on_device(inputs):
-        replayed = graphs.backward(gradients, history, run) if _kind(settings) is Sequence else None
+        replayed = None if settings.compiled else graphs.backward(gradients, history, run)
         if replayed is None:
-            return _backward_through_time(settings, gradients, given, (last[0], last[1]), history)
+            return _backward_through_time(settings, gradients, given, last, history)
         return replayed
 
 
 def _backward_through_time(
     settings: Settings,
-    gradients: list[Tensor],
+    gradients: list[Tensor | None],
     given: Given,
     last: tuple[Tensor, Tensor],
     history: list[Tensor],
@@ -239,9 +277,23 @@ def _backward_through_time(
         last=last,
     )
     d_outputs, *d_last = gradients
-    d_last = [pool.empty_like(gradient).copy_(gradient) for gradient in d_last]
-    d_inputs, d_state, d_parameters = sequence.backward(d_outputs, Carried.unflatten(d_last, settings.num_layers))
+    if d_outputs is None:
+        d_outputs = inputs.new_zeros(*inputs.shape[:2], parameters[-1].shape[0])
+    d_carried = Carried.unflatten(_copies(d_last, state), settings.num_layers)
+    d_inputs, d_state, d_parameters = sequence.backward(d_outputs, d_carried)
     return [d_inputs, *d_state.flatten()[: len(state)], *d_parameters]
+
+
+def _copies(tensors: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
+    """To be overwritten; zeros for what is None."""
+    copies = zeros([x.shape for x, tensor in zip(like, tensors, strict=True) if tensor is None], like[0])
+    remaining = iter(copies)
+    given = [tensor for tensor in tensors if tensor is not None]
+    copied = [pool.empty_like(tensor) for tensor in given]
+    if given:
+        torch._foreach_copy_(copied, given)
+    others = iter(copied)
+    return [next(remaining) if tensor is None else next(others) for tensor in tensors]
 
 
 @_sequence_backward.register_fake
@@ -267,14 +319,21 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
     nested = tree_unflatten([next(saved) if present else None for present in ctx.present], ctx.structure)
     inputs, state, parameters = nested[:3]
-    like = [inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0]), *state]
-    given = [
-        pool.empty_like(tensor).zero_() if gradient is None else gradient
-        for gradient, tensor in zip(gradients[: len(like)], like, strict=True)
-    ]
+    given = _zero_filled(gradients[: 1 + len(state)], inputs, state, parameters)
     d_inputs, *others = _sequence_backward(given, *nested, *ctx.settings)
     d_state, d_parameters = others[: len(state)], others[len(state) :]
     return d_inputs, d_state, d_parameters, None, None, [None] * len(nested[5]), *[None] * (len(ctx.settings) + 1)
+
+
+def _zero_filled(
+    gradients: Iterable[Tensor | None], inputs: Tensor, state: list[Tensor], parameters: list[Tensor]
+) -> list[Tensor]:
+    """Zeros where there is no gradient by the outputs or by a part of the last state."""
+    like = [inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0]), *state]
+    return [
+        pool.empty_like(tensor).zero_() if gradient is None else gradient
+        for gradient, tensor in zip(gradients, like, strict=True)
+    ]
 
 
 _sequence.register_autograd(_backward, setup_context=_setup_context)
@@ -288,6 +347,72 @@ def _no_second_backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, 
 
 
 _sequence_backward.register_autograd(_no_second_backward)
+
+
+class _Sequence(torch.autograd.Function):
+    """The operator as autograd sees it where nobody else looks: without lists, schemas and checks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: Settings,
+        counts: tuple[int, int],
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        inputs: Tensor,
+        *others: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Outputs and the state after the last step, from inputs and from states, parameters and dropout, so many."""
+        state, parameters, dropout = _divide(others, counts)
+        with torch._C._AutoDispatchBelowAutograd():  # as in an operator: nothing that is returned is anybody's view
+            results = _run(settings, inputs, state, parameters, lengths, reset, dropout, True)
+        handed, history = results[: 1 + len(state)], results[1 + len(state) :]
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.counts = settings, (*counts, len(dropout))
+        ctx.save_for_backward(inputs, lengths, reset, handed[1], handed[3], *others, *history)
+        return tuple(handed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, lengths, reset, memory, link, *others = ctx.saved_tensors
+        state, parameters, dropout, history = _divide(others, ctx.counts)
+        given = inputs, state, parameters, lengths, reset, dropout
+        if torch.is_grad_enabled() or not is_eager([inputs, *others]):  # who wants more than numbers asks the operator
+            zero_filled = _zero_filled(gradients, inputs, state, parameters)
+            d_given = _sequence_backward(zero_filled, *given, [memory, link], history, *_as_operands(ctx.settings))
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                d_given = _run_backward(ctx.settings, list(gradients), *given, (memory, link), history)
+        return None, None, None, None, *d_given, *[None] * len(dropout)
+
+
+def _divide(tensors: Iterable[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]:
+    """So many each, and what remains."""
+    remaining = iter(tensors)
+    parts = [list(islice(remaining, count)) for count in counts]
+    return [*parts, list(remaining)]
+
+
+def _call(
+    settings: Settings,
+    inputs: Tensor,
+    state: list[Tensor],
+    parameters: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: list[Tensor],
+    keep: bool,
+) -> list[Tensor]:
+    """Outputs and the state after the last step, by whatever stands for the operator."""
+    tensors = [inputs, *state, *parameters]
+    if not is_eager(tensors):
+        results = _sequence(inputs, state, parameters, lengths, reset, dropout, *_as_operands(settings), keep)
+        return results[: 1 + len(state)]
+    if keep:
+        counts = len(state), len(parameters)
+        return list(_Sequence.apply(settings, counts, lengths, reset, *tensors, *dropout))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _run(settings, inputs, state, parameters, lengths, reset, dropout, False)
 
 
 def unroll_sequence(
@@ -322,35 +447,42 @@ def unroll_sequence(
     if cell.training and cell.dropout > 0:
         ones = torch.ones(steps, batch, cell.hidden_size, dtype=dtype, device=inputs.device)
         dropout = [F.dropout(ones, cell.dropout) for _ in range(cell.num_layers - 1)]
-    controller_state, structure = tree_flatten(state.controller)
+    controller_state, structure = _flatten(state.controller)
     carried = [*state.memory, state.read_words, *controller_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
     every = _checkpoint(checkpoint, steps, state.memory)
     if layout is not None and layout.whole and keep and every > 1:
         layout = layout._replace(whole=False)
-    with without_autocast(inputs.device):
-        outputs, *others = _sequence(
-            inputs.to(dtype),
-            carried,
-            parameters,
-            lengths,
-            reset,
-            dropout,
-            cell.controller_kind,
-            cell.num_layers,
-            cell.clip,
-            cell.max_activation_gradient,
-            1.0 if cell.strength == "oneplus" else 0.0,
-            cell.stop_usage_gradient,
-            product_dtype,
-            every,
-            compiled and (not keep or every == 1),
-            None if layout is None else [int(value) for value in layout],
-            keep,
-        )
-    last = others[: len(carried)]
-    new_state = DNCState(tree_unflatten(last[7:], structure), MemoryState(*last[:6]), last[6])
+    settings = Settings(
+        controller=cell.controller_kind,
+        num_layers=cell.num_layers,
+        clip=cell.clip,
+        max_activation_gradient=cell.max_activation_gradient,
+        strength_offset=1.0 if cell.strength == "oneplus" else 0.0,
+        stop_usage_gradient=cell.stop_usage_gradient,
+        product_dtype=product_dtype,
+        checkpoint=every,
+        compiled=compiled and (not keep or every == 1),
+        layout=layout,
+    )
+    with without_autocast(inputs.device) if autocast else nullcontext():
+        outputs, *last = _call(settings, inputs.to(dtype), carried, parameters, lengths, reset, dropout, keep)
+    new_state = DNCState(_unflatten(last[7:], structure), MemoryState(*last[:6]), last[6])
     return outputs.to(product_dtype), new_state
+
+
+def _flatten(state: Any) -> tuple[list[Tensor], Any]:
+    """A controller's state as a list, and what `_unflatten` needs to know of it."""
+    if type(state) is tuple and all(type(layer) is tuple for layer in state):
+        return [tensor for layer in state for tensor in layer], [len(layer) for layer in state]
+    return tree_flatten(state)
+
+
+def _unflatten(tensors: list[Tensor], structure: Any) -> Any:
+    if not isinstance(structure, list):
+        return tree_unflatten(tensors, structure)
+    remaining = iter(tensors)
+    return tuple(tuple(islice(remaining, count)) for count in structure)
 
 
 def is_plain(cell: DNCCell) -> bool:
@@ -359,30 +491,33 @@ def is_plain(cell: DNCCell) -> bool:
     A controller of the user's, a part that was replaced or parametrized, a hook on a part or a method that a subclass
     overrides: all of these must be called, step by step.
     """
-    parts = [cell.interface, cell.output, cell.controller]
-    if type(cell.interface) is not nn.Linear or type(cell.output) is not nn.Linear:
+    # At every call: a hook may come at any time. `nn.Module` answers by name what its dictionaries answer at once.
+    interface, output, controller = (cell._modules.get(name) for name in ("interface", "output", "controller"))
+    if type(interface) is not nn.Linear or type(output) is not nn.Linear:
         return False
-    if cell.controller_kind == "custom" or type(cell.controller) is not Controller:
+    if cell.controller_kind == "custom" or type(controller) is not Controller:
         return False
-    layers = list(cell.controller.layers)
-    if any(type(layer) is not CONTROLLERS[cell.controller_kind] for layer in layers):
+    layers = list(controller._modules["layers"]._modules.values())  # type: ignore[union-attr]
+    kind = CONTROLLERS[cell.controller_kind]
+    if any(type(layer) is not kind for layer in layers):
         return False
-    parts += layers
-    if any(getattr(part, hooks) for part in parts for hooks in _HOOKS):
+    part: Any
+    for part in (interface, output, controller, *layers):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return False
+    overridden = type(cell)
+    if any(getattr(overridden, name) is not getattr(DNCCell, name) for name in ("advance", "control", "project")):
         return False
-    if any(getattr(type(cell), name) is not getattr(DNCCell, name) for name in ("advance", "control", "project")):
-        return False
-    weight = cell.output.weight
-    return all(x.dtype == weight.dtype and x.device == weight.device for x in _parameters(cell))
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    weight = output._parameters["weight"]
+    assert weight is not None
+    dtype, device = weight.dtype, weight.device
+    return all(x.dtype == dtype and x.device == device for x in _parameters(cell))
 
 
 def _parameters(cell: DNCCell) -> list[Tensor]:
     """Those of a plain cell, as `Sequence` wants them."""
-    parts = [*cell.controller.layers, cell.interface, cell.output]  # type: ignore[misc]
-    return [parameter for part in parts for parameter in part.parameters(recurse=False)]
+    parts = [*cell.controller.layers._modules.values(), cell.interface, cell.output]  # type: ignore[union-attr]
+    return [tensor for part in parts for tensor in part._parameters.values() if tensor is not None]  # type: ignore[union-attr]
 
 
 def _kind(settings: Settings) -> Any:
@@ -395,6 +530,12 @@ def _kind(settings: Settings) -> Any:
 def _settings(*arguments: Any) -> Settings:
     settings = Settings(*arguments)
     return settings if settings.layout is None else settings._replace(layout=as_layout(list(settings.layout)))
+
+
+def _as_operands(settings: Settings) -> list[Any]:
+    """The inverse: as the operators take them."""
+    *others, layout = settings
+    return [*others, None if layout is None else [int(value) for value in layout]]
 
 
 def _given(
