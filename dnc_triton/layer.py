@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_flatten
 
 from dnc_reference import DNCCell, DNCState, MemoryState
+from dnc_reference.controller import CONTROLLERS
 from dnc_reference.memory import check_memory_state, check_tensor
 from dnc_triton.dispatch import check_backend, choose, explain_problem
+from dnc_triton.ops.fused_step import is_eager
 from dnc_triton.problem import Problem
+from dnc_triton.sequence.history import zeros
 from dnc_triton.sequence.op import is_plain
 from dnc_triton.trace import Trace, traced_unroll
 
@@ -186,7 +190,7 @@ class DNC(DNCCell):
         problem = self.problem(inputs)
         batch, steps = problem.batch, problem.steps
         if state is None:
-            state = self.initial_state(batch)
+            state = self._begin(problem)
         else:
             self._check_state(state, batch)
         if lengths is not None:
@@ -242,6 +246,21 @@ class DNC(DNCCell):
             num_layers=self.num_layers,
         )
 
+    def _begin(self, problem: Problem) -> DNCState:
+        """`initial_state`, for a call that hands it to nobody: in one buffer."""
+        weight, batch = self.output.weight, problem.batch
+        ours = problem.controller != "custom" and type(self).initial_state is DNCCell.initial_state
+        if not ours or problem.steps == 0 or not is_eager([weight]):
+            return self.initial_state(batch)
+        shapes = MemoryState.shapes(batch, self.memory_size, self.word_size, self.num_reads, self.num_writes)
+        per_layer = CONTROLLERS[self.controller_kind].states
+        states = [(batch, self.hidden_size)] * (self.num_layers * per_layer)
+        words = (batch, self.num_reads, self.word_size)
+        read_words, *tensors = zeros([words, *shapes.values(), *states], weight.detach())
+        remaining = iter(tensors[len(shapes) :])
+        layers = tuple(tuple(islice(remaining, per_layer)) for _ in range(self.num_layers))
+        return DNCState(layers, MemoryState(*tensors[: len(shapes)]), read_words)
+
     def _check_state(self, state: DNCState, batch: int) -> None:
         if not isinstance(state, DNCState):
             raise TypeError(f"state: expected a DNCState or None, got {type(state).__name__}")
@@ -254,6 +273,8 @@ class DNC(DNCCell):
         self._check_controller_state(state.controller, batch)
 
     def _check_controller_state(self, state: Any, batch: int) -> None:
+        if self._is_state_of_layers(state, batch):
+            return
         tensors, structure = tree_flatten(state)
         if self.controller_kind == "custom":  # which may grow its state as it goes: only the batch is known of it
             for tensor in tensors:
@@ -274,6 +295,20 @@ class DNC(DNCCell):
             )
         for tensor, like in zip(tensors, expected_tensors, strict=True):
             check_tensor("state.controller", tensor, like.shape, dtype=like.dtype, device=like.device)
+
+    def _is_state_of_layers(self, state: Any, batch: int) -> bool:
+        """Whether this is the state of a built-in controller, without making one to compare it with."""
+        if self.controller_kind == "custom" or type(state) is not tuple or len(state) != self.num_layers:
+            return False
+        count, weight = CONTROLLERS[self.controller_kind].states, self.output.weight
+        if any(type(layer) is not tuple or len(layer) != count for layer in state):
+            return False
+        shape, dtype, device = (batch, self.hidden_size), weight.dtype, weight.device
+        return all(
+            isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype and x.device == device
+            for layer in state
+            for x in layer
+        )
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import assert_close, assert_same_bits
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import DNC, explain, use_backend
+from dnc_triton.sequence import op
 
 INPUTS = (3, 5, 3)
 
@@ -66,6 +67,50 @@ def test_the_operator_is_what_it_says(options):
     torch.library.opcheck(torch.ops.dnc_triton.sequence.default, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "options", [{}, {"controller": "gru", "num_layers": 2, "dropout": 0.5}, {"controller": "feedforward"}], ids=str
+)
+def test_with_and_without_the_operator(options, mode, monkeypatch):
+    """It stands aside where nobody looks. Any one of the results may be all that a loss is made of, or all of them."""
+    dnc = make(**options)
+    state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
+
+    def results(given):
+        torch.manual_seed(1)
+        outputs, final = dnc(inputs, given, lengths=[5, 2, 0], reset=torch.rand(INPUTS[:2]) < 0.3)
+        flat = tree_leaves((outputs, final))
+        if not torch.is_grad_enabled():
+            return [x.clone() for x in flat]
+        losses = [*(x.square().sum() for x in flat), sum(x.square().sum() for x in flat)]
+        wanted = [*dnc.parameters(), *([] if given is None else tree_leaves(given))]
+        sent_back = [torch.autograd.grad(x, wanted, retain_graph=True, allow_unused=True) for x in losses if x.grad_fn]
+        return [flat, [[torch.zeros(0) if x is None else x for x in gradients] for gradients in sent_back]]
+
+    for given in (None, tree_map(lambda x: x.detach().clone().requires_grad_(), state)):
+        with mode():
+            actual = results(given)
+            with monkeypatch.context() as patch:
+                patch.setattr(op, "is_eager", lambda tensors: False)
+                assert_same_bits(results(given), actual)
+
+
+def test_what_the_backward_needs_may_not_change():
+    """What it does not need of the state may."""
+    dnc = make()
+    inputs = torch.randn(INPUTS, dtype=torch.float64)
+    expected = torch.autograd.grad(dnc(inputs)[0].sum(), list(dnc.parameters()))
+    outputs, final = dnc(inputs)
+    final.memory.usage.mul_(2)
+    assert_same_bits(torch.autograd.grad(outputs.sum(), list(dnc.parameters())), expected)
+    for change in (lambda state: state.memory.memory.detach(), lambda state: inputs, lambda state: dnc.output.weight):
+        outputs, final = dnc(inputs)
+        with torch.no_grad():
+            change(final).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outputs.sum().backward()
+
+
 def test_autocast_rounds_products_and_not_the_memory():
     dnc = make(dtype=torch.float32)
     state, inputs = warm(dnc), torch.randn(INPUTS)
@@ -117,6 +162,10 @@ def test_second_derivatives_are_refused_with_the_remedy():
     dnc = make()
     inputs = torch.randn(INPUTS, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(dnc(inputs)[0].square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backend='reference'"):
+        gradient.square().sum().backward()
+    # Also where what is sent back does not depend on anything.
+    (gradient,) = torch.autograd.grad(dnc(inputs)[0].sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match=r"backend='reference'"):
         gradient.square().sum().backward()
     dnc.backend = "reference"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock, create_autospec
+from unittest.mock import call as call_of
 
 import pytest
 import torch
@@ -474,6 +475,8 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     graph.replay.assert_called_once_with()
 
     # Whether PyTorch has ended its part of a capture that failed, or not.
+    number = Mock()
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: number)
     ended, released = Mock(), Mock()
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", released)
@@ -484,7 +487,10 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
             engine.capture(call, pool=(0, 7))
         ended.assert_called_with(1, (0, 7))
         assert len(engine.broken) == released.call_count == (ends is None)
-    assert cuda["stream"].return_value.__exit__.call_count == 3
+        # Then one that succeeds, for the random generator's sake; if it does, the first error is the one that is told.
+        assert cuda["graph"].call_args == call_of(graph, stream=stream, capture_error_mode="thread_local")
+        number.zero_.assert_called_with()
+    assert cuda["stream"].return_value.__exit__.call_count == 1 + 2 * 2
 
 
 CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "current_stream", "memory_reserved"]

@@ -2,6 +2,9 @@
 
 Both directions are opaque to `torch.compile`, so what happens inside (Triton's own compilation, say) cannot break a
 graph. Neither mutates or aliases what it is given.
+
+What PyTorch does around such an operator takes longer than the launches. So where nobody looks at what is called,
+`_Step` stands in its place, which calls the same two functions, `_forward` and `_run_backward`.
 """
 
 from __future__ import annotations
@@ -33,17 +36,23 @@ def _step(
     layout: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`step_forward`: the words read, the new memory state, and what the backward needs (`kept`, `free_list`)."""
+    state = [memory, usage, link, precedence, read_weights, write_weights]
+    return _forward(interface, state, raw, strength_offset, as_layout(layout))
+
+
+def _forward(
+    interface: Tensor, state: list[Tensor], raw: bool, strength_offset: float, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from dnc_triton.kernels.launch import step_forward
 
-    state = tuple(tensor.contiguous() for tensor in (memory, usage, link, precedence, read_weights, write_weights))
-    with on_device(memory):
+    with on_device(interface):
         return step_forward(
             interface.contiguous(),
-            state,
-            num_reads=read_weights.shape[1],
+            tuple(tensor.contiguous() for tensor in state),
+            num_reads=state[4].shape[1],
             raw=raw,
             strength_offset=strength_offset,
-            layout=as_layout(layout),
+            layout=layout,
         )
 
 
@@ -87,6 +96,21 @@ def _step_backward(
     layout: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`step_backward`: gradients of the interface vector and of the fields of the state."""
+    return _run_backward(
+        interface, state, result, gradients, raw, strength_offset, stop_usage_gradient, as_layout(layout)
+    )
+
+
+def _run_backward(
+    interface: Tensor,
+    state: list[Tensor],
+    result: list[Tensor],
+    gradients: list[Tensor],
+    raw: bool,
+    strength_offset: float,
+    stop_usage_gradient: bool,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from dnc_triton.kernels.launch import step_backward
 
     memory, usage, read_weights, write_weights, kept, free_list = result
@@ -104,7 +128,7 @@ def _step_backward(
             raw=raw,
             strength_offset=strength_offset,
             stop_usage_gradient=stop_usage_gradient,
-            layout=as_layout(layout),
+            layout=layout,
         )
 
 
@@ -134,17 +158,60 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     interface, *saved = ctx.saved_tensors
     state, result = saved[:6], saved[6:]
-    memory, read_weights = state[0], state[4]
-    shapes = [(memory.shape[0], read_weights.shape[1], memory.shape[2]), *(tensor.shape for tensor in state)]
     # In the order of the outputs; one that nobody used may come without a gradient.
-    given = [
-        memory.new_zeros(shape) if gradient is None else gradient
-        for gradient, shape in zip(gradients[:7], shapes, strict=True)
-    ]
+    given = _zero_filled(gradients[:7], state)
     return *_step_backward(interface, state, result, given, *ctx.arguments), None, None, None, None
 
 
+def _zero_filled(gradients: tuple[Tensor | None, ...], state: list[Tensor]) -> list[Tensor]:
+    """Zeros where there is no gradient by the words read or by a field of the new state."""
+    memory, read_weights = state[0], state[4]
+    shapes = [(memory.shape[0], read_weights.shape[1], memory.shape[2]), *(tensor.shape for tensor in state)]
+    return [
+        memory.new_zeros(shape) if gradient is None else gradient
+        for gradient, shape in zip(gradients, shapes, strict=True)
+    ]
+
+
 _step.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Step(torch.autograd.Function):
+    """The operator as autograd sees it where nobody else looks: without schemas and checks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        interface: Tensor,
+        raw: bool,
+        strength_offset: float,
+        stop_usage_gradient: bool,
+        layout: Layout,
+        *state: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The words read and the new memory state."""
+        with torch._C._AutoDispatchBelowAutograd():  # as in an operator
+            *results, kept, free_list = _forward(interface, list(state), raw, strength_offset, layout)
+        _, memory, usage, _, _, read_weights, write_weights = results
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(interface, *state, memory, usage, read_weights, write_weights, kept, free_list)
+        ctx.arguments = raw, strength_offset, stop_usage_gradient, layout
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        interface, *saved = ctx.saved_tensors
+        raw, strength_offset, stop_usage_gradient, layout = ctx.arguments
+        given = interface, saved[:6], saved[6:], _zero_filled(gradients, saved[:6]), raw, strength_offset
+        if torch.is_grad_enabled() or not is_eager(
+            [interface, *saved]
+        ):  # who wants more than numbers asks the operator
+            d_given = _step_backward(*given, stop_usage_gradient, [int(value) for value in layout])
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                d_given = _run_backward(*given, stop_usage_gradient, layout)
+        d_interface, *d_state = d_given
+        return d_interface, None, None, None, None, *d_state
 
 
 def fused_memory_step(
@@ -173,8 +240,15 @@ def fused_interface_step(
 def _run(
     vector: Tensor, state: MemoryState, raw: bool, strength_offset: float, stop_usage_gradient: bool, layout: Layout
 ) -> tuple[Tensor, MemoryState]:
-    layout_values = [int(value) for value in layout]
-    result = _step(vector, *state, raw, strength_offset, stop_usage_gradient, layout_values)
+    tensors = [vector, *state]
+    if not is_eager(tensors):
+        layout_values = [int(value) for value in layout]
+        result = _step(*tensors, raw, strength_offset, stop_usage_gradient, layout_values)
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        result = _Step.apply(vector, raw, strength_offset, stop_usage_gradient, layout, *state)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            result = _forward(vector, list(state), raw, strength_offset, layout)
     return result[0], MemoryState(*result[1:7])
 
 

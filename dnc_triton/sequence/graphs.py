@@ -27,7 +27,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -99,6 +99,7 @@ class Engine:
                 size = torch.cuda.memory_reserved() - before
         except BaseException:
             self._end(graph, pool)
+            self._release_generator()
             raise
         return Captured(results, graph.replay, max(size, _size(results)), pool)
 
@@ -110,6 +111,20 @@ class Engine:
             return
         torch._C._cuda_releasePool(self.device.index, pool)
         self.broken.append(graph)
+
+    def _release_generator(self) -> None:
+        """Likewise the device's random generator would wait for an end, and refuse to draw until then.
+
+        It waits for that of any capture, so one that succeeds tells it. In the place of its state another one could be
+        put, but then graphs that were captured before, the user's too, would go on asking the old one.
+        """
+        with suppress(Exception):  # what went wrong first is what is to be told
+            number = torch.zeros(1, device=self.device)
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                number.zero_()  # PyTorch warns of graphs that do nothing
 
 
 ENGINES: dict[str, Callable[[torch.device], Engine]] = {"cuda": Engine}
@@ -180,7 +195,7 @@ class Instance:
         self.lease = [StorageWeakRef(tensor.untyped_storage()) for tensor in history]
         return [*_clones(self.forward.results[: self.handed]), *history]
 
-    def run_backward(self, gradients: list[Tensor | None]) -> list[Tensor]:
+    def run_backward(self, gradients: list[Tensor | None], wanted: list[bool] | None) -> list[Tensor | None]:
         """Likewise, any number of times."""
         assert self.backward is not None
         given = [index for index, gradient in enumerate(gradients) if gradient is not None]
@@ -190,7 +205,11 @@ class Instance:
             torch._foreach_zero_([self.gradients[index] for index in others])
         self.filled = set(given)
         self.backward.replay()
-        return _clones(self.backward.results)
+        results = self.backward.results
+        if wanted is None:
+            return [*_clones(results)]
+        clones = iter(_clones([result for result, is_wanted in zip(results, wanted, strict=True) if is_wanted]))
+        return [next(clones) if is_wanted else None for is_wanted in wanted]
 
 
 class Graphs:
@@ -225,8 +244,12 @@ class Graphs:
         return results
 
     def backward(
-        self, gradients: list[Tensor | None], history: list[Tensor], run: Callable[..., list[Tensor]]
-    ) -> list[Tensor] | None:
+        self,
+        gradients: list[Tensor | None],
+        history: list[Tensor],
+        run: Callable[..., list[Tensor]],
+        wanted: list[bool] | None,
+    ) -> list[Tensor | None] | None:
         """By a graph, or None if there is none that fits."""
         with _lock:
             # What was packed and unpacked in between, say, stands elsewhere, and is as good for plain launches.
@@ -236,7 +259,7 @@ class Graphs:
                 return None
             if instance.backward is None and not self._capture_backward(instance, run):
                 return None
-            return instance.run_backward(gradients)
+            return instance.run_backward(gradients, wanted)
 
     def _signature(self, key: Hashable, given: list[Tensor]) -> Signature:
         numerics = _numerics()
@@ -350,8 +373,11 @@ def forward(
 
 
 def backward(
-    gradients: list[Tensor | None], history: list[Tensor], run: Callable[..., list[Tensor]]
-) -> list[Tensor] | None:
+    gradients: list[Tensor | None],
+    history: list[Tensor],
+    run: Callable[..., list[Tensor]],
+    wanted: list[bool] | None = None,
+) -> list[Tensor | None] | None:
     """The backward of a forward that was replayed, by a graph.
 
     Args:
@@ -359,12 +385,14 @@ def backward(
         history: what the forward returned beyond them.
         run: gradients, what the forward was given, its results for the caller, its history → results. It changes none
             of them, launches, and never waits for the device.
+        wanted: which of the results; None for all.
 
     Returns:
-        the results, in memory of their own; None if plain launches are to be taken.
+        the results, in memory of their own, None in the place of one that is not wanted; None if plain launches are to
+        be taken.
     """
     graphs = _serving(history[0])
-    return None if graphs is None else graphs.backward(gradients, history, run)
+    return None if graphs is None else graphs.backward(gradients, history, run, wanted)
 
 
 @contextmanager
@@ -389,7 +417,8 @@ def _serving(tensor: Tensor) -> Graphs | None:
         if device not in _graphs:
             _graphs[device] = Graphs(ENGINES[device.type](device))
     graphs = _graphs[device]
-    graphs.bound()  # raises at the first call, not when it comes to a capture
+    if MEMORY_VARIABLE in os.environ:
+        graphs.bound()  # raises at the first call, not when it comes to a capture
     return graphs if graphs.engine.ready() else None
 
 
@@ -427,7 +456,11 @@ def _clones(tensors: list[Tensor]) -> list[Tensor]:
 
 def _copy(into: list[Tensor], tensors: list[Tensor]) -> None:
     """One launch for each dtype."""
-    for dtype in {tensor.dtype for tensor in into}:
+    dtypes = {tensor.dtype for tensor in into}
+    if len(dtypes) == 1:
+        torch._foreach_copy_(into, tensors)
+        return
+    for dtype in dtypes:
         pairs = [(x, y) for x, y in zip(into, tensors, strict=True) if x.dtype == dtype]
         torch._foreach_copy_([x for x, _ in pairs], [y for _, y in pairs])
 
@@ -436,5 +469,6 @@ def _alias(tensor: Tensor) -> Tensor:
     """The same memory as a storage of its own, which ends with its last holder."""
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    alias = torch.from_dlpack(to_dlpack(tensor))
     # DLPack may change the strides of axes of length 1.
-    return torch.from_dlpack(to_dlpack(tensor)).as_strided(tensor.shape, tensor.stride())
+    return alias if alias.stride() == tensor.stride() else alias.as_strided(tensor.shape, tensor.stride())

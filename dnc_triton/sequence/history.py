@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -188,8 +190,20 @@ class Parts:
 
 def zeros(shapes: Iterable[tuple[int, ...]], like: Tensor) -> list[Tensor]:
     """Zeros of these shapes, contiguous, in one buffer: to fill many takes longer than to fill much."""
-    parts = Parts(like.dtype, *shapes)
-    return parts.cut(parts.allocate(1, like).zero_()[0])
+    size, places = _places(tuple(shapes), like.dtype)
+    buffer = like.new_zeros(size)
+    return [buffer.as_strided(*place) for place in places]
+
+
+@lru_cache(maxsize=1024)
+def _places(
+    shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]:
+    """How long a buffer is in which these are one after the other, as in `Parts`; size, strides, offset of each."""
+    lengths = Parts(dtype, *shapes).lengths
+    offsets = accumulate(lengths, initial=0)
+    strides = (tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))) for shape in shapes)
+    return sum(lengths), list(zip(shapes, strides, offsets, strict=False))
 
 
 class Plan:

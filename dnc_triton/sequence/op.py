@@ -224,7 +224,7 @@ def _sequence_backward(
         layout,
     )
     return _run_backward(
-        settings, list(gradients), inputs, state, parameters, lengths, reset, dropout, (last[0], last[1]), history
+        settings, list(gradients), inputs, state, parameters, lengths, reset, dropout, (last[0], last[1]), history, None
     )
 
 
@@ -239,8 +239,9 @@ def _run_backward(
     dropout: list[Tensor],
     last: tuple[Tensor, Tensor],
     history: list[Tensor],
-) -> list[Tensor]:
-    """What the operator's backward computes. A gradient that is None is zero."""
+    wanted: list[bool] | None,
+) -> list[Any]:
+    """What the operator's backward computes. A gradient that is None is zero; what is not wanted may be None."""
     given = _given(inputs, state, parameters, lengths, reset, dropout)
     gradients = [None if gradient is None else gradient.contiguous() for gradient in gradients]
 
@@ -250,7 +251,7 @@ def _run_backward(
         return _backward_through_time(settings, gradients, given.replace(tensors), (handed[1], handed[3]), history)
 
     with on_device(inputs):
-        replayed = None if settings.compiled else graphs.backward(gradients, history, run)
+        replayed = None if settings.compiled else graphs.backward(gradients, history, run, wanted)
         if replayed is None:
             return _backward_through_time(settings, gradients, given, last, history)
         return replayed
@@ -364,7 +365,7 @@ class _Sequence(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Outputs and the state after the last step, from inputs and from states, parameters and dropout, so many."""
         state, parameters, dropout = _divide(others, counts)
-        with torch._C._AutoDispatchBelowAutograd():  # as in an operator: nothing that is returned is anybody's view
+        with torch._C._AutoDispatchBelowAutograd():  # as in an operator
             results = _run(settings, inputs, state, parameters, lengths, reset, dropout, True)
         handed, history = results[: 1 + len(state)], results[1 + len(state) :]
         ctx.set_materialize_grads(False)
@@ -381,8 +382,9 @@ class _Sequence(torch.autograd.Function):
             zero_filled = _zero_filled(gradients, inputs, state, parameters)
             d_given = _sequence_backward(zero_filled, *given, [memory, link], history, *_as_operands(ctx.settings))
         else:
+            wanted = list(ctx.needs_input_grad[4 : 5 + len(state) + len(parameters)])
             with torch._C._AutoDispatchBelowAutograd():
-                d_given = _run_backward(ctx.settings, list(gradients), *given, (memory, link), history)
+                d_given = _run_backward(ctx.settings, list(gradients), *given, (memory, link), history, wanted)
         return None, None, None, None, *d_given, *[None] * len(dropout)
 
 
@@ -517,7 +519,7 @@ def is_plain(cell: DNCCell) -> bool:
 def _parameters(cell: DNCCell) -> list[Tensor]:
     """Those of a plain cell, as `Sequence` wants them."""
     parts = [*cell.controller.layers._modules.values(), cell.interface, cell.output]  # type: ignore[union-attr]
-    return [tensor for part in parts for tensor in part._parameters.values() if tensor is not None]  # type: ignore[union-attr]
+    return [tensor for part in parts for tensor in part._parameters.values() if tensor is not None]
 
 
 def _kind(settings: Settings) -> Any:

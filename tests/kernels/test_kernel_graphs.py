@@ -1,4 +1,4 @@
-"""The kernels of a step in a replayed graph, with a stand-in for the device; and those that need no graph."""
+"""The kernels in a replayed graph, with a stand-in for the device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from test_sequence_graphs import _empty, cache, draw, engine, make, train, without  # noqa: F401
-
-from dnc_triton.sequence import graphs
 
 
 @pytest.mark.parametrize(("backend", "choice"), [("triton_fused", {}), ("triton_split", dict(clip=0.3, checkpoint=2))])
@@ -30,6 +28,18 @@ def test_without_gradients(without: Callable[..., Any]) -> None:  # noqa: F811
     assert engine().replays == 1
 
 
-def test_one_launch_needs_no_graph() -> None:
-    train(make(backend="triton_sequence"), 2, steps=1)
-    assert not graphs._graphs
+@pytest.mark.parametrize("choice", [{}, dict(clip=0.3)], ids=str)
+def test_one_launch_and_what_is_around_it(choice: dict[str, Any], without: Callable[..., Any]) -> None:  # noqa: F811
+    dnc = make(backend="triton_sequence", **choice)
+    options = lambda: dict(lengths=[3, 0, 2], reset=torch.rand(3, 3) < 0.3) if choice else {}  # noqa: E731
+    assert_same_bits(train(dnc, 3, options, steps=3), without(train, dnc, 3, options, steps=3))
+    assert (engine().captures, engine().replays) == (2, 2 * 2)
+    assert cache().instances[0].is_free
+
+
+@torch.no_grad()
+def test_one_launch_without_gradients(without: Callable[..., Any]) -> None:  # noqa: F811
+    dnc = make(backend="triton_sequence")
+    for seed in range(3):
+        assert_same_bits(dnc(*draw(dnc, seed, 18)), without(dnc, *draw(dnc, seed, 18)))
+    assert engine().replays == 2
