@@ -1,4 +1,4 @@
-"""Launches step by step as a CUDA graph: captured when a call of the same kind comes again, replayed from then on.
+"""The launches of a sequence as a CUDA graph: captured when a call of the same kind comes again, replayed from then on.
 
 A graph reads and writes the same memory at each replay. So an instance of one has copies of all that a call is given,
 into which the call's own tensors are copied (changed weights are as good as the old ones), and what a call returns is
@@ -381,7 +381,7 @@ def backward(
     """The backward of a forward that was replayed, by a graph.
 
     Args:
-        gradients: contiguous, of the results that were handed to the caller; None for zeros.
+        gradients: of the results that were handed to the caller; None for zeros.
         history: what the forward returned beyond them.
         run: gradients, what the forward was given, its results for the caller, its history → results. It changes none
             of them, launches, and never waits for the device.

@@ -243,7 +243,6 @@ def _run_backward(
 ) -> list[Any]:
     """What the operator's backward computes. A gradient that is None is zero; what is not wanted may be None."""
     given = _given(inputs, state, parameters, lengths, reset, dropout)
-    gradients = [None if gradient is None else gradient.contiguous() for gradient in gradients]
 
     def run(
         gradients: list[Tensor | None], tensors: list[Tensor], handed: list[Tensor], history: list[Tensor]
@@ -280,6 +279,7 @@ def _backward_through_time(
     d_outputs, *d_last = gradients
     if d_outputs is None:
         d_outputs = inputs.new_zeros(*inputs.shape[:2], parameters[-1].shape[0])
+    d_outputs = d_outputs.contiguous()
     d_carried = Carried.unflatten(_copies(d_last, state), settings.num_layers)
     d_inputs, d_state, d_parameters = sequence.backward(d_outputs, d_carried)
     return [d_inputs, *d_state.flatten()[: len(state)], *d_parameters]
@@ -378,7 +378,9 @@ class _Sequence(torch.autograd.Function):
         inputs, lengths, reset, memory, link, *others = ctx.saved_tensors
         state, parameters, dropout, history = _divide(others, ctx.counts)
         given = inputs, state, parameters, lengths, reset, dropout
-        if torch.is_grad_enabled() or not is_eager([inputs, *others]):  # who wants more than numbers asks the operator
+        sent_back = [gradient for gradient in gradients if gradient is not None]
+        # Who wants more than numbers asks the operator.
+        if torch.is_grad_enabled() or not is_eager([inputs, *others, *sent_back]):
             zero_filled = _zero_filled(gradients, inputs, state, parameters)
             d_given = _sequence_backward(zero_filled, *given, [memory, link], history, *_as_operands(ctx.settings))
         else:
@@ -510,8 +512,9 @@ def is_plain(cell: DNCCell) -> bool:
     overridden = type(cell)
     if any(getattr(overridden, name) is not getattr(DNCCell, name) for name in ("advance", "control", "project")):
         return False
-    weight = output._parameters["weight"]
-    assert weight is not None
+    weight = output._parameters.get("weight")
+    if weight is None:
+        return False
     dtype, device = weight.dtype, weight.device
     return all(x.dtype == dtype and x.device == device for x in _parameters(cell))
 

@@ -29,7 +29,7 @@ from dnc_triton import DNC
 from dnc_triton.sequence import graphs
 
 pytestmark = pytest.mark.gpu
-BACKENDS = ["triton_fused", "triton_split", "torch_sequence"]
+BACKENDS = ["triton_fused", "triton_split", "torch_sequence"]  # of any controller
 
 
 class Counting(graphs.Engine):
@@ -99,6 +99,22 @@ def test_trainings_are_the_same(
     assert (engine().captures, engine().replays) == (2, 2 * 3)
 
 
+@pytest.mark.parametrize(("choice", "masks"), [({}, False), (dict(clip=0.3), True)], ids=str)
+def test_one_launch_and_what_is_around_it(
+    choice: dict[str, Any],
+    masks: bool,
+    device: torch.device,
+    without: Any,  # noqa: F811
+) -> None:
+    dnc = make(device, "triton_sequence", **choice)
+    options = lambda: (  # noqa: E731
+        dict(lengths=[STEPS, 0, 2], reset=torch.rand(BATCH, STEPS, device=device) < 0.3) if masks else {}
+    )
+    expected = without(train, dnc, 4, options)
+    assert_same_bits(train(dnc, 4, options), expected)
+    assert (engine().captures, engine().replays) == (2, 2 * 3)
+
+
 def test_a_larger_one(device: torch.device, without: Any) -> None:  # noqa: F811
     dnc = make(device, memory_size=128, word_size=32, num_reads=4, dtype=torch.float32)
     assert_same_bits(train(dnc, 4, steps=50), without(train, dnc, 4, steps=50))
@@ -113,7 +129,7 @@ def test_autocast(device: torch.device, without: Any) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("steps", [1, STEPS, 130])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton_sequence"])
 def test_without_gradients(backend: str, mode: Any, steps: int, device: torch.device, without: Any) -> None:  # noqa: F811
     dnc = make(device, backend)
     for seed in range(4):
@@ -271,7 +287,10 @@ def test_a_capture_that_the_device_refuses(
     caplog: pytest.LogCaptureFixture,
     without: Any,  # noqa: F811
 ) -> None:
-    """It asks for a number, which is not there yet. Nothing is left of it."""
+    """It asks for a number, which is not there yet. Nothing is left of it, not even for a graph of the user's."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = torch.rand(4, device=device)
     given = [torch.ones(1000, device=device)]
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
@@ -284,6 +303,11 @@ def test_a_capture_that_the_device_refuses(
     assert "a capture failed" in record.getMessage()
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.empty_cache()
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        seen += [drawn.tolist(), torch.rand(4, device=device).tolist()]
+    assert len(set(map(tuple, seen))) == 4
     dnc = make(device)
     assert_same_bits(train(dnc, 4), without(train, dnc, 4))
     assert engine().replays == 2 * 3
