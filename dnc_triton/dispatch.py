@@ -281,8 +281,8 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     asked, asked_by = _asked(backend)
     # Every call comes by here, on a GPU even every step: what measurements have settled is not worked out again.
     key = (problem, asked, os.environ.get(graphs.GRAPHS_VARIABLE)) if _clock_decides(problem) else None
-    if key in _settled:
-        return _settled[key]
+    if (known := _settled.get(key)) is not None:
+        return known
     if asked == "auto":
         serving = [name for name in BACKENDS if BACKENDS[name].supports(problem)[0]]
     else:

@@ -25,11 +25,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -140,6 +140,7 @@ class Signature:
         misses: calls that found no free instance, since the last capture.
         patience: how many of them make a capture.
         failed: whether a capture did.
+        used: when it was last asked for, in calls.
     """
 
     numerics: tuple[Any, ...]
@@ -147,6 +148,7 @@ class Signature:
     misses: int = 0
     patience: int = 2
     failed: bool = False
+    used: int = 0
 
 
 @dataclass(eq=False)
@@ -218,7 +220,8 @@ class Graphs:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.instances: list[Instance] = []
-        self.signatures: OrderedDict[Hashable, Signature] = OrderedDict()
+        self.signatures: dict[Hashable, Signature] = {}
+        self._uses = count()
         self._told = False
 
     def bound(self) -> int:
@@ -263,11 +266,13 @@ class Graphs:
 
     def _signature(self, key: Hashable, given: list[Tensor]) -> Signature:
         numerics = _numerics()
-        key = key, numerics, tuple((x.shape, x.stride(), x.dtype) for x in given)
-        signature = self.signatures.setdefault(key, Signature(numerics))
-        self.signatures.move_to_end(key)
-        if len(self.signatures) > SIGNATURES:
-            self.signatures.popitem(last=False)
+        key = key, numerics, tuple([(x.shape, x.stride(), x.dtype) for x in given])  # whose hash takes its time
+        signature = self.signatures.get(key)
+        if signature is None:
+            if len(self.signatures) >= SIGNATURES:
+                del self.signatures[min(self.signatures, key=lambda key: self.signatures[key].used)]
+            signature = self.signatures[key] = Signature(numerics)
+        signature.used = next(self._uses)
         return signature
 
     def _take(

@@ -521,7 +521,9 @@ def is_plain(cell: DNCCell) -> bool:
 
 def _parameters(cell: DNCCell) -> list[Tensor]:
     """Those of a plain cell, as `Sequence` wants them."""
-    parts = [*cell.controller.layers._modules.values(), cell.interface, cell.output]  # type: ignore[union-attr]
+    modules: Any = cell._modules
+    layers = modules["controller"]._modules["layers"]._modules.values()
+    parts = [*layers, modules["interface"], modules["output"]]
     return [tensor for part in parts for tensor in part._parameters.values() if tensor is not None]
 
 
