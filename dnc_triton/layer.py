@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_flatten
 
 from dnc_reference import DNCCell, DNCState, MemoryState
-from dnc_reference.controller import CONTROLLERS
+from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.memory import check_memory_state, check_tensor
 from dnc_triton.dispatch import check_backend, choose, explain_problem
 from dnc_triton.ops.fused_step import is_eager
@@ -249,8 +249,9 @@ class DNC(DNCCell):
     def _begin(self, problem: Problem) -> DNCState:
         """`initial_state`, for a call that hands it to nobody: in one buffer."""
         weight, batch = self.output.weight, problem.batch
-        ours = problem.controller != "custom" and type(self).initial_state is DNCCell.initial_state
-        if not ours or problem.steps == 0 or not is_eager([weight]):
+        methods = (self, DNCCell), (self.controller, Controller)  # a user's own, of a class or of one object, is called
+        ours = all(getattr(x.initial_state, "__func__", None) is kind.initial_state for x, kind in methods)
+        if not ours or problem.controller == "custom" or problem.steps == 0 or not is_eager([weight]):
             return self.initial_state(batch)
         shapes = MemoryState.shapes(batch, self.memory_size, self.word_size, self.num_reads, self.num_writes)
         per_layer = CONTROLLERS[self.controller_kind].states

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from dnc_reference import DNCCell
@@ -122,6 +122,30 @@ def test_nothing_to_do(batch, steps, batch_first, options):
         assert outputs.shape == (*shape, OUTPUTS)
         assert_close(after, dnc.initial_state(batch) if state is None else given, **EXACT)
         assert all((x == 0).all() for x in gradients(outputs.sum(), inputs, dnc))
+
+
+@pytest.mark.parametrize("whose", ["class", "layer", "controller"])
+def test_an_initial_state_of_ones_own(whose):
+    """By default a call makes one that nobody sees."""
+
+    class Own(DNC):
+        def initial_state(self, batch_size):
+            return begin(self, batch_size)
+
+    def begin(dnc, batch_size):
+        return DNC.initial_state(dnc, batch_size).map(torch.ones_like)
+
+    torch.manual_seed(0)
+    dnc = (Own if whose == "class" else DNC)(3, 6, 2, memory_size=5, word_size=4)
+    if whose == "layer":
+        dnc.initial_state = lambda batch_size: begin(dnc, batch_size)
+    elif whose == "controller":
+        zeros = dnc.controller.initial_state
+        dnc.controller.initial_state = lambda *sizes, **options: tree_map(torch.ones_like, zeros(*sizes, **options))
+    inputs = torch.randn(2, 4, 3)
+    actual = dnc(inputs)
+    assert_close(actual, dnc(inputs, dnc.initial_state(2)), rtol=0, atol=0)
+    assert (actual[0] != dnc(inputs, DNC.initial_state(dnc, 2).map(torch.zeros_like))[0]).any()
 
 
 def test_strided_inputs_and_nothing_is_written_to():
