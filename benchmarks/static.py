@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -36,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from benchmarks import barriers
-from dnc_triton.kernels.launch import _sizes, compile_options
+from dnc_triton.kernels.launch import Launch, compile_options, launches, piece_sizes
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.sequence import sequence_backward_kernel, sequence_forward_kernel, weight_tiles
@@ -113,14 +112,17 @@ class Case:
         if self.phase == "lstm":
             return f"{self.direction} lstm h{self.hidden_size} {self.dtype} {self.target}"
         layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
-        layout += "" if self.layout.ahead else " unpipelined"
         variant = f" {self.variant}" if self.variant else ""
         return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}{variant}"
 
     @property
-    def grid(self) -> tuple[int, ...]:
-        """Of two batch elements."""
-        return (2, triton.cdiv(self.shape[0], self.layout.rows)) if self.phase == "middle" else (2,)
+    def launch(self) -> Launch:
+        """As it is launched for two batch elements; not of the LSTM."""
+        if self.phase == "sequence":
+            num_warps = self.layout.num_warps
+            return Launch(WHOLE.value, (2,), num_warps, piece_sizes(*self.shape, self.layout, num_warps))
+        found = launches(2, *self.shape, self.layout, backward=self.direction == "backward")
+        return next(launch for launch in found if launch.phase == PHASES[self.phase].value)
 
     @property
     def may_spill(self) -> bool:
@@ -279,7 +281,8 @@ def measure(case: Case) -> Measurement:
             place: bool(barriers.races(without, arguments=ARGUMENTS))
             for place, without in barriers.without_barriers(ttgir)
         }
-        return Measurement(case, numbers, barriers.races(ttgir, case.grid, ARGUMENTS), needed)
+        grid = (2,) if case.phase == "lstm" else case.launch.grid
+        return Measurement(case, numbers, barriers.races(ttgir, grid, ARGUMENTS), needed)
     except barriers.Unchecked as error:
         return Measurement(case, numbers, [f"barriers cannot be checked: {error}"], {})
 
@@ -289,8 +292,10 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
     compute = "float64" if case.dtype == "float64" else "float32"
     bounds = (None, None) if case.variant == "unclipped" else (20.0, 10.0)
     constants: dict[str, Any] = dict(COMPUTE=getattr(tl, compute))
+    num_warps = case.layout.num_warps
     if case.phase != "lstm":
-        constants |= dict(_sizes(*case.shape, case.layout), STRENGTH_OFFSET=1.0)
+        constants |= dict(case.launch.sizes, STRENGTH_OFFSET=1.0)
+        num_warps = case.launch.num_warps
     if case.phase == "lstm":
         kernel = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}[case.direction]
         constants |= dict(H=case.hidden_size, CLIP=bounds[0], BLOCK=BLOCK)
@@ -324,7 +329,7 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
         target=TARGETS[case.target],
         options=compile_options(
             case.layout,
-            getattr(torch, compute),
+            num_warps,
             backward=case.direction == "backward",
             hip=case.target.startswith("gfx"),
         ),

@@ -298,7 +298,7 @@ def address_backward(
 
     Takes in what the tiles left: parts of the gradients by column of the precedence [ROW_BLOCKS, N], and by row
     [COLUMN_BLOCKS, R, N] and by column [ROW_BLOCKS, R, N] of the previous read weights. Of those it writes the heads
-    from `first_head` on, up to `last_head`; and all else if the first is among them. `scratch` is [2, N]. Of an element
+    from `first_head` on, up to `last_head`; and all else if the first is among them. `scratch` is [N]. Of an element
     that has ended (not `runs`) no gradient by the state is written.
     """
     WRITE_STRENGTH: tl.constexpr = R * W + 2 * W + R
@@ -308,20 +308,21 @@ def address_backward(
     allocation_gate = gate(tl.load(interface_ptr + FREE_GATES + R).to(COMPUTE), RAW)
     write_gate = gate(tl.load(interface_ptr + FREE_GATES + R + 1).to(COMPUTE), RAW)
     d_mixed = d_weights * write_gate
-    tl.store(scratch_ptr + N + offs_n, d_mixed * allocation_gate, mask=mask_n)  # by the allocation
+    tl.store(scratch_ptr + offs_n, d_mixed * allocation_gate, mask=mask_n)  # by the allocation
     tl.debug_barrier()  # read below along the free list
 
     # allocation, along the free list: dx_j = −d_j P_j + (Σ_{i>j} d_i a_i) / x_j
     slots, x, x_before = free_slots(new_usage_ptr, free_list_ptr, offs_n, mask_n, COMPUTE)
     product = tl.cumprod(x_before, 0)
-    d_allocation = tl.load(scratch_ptr + N + slots, mask=mask_n, other=0.0)
+    d_allocation = tl.load(scratch_ptr + slots, mask=mask_n, other=0.0)
     # The sum over the later slots: each term from the place before it, so that no sum has to be taken apart again.
     has_next = offs_n < N - 1
     next_slots = tl.load(free_list_ptr + offs_n + 1, mask=has_next, other=0)
-    d_next = tl.load(scratch_ptr + N + next_slots, mask=has_next, other=0.0)
+    d_next = tl.load(scratch_ptr + next_slots, mask=has_next, other=0.0)
     allocation_next = tl.load(allocation_ptr + next_slots, mask=has_next, other=0.0)
     later = tl.cumsum(d_next * allocation_next, 0, reverse=True)
     d_x = later / x - d_allocation * product
+    tl.debug_barrier()  # all have read the scratch that is written again
     tl.store(scratch_ptr + slots, d_x * (1.0 - USAGE_EPSILON), mask=mask_n)
     tl.debug_barrier()
     d_usage = tl.load(scratch_ptr + offs_n, mask=mask_n, other=0.0)

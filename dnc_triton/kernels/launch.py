@@ -179,7 +179,7 @@ def backward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
     batch, slots, word = memory.shape
     rows, columns = triton.cdiv(slots, layout.rows), triton.cdiv(slots, layout.columns)
     blocks = triton.cdiv(slots, piece_sizes(slots, word, num_reads, layout, layout.num_warps)["SLOTS"])
-    by_slot = 1 + 5 * num_reads + columns * (1 + num_reads) + rows * (2 + num_reads)
+    by_slot = 1 + 4 * num_reads + columns * (1 + num_reads) + rows * (2 + num_reads)
     size = by_slot * slots + blocks * (2 + num_reads) * word
     return memory.new_empty((batch, size), dtype=_compute_dtype(memory))
 

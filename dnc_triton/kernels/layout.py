@@ -30,7 +30,7 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a memory of N slots of W numbers, the default one first."""
     block = max(16, 1 << (memory_size - 1).bit_length())
     columns = min(block, 128)
-    split = [Layout(False, min(block, rows), columns, 1) for rows in (32, 16)]
+    split = [Layout(False, 8, columns, 1), Layout(False, 16, columns, 1)]
     if memory_size > 128:
         return [*split, Layout(False, 8, 256, 1)]
     warps = (1, 4) if memory_size <= 16 else (4, 2) if memory_size <= 64 else (8, 4)

@@ -20,34 +20,35 @@ from dnc_triton.kernels.reading import read, read_backward
 
 
 def weight_tiles(layout: Layout) -> dict[str, int]:
-    """The part of a weight that a program multiplies at a time: 32 numbers a thread, a row by one warp."""
-    return {"BLOCK_ROWS": 8 * layout.num_warps, "BLOCK_COLUMNS": 128}
+    """The part of a weight that a program multiplies at a time: 32 numbers a thread."""
+    return {"BLOCK_IN": 16 * layout.num_warps, "BLOCK_OUT": 64}
 
 
 @triton.jit
-def matvec(
-    weight_ptr,
+def product(
     vector_ptr,
-    rows,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    weight_ptr,
+    offs_out,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Some rows [BLOCK_ROWS] of weight [ROWS, COLUMNS] @ vector [COLUMNS].
+    """Some numbers [BLOCK_OUT] of vector [IN] @ weight [IN, OUT], whose rows are STRIDE apart.
 
-    As with autocast, where the weight is narrower than the vector, the vector and the result are rounded to its dtype.
+    A thread adds up numbers of its own columns, so that little is left to add up across threads. As with autocast,
+    where the weight is narrower than the vector, the vector and the result are rounded to its dtype.
     """
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], COMPUTE)
-    for start in range(0, COLUMNS, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
-        mask_columns = columns < COLUMNS
-        vector = rounded(tl.load(vector_ptr + columns, mask=mask_columns, other=0.0).to(COMPUTE), weight_ptr)
-        mask = (rows < ROWS)[:, None] & mask_columns[None, :]
-        weight = tl.load(weight_ptr + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0).to(COMPUTE)
-        total += weight * vector[None, :]
-    return rounded(tl.sum(total, 1), weight_ptr)
+    total = tl.zeros([BLOCK_IN, BLOCK_OUT], COMPUTE)
+    for start in range(0, IN, BLOCK_IN):
+        offs_in = start + tl.arange(0, BLOCK_IN)
+        vector = rounded(tl.load(vector_ptr + offs_in, mask=offs_in < IN, other=0.0).to(COMPUTE), weight_ptr)
+        mask = (offs_in < IN)[:, None] & (offs_out < OUT)[None, :]
+        weight = tl.load(weight_ptr + offs_in[:, None] * STRIDE + offs_out[None, :], mask=mask, other=0.0).to(COMPUTE)
+        total += vector[:, None] * weight
+    return rounded(tl.sum(total, 0), weight_ptr)
 
 
 @triton.jit
@@ -59,14 +60,14 @@ def control(
     new_features_ptr,
     new_cell_ptr,
     interface_ptr,
-    recurrent_ptr,
-    interface_weight_ptr,
+    recurrent_t_ptr,
+    interface_weight_t_ptr,
     interface_bias_ptr,
     H: tl.constexpr,
     F: tl.constexpr,
     S: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
     CLIP: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
@@ -74,15 +75,17 @@ def control(
 
     i, f, g, o = pre + W [h, r];  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
 
-    Pre, from the inputs, and what is left in `gates`, σ(i), σ(f), tanh(g), σ(o), are [4, H].
+    Pre, from the inputs, and what is left in `gates`, σ(i), σ(f), tanh(g), σ(o), are [4, H]. The weights are turned
+    over: [F, 4H], and [H, S] with rows that begin at multiples of four numbers.
     """
-    for start in range(0, H, BLOCK_ROWS):
-        units = start + tl.arange(0, BLOCK_ROWS)
+    PADDED_S: tl.constexpr = (S + 3) // 4 * 4
+    for start in range(0, H, BLOCK_OUT):
+        units = start + tl.arange(0, BLOCK_OUT)
         mask = units < H
-        i = matvec(recurrent_ptr, features_ptr, units, H, F, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
-        f = matvec(recurrent_ptr + H * F, features_ptr, units, H, F, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
-        g = matvec(recurrent_ptr + 2 * H * F, features_ptr, units, H, F, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
-        o = matvec(recurrent_ptr + 3 * H * F, features_ptr, units, H, F, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
+        i = product(features_ptr, recurrent_t_ptr, units, F, H, 4 * H, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        f = product(features_ptr, recurrent_t_ptr + H, units, F, H, 4 * H, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        g = product(features_ptr, recurrent_t_ptr + 2 * H, units, F, H, 4 * H, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        o = product(features_ptr, recurrent_t_ptr + 3 * H, units, F, H, 4 * H, BLOCK_IN, BLOCK_OUT, COMPUTE)
         i = sigmoid(i + tl.load(pre_ptr + units, mask=mask, other=0.0).to(COMPUTE))
         f = sigmoid(f + tl.load(pre_ptr + H + units, mask=mask, other=0.0).to(COMPUTE))
         g = tanh(g + tl.load(pre_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE))
@@ -95,11 +98,11 @@ def control(
         tl.store(new_cell_ptr + units, clipped(cell, CLIP, COMPUTE), mask=mask)
         tl.store(new_features_ptr + units, clipped(o * tanh(cell), CLIP, COMPUTE), mask=mask)
     tl.debug_barrier()  # every row of the interface vector takes all of the hidden vector
-    for start in range(0, S, BLOCK_ROWS):
-        rows = start + tl.arange(0, BLOCK_ROWS)
-        bias = tl.load(interface_bias_ptr + rows, mask=rows < S, other=0.0).to(COMPUTE)
-        asked = matvec(interface_weight_ptr, new_features_ptr, rows, S, H, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
-        tl.store(interface_ptr + rows, asked + bias, mask=rows < S)
+    for start in range(0, S, BLOCK_OUT):
+        places = start + tl.arange(0, BLOCK_OUT)
+        bias = tl.load(interface_bias_ptr + places, mask=places < S, other=0.0).to(COMPUTE)
+        asked = product(new_features_ptr, interface_weight_t_ptr, places, H, S, PADDED_S, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        tl.store(interface_ptr + places, asked + bias, mask=places < S)
 
 
 @triton.jit
@@ -113,15 +116,15 @@ def control_backward(
     d_features_ptr,
     d_cell_ptr,
     d_gates_ptr,
-    recurrent_t_ptr,
-    interface_weight_t_ptr,
+    recurrent_ptr,
+    interface_weight_ptr,
     kept,
     has_sender,
     H: tl.constexpr,
     F: tl.constexpr,
     S: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
     CLIP: tl.constexpr,
     MAX_GRADIENT: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -132,12 +135,11 @@ def control_backward(
     `sent_back` to them, if there was such a step (`has_sender`), and what went to this one, unless it was reset (not
     `kept`).
     """
-    for start in range(0, H, BLOCK_ROWS):
-        units = start + tl.arange(0, BLOCK_ROWS)
+    for start in range(0, H, BLOCK_OUT):
+        units = start + tl.arange(0, BLOCK_OUT)
         mask = units < H
-        d_hidden = matvec(
-            interface_weight_t_ptr, d_interface_ptr, units, H, S, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE
-        ) + tl.load(d_new_features_ptr + units, mask=mask, other=0.0).to(COMPUTE)
+        d_hidden = product(d_interface_ptr, interface_weight_ptr, units, S, H, H, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        d_hidden += tl.load(d_new_features_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         d_cell = tl.load(d_new_cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         i = tl.load(gates_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         f = tl.load(gates_ptr + H + units, mask=mask, other=0.0).to(COMPUTE)
@@ -154,12 +156,12 @@ def control_backward(
         tl.store(d_gates_ptr + 2 * H + units, d_cell * i * (1.0 - g * g), mask=mask)
         tl.store(d_gates_ptr + 3 * H + units, d_hidden * tanh_cell * o * (1.0 - o), mask=mask)
     tl.debug_barrier()  # every feature went to all of the gates
-    for start in range(0, F, BLOCK_ROWS):
-        rows = start + tl.arange(0, BLOCK_ROWS)
-        mask = rows < F
-        d_features = tl.load(d_sent_back_ptr + rows, mask=mask & has_sender, other=0.0).to(COMPUTE)
-        d_recurrent = matvec(recurrent_t_ptr, d_gates_ptr, rows, F, 4 * H, BLOCK_ROWS, BLOCK_COLUMNS, COMPUTE)
-        tl.store(d_features_ptr + rows, d_features + tl.where(kept, d_recurrent, 0.0), mask=mask)
+    for start in range(0, F, BLOCK_OUT):
+        places = start + tl.arange(0, BLOCK_OUT)
+        mask = places < F
+        d_features = tl.load(d_sent_back_ptr + places, mask=mask & has_sender, other=0.0).to(COMPUTE)
+        d_recurrent = product(d_gates_ptr, recurrent_ptr, places, 4 * H, F, F, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        tl.store(d_features_ptr + places, d_features + tl.where(kept, d_recurrent, 0.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["batch", "steps"])
@@ -178,8 +180,8 @@ def sequence_forward_kernel(
     kept_ptr,
     free_list_ptr,
     scratch_ptr,
-    recurrent_ptr,
-    interface_weight_ptr,
+    recurrent_t_ptr,
+    interface_weight_t_ptr,
     interface_bias_ptr,
     lengths_ptr,
     reset_ptr,
@@ -198,8 +200,8 @@ def sequence_forward_kernel(
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
     PLACES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
     STRENGTH_OFFSET: tl.constexpr,
     CLIP: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -240,14 +242,14 @@ def sequence_forward_kernel(
             features_ptr + after * F,
             cells_ptr + after * H,
             step_interface_ptr,
-            recurrent_ptr,
-            interface_weight_ptr,
+            recurrent_t_ptr,
+            interface_weight_t_ptr,
             interface_bias_ptr,
             H,
             F,
             S,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
+            BLOCK_IN,
+            BLOCK_OUT,
             CLIP,
             COMPUTE,
         )
@@ -366,8 +368,8 @@ def sequence_backward_kernel(
     d_read_weights_ptr,
     d_write_weights_ptr,
     scratch_ptr,
-    recurrent_t_ptr,
-    interface_weight_t_ptr,
+    recurrent_ptr,
+    interface_weight_ptr,
     lengths_ptr,
     reset_ptr,
     batch,
@@ -385,8 +387,8 @@ def sequence_backward_kernel(
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
     PLACES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
     STRENGTH_OFFSET: tl.constexpr,
     STOP_USAGE_GRADIENT: tl.constexpr,
     CLIP: tl.constexpr,
@@ -409,13 +411,13 @@ def sequence_backward_kernel(
     PARTS: tl.constexpr = (W + PLACES - 1) // PLACES
     element = tl.program_id(0).to(tl.int64)
     scratch_ptr += element * (
-        (5 * R + (COLUMN_BLOCKS + 1) + COLUMN_BLOCKS * R + ROW_BLOCKS * (2 + R)) * N + SLOT_BLOCKS * (2 + R) * W
+        (4 * R + (COLUMN_BLOCKS + 1) + COLUMN_BLOCKS * R + ROW_BLOCKS * (2 + R)) * N + SLOT_BLOCKS * (2 + R) * W
     )
     d_forward_ptr = scratch_ptr
     d_backward_ptr = d_forward_ptr + R * N
     d_similarity_ptr = d_backward_ptr + R * N
     d_addressing_ptr = d_similarity_ptr + R * N
-    d_write_rows_ptr = d_addressing_ptr + 2 * R * N
+    d_write_rows_ptr = d_addressing_ptr + R * N
     d_read_rows_ptr = d_write_rows_ptr + (COLUMN_BLOCKS + 1) * N
     d_write_columns_ptr = d_read_rows_ptr + COLUMN_BLOCKS * R * N
     d_precedence_columns_ptr = d_write_columns_ptr + ROW_BLOCKS * N
@@ -603,15 +605,15 @@ def sequence_backward_kernel(
             d_features_ptr + d_before * F,
             d_cells_ptr + d_before * H,
             d_gates_ptr + now * 4 * H,
-            recurrent_t_ptr,
-            interface_weight_t_ptr,
+            recurrent_ptr,
+            interface_weight_ptr,
             kept,
             step > 0,
             H,
             F,
             S,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
+            BLOCK_IN,
+            BLOCK_OUT,
             CLIP,
             MAX_GRADIENT,
             COMPUTE,

@@ -294,7 +294,7 @@ def step_backward_kernel(
     d_read_weights_ptr += element * R * N
     d_write_weights_ptr += element * N
     scratch_ptr += element * (
-        (5 * R + (COLUMN_BLOCKS + 1) + COLUMN_BLOCKS * R + ROW_BLOCKS * (2 + R)) * N + SLOT_BLOCKS * (2 + R) * W
+        (4 * R + (COLUMN_BLOCKS + 1) + COLUMN_BLOCKS * R + ROW_BLOCKS * (2 + R)) * N + SLOT_BLOCKS * (2 + R) * W
     )
     allocation_ptr = kept_ptr
     write_similarity_ptr = kept_ptr + N
@@ -306,7 +306,7 @@ def step_backward_kernel(
     d_backward_ptr = d_forward_ptr + R * N
     d_similarity_ptr = d_backward_ptr + R * N
     d_addressing_ptr = d_similarity_ptr + R * N
-    d_write_rows_ptr = d_addressing_ptr + 2 * R * N
+    d_write_rows_ptr = d_addressing_ptr + R * N
     d_read_rows_ptr = d_write_rows_ptr + (COLUMN_BLOCKS + 1) * N
     d_write_columns_ptr = d_read_rows_ptr + COLUMN_BLOCKS * R * N
     d_precedence_columns_ptr = d_write_columns_ptr + ROW_BLOCKS * N
@@ -476,7 +476,7 @@ def step_backward_kernel(
                 d_precedence_columns_ptr,
                 d_read_rows_ptr,
                 d_read_columns_ptr,
-                d_addressing_ptr + (0 if PHASE == WHOLE else (first - PARTS) * 2 * N),
+                d_addressing_ptr + (0 if PHASE == WHOLE else (first - PARTS) * N),
                 runs,
                 N,
                 W,

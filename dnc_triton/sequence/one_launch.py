@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
@@ -238,8 +239,8 @@ class OneLaunchSequence:
             pre.contiguous(),
             *self.history,
             forward_scratch(self.history.memory[0], self.reads, self._layout),
-            self.recurrent.weight,
-            self.interface.weight.contiguous(),
+            self.recurrent.weight.T.contiguous(),
+            F.pad(self.interface.weight, (0, 0, 0, -len(self.interface_bias) % 4)).T.contiguous(),
             self.interface_bias,
             **self._arguments(backward=False),
         )
@@ -256,8 +257,8 @@ class OneLaunchSequence:
             *others,
             *gradients,
             backward_scratch(self.history.memory[0], self.reads, self._layout),
-            self.recurrent.weight.T.contiguous(),
-            self.interface.weight.T.contiguous(),
+            self.recurrent.weight,
+            self.interface.weight.contiguous(),
             **self._arguments(backward=True),
             STOP_USAGE_GRADIENT=self.settings.stop_usage_gradient,
             MAX_GRADIENT=self.settings.max_activation_gradient,
