@@ -76,7 +76,9 @@ class Cell:
         """What the layer above is given: the hidden vector before it is clipped, [B, H]."""
         return new[0] if self.clip is None else self.unclipped[0][step]
 
-    def backward(self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor) -> None:
+    def backward(
+        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None = None
+    ) -> None:
         """The adjoint of one step.
 
         Args:
@@ -84,14 +86,37 @@ class Cell:
             d: gradients by the new state, the hidden vector first; when this returns, by the state before.
             d_above: by what the layer above was given, if there is one.
             d_below: [B, ·], where the gradient by what comes from below goes.
+            addend: [B, ·], what is added to that, or None.
         """
         d_hidden = self._unclip(step, d, d_above)
         torch.mul(d_hidden, self.by[step], out=self.d_pre_steps[step])
-        self.below.backward(self.d_pre_steps[step], d_below)
+        self.below.backward(self.d_pre_steps[step], d_below, addend)
         if self.recurrent is None:
             d_hidden.zero_()
         else:
             self.recurrent.backward(self.d_pre_steps[step], d_hidden)
+
+    def backward_highest(
+        self,
+        step: int,
+        d: list[Tensor],
+        d_out: Tensor,
+        interface: Product,
+        d_vectors: Tensor,
+        d_below: Tensor,
+        addend: Tensor | None = None,
+    ) -> None:
+        """The adjoint of one step of the highest layer, whose hidden vector output and interface vector are made from.
+
+        Args:
+            step, d, d_below, addend: as in `backward`.
+            d_out: by the hidden vector as the output has it, [B, H].
+            interface: the product that makes interface vectors.
+            d_vectors: by these, [B, S].
+        """
+        d[0].add_(d_out)
+        interface.add_backward(d_vectors, d[0])
+        self.backward(step, d, None, d_below, addend)
 
     def _gates(self, step: int, below: Tensor, prev: list[Tensor]) -> Tensor:
         gates = self.pre[step]
@@ -166,14 +191,16 @@ class LSTM(Cell):
         self.forget = f.unbind(0)
         self.d_gates = self.d_pre.unflatten(-1, (4, -1)).unbind(0)
 
-    def backward(self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor) -> None:
+    def backward(
+        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None = None
+    ) -> None:
         d_hidden, d_cell = self._unclip(step, d, d_above), d[1]
         by, d_gates = self.by[step], self.d_gates[step]
         d_cell.addcmul_(d_hidden, self.by_cell[step])
         torch.mul(d_cell.unsqueeze(1), by[:, :3], out=d_gates[:, :3])
         torch.mul(d_hidden, by[:, 3], out=d_gates[:, 3])
         d_cell.mul_(self.forget[step])
-        self.below.backward(self.d_pre_steps[step], d_below)
+        self.below.backward(self.d_pre_steps[step], d_below, addend)
         assert self.recurrent is not None
         self.recurrent.backward(self.d_pre_steps[step], d_hidden)
 
@@ -219,11 +246,13 @@ class GRU(Cell):
         self.reset, self.update = r.unbind(0), z.unbind(0)
         self.d_gates = self.d_pre.unflatten(-1, (3, -1)).unbind(0)
 
-    def backward(self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor) -> None:
+    def backward(
+        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None = None
+    ) -> None:
         d_hidden = self._unclip(step, d, d_above)
         assert self.recurrent is not None
         torch.mul(d_hidden.unsqueeze(1), self.by[step], out=self.d_gates[step])
-        self.below.backward(self.d_pre_steps[step], d_below)
+        self.below.backward(self.d_pre_steps[step], d_below, addend)
         d_from_hidden = self.d_hidden_steps[step].copy_(self.d_pre_steps[step])
         d_from_hidden[:, 2 * self.hidden_size :].mul_(self.reset[step])
         kept = d_hidden * self.update[step]

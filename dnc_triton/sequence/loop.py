@@ -188,21 +188,27 @@ class Sequence:
         usage, _, read_weights, write_weights, _ = before.carried
         self.memory.begin_backward(usage, read_weights, write_weights, self.d_vectors)
         self.d_below = torch.empty_like(before.layers[0][0][0])
+        # A step adds what comes from the output to the words before it, unless rows are still to be put back after it.
+        self.adds_ahead = self.below[0].small and self.running is None and self.reset is None
         for cell, layer_before in zip(self.cells, before.layers, strict=True):
             cell.begin_backward(layer_before)
 
     def _backward_step(self, step: int, d: Carried) -> Carried:
         """From the gradient by the state after a step, which is overwritten, to that by the state before it."""
         before, after = self._before(step), self._after(step)
-        d.words.add_(self.d_words_out[step])
+        if not self.adds_ahead or step == self.steps - 1:
+            d.words.add_(self.d_words_out[step])
         d = d._replace(memory=self.memory.backward(step, before.memory, after.memory, d.words, d.memory))
-        d.layers[-1][0].add_(self.d_hidden_out[step])
-        self.interface.add_backward(self.d_vectors[step], d.layers[-1][0])
         d_above = None
         for layer in reversed(range(self.settings.num_layers)):
             cell = self.cells[layer]
             d_below = self.d_below if layer else d.words.flatten(1)
-            cell.backward(step, d.layers[layer], d_above, d_below)
+            ahead = self.d_words_out[step - 1] if self.adds_ahead and layer == 0 and step else None
+            if layer == self.settings.num_layers - 1:
+                given = self.d_hidden_out[step], self.interface, self.d_vectors[step]
+                cell.backward_highest(step, d.layers[layer], *given, d_below, ahead)
+            else:
+                cell.backward(step, d.layers[layer], d_above, d_below, ahead)
             d_above = d_below.mul_(self.dropout[layer - 1][step]) if layer and self.dropout else d_below
         own = d.flatten()[self.by_kernel :]
         if self.stops[step]:
@@ -219,19 +225,30 @@ class Sequence:
         remaining = list(parameters)
         self.below: list[Product] = []
         self.recurrent: list[Product | None] = []
+        by_step = self._product_by_step(parameters, input_size)
         self.biases: list[list[Tensor]] = []
         for layer in range(self.settings.num_layers):
             weight = remaining.pop(0)
             if layer == 0:
                 self.from_inputs = Product(weight[:, :input_size], dtype)
                 weight = weight[:, input_size:]
-            self.below.append(Product(weight, dtype))
-            self.recurrent.append(Product(remaining.pop(0), dtype) if recurs else None)
+            self.below.append(by_step(weight, dtype))
+            self.recurrent.append(by_step(remaining.pop(0), dtype) if recurs else None)
             self.biases.append([remaining.pop(0) for _ in range(2 if recurs else 1)])
         interface_weight, self.interface_bias, output_weight, self.output_bias = remaining
-        self.interface = Product(interface_weight, dtype)
+        self.interface = by_step(interface_weight, dtype)
         self.from_hidden = Product(output_weight[:, : interface_weight.shape[1]], dtype)
         self.from_words = Product(output_weight[:, interface_weight.shape[1] :], dtype)
+
+    def _product_by_step(self, parameters: list[Tensor], input_size: int) -> type[Product]:
+        """What makes the products of a step: by kernels of our own where the memory's part is, and the batch small."""
+        if self.settings.layout is None:
+            return Product
+        from dnc_triton.sequence.small_product import SmallProduct, is_small
+
+        recurs = self.settings.cell.states > 0
+        together = [parameters[0][:, input_size:], *(parameters[1:2] if recurs else [])]
+        return SmallProduct if is_small(self.batch, *together, dtype=self.settings.product_dtype) else Product
 
     def _make_cells(self) -> list[Cell]:
         settings, history = self.settings, self.history

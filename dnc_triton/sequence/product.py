@@ -14,6 +14,8 @@ class Product:
         dtype: of the multiplication.
     """
 
+    small = False  # whether it is a `SmallProduct`
+
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.narrow, self.dtype = weight.dtype != dtype, dtype
         self.weight = weight.to(dtype)
@@ -28,9 +30,11 @@ class Product:
             return torch.add(base, x.to(self.dtype) @ self.weight.T, out=out)
         return torch.addmm(base, x, self.weight.T, out=out)
 
-    def backward(self, d_product: Tensor, out: Tensor) -> None:
-        """out = d_product weight, the gradient by x; d_product [B, O]."""
-        if self.narrow:
+    def backward(self, d_product: Tensor, out: Tensor, addend: Tensor | None = None) -> None:
+        """out = d_product weight, the gradient by x, and an addend [B, I]; d_product [B, O]."""
+        if addend is not None:
+            self.add_backward(d_product, out.copy_(addend))
+        elif self.narrow:
             out.copy_(d_product.to(self.dtype) @ self.weight)
         else:
             torch.mm(d_product, self.weight, out=out)

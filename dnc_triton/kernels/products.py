@@ -1,0 +1,422 @@
+"""Products with weights for a small batch, and what an LSTM does around them, in one launch each.
+
+For a few rows a library's product is bound by its own set-up, and an LSTM's step is five of them. Here a program holds
+a few rows of a weight in registers, lanes along the sum, and goes through the batch with them: a weight is read once
+for BATCH rows of it. Sums are of one warp and in an order that hangs on the weight's sizes alone, so a row of the batch
+comes out to the same bits in whatever batch it stands. Nothing is rounded to fewer bits than the tensors have.
+
+Weights are packed before the loop over the steps (`pack`): rows of whole blocks, filled up with zeros, each at a
+multiple of 16 bytes, whatever slice of a parameter they were.
+"""
+
+# Device functions grow tuples, as the only kind of list that Triton has: without unpacking, and of any length.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dnc_triton.kernels.common import clipped, d_clipped, sigmoid, tanh
+from dnc_triton.kernels.launch import _COMPUTE
+
+
+class Tiles(NamedTuple):
+    """How a product is cut up. All but `block` leaves every sum as it is, as long as there is one warp.
+
+    Attributes:
+        rows: of the weight, or units of the LSTM, in a program: a divisor of `ROWS`.
+        block: entries of a sum at a time, at most; a power of two.
+        batch: rows of the batch in a program, at most; a power of two.
+        at_once: of those, how many are loaded together, at most; a power of two.
+        num_warps: of a program. With more than one, sums go through shared memory.
+    """
+
+    rows: int
+    block: int
+    batch: int
+    at_once: int
+    num_warps: int = 1
+
+
+ROWS = 8  # packed weights have a multiple of so many
+LANES = 32  # of a warp, for which packed weights are laid out; with another number they are as right
+PRODUCT = Tiles(rows=2, block=1024, batch=16, at_once=2)
+LSTM_FORWARD = Tiles(rows=1, block=256, batch=8, at_once=4)
+LSTM_BACKWARD = Tiles(rows=1, block=512, batch=8, at_once=4)
+
+
+@triton.jit
+def add_products(
+    totals,
+    first_ptr,
+    second_ptr,
+    weight_ptr,
+    batch,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BATCH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """totals + [first second] weightᵀ: for each of COUNT packed rows of the weight [BATCH], as a tuple.
+
+    `first` [B, FIRST] and `second` [B, SECOND] or None are contiguous. The batch's rows are those of program axis 1.
+    """
+    start = tl.program_id(1) * BATCH
+    offs_b = tl.arange(0, BATCH)
+    LONGER: tl.constexpr = FIRST if FIRST > SECOND else SECOND
+    CHUNKS: tl.constexpr = (LONGER + BLOCK - 1) // BLOCK
+    PARTS: tl.constexpr = 1 if second_ptr is None else 2
+    VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    for chunk in range(CHUNKS):
+        in_block = tl.arange(0, BLOCK)
+        weights = ()
+        for row in tl.static_range(COUNT):
+            tile_ptr = weight_ptr + (row * CHUNKS + chunk) * PARTS * BLOCK + in_block
+            weights = weights + (load_both(tile_ptr, tile_ptr + BLOCK if PARTS == 2 else None, True, True),)
+        if FIRST % VECTOR != 0 or SECOND % VECTOR != 0:  # as `pack` has it
+            PIECE: tl.constexpr = 32 * VECTOR
+            in_block = in_block // PIECE * PIECE + in_block % VECTOR * 32 + in_block % PIECE // VECTOR
+        offs_k = chunk * BLOCK + in_block
+        for b in range(0, tl.minimum(BATCH, batch - start), AT_ONCE):
+            # All loads before any sum: they are waited for together.
+            given = ()
+            for i in tl.static_range(AT_ONCE):
+                at = tl.minimum(start + b + i, batch - 1)
+                second_row_ptr = second_ptr + at * SECOND + offs_k if PARTS == 2 else None
+                row_ptr = first_ptr + at * FIRST + offs_k
+                given = given + (load_both(row_ptr, second_row_ptr, offs_k < FIRST, offs_k < SECOND),)
+            for i in tl.static_range(AT_ONCE):
+                added = ()
+                for row in tl.static_range(COUNT):
+                    total = totals[row]
+                    added = added + (tl.where(offs_b == b + i, total + tl.sum(given[i] * weights[row]), total),)
+                totals = added
+    return totals
+
+
+@triton.jit
+def load_both(first_ptr, second_ptr, first_mask, second_mask):
+    """What stands at the first pointers [BLOCK] or, with second ones, at either, [BLOCK, 2], zeros where masked out."""
+    first = tl.load(first_ptr, mask=first_mask, other=0.0)
+    if second_ptr is not None:
+        first = tl.join(first, tl.load(second_ptr, mask=second_mask, other=0.0))
+    return first
+
+
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["addend_ptr"])
+def product_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    addend_ptr,
+    out_ptr,
+    second_out_ptr,
+    batch,
+    K: tl.constexpr,
+    OUT: tl.constexpr,
+    SECOND_OUT: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BATCH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Grid: (rows of the weight, batch), both in blocks. x [B, K] → [out second_out], [B, OUT] and [B, SECOND_OUT].
+
+    To `out` a bias [OUT] is added and an addend [B, OUT], or what stands there: all of them may not be there.
+    """
+    first_row = tl.program_id(0) * ROWS
+    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    totals = ()
+    for row in tl.static_range(ROWS):
+        at = first_row + row
+        mask = (rows < batch) & (at < OUT)
+        total = tl.zeros([BATCH], out_ptr.dtype.element_ty)
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + at, mask=at < OUT, other=0.0)
+        if addend_ptr is not None:
+            total += tl.load(addend_ptr + rows * OUT + at, mask=mask, other=0.0)
+        if ADD:
+            total += tl.load(out_ptr + rows * OUT + at, mask=mask, other=0.0)
+        totals = totals + (total,)
+    CHUNKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    weight_ptr += first_row * CHUNKS * BLOCK
+    totals = add_products(totals, x_ptr, None, weight_ptr, batch, K, 0, ROWS, BLOCK, BATCH, AT_ONCE)
+    for row in tl.static_range(ROWS):
+        at = first_row + row
+        tl.store(out_ptr + rows * OUT + at, totals[row], mask=(rows < batch) & (at < OUT))
+        if second_out_ptr is not None:
+            at -= OUT
+            mask = (rows < batch) & (at >= 0) & (at < SECOND_OUT)
+            tl.store(second_out_ptr + rows * SECOND_OUT + at, totals[row], mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def lstm_product_forward_kernel(
+    below_ptr,
+    hidden_ptr,
+    weight_ptr,
+    gates_ptr,
+    cell_ptr,
+    new_hidden_ptr,
+    new_cell_ptr,
+    unclipped_ptr,
+    batch,
+    BELOW: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BATCH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    CLIP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Grid: (hidden units, batch), both in blocks. What `lstm_forward_kernel` does, with the products before it.
+
+    Gates [B, 4H] hold what was added up before. The weight's rows are the four gates of each unit in turn.
+    """
+    first_unit = tl.program_id(0) * ROWS
+    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    totals = ()
+    for row in tl.static_range(4 * ROWS):
+        unit = first_unit + row // 4
+        at = rows * (4 * H) + row % 4 * H + unit
+        totals = totals + (tl.load(gates_ptr + at, mask=(rows < batch) & (unit < H), other=0.0),)
+    prev_cells = ()
+    for row in tl.static_range(ROWS):
+        unit = first_unit + row
+        mask = (rows < batch) & (unit < H)
+        prev_cells = prev_cells + (tl.load(cell_ptr + rows * H + unit, mask=mask, other=0.0),)
+    LONGER: tl.constexpr = BELOW if BELOW > H else H
+    CHUNKS: tl.constexpr = (LONGER + BLOCK - 1) // BLOCK
+    weight_ptr += first_unit * 4 * CHUNKS * 2 * BLOCK
+    totals = add_products(totals, below_ptr, hidden_ptr, weight_ptr, batch, BELOW, H, 4 * ROWS, BLOCK, BATCH, AT_ONCE)
+    for row in tl.static_range(ROWS):
+        unit = first_unit + row
+        mask = (rows < batch) & (unit < H)
+        i, f = sigmoid(totals[4 * row]), sigmoid(totals[4 * row + 1])
+        g, o = tanh(totals[4 * row + 2]), sigmoid(totals[4 * row + 3])
+        gate_ptr = gates_ptr + rows * (4 * H) + unit
+        tl.store(gate_ptr, i, mask=mask)
+        tl.store(gate_ptr + H, f, mask=mask)
+        tl.store(gate_ptr + 2 * H, g, mask=mask)
+        tl.store(gate_ptr + 3 * H, o, mask=mask)
+        at = rows * H + unit
+        cell = f * prev_cells[row] + i * g
+        hidden = o * tanh(cell)
+        tl.store(new_cell_ptr + at, clipped(cell, CLIP, COMPUTE), mask=mask)
+        tl.store(new_hidden_ptr + at, clipped(hidden, CLIP, COMPUTE), mask=mask)
+        if unclipped_ptr is not None:
+            tl.store(unclipped_ptr + at, hidden, mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["d_out_ptr"])
+def lstm_product_backward_kernel(
+    d_vectors_ptr,
+    weight_ptr,
+    gates_ptr,
+    cell_ptr,
+    d_hidden_ptr,
+    d_out_ptr,
+    d_cell_ptr,
+    d_gates_ptr,
+    batch,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BATCH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    CLIP: tl.constexpr,
+    MAX_GRADIENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Grid: as forward. What `lstm_backward_kernel` does for the highest layer, with the product before it.
+
+    The gradient by the new hidden vector is that of the state, of the output (`d_out`) and of the interface vector.
+    """
+    first_unit = tl.program_id(0) * ROWS
+    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    # All that is loaded is loaded before the product, and waited for together with its weights.
+    totals, gates, cells, d_cells = (), (), (), ()
+    for row in tl.static_range(ROWS):
+        unit = first_unit + row
+        mask = (rows < batch) & (unit < H)
+        at = rows * H + unit
+        total = tl.load(d_hidden_ptr + at, mask=mask, other=0.0)
+        totals = totals + (total + tl.load(d_out_ptr + at, mask=mask, other=0.0),)
+        for gate in tl.static_range(4):
+            at_gate = rows * (4 * H) + gate * H + unit
+            gates = gates + (tl.load(gates_ptr + at_gate, mask=mask, other=0.0),)
+        cells = cells + (tl.load(cell_ptr + at, mask=mask, other=0.0),)
+        d_cells = d_cells + (tl.load(d_cell_ptr + at, mask=mask, other=0.0),)
+    CHUNKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    weight_ptr += first_unit * CHUNKS * BLOCK
+    totals = add_products(totals, d_vectors_ptr, None, weight_ptr, batch, K, 0, ROWS, BLOCK, BATCH, AT_ONCE)
+    for row in tl.static_range(ROWS):
+        unit = first_unit + row
+        mask = (rows < batch) & (unit < H)
+        at, at_gates = rows * H + unit, rows * (4 * H) + unit
+        i, f, g, o = gates[4 * row], gates[4 * row + 1], gates[4 * row + 2], gates[4 * row + 3]
+        prev_cell = cells[row]
+        cell = f * prev_cell + i * g
+        tanh_cell = tanh(cell)
+        d_hidden = clipped(d_clipped(totals[row], o * tanh_cell, CLIP, COMPUTE), MAX_GRADIENT, COMPUTE)
+        d_cell = d_clipped(d_cells[row], cell, CLIP, COMPUTE)
+        d_cell += d_hidden * o * (1.0 - tanh_cell * tanh_cell)
+        tl.store(d_gates_ptr + at_gates, d_cell * g * i * (1.0 - i), mask=mask)
+        tl.store(d_gates_ptr + at_gates + H, d_cell * prev_cell * f * (1.0 - f), mask=mask)
+        tl.store(d_gates_ptr + at_gates + 2 * H, d_cell * i * (1.0 - g * g), mask=mask)
+        tl.store(d_gates_ptr + at_gates + 3 * H, d_hidden * tanh_cell * o * (1.0 - o), mask=mask)
+        tl.store(d_cell_ptr + at, d_cell * f, mask=mask)
+
+
+def pack(*weights: Tensor, most: int, multiple: int = ROWS) -> Tensor:
+    """Weights of the same rows, side by side, as the kernels want them.
+
+    Args:
+        weights: [O, ·] each, of any strides.
+        most: entries of a block, see `Tiles.block`.
+        multiple: of what the number of rows is made one.
+
+    Returns:
+        [O', C, len(weights), block], C blocks of each row of each weight; O' is O rounded up. Where what they are
+        multiplied with begins anywhere, and is loaded entry by entry, the entries that one lane has are side by side.
+    """
+    longest, vector = max(weight.shape[1] for weight in weights), 16 // weights[0].itemsize
+    block = min(most, max(LANES * vector, triton.next_power_of_2(longest)))
+    chunks, more = triton.cdiv(longest, block), -len(weights[0]) % multiple
+    padded = [F.pad(weight, (0, chunks * block - weight.shape[1], 0, more)) for weight in weights]
+    packed = torch.stack([weight.unflatten(1, (chunks, block)) for weight in padded], 2)
+    if any(weight.shape[1] % vector for weight in weights):
+        packed = packed.unflatten(3, (-1, vector, LANES)).transpose(4, 5).flatten(3)
+    return packed.contiguous()
+
+
+def pack_gates(below: Tensor, recurrent: Tensor, *, tiles: Tiles = LSTM_FORWARD) -> Tensor:
+    """Both weights of an LSTM, [4H, ·] and [4H, H], the four gates of each unit one after the other."""
+    by_unit = [weight.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1) for weight in (below, recurrent)]
+    return pack(*by_unit, most=tiles.block, multiple=4 * ROWS)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    second_out: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    add: bool = False,
+    tiles: Tiles = PRODUCT,
+) -> None:
+    """[out second_out] = x weightᵀ; to `out` are added a bias, an addend, or with `add` what stands there.
+
+    Args:
+        x: [B, K], contiguous as all others.
+        weight: as `pack` makes it of [O, K].
+        out, second_out: [B, ·] and [B, ·] or None, together of O columns.
+        bias, addend: [·], [B, ·] or None.
+        tiles: how to cut it up.
+    """
+    size = out.shape[1]
+    second = 0 if second_out is None else second_out.shape[1]
+    if grid := _grid(size + second, len(x), tiles):
+        product_kernel[grid](
+            x, weight, bias, addend, out, second_out, len(x),
+            K=x.shape[1], OUT=size, SECOND_OUT=second, ADD=add, **_constants(weight, len(x), tiles),
+        )  # fmt: skip
+
+
+def lstm_product_forward(
+    below: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    gates: Tensor,
+    cell: Tensor,
+    new_hidden: Tensor,
+    new_cell: Tensor,
+    unclipped: Tensor | None,
+    clip: float | None,
+    *,
+    tiles: Tiles = LSTM_FORWARD,
+) -> None:
+    """A step of an LSTM: as `lstm_forward`, which is given the gates with all products; all contiguous.
+
+    Args:
+        below, hidden: what the products are with, [B, ·] and [B, H].
+        weight: as `pack_gates` makes it.
+        gates: [B, 4H], what else is added up; activated when this returns.
+        cell, new_hidden, new_cell, unclipped, clip: as there.
+        tiles: how to cut it up.
+    """
+    batch, size = cell.shape
+    if grid := _grid(size, batch, tiles):
+        lstm_product_forward_kernel[grid](
+            below, hidden, weight, gates, cell, new_hidden, new_cell, unclipped, batch,
+            BELOW=below.shape[1], H=size, CLIP=clip, COMPUTE=_COMPUTE[cell.dtype], **_constants(weight, batch, tiles),
+        )  # fmt: skip
+
+
+def lstm_product_backward(
+    d_vectors: Tensor,
+    weight: Tensor,
+    gates: Tensor,
+    cell: Tensor,
+    d_hidden: Tensor,
+    d_out: Tensor,
+    d_cell: Tensor,
+    d_gates: Tensor,
+    clip: float | None,
+    max_gradient: float | None,
+    *,
+    tiles: Tiles = LSTM_BACKWARD,
+) -> None:
+    """The adjoint of the highest layer's step: as `lstm_backward`, where the hidden vector's gradient is three parts.
+
+    Args:
+        d_vectors: by the interface vector, [B, S].
+        weight: of the interface, [S, H], as `pack` makes it of its transpose.
+        d_hidden, d_out: by the hidden vector as the state and as the output have it, [B, H]; neither is changed.
+        gates, cell, d_cell, d_gates, clip, max_gradient: as there.
+        tiles: how to cut it up.
+    """
+    batch, size = cell.shape
+    if grid := _grid(size, batch, tiles):
+        lstm_product_backward_kernel[grid](
+            d_vectors, weight, gates, cell, d_hidden, d_out, d_cell, d_gates, batch,
+            K=d_vectors.shape[1], H=size, CLIP=clip, MAX_GRADIENT=max_gradient, COMPUTE=_COMPUTE[cell.dtype],
+            **_constants(weight, batch, tiles),
+        )  # fmt: skip
+
+
+def _grid(rows: int, batch: int, tiles: Tiles) -> tuple[int, int] | None:
+    """None where there is nothing to do."""
+    if rows == 0 or batch == 0:
+        return None
+    return triton.cdiv(rows, tiles.rows), triton.cdiv(batch, _batch(batch, tiles))
+
+
+def _batch(batch: int, tiles: Tiles) -> int:
+    """Rows of the batch in a program."""
+    return min(tiles.batch, triton.next_power_of_2(batch))
+
+
+def _constants(weight: Tensor, batch: int, tiles: Tiles) -> dict[str, Any]:
+    block = _batch(batch, tiles)
+    return {
+        "ROWS": tiles.rows,
+        "BLOCK": weight.shape[-1],
+        "BATCH": block,
+        "AT_ONCE": min(tiles.at_once, block),
+        "num_warps": tiles.num_warps,
+    }
