@@ -151,6 +151,8 @@ def product_kernel(
     CHUNKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     weight_ptr += first_row * CHUNKS * BLOCK
     totals = add_products(totals, x_ptr, None, weight_ptr, batch, K, 0, ROWS, BLOCK, BATCH, AT_ONCE)
+    if ADD:
+        tl.debug_barrier()  # what is written over was read by other threads as well: there may be more than rows
     for row in tl.static_range(ROWS):
         at = first_row + row
         tl.store(out_ptr + rows * OUT + at, totals[row], mask=(rows < batch) & (at < OUT))
@@ -200,6 +202,7 @@ def lstm_product_forward_kernel(
     CHUNKS: tl.constexpr = (LONGER + BLOCK - 1) // BLOCK
     weight_ptr += first_unit * 4 * CHUNKS * 2 * BLOCK
     totals = add_products(totals, below_ptr, hidden_ptr, weight_ptr, batch, BELOW, H, 4 * ROWS, BLOCK, BATCH, AT_ONCE)
+    tl.debug_barrier()  # see `product_kernel`
     for row in tl.static_range(ROWS):
         unit = first_unit + row
         mask = (rows < batch) & (unit < H)
@@ -262,6 +265,7 @@ def lstm_product_backward_kernel(
     CHUNKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     weight_ptr += first_unit * CHUNKS * BLOCK
     totals = add_products(totals, d_vectors_ptr, None, weight_ptr, batch, K, 0, ROWS, BLOCK, BATCH, AT_ONCE)
+    tl.debug_barrier()  # see `product_kernel`
     for row in tl.static_range(ROWS):
         unit = first_unit + row
         mask = (rows < batch) & (unit < H)

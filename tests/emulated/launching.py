@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from dnc_triton.kernels import launch, lstm, sequence
+from dnc_triton.kernels import launch, lstm, products, sequence
 
 HOPPER = GPUTarget("cuda", 90, ptx.WARP)
 TYPES = {
@@ -119,7 +119,7 @@ class Poisoned(TorchFunctionMode):
 def emulating() -> Iterator[None]:
     """The project's kernels, launched within, run in the emulator."""
     with pytest.MonkeyPatch.context() as patched, Poisoned():
-        for module in (launch, lstm, sequence):
+        for module in (launch, lstm, products, sequence):
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel"):
                     patched.setattr(module, name, Emulated(kernel))

@@ -6,6 +6,7 @@ import fuzz
 import pytest
 import test_kernel_goldens
 import test_kernel_parity
+import test_kernel_products
 import torch
 from helpers import load_golden
 from parity import Case
@@ -17,6 +18,7 @@ from test_kernel_parity import (
     test_sixteen_bits_are_for_storage,
     test_stopped_usage_gradient,
 )
+from test_kernel_products import test_a_sum_of_several_blocks, test_the_cut_changes_no_sum
 from test_kernel_rows import (
     test_a_nan_is_not_lost,
     test_a_nan_stays_in_its_row,
@@ -48,6 +50,16 @@ def test_memory_step(name: str, dtype: torch.dtype, backend: str, device: torch.
 @pytest.mark.parametrize("case", PARITY.values(), ids=str)
 def test_parity(case: Case, device: torch.device) -> None:
     test_kernel_parity.test_parity(case, device)
+
+
+@pytest.mark.parametrize("dtype", test_kernel_products.TOLERANCE, ids=str)
+@pytest.mark.parametrize("sizes", [(5, 33, 4, 3), (4, 3, 260, 5)], ids=str)
+def test_products(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    test_kernel_products.test_parity(sizes, dtype, device)
+
+
+def test_products_of_a_row_alone(device: torch.device) -> None:
+    test_kernel_products.test_a_row_alone_is_the_row_in_a_batch((2, 19, 13, 3), device)
 
 
 def test_random_problems() -> None:

@@ -1,0 +1,222 @@
+"""The products of a controller's step at a small batch: by themselves against plain PyTorch, and within the layer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import assert_close, assert_same_bits
+from test_kernel_layer import CLOSE, LAYERS, OTHER_LAYERS, make, make_inputs, run, start
+from torch import Tensor
+
+from dnc_triton.kernels import products
+from dnc_triton.kernels.products import (
+    LSTM_BACKWARD,
+    LSTM_FORWARD,
+    PRODUCT,
+    Tiles,
+    lstm_product_backward,
+    lstm_product_forward,
+    pack,
+    pack_gates,
+    product,
+)
+from dnc_triton.sequence import small_product
+from dnc_triton.sequence.product import Product
+from dnc_triton.sequence.small_product import SmallProduct, is_small
+
+TOLERANCE = {torch.float32: dict(rtol=2e-6, atol=1e-6), torch.float64: dict(rtol=1e-14, atol=1e-15)}
+# Hidden units, batch, what comes from below, interface vector; the sizes of sums with and without whole vectors, of one
+# block and of several, batches of one program and of several.
+SIZES = [(1, 1, 1, 5), (5, 33, 4, 3), (4, 3, 260, 5), (64, 1, 64, 23), (100, 1, 9, 13), (2, 16, 517, 3)]
+
+
+class Problem(NamedTuple):
+    """An LSTM's step and its gradients, as drawn. Weights are slices, of odd strides."""
+
+    below_weight: Tensor
+    recurrent_weight: Tensor
+    interface_weight: Tensor
+    bias: Tensor
+    below: Tensor
+    hidden: Tensor
+    cell: Tensor
+    pre: Tensor
+    d_vectors: Tensor
+    d_hidden: Tensor
+    d_out: Tensor
+    d_cell: Tensor
+
+
+def draw(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Problem:
+    size, batch, below, vector = sizes
+    generator = torch.Generator().manual_seed(size)
+    shapes = [(4 * size, below + 3), (4 * size, size), (vector, size), (vector,)]
+    shapes += [(batch, columns) for columns in (below, size, size, 4 * size, vector, size, size, size)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    tensors = [(x / 4 if index < 3 else x).to(device, dtype) for index, x in enumerate(tensors)]
+    return Problem(tensors[0][:, 3:], *tensors[1:])
+
+
+def expected(given: Problem, clip: float | None, max_gradient: float | None) -> dict[str, Tensor]:
+    """In float64, gradients by autograd. The cell before is a leaf, and so are the gates before their activation."""
+    given = Problem(*(x.double() for x in given))
+    raw = given.pre + given.below @ given.below_weight.T + given.hidden @ given.recurrent_weight.T
+    raw, cell = raw.requires_grad_(), given.cell.requires_grad_()
+    i, f, g, o = raw.chunk(4, 1)
+    gates = torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)
+    i, f, g, o = gates.chunk(4, 1)
+    new_cell = f * cell + i * g
+    unclipped = o * new_cell.tanh()
+    hidden, kept = (x if clip is None else x.clamp(-clip, clip) for x in (unclipped, new_cell))
+    d_hidden = given.d_hidden + given.d_out + given.d_vectors @ given.interface_weight
+    (d_unclipped,) = torch.autograd.grad(hidden, unclipped, d_hidden, retain_graph=True)
+    if max_gradient is not None:
+        d_unclipped = d_unclipped.clamp(-max_gradient, max_gradient)
+    d_gates, d_cell = torch.autograd.grad((unclipped, kept), (raw, cell), (d_unclipped, given.d_cell))
+    results = {"gates": gates, "hidden": hidden, "cell": kept, "unclipped": unclipped}
+    results |= {"vectors": given.bias + hidden @ given.interface_weight.T, "d_gates": d_gates, "d_cell": d_cell}
+    results["d_below"], results["d_before"] = d_gates @ given.below_weight, d_gates @ given.recurrent_weight
+    return {name: x.detach() for name, x in results.items()}
+
+
+def outcome(
+    given: Problem,
+    clip: float | None = None,
+    max_gradient: float | None = None,
+    tiles: tuple[Tiles, Tiles, Tiles] = (LSTM_FORWARD, PRODUCT, LSTM_BACKWARD),
+) -> dict[str, Tensor]:
+    """The same by the kernels. What they write to holds NaN before."""
+    forward, general, backward = tiles
+    gates, d_cell = given.pre.clone(), given.d_cell.clone()
+    hidden, cell, unclipped, d_before = (torch.full_like(given.cell, torch.nan) for _ in range(4))
+    vectors, d_gates, d_below = (torch.full_like(x, torch.nan) for x in (given.d_vectors, given.pre, given.below))
+    packed = pack_gates(given.below_weight, given.recurrent_weight, tiles=forward)
+    results = hidden, cell, None if clip is None else unclipped, clip
+    lstm_product_forward(given.below, given.hidden, packed, gates, given.cell, *results, tiles=forward)
+    product(hidden, pack(given.interface_weight, most=general.block), vectors, bias=given.bias, tiles=general)
+    packed = pack(given.interface_weight.T, most=backward.block)
+    d = given.d_hidden, given.d_out, d_cell, d_gates, clip, max_gradient
+    lstm_product_backward(given.d_vectors, packed, gates, given.cell, *d, tiles=backward)
+    packed = pack(torch.cat([given.below_weight, given.recurrent_weight], 1).T, most=general.block)
+    product(d_gates, packed, d_below, d_before, tiles=general)
+    results = {"gates": gates, "hidden": hidden, "cell": cell, "unclipped": hidden if clip is None else unclipped}
+    results |= {"vectors": vectors, "d_gates": d_gates, "d_cell": d_cell, "d_below": d_below, "d_before": d_before}
+    return results
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_parity(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    given = draw(sizes, dtype, device)
+    clips = (0.3, 0.5) if sizes[1] > 1 else (None, None)
+    assert_close(
+        {name: x.double() for name, x in outcome(given, *clips).items()},
+        expected(given, *clips),
+        **TOLERANCE[dtype],
+        name="",
+    )
+
+
+@pytest.mark.parametrize("sizes", [(5, 6, 4, 3), (2, 19, 13, 3)], ids=str)
+def test_a_row_alone_is_the_row_in_a_batch(sizes: tuple[int, int, int, int], device: torch.device) -> None:
+    """Whatever the other rows hold, and however many there are."""
+    given = draw(sizes, torch.float32, device)
+    together, weights = outcome(given, 0.3), given[:4]
+    poisoned = Problem(*weights, *(x.clone() for x in given[4:]))
+    row = sizes[1] - 2
+    for x in poisoned[4:]:
+        x[:row] = torch.nan
+    alone = Problem(*weights, *(x[row : row + 1].contiguous() for x in given[4:]))
+    assert_same_bits(outcome(alone, 0.3), {name: x[row : row + 1] for name, x in together.items()})
+    beside = outcome(poisoned, 0.3)
+    assert_same_bits({name: x[row:] for name, x in beside.items()}, {name: x[row:] for name, x in together.items()})
+
+
+def test_the_cut_changes_no_sum(device: torch.device) -> None:
+    """But for its blocks."""
+    given = draw((6, 5, 4, 3), torch.float32, device)
+    smallest = Tiles(1, 256, 1, 1), Tiles(1, 1024, 2, 1), Tiles(1, 512, 1, 1)
+    largest = Tiles(2, 256, 8, 8), Tiles(8, 1024, 4, 4), Tiles(4, 512, 8, 2)
+    assert_same_bits(outcome(given, tiles=largest), outcome(given, tiles=smallest))
+    assert all(products.ROWS % tiles.rows == 0 for tiles in (LSTM_FORWARD, LSTM_BACKWARD, PRODUCT))
+
+
+@pytest.mark.parametrize("columns", [4, 7])
+def test_what_is_added(columns: int, device: torch.device) -> None:
+    """As `Product` has it."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x, d, base = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in ((5, columns), (3, columns), (3, 5), (3, 5))
+    )
+    outcomes = []
+    for kind in (Product, SmallProduct):
+        made, results = kind(weight, torch.float64), [base.clone(), torch.empty_like(base)]
+        made.add_to(results[0], x, results[0])
+        made.add_to(base[0], x, results[1])
+        results += [torch.empty_like(x), torch.empty_like(x), x.clone()]
+        made.backward(d, results[2])
+        made.backward(d, results[3], x)
+        made.add_backward(d, results[4])
+        outcomes.append(results)
+    assert_close(*outcomes, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("columns", [256, 301])
+def test_a_sum_of_several_blocks(columns: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(3, columns, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+    out, tiles = x.new_full((3, 3), torch.nan), PRODUCT._replace(block=128)
+    product(x, pack(weight, most=tiles.block), out, tiles=tiles)
+    assert_close(out, x @ weight.T, rtol=1e-14)
+
+
+def test_no_rows(device: torch.device) -> None:
+    assert outcome(draw((4, 0, 4, 3), torch.float32, device))["vectors"].shape == (0, 3)
+
+
+LAYER_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": LAYERS["plain"],
+    "lstm_all": LAYERS["lstm_all"],
+    "dropout": ({"num_layers": 2, "dropout": 0.5}, {}),
+    **OTHER_LAYERS,
+}
+
+
+@pytest.mark.parametrize("name", LAYER_CASES)
+def test_the_layer(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, call = LAYER_CASES[name]
+    dnc = make(device, **layer)
+    if "reset" in call:
+        reset = torch.tensor(call["reset"], device=device)
+        call = {**call, "reset": reset if dnc.batch_first else reset.T}
+    inputs, state = make_inputs(dnc), start(dnc)
+    torch.manual_seed(2)
+    wanted = run(dnc, inputs, state, "torch_sequence" if name == "dropout" else "reference", **call)
+    monkeypatch.setattr(small_product, "MOST_WORK", {device.type: 2**20})
+    packings = []
+    monkeypatch.setattr(SmallProduct, "__init__", lambda *given: (packings.append(given), Product.__init__(*given))[1])
+    torch.manual_seed(2)
+    assert_close(run(dnc, inputs, state, "triton_fused", **call), wanted, **CLOSE, name="")
+    assert packings
+
+
+def test_what_is_small() -> None:
+    assert not is_small(1, torch.empty(4, 4, device="meta"), dtype=torch.float32)
+
+    class Weight:
+        device, dtype = torch.device("cuda"), torch.float32
+
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def numel(self) -> int:
+            return self.size
+
+    small: Any = Weight(1024 * 512)
+    assert is_small(64, small, dtype=torch.float32)
+    assert not is_small(64, small, small, dtype=torch.float32)
+    assert not is_small(65, small, dtype=torch.float32)
+    assert not is_small(1, small, dtype=torch.bfloat16)
