@@ -35,9 +35,20 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from benchmarks import barriers
+from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels.launch import Launch, compile_options, launches, piece_sizes
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
+from dnc_triton.kernels.products import (
+    LSTM_BACKWARD,
+    LSTM_FORWARD,
+    PRODUCT,
+    Tiles,
+    block_of,
+    lstm_product_backward_kernel,
+    lstm_product_forward_kernel,
+    product_kernel,
+)
 from dnc_triton.kernels.sequence import sequence_backward_kernel, sequence_forward_kernel, weight_tiles
 from dnc_triton.kernels.step import (
     ENDED,
@@ -72,6 +83,14 @@ TARGETS = {
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 DIRECTIONS = ("forward", "backward")
 LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4)  # of which it takes the warps
+SMALL = LSTM._replace(num_warps=PRODUCT.num_warps)
+PRODUCTS = [
+    (16, 4, 64),
+    (64, 4, 256),
+    (32, 4, 100),
+    (16, 1, 101),
+]  # W, R, H: with whole vectors in all rows and without
+CONTROLLER = ("lstm", "lstm product", "product")  # phases that know no memory
 PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
 # Of what takes them: each step meets the one before and the one after, and of two blocks one is full, one is not. The
 # row that runs to the end is reset before its first and its last step, the other one at both of its steps. Where a step
@@ -109,15 +128,16 @@ class Case:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) + (f"h{self.hidden_size}" if self.hidden_size else "")
-        if self.phase == "lstm":
-            return f"{self.direction} lstm h{self.hidden_size} {self.dtype} {self.target}"
+        if self.phase in CONTROLLER:
+            reads = "" if self.phase == "lstm" else "{1}x{2}".format(*self.shape)
+            return f"{self.direction} {self.phase} {reads}h{self.hidden_size} {self.dtype} {self.target}"
         layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
         variant = f" {self.variant}" if self.variant else ""
         return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}{variant}"
 
     @property
     def launch(self) -> Launch:
-        """As it is launched for two batch elements; not of the LSTM."""
+        """As it is launched for two batch elements; not of the controller."""
         if self.phase == "sequence":
             num_warps = self.layout.num_warps
             return Launch(WHOLE.value, (2,), num_warps, piece_sizes(*self.shape, self.layout, num_warps))
@@ -125,12 +145,21 @@ class Case:
         return next(launch for launch in found if launch.phase == PHASES[self.phase].value)
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """Of two batch elements."""
+        if self.phase in CONTROLLER[1:]:
+            return (triton.cdiv(self.hidden_size, _tiles(self).rows), 1)
+        return (2,) if self.phase == "lstm" else self.launch.grid
+
+    @property
     def may_spill(self) -> bool:
         """Held to spill nothing, on the target that they were chosen for, is every layout that may be taken.
 
         Not in float64, which is there to check gradients with: what fits in registers in float32 needs twice as many.
         """
-        return self.phase != "lstm" and (self.target != "sm_90" or self.dtype == "float64" or self.shape == LARGEST)
+        return self.phase not in CONTROLLER and (
+            self.target != "sm_90" or self.dtype == "float64" or self.shape == LARGEST
+        )
 
 
 @dataclass(frozen=True)
@@ -194,6 +223,8 @@ def cases(complete: bool = False) -> list[Case]:
         found += _sequence(SEQUENCES[1][:3], SEQUENCES[1][3], target)
     found += _sequence(SEQUENCES[1][:3], SEQUENCES[1][3], "sm_90", variant="lengths reset")
     found += _lstm("sm_90")
+    for shape in PRODUCTS:
+        found += _small_products(shape, "sm_90")
     return list(dict.fromkeys(found + _everything() if complete else found))
 
 
@@ -221,6 +252,8 @@ def _everything() -> list[Case]:
         found += _sequence(tuple(shape), hidden_size, "sm_90", dtype="float64")
     for target in TARGETS:
         found += _lstm(target)
+        for size in PRODUCTS:
+            found += _small_products(size, target)
     return found
 
 
@@ -263,6 +296,16 @@ def _lstm(target: str) -> list[Case]:
     return [Case(direction, "lstm", (1, 1, 1), LSTM, "float32", target, 256) for direction in DIRECTIONS]
 
 
+def _small_products(sizes: tuple[int, int, int], target: str) -> list[Case]:
+    """Every launch of a controller's step at a small batch."""
+    word, reads, hidden_size = sizes
+    return [
+        Case(direction, phase, (1, word, reads), SMALL, "float32", target, hidden_size)
+        for direction in DIRECTIONS
+        for phase in CONTROLLER[1:]
+    ]
+
+
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 
@@ -281,8 +324,7 @@ def measure(case: Case) -> Measurement:
             place: bool(barriers.races(without, arguments=ARGUMENTS))
             for place, without in barriers.without_barriers(ttgir)
         }
-        grid = (2,) if case.phase == "lstm" else case.launch.grid
-        return Measurement(case, numbers, barriers.races(ttgir, grid, ARGUMENTS), needed)
+        return Measurement(case, numbers, barriers.races(ttgir, case.grid, ARGUMENTS), needed)
     except barriers.Unchecked as error:
         return Measurement(case, numbers, [f"barriers cannot be checked: {error}"], {})
 
@@ -291,12 +333,15 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
     """The code at each stage of the compilation, and the bytes of shared memory."""
     compute = "float64" if case.dtype == "float64" else "float32"
     bounds = (None, None) if case.variant == "unclipped" else (20.0, 10.0)
-    constants: dict[str, Any] = dict(COMPUTE=getattr(tl, compute))
+    constants: dict[str, Any] = {} if case.phase == "product" else dict(COMPUTE=getattr(tl, compute))
     num_warps = case.layout.num_warps
-    if case.phase != "lstm":
+    if case.phase not in CONTROLLER:
         constants |= dict(case.launch.sizes, STRENGTH_OFFSET=1.0)
         num_warps = case.launch.num_warps
-    if case.phase == "lstm":
+    if case.phase in CONTROLLER[1:]:
+        kernel, more = _small_product(case)
+        constants |= more if case.phase == "product" else dict(more, CLIP=bounds[0])
+    elif case.phase == "lstm":
         kernel = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}[case.direction]
         constants |= dict(H=case.hidden_size, CLIP=bounds[0], BLOCK=BLOCK)
     elif case.phase == "sequence":
@@ -307,9 +352,9 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
         kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
         constants |= dict(RAW=case.variant != "activated", PHASE=PHASES[case.phase].value)
         constants |= {} if case.variant == "marked" else dict(marks_ptr=None, zeros_ptr=None)
-    if case.direction == "backward" and case.phase in ("lstm", "sequence"):
+    if case.direction == "backward" and case.phase in ("lstm", "lstm product", "sequence"):
         constants["MAX_GRADIENT"] = bounds[1]
-    if case.direction == "backward" and case.phase != "lstm":
+    if case.direction == "backward" and case.phase not in CONTROLLER:
         constants["STOP_USAGE_GRADIENT"] = False
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -335,6 +380,31 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
         ),
     )
     return compiled.asm, compiled.metadata.shared
+
+
+def _tiles(case: Case) -> Tiles:
+    """Of a product at a small batch."""
+    return PRODUCT if case.phase == "product" else {"forward": LSTM_FORWARD, "backward": LSTM_BACKWARD}[case.direction]
+
+
+def _small_product(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
+    """The kernel, and all of its constants but those of its arithmetic."""
+    _, word, reads = case.shape
+    below, size, tiles = word * reads, case.hidden_size, _tiles(case)
+    vector = sum(interface_sizes(reads, 1, word).values())
+    constants: dict[str, Any]
+    if case.phase == "lstm product" and case.direction == "forward":
+        kernel, constants, longest = lstm_product_forward_kernel, dict(BELOW=below, H=size), max(below, size)
+    elif case.phase == "lstm product":
+        kernel, constants, longest = lstm_product_backward_kernel, dict(K=vector, H=size), vector
+    elif case.direction == "forward":  # the interface vector
+        absent = dict(addend_ptr=None, second_out_ptr=None)
+        kernel, constants, longest = product_kernel, dict(K=size, OUT=vector, SECOND_OUT=0, ADD=True, **absent), size
+    else:
+        wide = dict(K=4 * size, OUT=below, SECOND_OUT=size, ADD=False, bias_ptr=None)
+        kernel, constants, longest = product_kernel, wide, 4 * size
+    block = block_of(longest, tiles.block, itemsize=4)
+    return kernel, dict(constants, ROWS=tiles.rows, BLOCK=block, BATCH=tiles.batch, AT_ONCE=tiles.at_once)
 
 
 def _count_nvidia(cubin: bytes) -> dict[str, int]:

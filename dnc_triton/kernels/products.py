@@ -100,6 +100,7 @@ def add_products(
                     total = totals[row]
                     added = added + (tl.where(offs_b == b + i, total + tl.sum(given[i] * weights[row]), total),)
                 totals = added
+    tl.debug_barrier()  # what is now written over was read by other threads as well: there may be more than rows
     return totals
 
 
@@ -151,8 +152,6 @@ def product_kernel(
     CHUNKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     weight_ptr += first_row * CHUNKS * BLOCK
     totals = add_products(totals, x_ptr, None, weight_ptr, batch, K, 0, ROWS, BLOCK, BATCH, AT_ONCE)
-    if ADD:
-        tl.debug_barrier()  # what is written over was read by other threads as well: there may be more than rows
     for row in tl.static_range(ROWS):
         at = first_row + row
         tl.store(out_ptr + rows * OUT + at, totals[row], mask=(rows < batch) & (at < OUT))
@@ -202,7 +201,6 @@ def lstm_product_forward_kernel(
     CHUNKS: tl.constexpr = (LONGER + BLOCK - 1) // BLOCK
     weight_ptr += first_unit * 4 * CHUNKS * 2 * BLOCK
     totals = add_products(totals, below_ptr, hidden_ptr, weight_ptr, batch, BELOW, H, 4 * ROWS, BLOCK, BATCH, AT_ONCE)
-    tl.debug_barrier()  # see `product_kernel`
     for row in tl.static_range(ROWS):
         unit = first_unit + row
         mask = (rows < batch) & (unit < H)
@@ -265,7 +263,6 @@ def lstm_product_backward_kernel(
     CHUNKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     weight_ptr += first_unit * CHUNKS * BLOCK
     totals = add_products(totals, d_vectors_ptr, None, weight_ptr, batch, K, 0, ROWS, BLOCK, BATCH, AT_ONCE)
-    tl.debug_barrier()  # see `product_kernel`
     for row in tl.static_range(ROWS):
         unit = first_unit + row
         mask = (rows < batch) & (unit < H)
@@ -297,13 +294,18 @@ def pack(*weights: Tensor, most: int, multiple: int = ROWS) -> Tensor:
         multiplied with begins anywhere, and is loaded entry by entry, the entries that one lane has are side by side.
     """
     longest, vector = max(weight.shape[1] for weight in weights), 16 // weights[0].itemsize
-    block = min(most, max(LANES * vector, triton.next_power_of_2(longest)))
+    block = block_of(longest, most, itemsize=weights[0].itemsize)
     chunks, more = triton.cdiv(longest, block), -len(weights[0]) % multiple
     padded = [F.pad(weight, (0, chunks * block - weight.shape[1], 0, more)) for weight in weights]
     packed = torch.stack([weight.unflatten(1, (chunks, block)) for weight in padded], 2)
     if any(weight.shape[1] % vector for weight in weights):
         packed = packed.unflatten(3, (-1, vector, LANES)).transpose(4, 5).flatten(3)
     return packed.contiguous()
+
+
+def block_of(longest: int, most: int, *, itemsize: int) -> int:
+    """How many entries of a sum there are in a block, of the longest of all and at most so many."""
+    return min(most, max(LANES * 16 // itemsize, triton.next_power_of_2(longest)))
 
 
 def pack_gates(below: Tensor, recurrent: Tensor, *, tiles: Tiles = LSTM_FORWARD) -> Tensor:
