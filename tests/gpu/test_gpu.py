@@ -53,6 +53,14 @@ from test_kernel_parity import (
     test_sixteen_bits_are_for_storage,
     test_stopped_usage_gradient,
 )
+from test_kernel_products import test_a_row_alone_is_the_row_in_a_batch as test_products_of_a_row_alone
+from test_kernel_products import (
+    test_a_sum_of_several_blocks,
+    test_the_cut_changes_no_sum,
+    test_what_is_added,
+)
+from test_kernel_products import test_parity as test_products
+from test_kernel_products import test_the_layer as test_the_layer_with_small_products
 from test_kernel_rollouts import test_a_layer_in_bfloat16, test_fifty_steps, test_torch_sequence
 from test_kernel_rows import (
     test_a_nan_is_not_lost,
