@@ -44,8 +44,8 @@ def read(
     mask_r, mask_n, mask_p = offs_r < R, offs_n < N, offs_p < W
     offsets = offs_r[:, None] * N + offs_n[None, :]
     mask = mask_r[:, None] & mask_n[None, :]
-    at_memory = offs_n[None, :, None] * W + offs_p[None, None, :]
-    mask_memory = mask_n[None, :, None] & mask_p[None, None, :]
+    at_memory = offs_n[None, None, :] * W + offs_p[None, :, None]
+    mask_memory = mask_n[None, None, :] & mask_p[None, :, None]
     memory = tl.load(new_memory_ptr + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
 
     nothing = tl.zeros([BLOCK_R, BLOCK_N], COMPUTE)
@@ -62,7 +62,7 @@ def read(
         tl.store(forward_ptr + offsets, forward, mask=mask)
         tl.store(backward_ptr + offsets, backward, mask=mask)
         tl.store(new_read_weights_ptr + offsets, weights, mask=mask)
-    words = tl.sum(tl.where(mask, weights, 0.0)[:, :, None] * memory, 1)
+    words = tl.sum(tl.where(mask, weights, 0.0)[:, None, :] * memory, 2)
     at_words, mask_words = offs_r[:, None] * W + offs_p[None, :], mask_r[:, None] & mask_p[None, :]
     tl.store(read_words_ptr + at_words, words, mask=mask_words)
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dnc_reference import Interface, MemoryState
 from dnc_reference.interface import interface_sizes
-from dnc_triton.kernels.layout import Layout
+from dnc_triton.kernels.layout import Layout, kept_shapes
 
 
 @torch.library.custom_op("dnc_triton::step", mutates_args=())
@@ -73,14 +73,15 @@ def _(
     batch, slots, word = memory.shape
     reads = read_weights.shape[1]
     compute = torch.promote_types(memory.dtype, torch.float32)
+    kept, free_list = kept_shapes(batch, slots, reads)
     new_state = (
         tensor.new_empty(tensor.shape) for tensor in (memory, usage, link, precedence, read_weights, write_weights)
     )
     return (
         memory.new_empty(batch, reads, word),
         *new_state,
-        memory.new_empty((batch, (2 + 3 * reads) * slots), dtype=compute),
-        memory.new_empty((batch, slots), dtype=torch.int32),
+        memory.new_empty(kept, dtype=compute),
+        memory.new_empty(free_list, dtype=torch.int32),
     )
 
 

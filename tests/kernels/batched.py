@@ -192,6 +192,13 @@ class Language:
         return Value(torch.fmax(*(torch.as_tensor(x, dtype=a.dtype) for x in _aligned(a, b))))
 
     @staticmethod
+    def minimum(a: int, b: int) -> int:
+        """Of the numbers of programs."""
+        return min(a, b)
+
+    static_range = range
+
+    @staticmethod
     def sum(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
         axes = range(1, x.data.dim()) if axis is None else [axis + 1]
         return Value(x.data.sum(tuple(axes), keepdim=keep_dims))
@@ -216,20 +223,20 @@ class Language:
         return Value(x.data.sort().values)
 
     @staticmethod
-    def dot(a: Value, b: Value, input_precision: str, out_dtype: torch.dtype) -> Value:
-        return Value((a.data @ b.data).to(out_dtype))
-
-    @staticmethod
-    def trans(x: Value) -> Value:
-        return Value(x.data.mT)
-
-    @staticmethod
     def abs(x: Value) -> Value:
         return Value(x.data.abs())
 
     @staticmethod
     def exp(x: Value) -> Value:
         return Value(x.data.exp())
+
+    @staticmethod
+    def exp2(x: Value) -> Value:
+        return Value(x.data.exp2())
+
+    @staticmethod
+    def floor(x: Value) -> Value:
+        return Value(x.data.floor())
 
     @staticmethod
     def log(x: Value) -> Value:
