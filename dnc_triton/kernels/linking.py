@@ -232,7 +232,6 @@ def write_backward(
     # what reading gives back to the new memory: the words read, and the content lookup
     new_memory = tl.load(new_memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
     d_new_memory = tl.load(d_new_memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
-    memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
     norm = tl.sqrt(tl.sum(new_memory * new_memory, 2) + NORM_EPSILON)
     for head in range(0, R, HEADS):
         heads = head + tl.arange(0, HEADS)[:, None]
@@ -257,6 +256,7 @@ def write_backward(
     weights = tl.load(new_write_weights_ptr + by_slot, mask=mask_slots, other=0.0).to(COMPUTE)[:, :, None]
     erase = gate(tl.load(interface_ptr + ERASE_VECTOR + by_place, mask=mask_places, other=0.0).to(COMPUTE), RAW)
     word = tl.load(interface_ptr + WRITE_VECTOR + by_place, mask=mask_places, other=0.0).to(COMPUTE)
+    memory = tl.load(memory_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
     tl.store(d_memory_ptr + offsets, d_new_memory * (1.0 - weights * erase[:, None, :]), mask=mask)
     d_write = tl.sum(d_new_memory * (word[:, None, :] - memory * erase[:, None, :]), 2)
     tl.store(d_write_ptr + by_slot, d_write, mask=mask_slots)

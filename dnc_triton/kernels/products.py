@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
 ROWS = 8  # packed weights have a multiple of so many
 LANES = 32  # of a warp, for which packed weights are laid out; with another number they are as right
 # Of a dozen cuts each the fastest, or nearly so, on an H200 at all of B, H = 16, 256; 32, 256; 64, 256; 16, 64; 8, 100.
-PRODUCT = Tiles(rows=2, block=1024, batch=8, at_once=4)
+PRODUCT = Tiles(rows=2, block=1024, batch=8, at_once=2)
 LSTM_FORWARD = Tiles(rows=1, block=256, batch=8, at_once=4)
 LSTM_BACKWARD = Tiles(rows=1, block=512, batch=4, at_once=4)
 
@@ -414,8 +414,8 @@ def _grid(rows: int, batch: int, tiles: Tiles) -> tuple[int, int] | None:
 
 
 def _batch(batch: int, tiles: Tiles) -> int:
-    """Rows of the batch in a program."""
-    return min(tiles.batch, triton.next_power_of_2(batch))
+    """Rows of the batch in a program: fewer where there are few, for the sake of more programs."""
+    return min(tiles.batch, triton.next_power_of_2(batch), max(4, triton.next_power_of_2(batch) // 4))
 
 
 def _constants(weight: Tensor, batch: int, tiles: Tiles) -> dict[str, Any]:
