@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import compare, files, report
+from benchmarks import apart, compare, files, report
 from benchmarks.configurations import CONFIGURATIONS, SWEEPS, Case, LeftOutError, case_of, sweep_cases
 from benchmarks.floors import bytes_per_second
 from benchmarks.machine import describe_machine
-from benchmarks.measure import WRONG, Session, measure
+from benchmarks.measure import WRONG, Row, Session, measure
 from benchmarks.modes import MODES
 from benchmarks.peers import all_peers
 from benchmarks.progress import Progress
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        its exit status. 1: this project's layer or a backend was wrong somewhere, or `compare` found a regression. 2:
-        there was nothing to measure on, or a file could not be read.
+        its exit status. 1: this project's layer or a backend was wrong somewhere, the device stopped working, or
+        `compare` found a regression. 2: there was nothing to measure on, or a file could not be read.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
@@ -93,21 +93,40 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
         peak_memory=not options.no_memory,
         left_out=notes,
     )
+    with_others = device.type == "cuda" and len(named) > 1
+    alone = [name for name in named if with_others and all_peers()[name].apart]
     records: list[dict[str, Any]] = []
+    records_apart: list[dict[str, Any]] = []
     stem = options.output / f"{'gpu' if device.type == 'cuda' else 'cpu'}-{machine['date'][:10]}"
     with Progress(sum(len(_modes(case, options)) for case in cases)) as progress:
         session.report = progress.describe
+
+        def write() -> list[dict[str, Any]]:
+            rows = apart.merge(records, records_apart, [case.configuration for case in cases], options.modes, named)
+            files.write_results(stem, machine, rows, session.left_out)
+            return rows
+
+        def done(of_a_mode: list[Row]) -> None:
+            records.extend(map(files.record_of, of_a_mode))
+            write()  # who is killed later has this
+            progress.advance()
+
+        now = "what is measured apart"
         try:
+            for name in alone:  # first, so that the others have what it leaves of its time
+                for rows in apart.measure_apart(name, [c for c in cases if not c.sweep], options, session):
+                    records_apart += rows
+                    write()
             for case in cases:
+                now = case.configuration
                 peers = [name for name in named if not case.sweep or all_peers()[name].sweeps or options.peers]
-                rows = measure(case, peers, _modes(case, options), session, progress.advance)
-                records += [files.record_of(row) for row in rows]
-                files.write_results(stem, machine, records, session.left_out)  # who is killed later has this
+                measure(case, [name for name in peers if name not in alone], _modes(case, options), session, done)
         except KeyboardInterrupt:
-            session.left_out.append(f"{case.configuration} and what follows: interrupted")
-    files.write_results(stem, machine, records, session.left_out)
-    _write_report({"machine": machine, "left_out": session.left_out, "rows": records}, stem)
-    return 1 if any(record["status"] == WRONG for record in records) else 0
+            session.left_out.append(f"{now} and what follows: interrupted")
+        rows = write()
+    if not options.no_report:
+        _write_report({"machine": machine, "left_out": session.left_out, "rows": rows}, stem)
+    return 1 if session.lost or any(row["status"] == WRONG for row in rows) else 0
 
 
 def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[str]]:
@@ -178,7 +197,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="How long a DNC takes per time step: this project's layer and its backends beside the reference, "
         "eager and compiled, the package dnc of PyPI, and nn.LSTM, taking turns in one process, on a GPU if there is "
-        "one. A network is timed only if it agrees with the float64 oracle.",
+        "one; there torch.compile with CUDA graphs goes before them, in a process of its own. A network is timed only "
+        "if it agrees with the float64 oracle.",
         epilog="Without a command: run. `python -m benchmarks run --help` says what it takes.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -225,12 +245,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         _number,
         10.0,
         "S",
-        "shorter, but at least 5 rounds, if they take longer (default: %(default)g)",
+        "shorter, but at least 5 rounds, 3 of slow peers, if they take longer (default: %(default)g)",
     )
     add("--compile-seconds", _number, 150.0, "S", "start no torch.compile after so much of it (default: %(default)g)")
     add("--seconds", _number, None, "S", "start nothing after this time, and say what was left out (default: no limit)")
     add("--threads", _positive, 2, "N", "of PyTorch's operations on the CPU (default: %(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="do not measure the peak of memory")
+    parser.add_argument("--no-report", action="store_true", help="write .json and .csv only, no tables and pictures")
     add(
         "--output",
         Path,

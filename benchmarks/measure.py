@@ -16,12 +16,14 @@ from benchmarks.configurations import Case
 from benchmarks.floors import floor_bytes, synchronize
 from benchmarks.memory import cpu_peak, gpu_peak
 from benchmarks.modes import call_of, draw_inputs, inputs_of
-from benchmarks.peers import OURS, DeclinedError, MissingPeerError, Network, all_peers
+from benchmarks.peers import EAGER, OURS, DeclinedError, MissingPeerError, Network, all_peers
 
 WARM_UP_ROUNDS = 2
 LEAST_ROUNDS = 5  # however long they take
+SLOW_SECONDS = 0.3  # of one call; a peer that takes longer is content with one round of warming up, and with
+SLOW_ROUNDS = 3  # that many of timing
 COMPILED_CALLS = 3  # checked: CUDA graphs are warmed up in the first, captured in the second, replayed in the third
-COMPILE_SECONDS = 60.0  # that compiling may take, so that none is begun shortly before the deadline
+COMPILE_SECONDS = 45.0  # that compiling may take, so that none is begun shortly before the deadline
 MISSING, DECLINED, LEFT_OUT, WRONG, FAILED, MEASURED = "missing", "declined", "left out", "wrong", "failed", "measured"
 Result = TypeVar("Result")
 
@@ -40,7 +42,8 @@ class Row:
         error, allowed_error: as `verify.error` has it; None for peers that compute something else.
         rounds: how often it was timed.
         ms_per_step_p20, ms_per_step_p50, ms_per_step_p80: per time step of the whole batch, over the rounds.
-        ratio: its median over that of this project's layer in the same rounds; above 1 it is slower.
+        ratio: its median over that of this project's layer in the same rounds; above 1 it is slower. A slow peer has
+            fewer rounds; one that is measured apart (`Peer.apart`) has its own, in another process some minutes before.
         peak_bytes: as `benchmarks.memory` has it; None where that does not apply.
         floor_bytes: that a step must move; None for networks without a memory.
         bytes_per_second: those bytes over the median.
@@ -75,12 +78,14 @@ class Session:
         device: where to measure.
         bytes_per_second: of memory, for the floor.
         rounds: how often each peer is timed at most.
-        case_seconds: how long the rounds of a case in a mode may take, `LEAST_ROUNDS` aside.
+        case_seconds: how long the rounds of a case in a mode may take, `LEAST_ROUNDS` and `SLOW_ROUNDS` aside.
         compile_seconds: once compiling has taken this long, no further peer is compiled.
         deadline: of `time.monotonic`; nothing is started after it.
         peak_memory: whether to measure it.
         report: called with what is being done, in a few words.
         left_out: what was not started, filled in as the run goes.
+        lost: when the device stopped working, in words, filled in if it does. An illegal access on a GPU, say, leaves
+            the process without it; what was measured before is still good.
     """
 
     device: torch.device
@@ -92,11 +97,12 @@ class Session:
     peak_memory: bool = True
     report: Callable[[str], None] = lambda text: None
     left_out: list[str] = field(default_factory=list)
+    lost: str = ""
 
     @property
-    def is_late(self) -> bool:
-        """Whether the time is up."""
-        return time.monotonic() > self.deadline
+    def over(self) -> str:
+        """Why nothing more is started; empty while there is no reason."""
+        return self.lost or ("the time is up" if time.monotonic() > self.deadline else "")
 
 
 def measure(
@@ -104,7 +110,7 @@ def measure(
     peers: Sequence[str],
     modes: Sequence[str],
     session: Session,
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Check every network, then time those that are right.
 
@@ -112,32 +118,33 @@ def measure(
         case: what to run.
         peers: names.
         modes: in the order in which to measure.
-        session: the run's settings, in which is noted what time left out.
-        done: called after each mode.
+        session: the run's settings, in which is noted what was left out, and whether the device was lost.
+        done: called after each mode, with its rows.
 
     Returns:
         a row per peer and mode that was begun. If this project's layer is wrong in a mode, no row of it has a time.
     """
-    inputs = draw_inputs(case, session.device)
     networks: dict[str, Network] = {}
     unmade: dict[str, Row] = {}
     truth: verify.Truth | None = None
     rows: list[Row] = []
     for mode in modes:
-        if session.is_late:
-            session.left_out.append(f"{case.configuration}, {mode}: the time is up")
-            done()
+        if reason := session.over:
+            session.left_out.append(f"{case.configuration}, {mode}: {reason}")
+            done([])
             continue
         if truth is None:
             networks, unmade = _make_networks(case, peers, session)
             session.report(f"{case.configuration}: oracle")
             try:
+                inputs = draw_inputs(case, session.device)
                 truth = verify.find_truth(case, inputs, list(modes))
             except Exception as error:  # out of memory, say; the next case may be smaller
-                note = _what_happened("the oracle", case, error)
-                rows += [Row(case, mode, name, FAILED, note=note) for name in peers for mode in modes]
-                for _ in modes:
-                    done()
+                note = _what_happened("the oracle", case, error, session)
+                for each in modes:
+                    failed = [Row(case, each, name, FAILED, note=note) for name in peers]
+                    rows += failed
+                    done(failed)
                 break
         checked = {name: replace(row, mode=mode) for name, row in unmade.items()}
         runs: dict[str, Callable[[], None]] = {}
@@ -154,7 +161,7 @@ def measure(
         try:
             seconds = _time_in_turns(runs, session)
         except Exception as error:  # whose fault it was is not known, and the next mode may do
-            note = _what_happened("timing", case, error)
+            note = _what_happened("timing", case, error, session)
             checked |= {name: replace(checked[name], status=FAILED, note=note) for name in runs}
             seconds, runs = {}, {}
         checked = {name: _timed(checked[name], seconds.get(name), seconds.get(OURS), session) for name in peers}
@@ -162,8 +169,8 @@ def measure(
             session.report(f"{case.configuration}, {mode}: memory")
             checked |= {name: _with_peak(checked[name], networks[name], call, session) for name, call in runs.items()}
         rows += checked.values()
-        done()
-    _clean_up(networks)
+        done(list(checked.values()))
+    _clean_up(case, networks, session)
     return rows
 
 
@@ -178,7 +185,7 @@ def _make_networks(case: Case, names: Sequence[str], session: Session) -> tuple[
         except MissingPeerError as reason:
             unmade[name] = Row(case, "", name, MISSING, note=str(reason))
         except Exception as error:  # one peer that breaks must not cost the others' figures
-            unmade[name] = Row(case, "", name, FAILED, note=_what_happened(name, case, error))
+            unmade[name] = Row(case, "", name, FAILED, note=_what_happened(name, case, error, session))
     return networks, unmade
 
 
@@ -195,13 +202,15 @@ def _check(
     peer = all_peers()[name]
     row = Row(case, mode, name, MEASURED)
     started = time.monotonic()
-    if session.is_late:
-        return replace(row, status=LEFT_OUT, note=f"{name} on {case.configuration}, {mode}: the time is up"), None
-    if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < COMPILE_SECONDS):
+    if reason := session.over:
+        return replace(row, status=LEFT_OUT, note=f"{name} on {case.configuration}, {mode}: {reason}"), None
+    needed = 0 if peer.apart else COMPILE_SECONDS  # who is by itself may be stopped while it compiles
+    if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < needed):
         return replace(row, status=LEFT_OUT, note=f"{name}, where it has no time: that for compiling was spent"), None
     try:
         with torch.set_grad_enabled(mode == "training"):
-            network.backend(inputs_of(mode, inputs))
+            backend = network.backend(inputs_of(mode, inputs))
+        settled = backend in ("", EAGER)  # others may choose, or capture graphs, in their first calls
         for _ in range(COMPILED_CALLS if peer.compiles else 1 if peer.checked else 0):
             off, allowed = verify.error(network, mode, truth), truth.allowed[mode]
             row = replace(row, error=off, allowed_error=allowed)
@@ -211,35 +220,49 @@ def _check(
                 return replace(row, status=WRONG, note=note), None
         call = call_of(mode, network, inputs)
         for _ in range(WARM_UP_ROUNDS):
+            start = time.perf_counter()
             call()
-        synchronize(session.device)
+            synchronize(session.device)
+            if settled and time.perf_counter() - start > SLOW_SECONDS:
+                break
         with torch.set_grad_enabled(mode == "training"):  # after the calls, in which a choice may have been measured
             backend = network.backend(inputs_of(mode, inputs))
     except DeclinedError as reason:
         return replace(row, status=DECLINED, note=f"{name}: {reason}"), None
     except Exception as error:  # one peer that breaks must not cost the others' figures
-        return replace(row, status=FAILED, note=_what_happened(name, case, error)), None
+        return replace(row, status=FAILED, note=_what_happened(name, case, error, session)), None
     finally:
         if peer.compiles:
             session.compile_seconds -= time.monotonic() - started
     return replace(row, backend=backend), call
 
 
-def _what_happened(name: str, case: Case, error: Exception) -> str:
+def _what_happened(name: str, case: Case, error: Exception, session: Session) -> str:
+    """A failure in one line. If the device does not work after it, the session learns of that."""
     lines = str(error).strip().splitlines() or [""]
+    try:
+        synchronize(session.device)
+    except Exception:  # an error that stays: every later call has it, too
+        session.lost = session.lost or f"the device was lost when {name} failed on {case.configuration}"
     return f"{name} failed on {case.configuration}: {type(error).__name__}: {lines[0]}"
 
 
 def _time_in_turns(runs: dict[str, Callable[[], Any]], session: Session) -> dict[str, list[float]]:
-    """Seconds of every call. A disturbance of the machine meets all peers, and each goes first as often as another."""
+    """Seconds of every call. A disturbance of the machine meets all peers, and each goes first as often as another.
+
+    Once the time for it is over, who is slow takes no part beyond `SLOW_ROUNDS`, and nobody beyond `LEAST_ROUNDS`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     started = time.monotonic()
     for turn in range(session.rounds if runs else 0):
-        if turn >= LEAST_ROUNDS and (session.is_late or time.monotonic() - started > session.case_seconds):
+        late = session.over or time.monotonic() - started > session.case_seconds
+        if turn >= LEAST_ROUNDS and late:
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            if late and turn >= SLOW_ROUNDS and min(seconds[name]) > SLOW_SECONDS:
+                continue
             synchronize(session.device)
             start = time.perf_counter()
             runs[name]()
@@ -268,7 +291,7 @@ def _timed(row: Row, seconds: list[float] | None, ours: list[float] | None, sess
 def _with_peak(row: Row, network: Network, call: Callable[[], None], session: Session) -> Row:
     """A row with its peak of memory, where that can be told and there is time for it."""
     peer = all_peers()[row.peer]
-    if session.is_late:
+    if session.over:
         return row
     try:
         if session.device.type == "cuda":
@@ -277,13 +300,18 @@ def _with_peak(row: Row, network: Network, call: Callable[[], None], session: Se
             return row
         return replace(row, peak_bytes=cpu_peak(row.case, row.peer, row.mode, torch.get_num_threads()))
     except Exception as error:  # the process was killed, say; the time is known all the same
-        return replace(row, note=_what_happened(f"measuring the memory of {row.peer}", row.case, error))
+        return replace(row, note=_what_happened(f"measuring the memory of {row.peer}", row.case, error, session))
 
 
-def _clean_up(networks: dict[str, Network]) -> None:
+def _clean_up(case: Case, networks: dict[str, Network], session: Session) -> None:
     """Give back what a case has compiled and allocated: the next one is another network."""
-    networks.clear()
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if session.lost:  # there is no next one, and nothing can be given back
+        return
+    try:
+        networks.clear()
+        torch.compiler.reset()
+        gc.collect()
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+    except Exception as error:  # of an earlier call, which a device tells later
+        session.left_out.append(_what_happened("cleaning up", case, error, session))
