@@ -30,24 +30,25 @@ from benchmarks.machine import describe_machine
 ROOT = Path(__file__).parents[1]
 SECONDS = 480.0
 # By when a part stops by itself, as a part of all the time. What one does not need the later ones have.
-PARITY = 0.36
+PARITY = 0.4
 PARTS = [
-    ("the memory step", 0.54, "benchmarks.gpu --seconds {seconds} --output {folder}"),
-    ("lean memory", 0.6, "benchmarks.lean --device cuda --output {folder}/lean-gpu.json"),
+    ("the memory step", 0.52, "benchmarks.gpu --seconds {seconds} --output {folder}"),
+    ("lean memory", 0.56, "benchmarks.lean --device cuda --output {folder}/lean-gpu.json"),
     (
         "the benchmark",
         1.0,
-        "benchmarks run --device cuda --sweeps B,N,T --rounds 20 --case-seconds 3 --compile-seconds 90 "
+        "benchmarks run --device cuda --sweeps B,N,T --rounds 15 --case-seconds 1.5 --compile-seconds 90 "
         "--seconds {seconds} --output {folder}",
     ),
 ]
 TESTS = "pytest -m gpu -q --color=no -p no:cacheprovider tests/gpu --part {part} --seconds {seconds} --record {record}"
 ONCE = (
-    "benchmarks run --device cuda --modes training,forward --rounds 1 --case-seconds 0 --no-memory "
+    "benchmarks run --device cuda --modes training --rounds 1 --case-seconds 0 --no-memory --no-report "
     "--configurations {names} --seconds {seconds} --output {folder}"
 )
 OVERTIME, LAST_WORDS = 30.0, 15.0  # seconds until a part is interrupted; from then on until it is killed
-MOST_PROCESSES = 8  # for parity, and as many for the compilers
+MANY_CORES, MOST_TESTS = 16, 12  # from that many cores on that many processes for parity; with fewer one for two cores
+MOST_COMPILERS = 4  # beside them, which take cores from what is tested
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,11 +98,13 @@ def run_parity(output: Path, seconds: float) -> int:
     machine = describe_machine("make gpu")
     record = output / f"gpu-parity-{machine['date'][:10]}.txt"
     record.write_text(json.dumps(machine, ensure_ascii=False) + "\n", encoding="utf-8")
-    count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) // 2))
+    cores = os.cpu_count() or 2
+    count = MOST_TESTS if cores >= MANY_CORES else max(1, cores // 2)
     print(f"--- parity: {count} processes, {seconds:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         tests = [fill_in(TESTS, seconds, part=f"{part}/{count}", record=record) for part in range(1, count + 1)]
-        names = [",".join(list(CONFIGURATIONS)[part::count]) for part in range(count)]
+        compiling = min(count, MOST_COMPILERS)
+        names = [",".join(list(CONFIGURATIONS)[part::compiling]) for part in range(compiling)]
         compilers = [fill_in(ONCE, seconds, names=some, folder=folder) for some in names if some]
         variables = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "DNC_TRITON_CACHE": folder}
         logs = [Path(folder, f"{index}.log") for index in range(len(tests + compilers))]

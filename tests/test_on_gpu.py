@@ -133,7 +133,7 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
         "benchmarks.lean",
         "benchmarks",
     ]
-    assert [round(seconds) for _, seconds in called] == [36, 54, 60, 100]
+    assert [round(seconds) for _, seconds in called] == [40, 52, 56, 100]
     assert all(str(folder) in commands[0][-1] for commands, _ in others)
     printed = capsys.readouterr().out
     assert "Parity on a GPU: 1 passed, 1 failed, 1 skipped, 2 not run. This is not all of parity." in printed
@@ -145,6 +145,18 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
     record = (folder / "gpu-parity-2026-01-02.txt").read_text(encoding="utf-8").splitlines()
     assert record[0] == '{"date": "2026-01-02T03", "gpu": "a GPU"}'
     assert record[-1].startswith("Parity on a GPU: 1 passed")
+
+
+@pytest.mark.parametrize(("cores", "tests", "compilers"), [(1, 1, 1), (6, 3, 3), (12, 6, 4), (16, 12, 4), (64, 12, 4)])
+def test_cores_are_shared_between_tests_and_compilers(tmp_path, monkeypatch, cores, tests, compilers):
+    called = []
+    monkeypatch.setattr(on_gpu, "run_all", lambda commands, *arguments: called.extend(commands) or [0] * len(commands))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(on_gpu, "describe_machine", lambda command: {"date": "2026-01-02T03", "gpu": "a GPU"})
+    on_gpu.run_parity(tmp_path, 10.0)
+    assert [command[0] for command in called] == ["pytest"] * tests + ["benchmarks"] * compilers
+    names = [command[command.index("--configurations") + 1] for command in called[tests:]]
+    assert sorted(",".join(names).split(",")) == sorted(on_gpu.CONFIGURATIONS)
 
 
 def test_without_a_gpu_it_says_what_to_run(monkeypatch, capsys):
