@@ -316,7 +316,7 @@ def address_backward(
     product = tl.cumprod(x_before, 0)
     d_allocation = tl.load(scratch_ptr + slots, mask=mask_n, other=0.0)
     # The sum over the later slots: each term from the place before it, so that no sum has to be taken apart again.
-    has_next = offs_n < N - 1
+    has_next = mask_n & (offs_n < N - 1)
     next_slots = tl.load(free_list_ptr + offs_n + 1, mask=has_next, other=0)
     d_next = tl.load(scratch_ptr + next_slots, mask=has_next, other=0.0)
     allocation_next = tl.load(allocation_ptr + next_slots, mask=has_next, other=0.0)

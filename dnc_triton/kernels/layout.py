@@ -33,13 +33,15 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     thread's registers, which needs no shared memory, was the fastest in three launches; a launch for all up to N = 64.
     """
     block = _block(memory_size)
-    split = [Layout(False, 16, 64, 1), Layout(False, 8, 128, 1)]
+    split = Layout(False, 8, min(block, 128), 1)
+    if memory_size > 256:  # of many rows, lest there be too many parts to add up
+        return [split, Layout(False, 32, 64, 2)]
     if memory_size > 128:
-        return [*split, Layout(False, 8, 256, 1) if memory_size <= 256 else Layout(False, 32, 64, 2)]
+        return [split, Layout(False, 8, 256, 1)]
     if memory_size > 64:
-        return [*split, Layout(True, 32, block, 8)]
+        return [split, Layout(True, 32, block, 8)]
     warps = (4, 1) if memory_size <= 16 else (4, 8)
-    return [*(Layout(True, block, block, num_warps) for num_warps in warps), split[0]]
+    return [*(Layout(True, block, block, num_warps) for num_warps in warps), split]
 
 
 def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:

@@ -422,6 +422,8 @@ class Launch:
         if i.op in ("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"):
             narrow = to_bf16 if to == "bf16x2" else (lambda x: x.astype("f2").view("u2"))
             return self._computed(i, lambda a, b: narrow(a).astype("u4") << np.uint32(16) | narrow(b), "b32", of)
+        if i.op in ("cvt.rmi.f32.f32", "cvt.rmi.ftz.f32.f32"):
+            return self._computed(i, lambda x: np.floor(flush(x) if "ftz" in how else x), to, of)
         narrows = to in FLOATS and (of not in FLOATS or DTYPES[to].itemsize < DTYPES[of].itemsize)
         through_f32 = "bf16" not in (to, of) or "f32" in (to, of)
         # Not from a float to an integer, and no other ways of rounding.
