@@ -30,7 +30,8 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a memory of N slots of W numbers, the default one first.
 
     The order and the choice are from times on an H200, at B = 16 and 64: one warp with 32 numbers of a tile in each
-    thread's registers, which needs no shared memory, was the fastest in three launches; a launch for all up to N = 64.
+    thread's registers, which needs no shared memory, was the fastest in three launches; one launch was faster than
+    those at N = 16 and slower at N = 128.
     """
     block = _block(memory_size)
     split = Layout(False, 8, min(block, 128), 1)

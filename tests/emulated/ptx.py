@@ -383,6 +383,8 @@ class Launch:
     def _abs(self, i: Instruction) -> Runner:
         if i.op in ("abs.f16", "abs.bf16"):
             return self._computed(i, lambda x: x & np.uint16(0x7FFF), "b16", "b16")
+        if i.op in ("abs.f16x2", "abs.bf16x2"):
+            return self._computed(i, lambda x: x & np.uint32(0x7FFF7FFF), "b32", "b32")
         return self._same_type(i)
 
     def _shl(self, i: Instruction) -> Runner:
@@ -601,17 +603,23 @@ class Launch:
 
         return run
 
-    def _matrices(self, i: Instruction, place: str) -> Callable[[Mask, int], Array]:
-        """Of `ldmatrix` and `stmatrix`: the addresses of those four bytes of matrix n that are each thread's."""
-        check(re.fullmatch(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124]\.shared\.b16", i.op), i)
+    def _matrices(self, i: Instruction, place: str) -> Callable[..., Array]:
+        """Of `ldmatrix` and `stmatrix`: where the two numbers of matrix n are that are each thread's, side by side.
+
+        Of a matrix that is turned over they are below each other: `half` 0 and 1.
+        """
+        check(re.fullmatch(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16", i.op), i)
         address = self.address(place, "u32")
 
-        def addresses(mask: Mask, n: int) -> Array:
+        def addresses(mask: Mask, n: int, half: int = 0) -> Array:
             self._whole_warps(mask, i)
-            rows = address()[self.thread - self.lane + 8 * n + self.lane // 4]  # a row is where one thread says
+            row, column = self.lane // 4, 2 * (self.lane % 4)
+            if ".trans" in i.op:
+                row, column = column + half, row
+            rows = address()[self.thread - self.lane + 8 * n + row]  # a row is where one thread says
             if (rows % np.uint32(16)).any():
                 raise Mistake(f"outside: {i}: not aligned to 16 bytes")
-            return (rows + (4 * (self.lane % 4)).astype("u4"))[self.active(mask)]
+            return (rows + (2 * column).astype("u4"))[self.active(mask)]
 
         return addresses
 
@@ -620,13 +628,21 @@ class Launch:
 
         def run(mask: Mask) -> None:
             threads = self.active(mask)
-            values = [self._load(self.shared, addresses(mask, n), 4, 1, threads, i) for n in range(len(targets))]
+            values = [self._load_pair(addresses, mask, n, threads, i) for n in range(len(targets))]
             for target, value in zip(targets, values, strict=True):
-                target[threads] = value[:, 0]
+                target[threads] = value
 
         return run
 
+    def _load_pair(self, addresses: Callable[..., Array], mask: Mask, n: int, threads: Array, i: Instruction) -> Array:
+        """Two numbers of 16 bits, the first in the lower half."""
+        if ".trans" not in i.op:
+            return self._load(self.shared, addresses(mask, n), 4, 1, threads, i)[:, 0]
+        first, second = (self._load(self.shared, addresses(mask, n, half), 2, 1, threads, i)[:, 0] for half in (0, 1))
+        return first.astype("u4") | second.astype("u4") << np.uint32(16)
+
     def _stmatrix(self, i: Instruction) -> Runner:
+        check(".trans" not in i.op, i)
         sources, addresses = [self.source(x, "b32") for x in _names(i.operands[1])], self._matrices(i, i.operands[0])
 
         def run(mask: Mask) -> None:
