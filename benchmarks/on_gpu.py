@@ -45,8 +45,8 @@ PARTS = [
 ]
 TESTS = "pytest -m gpu -q --color=no -p no:cacheprovider tests/gpu --part {part} --seconds {seconds} --record {record}"
 ONCE = (
-    f"benchmarks run --device cuda --peers {PEERS} --modes training --rounds 1 --case-seconds 0 --no-memory --no-report "
-    "--configurations {names} --seconds {seconds} --output {folder}"
+    f"benchmarks run --device cuda --peers {PEERS} --modes training --rounds 1 --case-seconds 0 --no-memory "
+    "--no-report --configurations {names} --seconds {seconds} --output {folder}"
 )
 OVERTIME, LAST_WORDS = 30.0, 15.0  # seconds until a part is interrupted; from then on until it is killed
 MANY_CORES, MOST_TESTS = 16, 12  # from that many cores on that many processes for parity; with fewer one for two cores

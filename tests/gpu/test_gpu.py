@@ -19,6 +19,7 @@ from parity import Case, Problem, assert_parity, draw, outcome, pick_layout, run
 
 # The tests themselves, to be run again here.
 # ruff: noqa: F401
+from test_kernel_functions import test_precision, test_where_there_is_no_number
 from test_kernel_goldens import test_cell_rollout, test_memory_rollout, test_memory_step
 from test_kernel_layer import (
     test_autocast,
