@@ -40,7 +40,7 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     if memory_size > 128:
         return [split, Layout(False, 8, 256, 1)]
     if memory_size > 64:
-        return [split, Layout(True, 64, block, 8)]
+        return [split, Layout(True, 16, block, 8)]
     warps = (4, 1) if memory_size <= 16 else (4, 8)
     return [*(Layout(True, block, block, num_warps) for num_warps in warps), split]
 
