@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -255,6 +256,7 @@ class Launch(NamedTuple):
     sizes: dict[str, int]
 
 
+@lru_cache(maxsize=256)  # asked at every step of a sequence
 def launches(
     batch: int,
     slots: int,
@@ -264,26 +266,26 @@ def launches(
     *,
     backward: bool = False,
     only_middle: bool = False,
-) -> list[Launch]:
+) -> tuple[Launch, ...]:
     """The launches of a step in one direction, in order; none for an empty batch."""
     if batch == 0:
-        return []
+        return ()
 
     def launch(phase: int, num_warps: int, count: Callable[[dict[str, int]], int]) -> Launch:
         sizes = piece_sizes(slots, word, num_reads, layout, num_warps)
         return Launch(phase, (batch, count(sizes)), num_warps, sizes)
 
     if layout.fused and not only_middle:
-        return [launch(WHOLE.value, layout.num_warps, lambda sizes: 1)]
+        return (launch(WHOLE.value, layout.num_warps, lambda sizes: 1),)
     tiles = triton.cdiv(slots, layout.rows) * triton.cdiv(slots, layout.columns)
     middle = launch(MIDDLE.value, layout.num_warps, lambda sizes: tiles + triton.cdiv(slots, sizes["SLOTS"]))
     if only_middle:
-        return [middle]
+        return (middle,)
     # Of the phases around it, which wait for memory more than they compute.
     first = launch(FIRST.value, 8, lambda sizes: 1)
     warps = min(16, max(4, triton.next_power_of_2(slots) // 64))
     last = launch(LAST.value, warps, lambda sizes: triton.cdiv(word, sizes["PLACES"]) + backward * num_reads)
-    return [first, middle, last]
+    return first, middle, last
 
 
 def piece_sizes(slots: int, word: int, num_reads: int, layout: Layout, num_warps: int) -> dict[str, int]:
