@@ -320,10 +320,9 @@ def measure(case: Case) -> Measurement:
     counts = _count_amd(asm["amdgcn"]) if case.target.startswith("gfx") else _count_nvidia(asm["cubin"])
     numbers, ttgir = Numbers(shared=shared, **counts), asm["ttgir"]
     try:
-        needed = {
-            place: bool(barriers.races(without, arguments=ARGUMENTS))
-            for place, without in barriers.without_barriers(ttgir)
-        }
+        # Which barriers are needed does not hang on the target; to find out takes a walk for each of them.
+        without = barriers.without_barriers(ttgir) if case.target == "sm_90" else []
+        needed = {place: bool(barriers.races(code, arguments=ARGUMENTS)) for place, code in without}
         return Measurement(case, numbers, barriers.races(ttgir, case.grid, ARGUMENTS), needed)
     except barriers.Unchecked as error:
         return Measurement(case, numbers, [f"barriers cannot be checked: {error}"], {})
