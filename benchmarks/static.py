@@ -219,8 +219,8 @@ def cases(complete: bool = False) -> list[Case]:
         found += _step(SHAPES[1], "sm_90", variant=variant)
     for *shape, hidden_size in SEQUENCES[:3]:
         found += _sequence(tuple(shape), hidden_size, "sm_90")
-    for target in TARGETS:
-        found += _sequence(SEQUENCES[1][:3], SEQUENCES[1][3], target)
+    for target in TARGETS:  # the one that takes the least time
+        found += _sequence(SEQUENCES[0][:3], SEQUENCES[0][3], target)
     found += _sequence(SEQUENCES[1][:3], SEQUENCES[1][3], "sm_90", variant="lengths reset")
     found += _lstm("sm_90")
     for shape in PRODUCTS:

@@ -30,6 +30,12 @@ TOLERANCE = {torch.float32: dict(rtol=2e-6, atol=1e-6), torch.float64: dict(rtol
 # Hidden units, batch, what comes from below, interface vector; the sizes of sums with and without whole vectors, of one
 # block and of several, batches of one program and of several.
 SIZES = [(1, 1, 1, 5), (5, 33, 4, 3), (4, 3, 260, 5), (64, 1, 64, 23), (100, 1, 9, 13), (2, 16, 517, 3)]
+CASES = [
+    # Interpreted the larger ones take seconds: in one dtype.
+    pytest.param(sizes, dtype, marks=pytest.mark.slow if sizes[0] >= 64 and dtype == torch.float64 else ())
+    for sizes in SIZES
+    for dtype in TOLERANCE
+]
 
 
 class Problem(NamedTuple):
@@ -106,8 +112,7 @@ def outcome(
     return results
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("sizes", "dtype"), CASES, ids=str)
 def test_parity(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     given = draw(sizes, dtype, device)
     clips = (0.3, 0.5) if sizes[1] > 1 else (None, None)
