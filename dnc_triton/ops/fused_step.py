@@ -204,9 +204,8 @@ class _Step(torch.autograd.Function):
         interface, *saved = ctx.saved_tensors
         raw, strength_offset, stop_usage_gradient, layout = ctx.arguments
         given = interface, saved[:6], saved[6:], _zero_filled(gradients, saved[:6]), raw, strength_offset
-        if torch.is_grad_enabled() or not is_eager(
-            [interface, *saved]
-        ):  # who wants more than numbers asks the operator
+        # Who wants more than numbers asks the operator.
+        if torch.is_grad_enabled() or not is_eager([interface, *saved]):
             d_given = _step_backward(*given, stop_usage_gradient, [int(value) for value in layout])
         else:
             with torch._C._AutoDispatchBelowAutograd():
