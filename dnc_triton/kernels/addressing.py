@@ -229,10 +229,11 @@ def lookup_backward(
     offs_n, offs_p, offs_w = tl.arange(0, BLOCK_N), part * PLACES + tl.arange(0, PLACES), tl.arange(0, BLOCK_W)
     mask_n, mask_p = (offs_n < N) & runs, offs_p < W
 
-    vectors = tl.arange(0, 2 * BLOCK_R if BLOCK_R > 1 else 4)  # R + 2 at least
+    VECTORS: tl.constexpr = 2 * BLOCK_R if BLOCK_R > 1 else 4  # R + 2 at least
+    vectors = tl.arange(0, VECTORS)
     mask_vectors = (vectors < R + 2)[:, None] & mask_p[None, :]
     parts_ptr = d_words_partial_ptr + vectors[:, None] * W + offs_p[None, :]
-    d_vectors = tl.zeros([2 * BLOCK_R if BLOCK_R > 1 else 4, PLACES], COMPUTE)
+    d_vectors = tl.zeros([VECTORS, PLACES], COMPUTE)
     d_vectors = add_parts(d_vectors, parts_ptr, mask_vectors, (R + 2) * W, SLOT_BLOCKS)
     place = tl.where(vectors < R, vectors * W, tl.where(vectors == R, WRITE_STRENGTH + 1, WRITE_KEY + W))
     tl.store(d_interface_ptr + place[:, None] + offs_p[None, :], d_vectors, mask=mask_vectors)
