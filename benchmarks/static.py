@@ -28,15 +28,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from benchmarks import barriers
 from dnc_reference.interface import interface_sizes
-from dnc_triton.kernels.launch import Launch, compile_options, launches, piece_sizes
+from dnc_triton.kernels.launch import Launch, compile_options, launches
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.products import (
@@ -49,7 +49,8 @@ from dnc_triton.kernels.products import (
     lstm_product_forward_kernel,
     product_kernel,
 )
-from dnc_triton.kernels.sequence import sequence_backward_kernel, sequence_forward_kernel, weight_tiles
+from dnc_triton.kernels.sequence import Controller, sequence_backward_kernel, sequence_forward_kernel
+from dnc_triton.kernels.sizes import TRITON_DTYPES, Sizes
 from dnc_triton.kernels.step import (
     ENDED,
     FIRST,
@@ -138,11 +139,17 @@ class Case:
     @property
     def launch(self) -> Launch:
         """As it is launched for two batch elements; not of the controller."""
+        options = dict(raw=self.variant != "activated", compute=self.compute)
         if self.phase == "sequence":
             num_warps = self.layout.num_warps
-            return Launch(WHOLE.value, (2,), num_warps, piece_sizes(*self.shape, self.layout, num_warps))
-        found = launches(2, *self.shape, self.layout, backward=self.direction == "backward")
+            return Launch(WHOLE.value, (2,), num_warps, Sizes.of(*self.shape, self.layout, num_warps, **options))
+        found = launches(2, *self.shape, self.layout, backward=self.direction == "backward", **options)
         return next(launch for launch in found if launch.phase == PHASES[self.phase].value)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -330,31 +337,7 @@ def measure(case: Case) -> Measurement:
 
 def _compile(case: Case) -> tuple[dict[str, Any], int]:
     """The code at each stage of the compilation, and the bytes of shared memory."""
-    compute = "float64" if case.dtype == "float64" else "float32"
-    bounds = (None, None) if case.variant == "unclipped" else (20.0, 10.0)
-    constants: dict[str, Any] = {} if case.phase == "product" else dict(COMPUTE=getattr(tl, compute))
-    num_warps = case.layout.num_warps
-    if case.phase not in CONTROLLER:
-        constants |= dict(case.launch.sizes, STRENGTH_OFFSET=1.0)
-        num_warps = case.launch.num_warps
-    if case.phase in CONTROLLER[1:]:
-        kernel, more = _small_product(case)
-        constants |= more if case.phase == "product" else dict(more, CLIP=bounds[0])
-    elif case.phase == "lstm":
-        kernel = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}[case.direction]
-        constants |= dict(H=case.hidden_size, CLIP=bounds[0], BLOCK=BLOCK)
-    elif case.phase == "sequence":
-        kernel = {"forward": sequence_forward_kernel, "backward": sequence_backward_kernel}[case.direction]
-        constants |= dict(H=case.hidden_size, CLIP=bounds[0], **weight_tiles(case.layout))
-        constants |= {f"{name}_ptr": None for name in ("lengths", "reset") if name not in case.variant}
-    else:
-        kernel = {"forward": step_forward_kernel, "backward": step_backward_kernel}[case.direction]
-        constants |= dict(RAW=case.variant != "activated", PHASE=PHASES[case.phase].value)
-        constants |= {} if case.variant == "marked" else dict(marks_ptr=None, zeros_ptr=None)
-    if case.direction == "backward" and case.phase in ("lstm", "lstm product", "sequence"):
-        constants["MAX_GRADIENT"] = bounds[1]
-    if case.direction == "backward" and case.phase not in CONTROLLER:
-        constants["STOP_USAGE_GRADIENT"] = False
+    kernel, constants, num_warps = _kernel(case)
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -363,7 +346,8 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
         if not name.endswith("_ptr"):
             signature[name] = "i32"
             continue
-        dtype = TRITON_TYPES[compute if name in ("kept_ptr", "scratch_ptr") else case.dtype]
+        widened = "float64" if case.dtype == "float64" else "float32"
+        dtype = TRITON_TYPES[widened if name in ("kept_ptr", "scratch_ptr") else case.dtype]
         if case.variant == "autocast" and name in WEIGHTS:
             dtype = TRITON_TYPES["bfloat16"]
         signature[name] = POINTERS.get(name, f"*{dtype}")
@@ -379,6 +363,33 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
         ),
     )
     return compiled.asm, compiled.metadata.shared
+
+
+def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any], int]:
+    """The kernel, its constants, and the warps of a program."""
+    num_warps, forward = case.layout.num_warps, case.direction == "forward"
+    clip, max_gradient = (None, None) if case.variant == "unclipped" else (20.0, 10.0)
+    constants: dict[str, Any]
+    if case.phase == "sequence":
+        sizes, words = case.launch.sizes, case.shape[1] * case.shape[2]
+        kernel = sequence_forward_kernel if forward else sequence_backward_kernel
+        bounds = dict(clip=clip, max_gradient=None if forward else max_gradient, compute=case.compute)
+        controller = Controller.of(case.hidden_size, words, sizes.INTERFACE, case.layout, **bounds)
+        absent = {f"{name}_ptr": None for name in ("lengths", "reset") if name not in case.variant}
+        return kernel, dict(absent, sizes=sizes, controller=controller), num_warps
+    if case.phase not in CONTROLLER:
+        kernel, launch = step_forward_kernel if forward else step_backward_kernel, case.launch
+        constants = {} if case.variant == "marked" else dict(marks_ptr=None, zeros_ptr=None)
+        return kernel, dict(constants, PHASE=launch.phase, sizes=launch.sizes), launch.num_warps
+    if case.phase == "lstm":
+        kernel = lstm_forward_kernel if forward else lstm_backward_kernel
+        constants = dict(H=case.hidden_size, BLOCK=BLOCK)
+    else:
+        kernel, constants = _small_product(case)
+    if case.phase != "product":
+        constants |= dict(COMPUTE=TRITON_DTYPES[case.compute], CLIP=clip)
+        constants |= {} if forward else dict(MAX_GRADIENT=max_gradient)
+    return kernel, constants, num_warps
 
 
 def _tiles(case: Case) -> Tiles:

@@ -1,11 +1,4 @@
-"""What the phases of the memory step share: the layout of their buffers, and small device functions.
-
-Every buffer of one batch element is contiguous. Sizes are compile-time constants: N slots, W word size, R read heads;
-BLOCK_N, BLOCK_W, BLOCK_R the next powers of two. How they are cut up: a tile of the link is ROWS × COLUMNS, a block of
-memory SLOTS words; elsewhere CHUNK words are taken at once, or PLACES numbers of every word; HEADS heads at once where
-there are products with each. Arithmetic is in float32,
-in float64 if the tensors are.
-"""
+"""Small device functions that the kernels share. `sizes` is a `Sizes`; arithmetic is in its COMPUTE."""
 
 import triton
 import triton.language as tl
@@ -80,33 +73,33 @@ def softplus(x):
 
 
 @triton.jit
-def gate(x, RAW: tl.constexpr):
+def gate(x, sizes: tl.constexpr):
     """A gate or erase vector from the interface, activated if it is raw."""
-    if RAW:
+    if sizes.RAW:
         x = sigmoid(x)
     return x
 
 
 @triton.jit
-def d_gate(d, activated, RAW: tl.constexpr):
+def d_gate(d, activated, sizes: tl.constexpr):
     """Adjoint of `gate`, from the activated value."""
-    if RAW:
+    if sizes.RAW:
         d = d * activated * (1.0 - activated)
     return d
 
 
 @triton.jit
-def strength(x, RAW: tl.constexpr, STRENGTH_OFFSET: tl.constexpr):
+def strength(x, sizes: tl.constexpr):
     """A strength from the interface; raw it passes softplus, and 1 is added for oneplus."""
-    if RAW:
-        x = STRENGTH_OFFSET + softplus(x)
+    if sizes.RAW:
+        x = sizes.STRENGTH_OFFSET + softplus(x)
     return x
 
 
 @triton.jit
-def d_strength(d, x, RAW: tl.constexpr):
+def d_strength(d, x, sizes: tl.constexpr):
     """Adjoint of `strength`, from what stands in the interface."""
-    if RAW:
+    if sizes.RAW:
         d = d * sigmoid(x)
     return d
 
@@ -129,12 +122,12 @@ def rounded(x, ptr):
 
 
 @triton.jit
-def read_modes(modes_ptr, offs_r, mask_r, RAW: tl.constexpr, COMPUTE: tl.constexpr):
+def read_modes(modes_ptr, offs_r, mask_r, sizes: tl.constexpr):
     """Backward, forward and content mode of each head [BLOCK_R], activated."""
-    backward = tl.load(modes_ptr + 3 * offs_r, mask=mask_r, other=0.0).to(COMPUTE)
-    forward = tl.load(modes_ptr + 3 * offs_r + 1, mask=mask_r, other=0.0).to(COMPUTE)
-    content = tl.load(modes_ptr + 3 * offs_r + 2, mask=mask_r, other=0.0).to(COMPUTE)
-    if RAW:
+    backward = tl.load(modes_ptr + 3 * offs_r, mask=mask_r, other=0.0).to(sizes.COMPUTE)
+    forward = tl.load(modes_ptr + 3 * offs_r + 1, mask=mask_r, other=0.0).to(sizes.COMPUTE)
+    content = tl.load(modes_ptr + 3 * offs_r + 2, mask=mask_r, other=0.0).to(sizes.COMPUTE)
+    if sizes.RAW:
         largest = tl.maximum(tl.maximum(backward, forward), content)
         backward, forward, content = exp(backward - largest), exp(forward - largest), exp(content - largest)
         total = backward + forward + content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_triton.kernels.layout import Layout, kept_shapes
+from dnc_triton.kernels.sizes import Sizes, compute_dtype
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
 
 
@@ -65,7 +66,7 @@ def step_forward(
         precedence=torch.empty_like(precedence),
         read_weights=torch.empty_like(read_weights),
         write_weights=torch.empty_like(write_weights),
-        kept=memory.new_empty(kept, dtype=_compute_dtype(memory)),
+        kept=memory.new_empty(kept, dtype=compute_dtype(memory)),
         free_list=memory.new_empty(free_list, dtype=torch.int32),
     )
     launch_forward(
@@ -82,9 +83,9 @@ def step_forward(
 
 def forward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
     """Work space of `launch_forward`."""
-    batch, slots, _ = memory.shape
-    blocks = triton.cdiv(slots, layout.rows) + triton.cdiv(slots, layout.columns)
-    return memory.new_empty((batch, blocks * num_reads * slots), dtype=_compute_dtype(memory))
+    batch, slots, word = memory.shape
+    sizes = Sizes.of(slots, word, num_reads, layout, layout.num_warps)
+    return memory.new_empty((batch, sizes.FORWARD_SCRATCH), dtype=compute_dtype(memory))
 
 
 def launch_forward(
@@ -113,7 +114,8 @@ def launch_forward(
     memory = state[0]
     batch, slots, word = memory.shape
     num_reads = result.read_words.shape[1]
-    for launch in launches(batch, slots, word, num_reads, layout, only_middle=replay):
+    options = dict(raw=raw, strength_offset=strength_offset, compute=scratch.dtype)
+    for launch in launches(batch, slots, word, num_reads, layout, only_middle=replay, **options):
         step_forward_kernel[launch.grid](
             interface,
             *state,
@@ -121,11 +123,8 @@ def launch_forward(
             scratch,
             marks,
             zeros,
-            **launch.sizes,
-            RAW=raw,
-            STRENGTH_OFFSET=strength_offset,
-            COMPUTE=_COMPUTE[scratch.dtype],
             PHASE=launch.phase,
+            sizes=launch.sizes,
             **compile_options(layout, launch.num_warps),
         )
 
@@ -178,11 +177,8 @@ def step_backward(
 def backward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
     """Work space of `launch_backward`."""
     batch, slots, word = memory.shape
-    rows, columns = triton.cdiv(slots, layout.rows), triton.cdiv(slots, layout.columns)
-    blocks = triton.cdiv(slots, piece_sizes(slots, word, num_reads, layout, layout.num_warps)["SLOTS"])
-    by_slot = 1 + 4 * num_reads + columns * (1 + num_reads) + rows * (2 + num_reads)
-    size = by_slot * slots + blocks * (2 + num_reads) * word
-    return memory.new_empty((batch, size), dtype=_compute_dtype(memory))
+    sizes = Sizes.of(slots, word, num_reads, layout, layout.num_warps)
+    return memory.new_empty((batch, sizes.BACKWARD_SCRATCH), dtype=compute_dtype(memory))
 
 
 def launch_backward(
@@ -212,7 +208,13 @@ def launch_backward(
     """
     batch, slots, word = state[0].shape
     num_reads = gradients[0].shape[1]
-    for launch in launches(batch, slots, word, num_reads, layout, backward=True):
+    options = dict(
+        raw=raw,
+        strength_offset=strength_offset,
+        stop_usage_gradient=stop_usage_gradient,
+        compute=scratch.dtype,
+    )
+    for launch in launches(batch, slots, word, num_reads, layout, backward=True, **options):
         step_backward_kernel[launch.grid](
             interface,
             *state,
@@ -222,22 +224,10 @@ def launch_backward(
             scratch,
             marks,
             zeros,
-            **launch.sizes,
-            RAW=raw,
-            STRENGTH_OFFSET=strength_offset,
-            STOP_USAGE_GRADIENT=stop_usage_gradient,
-            COMPUTE=_COMPUTE[scratch.dtype],
             PHASE=launch.phase,
+            sizes=launch.sizes,
             **compile_options(layout, launch.num_warps),
         )
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Of the arithmetic."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-_COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Launch(NamedTuple):
@@ -247,13 +237,13 @@ class Launch(NamedTuple):
         phase: which, or all.
         grid: of programs.
         num_warps: per program.
-        sizes: the kernel's constants.
+        sizes: the kernel's.
     """
 
     phase: int
     grid: tuple[int, ...]
     num_warps: int
-    sizes: dict[str, int]
+    sizes: Sizes
 
 
 @lru_cache(maxsize=256)  # asked at every step of a sequence
@@ -266,50 +256,26 @@ def launches(
     *,
     backward: bool = False,
     only_middle: bool = False,
+    **options: Any,
 ) -> tuple[Launch, ...]:
-    """The launches of a step in one direction, in order; none for an empty batch."""
+    """The launches of a step in one direction, in order; none for an empty batch. `options` as in `Sizes.of`."""
     if batch == 0:
         return ()
 
-    def launch(phase: int, num_warps: int, count: Callable[[dict[str, int]], int]) -> Launch:
-        sizes = piece_sizes(slots, word, num_reads, layout, num_warps)
-        return Launch(phase, (batch, count(sizes)), num_warps, sizes)
+    def launch(phase: tl.constexpr, num_warps: int, count: Callable[[Sizes], int]) -> Launch:
+        sizes = Sizes.of(slots, word, num_reads, layout, num_warps, **options)
+        return Launch(phase.value, (batch, count(sizes)), num_warps, sizes)
 
     if layout.fused and not only_middle:
-        return (launch(WHOLE.value, layout.num_warps, lambda sizes: 1),)
-    tiles = triton.cdiv(slots, layout.rows) * triton.cdiv(slots, layout.columns)
-    middle = launch(MIDDLE.value, layout.num_warps, lambda sizes: tiles + triton.cdiv(slots, sizes["SLOTS"]))
+        return (launch(WHOLE, layout.num_warps, lambda sizes: 1),)
+    middle = launch(MIDDLE, layout.num_warps, lambda sizes: sizes.TILES + sizes.SLOT_BLOCKS)
     if only_middle:
         return (middle,)
     # Of the phases around it, which wait for memory more than they compute.
-    first = launch(FIRST.value, 8, lambda sizes: 1)
+    first = launch(FIRST, 8, lambda sizes: 1)
     warps = min(16, max(4, triton.next_power_of_2(slots) // 64))
-    last = launch(LAST.value, warps, lambda sizes: triton.cdiv(word, sizes["PLACES"]) + backward * num_reads)
+    last = launch(LAST, warps, lambda sizes: sizes.PARTS + backward * num_reads)
     return first, middle, last
-
-
-def piece_sizes(slots: int, word: int, num_reads: int, layout: Layout, num_warps: int) -> dict[str, int]:
-    """A kernel's constants: the sizes of a step, and of the pieces that a program of so many warps takes at once.
-
-    Those keep 32 numbers in a thread's registers, 64 where nothing else is there.
-    """
-    block_n, block_w = (max(16, triton.next_power_of_2(size)) for size in (slots, word))
-    block_r, numbers = triton.next_power_of_2(num_reads), 32 * 32 * num_warps
-    written = min(block_n, max(1, 16 * 32 * layout.num_warps // block_w))  # which all phases must agree on
-    return {
-        "N": slots,
-        "W": word,
-        "R": num_reads,
-        "BLOCK_N": block_n,
-        "BLOCK_W": block_w,
-        "BLOCK_R": block_r,
-        "ROWS": layout.rows,
-        "COLUMNS": layout.columns,
-        "SLOTS": written,
-        "HEADS": min(block_r, max(1, numbers // max(layout.rows * layout.columns, block_n * block_w))),
-        "CHUNK": min(block_n, max(1, 2 * numbers // block_w)),
-        "PLACES": min(block_w, max(4, 4 * numbers // (block_n * max(4, block_r)))),
-    }
 
 
 def compile_options(

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_triton.kernels.common import clipped, d_clipped, sigmoid, tanh
-from dnc_triton.kernels.launch import _COMPUTE, _compute_dtype
+from dnc_triton.kernels.sizes import TRITON_DTYPES, compute_dtype
 
 BLOCK = 256  # elements of a program
 
@@ -115,4 +115,4 @@ def _launch(
 ) -> None:
     size, constants = cell.numel(), dict(H=cell.shape[1], BLOCK=BLOCK, CLIP=clip, **more)
     if size:
-        kernel[(triton.cdiv(size, BLOCK),)](*tensors, size, **constants, COMPUTE=_COMPUTE[_compute_dtype(cell)])
+        kernel[(triton.cdiv(size, BLOCK),)](*tensors, size, **constants, COMPUTE=TRITON_DTYPES[compute_dtype(cell)])

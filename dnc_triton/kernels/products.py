@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_triton.kernels.common import clipped, d_clipped, sigmoid, tanh
-from dnc_triton.kernels.launch import _COMPUTE
+from dnc_triton.kernels.sizes import TRITON_DTYPES
 
 
 class Tiles(NamedTuple):
@@ -370,7 +370,8 @@ def lstm_product_forward(
     if grid := _grid(size, batch, tiles):
         lstm_product_forward_kernel[grid](
             below, hidden, weight, gates, cell, new_hidden, new_cell, unclipped, batch,
-            BELOW=below.shape[1], H=size, CLIP=clip, COMPUTE=_COMPUTE[cell.dtype], **_constants(weight, batch, tiles),
+            BELOW=below.shape[1], H=size, CLIP=clip, COMPUTE=TRITON_DTYPES[cell.dtype],
+            **_constants(weight, batch, tiles),
         )  # fmt: skip
 
 
@@ -401,7 +402,7 @@ def lstm_product_backward(
     if grid := _grid(size, batch, tiles):
         lstm_product_backward_kernel[grid](
             d_vectors, weight, gates, cell, d_hidden, d_out, d_cell, d_gates, batch,
-            K=d_vectors.shape[1], H=size, CLIP=clip, MAX_GRADIENT=max_gradient, COMPUTE=_COMPUTE[cell.dtype],
+            K=d_vectors.shape[1], H=size, CLIP=clip, MAX_GRADIENT=max_gradient, COMPUTE=TRITON_DTYPES[cell.dtype],
             **_constants(weight, batch, tiles),
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Phase three of a step, a program per part of the words: read content weights, read weights, the words read.
 
-Its adjoint is the first phase of the backward. All pointers are those of one batch element.
+Its adjoint is the first phase of the backward. The tuples of pointers are those of `buffers`, of one batch element.
 """
 
 import triton
@@ -10,144 +10,103 @@ from dnc_triton.kernels.common import add_parts, d_strength, read_modes, rounded
 
 
 @triton.jit
-def read(
-    part,
-    interface_ptr,
-    new_memory_ptr,
-    similarity_ptr,
-    forward_partial_ptr,
-    backward_partial_ptr,
-    forward_ptr,
-    backward_ptr,
-    new_read_weights_ptr,
-    read_words_ptr,
-    N: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PLACES: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
-    RAW: tl.constexpr,
-    STRENGTH_OFFSET: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def read(part, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexpr):
     """Where to read, and what: PLACES numbers of every word, those of this part.
 
-    Sums up what the tiles of the link left. The first part keeps forward weights, backward weights and read weights,
-    [R, N] each.
+    Sums up what the tiles of the link left. The first part keeps forward weights, backward weights and read weights.
     """
-    READ_STRENGTHS: tl.constexpr = R * W + 2 * W
-    READ_MODES: tl.constexpr = READ_STRENGTHS + R + 1 + W + R + 2
-    offs_n, offs_r, offs_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), part * PLACES + tl.arange(0, PLACES)
+    N: tl.constexpr = sizes.N
+    W: tl.constexpr = sizes.W
+    R: tl.constexpr = sizes.R
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    offs_n, offs_r = tl.arange(0, sizes.BLOCK_N), tl.arange(0, sizes.BLOCK_R)
+    offs_p = part * sizes.PLACES + tl.arange(0, sizes.PLACES)
     mask_r, mask_n, mask_p = offs_r < R, offs_n < N, offs_p < W
     offsets = offs_r[:, None] * N + offs_n[None, :]
     mask = mask_r[:, None] & mask_n[None, :]
     at_memory = offs_n[None, None, :] * W + offs_p[None, :, None]
     mask_memory = mask_n[None, None, :] & mask_p[None, :, None]
-    memory = tl.load(new_memory_ptr + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
+    memory = tl.load(new.memory + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
 
-    nothing = tl.zeros([BLOCK_R, BLOCK_N], COMPUTE)
-    backward = add_parts(nothing, backward_partial_ptr + offsets, mask, R * N, ROW_BLOCKS)
-    forward = add_parts(nothing, forward_partial_ptr + offsets, mask, R * N, COLUMN_BLOCKS)
-    strengths = tl.load(interface_ptr + READ_STRENGTHS + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
-    strengths = strength(strengths, RAW, STRENGTH_OFFSET)
-    similarity = tl.load(similarity_ptr + offsets, mask=mask, other=0.0)
+    nothing = tl.full([sizes.BLOCK_R, sizes.BLOCK_N], 0.0, COMPUTE)
+    backward = add_parts(nothing, scratch.backward + offsets, mask, R * N, sizes.ROW_BLOCKS)
+    forward = add_parts(nothing, scratch.forward + offsets, mask, R * N, sizes.COLUMN_BLOCKS)
+    strengths = tl.load(interface.read_strengths + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
+    strengths = strength(strengths, sizes)
+    similarity = tl.load(kept.read_similarity + offsets, mask=mask, other=0.0)
     content = softmax(similarity * strengths[:, None], mask, 1)
-    mode_b, mode_f, mode_c = read_modes(interface_ptr + READ_MODES, offs_r, mask_r, RAW, COMPUTE)
+    mode_b, mode_f, mode_c = read_modes(interface.read_modes, offs_r, mask_r, sizes)
     weights = mode_b[:, None] * backward + mode_f[:, None] * forward + mode_c[:, None] * content
-    weights = rounded(weights, new_read_weights_ptr)
+    weights = rounded(weights, new.read_weights)
     if part == 0:
-        tl.store(forward_ptr + offsets, forward, mask=mask)
-        tl.store(backward_ptr + offsets, backward, mask=mask)
-        tl.store(new_read_weights_ptr + offsets, weights, mask=mask)
+        tl.store(kept.forward + offsets, forward, mask=mask)
+        tl.store(kept.backward + offsets, backward, mask=mask)
+        tl.store(new.read_weights + offsets, weights, mask=mask)
     words = tl.sum(tl.where(mask, weights, 0.0)[:, None, :] * memory, 2)
     at_words, mask_words = offs_r[:, None] * W + offs_p[None, :], mask_r[:, None] & mask_p[None, :]
     tl.store(read_words_ptr + at_words, words, mask=mask_words)
 
 
 @triton.jit
-def read_backward(
-    interface_ptr,
-    new_memory_ptr,
-    similarity_ptr,
-    forward_ptr,
-    backward_ptr,
-    d_read_words_ptr,
-    d_new_read_weights_ptr,
-    d_interface_ptr,
-    d_forward_ptr,
-    d_backward_ptr,
-    d_similarity_ptr,
-    N: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HEADS: tl.constexpr,
-    RAW: tl.constexpr,
-    STRENGTH_OFFSET: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """The adjoint of `read`: gradients of the forward weights, the backward weights and the similarity, each [R, N].
+def read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, scratch, sizes: tl.constexpr):
+    """The adjoint of `read`: gradients of the forward weights, the backward weights and the similarity.
 
     What the words read give back to the memory is left to the row blocks.
     """
-    READ_STRENGTHS: tl.constexpr = R * W + 2 * W
-    READ_MODES: tl.constexpr = READ_STRENGTHS + R + 1 + W + R + 2
-    offs_n, offs_r, offs_w = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_W)
+    N: tl.constexpr = sizes.N
+    W: tl.constexpr = sizes.W
+    R: tl.constexpr = sizes.R
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    offs_n, offs_r, offs_w = tl.arange(0, sizes.BLOCK_N), tl.arange(0, sizes.BLOCK_R), tl.arange(0, sizes.BLOCK_W)
     mask_r, mask_w = offs_r < R, offs_w < W
 
     # words: r = w M'; the gradient of w goes through memory, from rows to whole heads
-    for start in range(0, N, CHUNK):
-        by_slot = start + tl.arange(0, CHUNK)[None, :]
+    for start in range(0, N, sizes.CHUNK):
+        by_slot = start + tl.arange(0, sizes.CHUNK)[None, :]
         slots, places = by_slot[:, :, None], offs_w[None, None, :]
         mask_memory = (slots < N) & mask_w[None, None, :]
-        memory = tl.load(new_memory_ptr + slots * W + places, mask=mask_memory, other=0.0).to(COMPUTE)
-        for head in range(0, R, HEADS):
-            offs_h = head + tl.arange(0, HEADS)[:, None]
+        memory = tl.load(new.memory + slots * W + places, mask=mask_memory, other=0.0).to(COMPUTE)
+        for head in range(0, R, sizes.HEADS):
+            offs_h = head + tl.arange(0, sizes.HEADS)[:, None]
             heads, at_heads = offs_h[:, :, None], offs_h * N + by_slot
             mask_words, mask_heads = (heads < R) & mask_w[None, None, :], (offs_h < R) & (by_slot < N)
             d_words = tl.load(d_read_words_ptr + heads * W + places, mask=mask_words, other=0.0).to(COMPUTE)
-            given = tl.load(d_new_read_weights_ptr + at_heads, mask=mask_heads, other=0.0).to(COMPUTE)
-            tl.store(d_similarity_ptr + at_heads, given + tl.sum(memory * d_words, 2), mask=mask_heads)
+            given = tl.load(d_new.read_weights + at_heads, mask=mask_heads, other=0.0).to(COMPUTE)
+            tl.store(scratch.d_similarity + at_heads, given + tl.sum(memory * d_words, 2), mask=mask_heads)
     tl.debug_barrier()
 
     offsets = offs_r[:, None] * N + offs_n[None, :]
     mask = mask_r[:, None] & (offs_n < N)[None, :]
-    d_weights = tl.load(d_similarity_ptr + offsets, mask=mask, other=0.0)
-    backward = tl.load(backward_ptr + offsets, mask=mask, other=0.0)
-    forward = tl.load(forward_ptr + offsets, mask=mask, other=0.0)
-    similarity = tl.load(similarity_ptr + offsets, mask=mask, other=0.0)
-    raw_strengths = tl.load(interface_ptr + READ_STRENGTHS + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
-    strengths = strength(raw_strengths, RAW, STRENGTH_OFFSET)
+    d_weights = tl.load(scratch.d_similarity + offsets, mask=mask, other=0.0)
+    backward = tl.load(kept.backward + offsets, mask=mask, other=0.0)
+    forward = tl.load(kept.forward + offsets, mask=mask, other=0.0)
+    similarity = tl.load(kept.read_similarity + offsets, mask=mask, other=0.0)
+    raw_strengths = tl.load(interface.read_strengths + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
+    strengths = strength(raw_strengths, sizes)
     content = softmax(similarity * strengths[:, None], mask, 1)
 
-    mode_b, mode_f, mode_c = read_modes(interface_ptr + READ_MODES, offs_r, mask_r, RAW, COMPUTE)
+    mode_b, mode_f, mode_c = read_modes(interface.read_modes, offs_r, mask_r, sizes)
     d_mode_b = tl.sum(d_weights * backward, 1)
     d_mode_f = tl.sum(d_weights * forward, 1)
     d_mode_c = tl.sum(d_weights * content, 1)
-    if RAW:
+    if sizes.RAW:
         mean = mode_b * d_mode_b + mode_f * d_mode_f + mode_c * d_mode_c
         d_mode_b, d_mode_f, d_mode_c = (
             mode_b * (d_mode_b - mean),
             mode_f * (d_mode_f - mean),
             mode_c * (d_mode_c - mean),
         )
-    d_modes_ptr = d_interface_ptr + READ_MODES + 3 * offs_r
+    d_modes_ptr = d_interface.read_modes + 3 * offs_r
     tl.store(d_modes_ptr, d_mode_b, mask=mask_r)
     tl.store(d_modes_ptr + 1, d_mode_f, mask=mask_r)
     tl.store(d_modes_ptr + 2, d_mode_c, mask=mask_r)
 
-    tl.store(d_forward_ptr + offsets, mode_f[:, None] * d_weights, mask=mask)
-    tl.store(d_backward_ptr + offsets, mode_b[:, None] * d_weights, mask=mask)
+    tl.store(scratch.d_forward + offsets, mode_f[:, None] * d_weights, mask=mask)
+    tl.store(scratch.d_backward + offsets, mode_b[:, None] * d_weights, mask=mask)
     # The mode stays outside the difference: of a one-hot content that is zero, but for a product's rounding, which a
     # compiler that fuses it with the subtraction would leave over, to be multiplied by the strength.
     d_scaled = mode_c[:, None] * content * (d_weights - tl.sum(d_weights * content, 1, keep_dims=True))
-    d_strengths = d_strength(tl.sum(d_scaled * similarity, 1), raw_strengths, RAW)
-    tl.store(d_interface_ptr + READ_STRENGTHS + offs_r, d_strengths, mask=mask_r)
+    d_strengths = d_strength(tl.sum(d_scaled * similarity, 1), raw_strengths, sizes)
+    tl.store(d_interface.read_strengths + offs_r, d_strengths, mask=mask_r)
     tl.debug_barrier()  # all have read the gradient of the weights, whose place is taken
-    tl.store(d_similarity_ptr + offsets, d_scaled * strengths[:, None], mask=mask)
+    tl.store(scratch.d_similarity + offsets, d_scaled * strengths[:, None], mask=mask)

@@ -9,19 +9,57 @@ of what a step leaves to the next controller and to the output layer: hidden vec
 interface vector. K = 1.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-from dnc_triton.kernels.addressing import address, address_backward, by_write_weights, lookup_backward
+from dnc_reference.types import MemoryState
+from dnc_triton.kernels.buffers import backward_scratch_at, forward_scratch_at, interface_at, kept_at, state_at
 from dnc_triton.kernels.common import clipped, d_clipped, rounded, sigmoid, tanh
 from dnc_triton.kernels.layout import Layout
-from dnc_triton.kernels.linking import link_tile, link_tile_backward, write, write_backward
-from dnc_triton.kernels.reading import read, read_backward
+from dnc_triton.kernels.sizes import TRITON_DTYPES
+from dnc_triton.kernels.step import WHOLE, memory_step, memory_step_backward
 
 
-def weight_tiles(layout: Layout) -> dict[str, int]:
-    """The part of a weight that a program multiplies at a time: 32 numbers a thread."""
-    return {"BLOCK_IN": 16 * layout.num_warps, "BLOCK_OUT": 64}
+class Controller(NamedTuple):
+    """The constants of the controller's part, as `Sizes` are those of the memory's.
+
+    Attributes:
+        H: hidden size.
+        F: features, hidden vector and words read.
+        S: numbers of an interface vector.
+        BLOCK_IN, BLOCK_OUT: the part of a weight that a program multiplies at a time.
+        CLIP, MAX_GRADIENT: bounds, or None; the second one for a backward.
+        COMPUTE: the type of the arithmetic.
+    """
+
+    H: int
+    F: int
+    S: int
+    BLOCK_IN: int
+    BLOCK_OUT: int
+    CLIP: float | None
+    MAX_GRADIENT: float | None
+    COMPUTE: tl.dtype
+
+    @classmethod
+    def of(
+        cls,
+        hidden_size: int,
+        words: int,
+        interface: int,
+        layout: Layout,
+        *,
+        clip: float | None,
+        max_gradient: float | None = None,
+        compute: torch.dtype = torch.float32,
+    ) -> "Controller":
+        """Of weights 32 numbers are in a thread's registers."""
+        blocks = 16 * layout.num_warps, 64
+        features = hidden_size + words
+        return cls(hidden_size, features, interface, *blocks, clip, max_gradient, TRITON_DTYPES[compute])
 
 
 @triton.jit
@@ -32,16 +70,16 @@ def product(
     IN: tl.constexpr,
     OUT: tl.constexpr,
     STRIDE: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    controller: tl.constexpr,
 ):
     """Some numbers [BLOCK_OUT] of vector [IN] @ weight [IN, OUT], whose rows are STRIDE apart.
 
     A thread adds up numbers of its own columns, so that little is left to add up across threads. As with autocast,
     where the weight is narrower than the vector, the vector and the result are rounded to its dtype.
     """
-    total = tl.zeros([BLOCK_IN, BLOCK_OUT], COMPUTE)
+    BLOCK_IN: tl.constexpr = controller.BLOCK_IN
+    COMPUTE: tl.constexpr = controller.COMPUTE
+    total = tl.full([BLOCK_IN, controller.BLOCK_OUT], 0.0, COMPUTE)
     for start in range(0, IN, BLOCK_IN):
         offs_in = start + tl.arange(0, BLOCK_IN)
         vector = rounded(tl.load(vector_ptr + offs_in, mask=offs_in < IN, other=0.0).to(COMPUTE), weight_ptr)
@@ -63,13 +101,7 @@ def control(
     recurrent_t_ptr,
     interface_weight_t_ptr,
     interface_bias_ptr,
-    H: tl.constexpr,
-    F: tl.constexpr,
-    S: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    CLIP: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    controller: tl.constexpr,
 ):
     """The controller's part of a step, and the interface vector.
 
@@ -78,14 +110,20 @@ def control(
     Pre, from the inputs, and what is left in `gates`, σ(i), σ(f), tanh(g), σ(o), are [4, H]. The weights are turned
     over: [F, 4H], and [H, S] with rows that begin at multiples of four numbers.
     """
+    H: tl.constexpr = controller.H
+    F: tl.constexpr = controller.F
+    S: tl.constexpr = controller.S
+    BLOCK_OUT: tl.constexpr = controller.BLOCK_OUT
+    CLIP: tl.constexpr = controller.CLIP
+    COMPUTE: tl.constexpr = controller.COMPUTE
     PADDED_S: tl.constexpr = (S + 3) // 4 * 4
     for start in range(0, H, BLOCK_OUT):
         units = start + tl.arange(0, BLOCK_OUT)
         mask = units < H
-        i = product(features_ptr, recurrent_t_ptr, units, F, H, 4 * H, BLOCK_IN, BLOCK_OUT, COMPUTE)
-        f = product(features_ptr, recurrent_t_ptr + H, units, F, H, 4 * H, BLOCK_IN, BLOCK_OUT, COMPUTE)
-        g = product(features_ptr, recurrent_t_ptr + 2 * H, units, F, H, 4 * H, BLOCK_IN, BLOCK_OUT, COMPUTE)
-        o = product(features_ptr, recurrent_t_ptr + 3 * H, units, F, H, 4 * H, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        i = product(features_ptr, recurrent_t_ptr, units, F, H, 4 * H, controller)
+        f = product(features_ptr, recurrent_t_ptr + H, units, F, H, 4 * H, controller)
+        g = product(features_ptr, recurrent_t_ptr + 2 * H, units, F, H, 4 * H, controller)
+        o = product(features_ptr, recurrent_t_ptr + 3 * H, units, F, H, 4 * H, controller)
         i = sigmoid(i + tl.load(pre_ptr + units, mask=mask, other=0.0).to(COMPUTE))
         f = sigmoid(f + tl.load(pre_ptr + H + units, mask=mask, other=0.0).to(COMPUTE))
         g = tanh(g + tl.load(pre_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE))
@@ -101,7 +139,7 @@ def control(
     for start in range(0, S, BLOCK_OUT):
         places = start + tl.arange(0, BLOCK_OUT)
         bias = tl.load(interface_bias_ptr + places, mask=places < S, other=0.0).to(COMPUTE)
-        asked = product(new_features_ptr, interface_weight_t_ptr, places, H, S, PADDED_S, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        asked = product(new_features_ptr, interface_weight_t_ptr, places, H, S, PADDED_S, controller)
         tl.store(interface_ptr + places, asked + bias, mask=places < S)
 
 
@@ -120,14 +158,7 @@ def control_backward(
     interface_weight_ptr,
     kept,
     has_sender,
-    H: tl.constexpr,
-    F: tl.constexpr,
-    S: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    CLIP: tl.constexpr,
-    MAX_GRADIENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    controller: tl.constexpr,
 ):
     """The adjoint of `control`, from its gates, after that of the memory's part.
 
@@ -135,10 +166,16 @@ def control_backward(
     `sent_back` to them, if there was such a step (`has_sender`), and what went to this one, unless it was reset (not
     `kept`).
     """
+    H: tl.constexpr = controller.H
+    F: tl.constexpr = controller.F
+    S: tl.constexpr = controller.S
+    BLOCK_OUT: tl.constexpr = controller.BLOCK_OUT
+    CLIP: tl.constexpr = controller.CLIP
+    COMPUTE: tl.constexpr = controller.COMPUTE
     for start in range(0, H, BLOCK_OUT):
         units = start + tl.arange(0, BLOCK_OUT)
         mask = units < H
-        d_hidden = product(d_interface_ptr, interface_weight_ptr, units, S, H, H, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        d_hidden = product(d_interface_ptr, interface_weight_ptr, units, S, H, H, controller)
         d_hidden += tl.load(d_new_features_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         d_cell = tl.load(d_new_cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         i = tl.load(gates_ptr + units, mask=mask, other=0.0).to(COMPUTE)
@@ -148,7 +185,7 @@ def control_backward(
         prev_cell = tl.load(cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         cell = f * prev_cell + i * g
         tanh_cell = tanh(cell)
-        d_hidden = clipped(d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE), MAX_GRADIENT, COMPUTE)
+        d_hidden = clipped(d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE), controller.MAX_GRADIENT, COMPUTE)
         d_cell = d_clipped(d_cell, cell, CLIP, COMPUTE) + d_hidden * o * (1.0 - tanh_cell * tanh_cell)
         tl.store(d_cell_ptr + units, d_cell * f, mask=mask)
         tl.store(d_gates_ptr + units, d_cell * g * i * (1.0 - i), mask=mask)
@@ -160,7 +197,7 @@ def control_backward(
         places = start + tl.arange(0, BLOCK_OUT)
         mask = places < F
         d_features = tl.load(d_sent_back_ptr + places, mask=mask & has_sender, other=0.0).to(COMPUTE)
-        d_recurrent = product(d_gates_ptr, recurrent_ptr, places, 4 * H, F, F, BLOCK_IN, BLOCK_OUT, COMPUTE)
+        d_recurrent = product(d_gates_ptr, recurrent_ptr, places, 4 * H, F, F, controller)
         tl.store(d_features_ptr + places, d_features + tl.where(kept, d_recurrent, 0.0), mask=mask)
 
 
@@ -187,40 +224,19 @@ def sequence_forward_kernel(
     reset_ptr,
     batch,
     steps,
-    N: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PLACES: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    STRENGTH_OFFSET: tl.constexpr,
-    CLIP: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    sizes: tl.constexpr,
+    controller: tl.constexpr,
 ):
     """Grid: (B,).
 
     Of a quantity that is carried on, entry t of [T + 1, B, ...] is what step t begins with. With `reset` [T, B] there
     is one more, of zeros, for the steps that it marks. With `lengths` [B] a row ends early.
     """
-    S: tl.constexpr = R * W + 3 * W + 5 * R + 3
-    F: tl.constexpr = H + R * W
-    ROW_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
-    COLUMN_BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    TILES: tl.constexpr = ROW_BLOCKS * COLUMN_BLOCKS
-    SLOT_BLOCKS: tl.constexpr = (N + SLOTS - 1) // SLOTS
-    PARTS: tl.constexpr = (W + PLACES - 1) // PLACES
+    H: tl.constexpr = controller.H
+    F: tl.constexpr = controller.F
     element = tl.program_id(0).to(tl.int64)
-    scratch_ptr += element * (ROW_BLOCKS + COLUMN_BLOCKS) * R * N
-    backward_partial_ptr = scratch_ptr + COLUMN_BLOCKS * R * N
+    states = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)
+    scratch = forward_scratch_at(scratch_ptr, element, sizes)
     length = steps
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + element)
@@ -230,10 +246,6 @@ def sequence_forward_kernel(
         if reset_ptr is not None:
             before = tl.where(tl.load(reset_ptr + now) != 0, (steps + 1) * batch + element, now)
         after = now + batch
-        step_interface_ptr = interface_ptr + now * S
-        step_kept_ptr = kept_ptr + now * (3 + 3 * R) * N
-        read_similarity_ptr = step_kept_ptr + 2 * N
-        forward_ptr = step_kept_ptr + (2 + R) * N
         control(
             pre_ptr + now * 4 * H,
             gates_ptr + now * 4 * H,
@@ -241,105 +253,24 @@ def sequence_forward_kernel(
             cells_ptr + before * H,
             features_ptr + after * F,
             cells_ptr + after * H,
-            step_interface_ptr,
+            interface_ptr + now * sizes.INTERFACE,
             recurrent_t_ptr,
             interface_weight_t_ptr,
             interface_bias_ptr,
-            H,
-            F,
-            S,
-            BLOCK_IN,
-            BLOCK_OUT,
-            CLIP,
-            COMPUTE,
+            controller,
         )
         tl.debug_barrier()
-        address(
-            step_interface_ptr,
-            memory_ptr + before * N * W,
-            usage_ptr + before * N,
-            precedence_ptr + before * N,
-            read_weights_ptr + before * R * N,
-            write_weights_ptr + before * N,
-            usage_ptr + after * N,
-            precedence_ptr + after * N,
-            write_weights_ptr + after * N,
-            step_kept_ptr,
-            step_kept_ptr + N,
-            step_kept_ptr + (2 + 3 * R) * N,
-            free_list_ptr + now * N,
-            N,
-            W,
-            R,
-            BLOCK_N,
-            BLOCK_W,
-            CHUNK,
+        memory_step(
+            interface_at(interface_ptr, now, sizes),
+            state_at(states, before, sizes),
+            state_at(states, after, sizes),
+            kept_at(kept_ptr, free_list_ptr, now, sizes),
+            scratch,
+            features_ptr + after * F + H,
             True,
-            STRENGTH_OFFSET,
-            COMPUTE,
+            WHOLE,
+            sizes,
         )
-        tl.debug_barrier()
-        for tile in range(TILES):
-            link_tile(
-                tile,
-                link_ptr + before * N * N,
-                precedence_ptr + before * N,
-                read_weights_ptr + before * R * N,
-                write_weights_ptr + after * N,
-                link_ptr + after * N * N,
-                scratch_ptr,
-                backward_partial_ptr,
-                True,
-                N,
-                R,
-                ROWS,
-                COLUMNS,
-                HEADS,
-                COMPUTE,
-            )
-        for block in range(SLOT_BLOCKS):
-            write(
-                block,
-                step_interface_ptr,
-                memory_ptr + before * N * W,
-                write_weights_ptr + after * N,
-                memory_ptr + after * N * W,
-                read_similarity_ptr,
-                True,
-                N,
-                W,
-                R,
-                BLOCK_W,
-                SLOTS,
-                HEADS,
-                True,
-                COMPUTE,
-            )
-        tl.debug_barrier()
-        for part in range(PARTS):
-            read(
-                part,
-                step_interface_ptr,
-                memory_ptr + after * N * W,
-                read_similarity_ptr,
-                scratch_ptr,
-                backward_partial_ptr,
-                forward_ptr,
-                step_kept_ptr + (2 + 2 * R) * N,
-                read_weights_ptr + after * R * N,
-                features_ptr + after * F + H,
-                N,
-                W,
-                R,
-                BLOCK_N,
-                BLOCK_R,
-                PLACES,
-                ROW_BLOCKS,
-                COLUMN_BLOCKS,
-                True,
-                STRENGTH_OFFSET,
-                COMPUTE,
-            )
         tl.debug_barrier()
 
 
@@ -374,26 +305,8 @@ def sequence_backward_kernel(
     reset_ptr,
     batch,
     steps,
-    N: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PLACES: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    STRENGTH_OFFSET: tl.constexpr,
-    STOP_USAGE_GRADIENT: tl.constexpr,
-    CLIP: tl.constexpr,
-    MAX_GRADIENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    sizes: tl.constexpr,
+    controller: tl.constexpr,
 ):
     """Grid: (B,).
 
@@ -402,27 +315,14 @@ def sequence_backward_kernel(
     back. `d_sent_back` [T, B, F] is what the output layer sends back to the features, to the last ones excepted, whose
     gradient it is a part of already.
     """
-    S: tl.constexpr = R * W + 3 * W + 5 * R + 3
-    F: tl.constexpr = H + R * W
-    ROW_BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
-    COLUMN_BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    TILES: tl.constexpr = ROW_BLOCKS * COLUMN_BLOCKS
-    SLOT_BLOCKS: tl.constexpr = (N + SLOTS - 1) // SLOTS
-    PARTS: tl.constexpr = (W + PLACES - 1) // PLACES
+    H: tl.constexpr = controller.H
+    F: tl.constexpr = controller.F
     element = tl.program_id(0).to(tl.int64)
-    scratch_ptr += element * (
-        (4 * R + (COLUMN_BLOCKS + 1) + COLUMN_BLOCKS * R + ROW_BLOCKS * (2 + R)) * N + SLOT_BLOCKS * (2 + R) * W
+    states = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)
+    gradients = MemoryState(
+        d_memory_ptr, d_usage_ptr, d_link_ptr, d_precedence_ptr, d_read_weights_ptr, d_write_weights_ptr
     )
-    d_forward_ptr = scratch_ptr
-    d_backward_ptr = d_forward_ptr + R * N
-    d_similarity_ptr = d_backward_ptr + R * N
-    d_addressing_ptr = d_similarity_ptr + R * N
-    d_write_rows_ptr = d_addressing_ptr + R * N
-    d_read_rows_ptr = d_write_rows_ptr + (COLUMN_BLOCKS + 1) * N
-    d_write_columns_ptr = d_read_rows_ptr + COLUMN_BLOCKS * R * N
-    d_precedence_columns_ptr = d_write_columns_ptr + ROW_BLOCKS * N
-    d_read_columns_ptr = d_precedence_columns_ptr + ROW_BLOCKS * N
-    d_words_partial_ptr = d_read_columns_ptr + ROW_BLOCKS * R * N
+    scratch = backward_scratch_at(scratch_ptr, element, sizes)
     length = steps
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + element)
@@ -433,172 +333,31 @@ def sequence_backward_kernel(
         d_before = step % 2 * batch + element
         d_after = (step + 1) % 2 * batch + element
         d_new_features_ptr = d_features_ptr + d_after * F
-        d_words_ptr = d_new_features_ptr + H
         before, kept = now, True
         if reset_ptr is not None:
             kept = tl.load(reset_ptr + now) == 0
             before = tl.where(kept, now, (steps + 1) * batch + element)
             lost = tl.load(reset_ptr + after, mask=step + 1 < length, other=0) != 0
             d_after = tl.where(lost, 2 * batch + element, d_after)
-        step_interface_ptr = interface_ptr + now * S
-        d_step_interface_ptr = d_interface_ptr + now * S
-        step_kept_ptr = kept_ptr + now * (3 + 3 * R) * N
-        read_similarity_ptr = step_kept_ptr + 2 * N
-        read_backward(
-            step_interface_ptr,
-            memory_ptr + after * N * W,
-            read_similarity_ptr,
-            step_kept_ptr + (2 + R) * N,
-            step_kept_ptr + (2 + 2 * R) * N,
-            d_words_ptr,
-            d_read_weights_ptr + d_after * R * N,
-            d_step_interface_ptr,
-            d_forward_ptr,
-            d_backward_ptr,
-            d_similarity_ptr,
-            N,
-            W,
-            R,
-            BLOCK_N,
-            BLOCK_W,
-            BLOCK_R,
-            CHUNK,
-            HEADS,
+        memory_step_backward(
+            interface_at(interface_ptr, now, sizes),
+            state_at(states, before, sizes),
+            state_at(states, after, sizes),
+            kept_at(kept_ptr, free_list_ptr, now, sizes),
+            d_new_features_ptr + H,
+            state_at(gradients, d_after, sizes),
+            interface_at(d_interface_ptr, now, sizes),
+            state_at(gradients, d_before, sizes),
+            scratch,
             True,
-            STRENGTH_OFFSET,
-            COMPUTE,
-        )
-        tl.debug_barrier()
-        for tile in range(TILES):
-            link_tile_backward(
-                tile,
-                link_ptr + before * N * N,
-                precedence_ptr + before * N,
-                read_weights_ptr + before * R * N,
-                write_weights_ptr + after * N,
-                d_link_ptr + d_after * N * N,
-                d_forward_ptr,
-                d_backward_ptr,
-                d_link_ptr + d_before * N * N,
-                d_write_rows_ptr,
-                d_read_rows_ptr,
-                d_write_columns_ptr,
-                d_precedence_columns_ptr,
-                d_read_columns_ptr,
-                True,
-                N,
-                R,
-                ROWS,
-                COLUMNS,
-                HEADS,
-                COMPUTE,
-            )
-        for block in range(SLOT_BLOCKS):
-            write_backward(
-                block,
-                step_interface_ptr,
-                memory_ptr + before * N * W,
-                memory_ptr + after * N * W,
-                read_weights_ptr + after * R * N,
-                write_weights_ptr + after * N,
-                read_similarity_ptr,
-                d_words_ptr,
-                d_memory_ptr + d_after * N * W,
-                d_similarity_ptr,
-                d_memory_ptr + d_before * N * W,
-                d_write_rows_ptr + COLUMN_BLOCKS * N,
-                d_words_partial_ptr,
-                True,
-                N,
-                W,
-                R,
-                BLOCK_W,
-                SLOTS,
-                HEADS,
-                True,
-                COMPUTE,
-            )
-        tl.debug_barrier()
-        offs_n = tl.arange(0, BLOCK_N)
-        d_weights = by_write_weights(
-            precedence_ptr + before * N,
-            write_weights_ptr + after * N,
-            d_precedence_ptr + d_after * N,
-            d_write_weights_ptr + d_after * N,
-            d_write_rows_ptr,
-            d_write_columns_ptr,
-            offs_n,
-            offs_n < N,
-            N,
-            ROW_BLOCKS,
-            COLUMN_BLOCKS,
-            COMPUTE,
-        )
-        for part in range(PARTS):
-            lookup_backward(
-                part,
-                step_interface_ptr,
-                memory_ptr + before * N * W,
-                step_kept_ptr + N,
-                step_kept_ptr + (2 + 3 * R) * N,
-                d_weights,
-                d_words_partial_ptr,
-                d_step_interface_ptr,
-                d_memory_ptr + d_before * N * W,
-                True,
-                N,
-                W,
-                R,
-                BLOCK_N,
-                BLOCK_W,
-                BLOCK_R,
-                PLACES,
-                SLOT_BLOCKS,
-                True,
-                STRENGTH_OFFSET,
-                COMPUTE,
-            )
-        address_backward(
-            0,
-            R,
-            step_interface_ptr,
-            usage_ptr + before * N,
-            read_weights_ptr + before * R * N,
-            write_weights_ptr + before * N,
-            usage_ptr + after * N,
-            write_weights_ptr + after * N,
-            step_kept_ptr,
-            step_kept_ptr + N,
-            free_list_ptr + now * N,
-            d_weights,
-            d_usage_ptr + d_after * N,
-            d_precedence_ptr + d_after * N,
-            d_step_interface_ptr,
-            d_usage_ptr + d_before * N,
-            d_precedence_ptr + d_before * N,
-            d_read_weights_ptr + d_before * R * N,
-            d_write_weights_ptr + d_before * N,
-            d_precedence_columns_ptr,
-            d_read_rows_ptr,
-            d_read_columns_ptr,
-            d_addressing_ptr,
-            True,
-            N,
-            W,
-            R,
-            BLOCK_N,
-            ROW_BLOCKS,
-            COLUMN_BLOCKS,
-            True,
-            STRENGTH_OFFSET,
-            STOP_USAGE_GRADIENT,
-            COMPUTE,
+            WHOLE,
+            sizes,
         )
         tl.debug_barrier()
         control_backward(
             gates_ptr + now * 4 * H,
             cells_ptr + before * H,
-            d_step_interface_ptr,
+            d_interface_ptr + now * sizes.INTERFACE,
             d_new_features_ptr,
             d_cells_ptr + d_after * H,
             d_sent_back_ptr + (now - batch) * F,
@@ -609,13 +368,6 @@ def sequence_backward_kernel(
             interface_weight_ptr,
             kept,
             step > 0,
-            H,
-            F,
-            S,
-            BLOCK_IN,
-            BLOCK_OUT,
-            CLIP,
-            MAX_GRADIENT,
-            COMPUTE,
+            controller,
         )
         tl.debug_barrier()

@@ -260,28 +260,42 @@ class OneLaunchSequence:
             self.recurrent.weight,
             self.interface.weight.contiguous(),
             **self._arguments(backward=True),
-            STOP_USAGE_GRADIENT=self.settings.stop_usage_gradient,
-            MAX_GRADIENT=self.settings.max_activation_gradient,
         )
 
     def _arguments(self, *, backward: bool) -> dict[str, Any]:
         """What both kernels take."""
-        from dnc_triton.kernels.launch import _COMPUTE, _compute_dtype, compile_options, piece_sizes
-        from dnc_triton.kernels.sequence import weight_tiles
+        from dnc_triton.kernels.launch import compile_options
+        from dnc_triton.kernels.sequence import Controller
+        from dnc_triton.kernels.sizes import Sizes, compute_dtype
 
-        compute = _compute_dtype(self.history.memory)
+        settings, num_warps, compute = self.settings, self._layout.num_warps, compute_dtype(self.history.memory)
+        sizes = Sizes.of(
+            self.slots,
+            self.word,
+            self.reads,
+            self._layout,
+            num_warps,
+            strength_offset=settings.strength_offset,
+            stop_usage_gradient=backward and settings.stop_usage_gradient,
+            compute=compute,
+        )
+        controller = Controller.of(
+            self.hidden_size,
+            self.reads * self.word,
+            sizes.INTERFACE,
+            self._layout,
+            clip=settings.clip,
+            max_gradient=settings.max_activation_gradient if backward else None,
+            compute=compute,
+        )
         return {
             "lengths_ptr": self.lengths,
             "reset_ptr": None if self.reset is None else self.reset.to(torch.uint8).contiguous(),
             "batch": self.batch,
             "steps": self.steps,
-            **piece_sizes(self.slots, self.word, self.reads, self._layout, self._layout.num_warps),
-            "H": self.hidden_size,
-            **weight_tiles(self._layout),
-            "STRENGTH_OFFSET": self.settings.strength_offset,
-            "CLIP": self.settings.clip,
-            "COMPUTE": _COMPUTE[compute],
-            **compile_options(self._layout, self._layout.num_warps, backward=backward),
+            "sizes": sizes,
+            "controller": controller,
+            **compile_options(self._layout, num_warps, backward=backward),
         }
 
     @property

@@ -21,7 +21,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels import addressing, common, launch, linking, reading, step
+from dnc_triton.kernels import addressing, buffers, common, launch, linking, reading, step
+from dnc_triton.kernels.sizes import TRITON_DTYPES, Sizes
 
 
 @contextmanager
@@ -39,8 +40,9 @@ class Kernel:
         self.function = function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(*tensors: Tensor | None, num_warps: int, num_stages: int | None = None, **constants: Any) -> None:
-            constants["COMPUTE"] = {tl.float32: torch.float32, tl.float64: torch.float64}[constants["COMPUTE"]]
+        def run(*tensors: Tensor | None, num_warps: int, sizes: Sizes, **constants: Any) -> None:
+            compute = next(dtype for dtype, name in TRITON_DTYPES.items() if name == sizes.COMPUTE)
+            constants["sizes"] = sizes._replace(COMPUTE=compute)
             # The programs of the second axis, which differ in how far they loop, run one after the other.
             for second in range(grid[1] if len(grid) > 1 else 1):
                 Language.program_ids = (Value(torch.arange(grid[0])), second)
@@ -54,7 +56,7 @@ def _translated() -> dict[str, Callable[..., Any]]:
     """Name → each of the kernels' functions, seeing `Language` as `tl` and the other functions translated likewise."""
     scopes: list[dict[str, Any]] = []
     translated: dict[str, Callable[..., Any]] = {}
-    for module in (common, addressing, linking, reading, step):
+    for module in (common, buffers, addressing, linking, reading, step):
         constants = {name: x.value if isinstance(x, tl.constexpr) else x for name, x in vars(module).items()}
         scopes.append({**constants, "tl": Language})
         for name, function in vars(module).items():

@@ -1,0 +1,130 @@
+"""What is known of a step when its kernels are compiled: its sizes, and how it is cut up."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dnc_reference.interface import interface_sizes
+from dnc_reference.types import Interface
+from dnc_triton.kernels.layout import Layout
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+class Sizes(NamedTuple):
+    """The constants of a kernel of the memory step, which it hands to its functions.
+
+    Whatever follows from others has been worked out: Triton compiles anew for what it sees in here, not for what a
+    property would say.
+
+    Attributes:
+        N, W, R: slots, word size, read heads.
+        BLOCK_N, BLOCK_W, BLOCK_R: the next powers of two, the first two at least 16.
+        ROWS, COLUMNS: of a tile of the link.
+        ROW_BLOCKS, COLUMN_BLOCKS, TILES: how many that makes, one below the other, side by side, and together.
+        SLOTS: of a block of memory; all phases agree on it.
+        SLOT_BLOCKS: how many.
+        PLACES: numbers of every word that are a part of the words.
+        PARTS: how many.
+        CHUNK: words that are taken at once elsewhere.
+        HEADS: read heads at once where there are products with each.
+        FORWARD_SCRATCH, BACKWARD_SCRATCH: numbers that the phases hand on within a step, of a batch element.
+        INTERFACE: numbers of an interface vector.
+        OFFSETS: where in it each field begins.
+        RAW: the interface is not activated yet.
+        STRENGTH_OFFSET: what raw strengths get on top of softplus.
+        STOP_USAGE_GRADIENT: as in `memory_step`.
+        COMPUTE: the type of the arithmetic.
+    """
+
+    N: int
+    W: int
+    R: int
+    BLOCK_N: int
+    BLOCK_W: int
+    BLOCK_R: int
+    ROWS: int
+    COLUMNS: int
+    ROW_BLOCKS: int
+    COLUMN_BLOCKS: int
+    TILES: int
+    SLOTS: int
+    SLOT_BLOCKS: int
+    PLACES: int
+    PARTS: int
+    CHUNK: int
+    HEADS: int
+    FORWARD_SCRATCH: int
+    BACKWARD_SCRATCH: int
+    INTERFACE: int
+    OFFSETS: Interface
+    RAW: bool
+    STRENGTH_OFFSET: float
+    STOP_USAGE_GRADIENT: bool
+    COMPUTE: tl.dtype
+
+    @classmethod
+    def of(
+        cls,
+        slots: int,
+        word: int,
+        num_reads: int,
+        layout: Layout,
+        num_warps: int,
+        *,
+        raw: bool = True,
+        strength_offset: float = 1.0,
+        stop_usage_gradient: bool = False,
+        compute: torch.dtype = torch.float32,
+    ) -> Sizes:
+        """Those of a step cut up so, for a kernel whose programs have so many warps.
+
+        A program keeps 32 numbers in a thread's registers, 64 where nothing else is there.
+        """
+        block_n, block_w = (max(16, triton.next_power_of_2(size)) for size in (slots, word))
+        block_r, numbers = triton.next_power_of_2(num_reads), 32 * 32 * num_warps
+        rows, columns = layout.rows, layout.columns
+        row_blocks, column_blocks = triton.cdiv(slots, rows), triton.cdiv(slots, columns)
+        slots_at_once = min(block_n, max(1, 16 * 32 * layout.num_warps // block_w))
+        slot_blocks = triton.cdiv(slots, slots_at_once)
+        places = min(block_w, max(4, 4 * numbers // (block_n * max(4, block_r))))
+        by_slot = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
+        fields = interface_sizes(num_reads, 1, word)
+        *offsets, interface = accumulate(fields.values(), initial=0)
+        return cls(
+            N=slots,
+            W=word,
+            R=num_reads,
+            BLOCK_N=block_n,
+            BLOCK_W=block_w,
+            BLOCK_R=block_r,
+            ROWS=rows,
+            COLUMNS=columns,
+            ROW_BLOCKS=row_blocks,
+            COLUMN_BLOCKS=column_blocks,
+            TILES=row_blocks * column_blocks,
+            SLOTS=slots_at_once,
+            SLOT_BLOCKS=slot_blocks,
+            PLACES=places,
+            PARTS=triton.cdiv(word, places),
+            CHUNK=min(block_n, max(1, 2 * numbers // block_w)),
+            HEADS=min(block_r, max(1, numbers // max(rows * columns, block_n * block_w))),
+            FORWARD_SCRATCH=(row_blocks + column_blocks) * num_reads * slots,
+            BACKWARD_SCRATCH=by_slot * slots + slot_blocks * (2 + num_reads) * word,
+            INTERFACE=interface,
+            OFFSETS=Interface(**dict(zip(fields, offsets, strict=True))),  # type: ignore[arg-type]
+            RAW=raw,
+            STRENGTH_OFFSET=strength_offset,
+            STOP_USAGE_GRADIENT=stop_usage_gradient,
+            COMPUTE=TRITON_DTYPES[compute],
+        )
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Of the arithmetic."""
+    return torch.promote_types(tensor.dtype, torch.float32)
