@@ -66,7 +66,10 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize(("controller", "precision"), [("lstm", "64-true"), ("feedforward", "32-true")])
+@pytest.mark.parametrize(
+    ("controller", "precision"),
+    [("lstm", "64-true"), pytest.param("feedforward", "32-true", marks=pytest.mark.slow)],
+)
 def test_two_processes_have_the_gradients_of_one(controller: str, precision: str, tmp_path: Path) -> None:
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)

@@ -164,10 +164,6 @@ class Language:
         return Value(torch.full((1, *shape), value, dtype=dtype))
 
     @staticmethod
-    def zeros(shape: Sequence[int], dtype: torch.dtype) -> Value:
-        return Language.full(shape, 0, dtype)
-
-    @staticmethod
     def load(pointer: Pointer, mask: Value | None = None, other: float | None = None) -> Value:
         if mask is None:
             return Value(pointer.tensor.view(-1)[pointer.places(None)])
@@ -192,11 +188,6 @@ class Language:
     def maximum(a: Value, b: Any) -> Value:
         """Of a number and NaN the number, as compiled; so in `max`."""
         return Value(torch.fmax(*(torch.as_tensor(x, dtype=a.dtype) for x in _aligned(a, b))))
-
-    @staticmethod
-    def minimum(a: int, b: int) -> int:
-        """Of the numbers of programs."""
-        return min(a, b)
 
     static_range = range
 
