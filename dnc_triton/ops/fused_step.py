@@ -57,30 +57,15 @@ def _forward(
 
 
 @_step.register_fake
-def _(
-    interface: Tensor,
-    memory: Tensor,
-    usage: Tensor,
-    link: Tensor,
-    precedence: Tensor,
-    read_weights: Tensor,
-    write_weights: Tensor,
-    raw: bool,
-    strength_offset: float,
-    stop_usage_gradient: bool,
-    layout: list[int],
-) -> tuple[Tensor, ...]:
+def _(interface: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    memory, *_ = state = arguments[:6]
     batch, slots, word = memory.shape
-    reads = read_weights.shape[1]
-    compute = torch.promote_types(memory.dtype, torch.float32)
+    reads = state[4].shape[1]
     kept, free_list = kept_shapes(batch, slots, reads)
-    new_state = (
-        tensor.new_empty(tensor.shape) for tensor in (memory, usage, link, precedence, read_weights, write_weights)
-    )
     return (
         memory.new_empty(batch, reads, word),
-        *new_state,
-        memory.new_empty(kept, dtype=compute),
+        *(tensor.new_empty(tensor.shape) for tensor in state),
+        memory.new_empty(kept, dtype=torch.promote_types(memory.dtype, torch.float32)),
         memory.new_empty(free_list, dtype=torch.int32),
     )
 
@@ -134,16 +119,7 @@ def _run_backward(
 
 
 @_step_backward.register_fake
-def _(
-    interface: Tensor,
-    state: list[Tensor],
-    result: list[Tensor],
-    gradients: list[Tensor],
-    raw: bool,
-    strength_offset: float,
-    stop_usage_gradient: bool,
-    layout: list[int],
-) -> tuple[Tensor, ...]:
+def _(interface: Tensor, state: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in (interface, *state))
 
 

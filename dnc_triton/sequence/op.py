@@ -154,36 +154,16 @@ def _(
     lengths: Tensor | None,
     reset: Tensor | None,
     dropout: list[Tensor],
-    controller: str,
-    num_layers: int,
-    clip: float | None,
-    max_activation_gradient: float | None,
-    strength_offset: float,
-    stop_usage_gradient: bool,
-    product_dtype: torch.dtype,
-    checkpoint: int,
-    compiled: bool,
-    layout: list[int] | None,
-    keep: bool,
+    *arguments: Any,
 ) -> list[Tensor]:
-    settings = _settings(
-        controller,
-        num_layers,
-        clip,
-        max_activation_gradient,
-        strength_offset,
-        stop_usage_gradient,
-        product_dtype,
-        checkpoint,
-        compiled,
-        layout,
-    )
+    *operands, keep = arguments
+    settings = _settings(*operands)
     outputs = inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0])
     last = [tensor.new_empty(tensor.shape) for tensor in state]
     if not keep:
         return [outputs, *last]
     hidden_size = parameters[-4].shape[1]
-    carried = Carried.unflatten(last, num_layers)
+    carried = Carried.unflatten(last, settings.num_layers)
     history = _kind(settings).allocate(settings, carried, inputs.shape[0], hidden_size, reset is not None)
     return [outputs, *last, *history]
 

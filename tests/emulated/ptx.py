@@ -1,7 +1,7 @@
 """Run the PTX that Triton compiles a kernel to, on the CPU: a block of threads at a time, its threads as NumPy arrays.
 
 What Triton's interpreter does not show is here: which products and sums are fused into one rounding, which thread does
-what, and where the compiler put barriers, shuffles and asynchronous copies. While a kernel runs, `Mistake` is raised:
+what, and where the compiler put barriers and shuffles. While a kernel runs, `Mistake` is raised:
 
 - outside: an access is not inside of a buffer, or not aligned.
 - divergent: a barrier is not reached by all threads at once, or what a warp does together not by all of it.
@@ -10,7 +10,6 @@ what, and where the compiler put barriers, shuffles and asynchronous copies. Whi
 - race: between two barriers of a block, a thread writes what another thread reads or writes. Threads that write the
   value that is there already are let off, and so are threads of one warp that in one instruction write to one place:
   which of them wins is not said, but the same each time.
-- asynchronous: what a copy under way is still to write is touched, or what it still reads is changed.
 
 What it is not: the machine code that ptxas makes of PTX, which may fuse products and sums that are still apart. A
 device, whose approximate instructions (ex2, div.full, sqrt.approx) err by an ulp or two; here they are rounded
@@ -22,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +34,6 @@ from arithmetic import (
     Unsupported,
     check,
     flush,
-    fma,
     from_bf16,
     shift,
     to_bf16,
@@ -138,7 +136,6 @@ class Memory:
         grains = size // grain
         self.there = np.ones(grains, bool)
         self.written = np.zeros(grains, bool)
-        self.awaited = np.zeros(grains, bool)  # an asynchronous copy has been asked for, and not been waited for
         self.writer, self.reader = np.full(grains, -1), np.full(grains, -1)
 
     def offsets(self, addresses: Array, size: int, what: Instruction) -> Array:
@@ -169,16 +166,6 @@ class Memory:
 
 
 # --- running it -------------------------------------------------------------------------------------------------------
-
-
-class Copy(NamedTuple):
-    """An asynchronous copy under way, from global to shared memory."""
-
-    instruction: Instruction
-    threads: Array
-    target: Array
-    source: Array  # offset, −1 where zeros are written
-    values: Array
 
 
 class Launch:
@@ -236,10 +223,8 @@ class Launch:
         for axis, value in zip("xyz", index, strict=False):
             self.special[f"%ctaid.{axis}"][:] = value
         self.shared.written.fill(False)
-        self.shared.awaited.fill(False)
         self.shared.bytes.fill(POISON)
         self.epoch += 1
-        self.groups: list[list[Copy]] = [[]]  # the last one is not committed yet
         with np.errstate(all="ignore"):
             self._run()
 
@@ -494,8 +479,6 @@ class Launch:
         start = self.epoch << 10
         me = (start + threads)[:, None]
         if not memory.written[grains].all():
-            if memory.awaited[grains].any():
-                raise Mistake(f"asynchronous: {i}: reads what a copy under way is to write")
             raise Mistake(f"uninitialised: {i}: reads {memory.name} memory that nobody wrote")
         writer = memory.writer[grains]
         if ((writer >= start) & (writer != me)).any():
@@ -508,8 +491,6 @@ class Launch:
     def _note_write(self, memory: Memory, grains: Array, same: Array, threads: Array, i: Instruction) -> None:
         start = self.epoch << 10
         me = (start + threads)[:, None]
-        if memory.awaited[grains].any():
-            raise Mistake(f"asynchronous: {i}: writes where a copy under way is to write")
         for past, did in ((memory.writer[grains], "wrote"), (memory.reader[grains], "read")):
             if ((past >= start) & (past != me) & ~same).any():
                 raise Mistake(
@@ -524,50 +505,6 @@ class Launch:
         for offset, value, thread in zip(offsets.tolist(), values.tolist(), threads.tolist(), strict=True):
             left.setdefault(offset, {})[thread // WARP] = value
         return all(value == next(iter(warps.values())) for warps in left.values() for value in warps.values())
-
-    def _cp(self, i: Instruction) -> Runner:
-        if i.op in ("cp.async.commit_group", "cp.async.wait_group"):
-            return lambda mask: self._group(mask, i)
-        check(re.fullmatch(r"cp\.async\.c[ag]\.shared\.global", i.op) and len(i.operands) in (3, 4), i)
-        (_, target), (_, source) = self._space("shared", i.operands[0], i), self._space("global", i.operands[1], i)
-        size = int(i.operands[2], 0)
-        given = np.broadcast_to(self.source(i.operands[-1], "u32"), self.threads)  # what is missing becomes zeros
-
-        def run(mask: Mask) -> None:
-            threads = self.active(mask)
-            some = given[threads] > 0
-            check((given[threads][some] == size).all(), i)
-            targets = self.shared.offsets(target()[threads], size, i)
-            grains = self.shared.grains(targets, size)
-            self._note_write(self.shared, grains, np.zeros(grains.shape, bool), threads, i)
-            self.shared.awaited[grains], self.shared.written[grains] = True, False
-            values, sources = np.zeros((len(threads), size), "u1"), np.full(len(threads), -1)
-            if some.any():
-                addresses = source()[threads[some]]
-                sources[some] = self.memory.offsets(addresses, size, i)
-                self._note_read(self.memory, self.memory.grains(sources[some], size), threads[some], i)
-                values[some] = self.memory.get(sources[some], 1, size)
-            self.groups[-1].append(Copy(i, threads, targets, sources, values))
-
-        return run
-
-    def _group(self, mask: Mask, i: Instruction) -> None:
-        """Each thread has groups of its own; here they are the same ones."""
-        check(mask is None, i)
-        if i.op == "cp.async.commit_group":
-            self.groups.append([])
-            return
-        done = max(0, len(self.groups) - 1 - int(i.operands[0]))
-        for copy in chain(*self.groups[:done]):
-            some, size = copy.source >= 0, copy.values.shape[1]
-            if (self.memory.get(copy.source[some], 1, size) != copy.values[some]).any():
-                raise Mistake(f"asynchronous: {copy.instruction}: what it reads was changed meanwhile")
-            if not self.shared.put(copy.target, copy.values):
-                raise Mistake(f"race: {copy.instruction}: different values are copied to one place")
-            grains = self.shared.grains(copy.target, size)
-            self.shared.awaited[grains], self.shared.written[grains] = False, True
-            self.shared.writer[grains] = ((self.epoch << 10) + copy.threads)[:, None]
-        del self.groups[:done]
 
     # --- between threads
 
@@ -649,32 +586,5 @@ class Launch:
             threads = self.active(mask)
             for n, source in enumerate(sources):
                 self._store(self.shared, addresses(mask, n), source[threads][:, None], threads, i)
-
-        return run
-
-    def _mma(self, i: Instruction) -> Runner:
-        """Each thread of a warp holds a few elements of each of the matrices, in float64."""
-        shape = re.fullmatch(r"mma\.sync\.aligned\.m(8|16)n8k(4|8|16)\.row\.col\.f64\.f64\.f64\.f64", i.op)
-        check(shape, i)
-        names = [_names(operand) for operand in i.operands]
-        targets = [self.target(x, "f64") for x in names[0]]
-        a, b, c = ([self.source(x, "f64") for x in operand] for operand in names[1:])
-        (height, depth), group, member = map(int, shape.groups()), self.lane // 4, self.lane % 4
-        warp, warps = self.thread // WARP, self.threads // WARP
-
-        def run(mask: Mask) -> None:
-            self._whole_warps(mask, i)
-            left, right, total = (np.zeros((warps, *x)) for x in ((height, depth), (depth, 8), (height, 8)))
-            for n, x in enumerate(a):
-                left[warp, group + 8 * (n % 2), 4 * (n // 2) + member] = x
-            for n, x in enumerate(b):
-                right[warp, 4 * n + member, group] = x
-            for n, x in enumerate(c):
-                total[warp, group + 8 * (n // 2), 2 * member + n % 2] = x
-            for k in range(depth):
-                total = fma(left[:, :, k, None] + 0 * total, right[:, None, k, :] + 0 * total, total)
-            for n, x in enumerate(targets):
-                values = total[warp, group + 8 * (n // 2), 2 * member + n % 2]
-                np.copyto(x, values, where=True if mask is None else mask)
 
         return run

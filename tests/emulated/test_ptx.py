@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from arithmetic import Unsupported
 from helpers import assert_close, assert_same_bits
-from launching import PROGRAMS, Emulated, poison
+from launching import Emulated, poison
 from torch import Tensor
 
 pytestmark = pytest.mark.slow
@@ -79,38 +79,6 @@ def test_cumprod_and_sort(dtype: torch.dtype) -> None:
     run(scans_kernel, x, keys, out, in_order, N=64)
     assert_close(out, x.double().cumprod(0).to(dtype), rtol=64 * torch.finfo(dtype).eps, atol=0, name="cumprod")
     assert_same_bits(in_order, keys.sort().values)
-
-
-@triton.jit
-def product_kernel(a_ptr, b_ptr, out_ptr, STEPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
-    m, k = tl.arange(0, M), tl.arange(0, K)
-    total = tl.dot(tl.load(a_ptr + m[:, None] * K + k), tl.load(b_ptr + k[:, None] * M + m), input_precision="ieee")
-    for step in range(1, STEPS):
-        a = tl.load(a_ptr + step * M * K + m[:, None] * K + k)
-        b = tl.load(b_ptr + step * M * K + k[:, None] * M + m)
-        total += tl.dot(a, b, input_precision="ieee", out_dtype=total.dtype)
-    tl.store(out_ptr + m[:, None] * M + m, total)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dot(dtype: torch.dtype) -> None:
-    a, b, out = torch.randn(4, 16, 32, dtype=dtype), torch.randn(4, 32, 16, dtype=dtype), unwritten(16, 16, dtype=dtype)
-    run(product_kernel, a, b, out, STEPS=4, M=16, K=32)
-    bound = 128 * torch.finfo(dtype).eps
-    assert_close(out.double(), (a.double() @ b.double()).sum(0), rtol=0, atol=bound, name="out")
-
-
-@pytest.mark.parametrize("missing", ["cp.async.wait_group", "bar.sync"])
-def test_a_pipeline_whose_copies_are_not_waited_for(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b, out = torch.randn(4, 32, 32), torch.randn(4, 32, 32), unwritten(32, 32)
-    run(product_kernel, a, b, out, STEPS=4, M=32, K=32)
-    key, (program, shared) = list(PROGRAMS.items())[-1]
-    assert any(i.op.startswith("cp.async.c") for i in program.instructions)
-    nothing = dict(op="mov.b32", operands=["%r1", "%r1"])
-    broken = [i._replace(**nothing) if i.op == missing else i for i in program.instructions]
-    monkeypatch.setitem(PROGRAMS, key, (program._replace(instructions=broken), shared))
-    with pytest.raises(AssertionError, match=r"product_kernel: (asynchronous|race|uninitialised): test_ptx.py:"):
-        run(product_kernel, a, b, out, STEPS=4, M=32, K=32)
 
 
 @triton.jit
