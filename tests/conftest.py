@@ -33,8 +33,8 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The longest file first: at the end the other processes would have nothing left to do beside it.
-    items.sort(key=lambda item: "test_static.py" not in item.nodeid)
+    # The longest files first: at the end the other processes would have nothing left to do beside one.
+    items.sort(key=lambda item: not item.path.name.startswith(("test_static", "test_train")))
 
 
 @pytest.fixture(autouse=True)

@@ -579,12 +579,16 @@ class Launch:
         return first.astype("u4") | second.astype("u4") << np.uint32(16)
 
     def _stmatrix(self, i: Instruction) -> Runner:
-        check(".trans" not in i.op, i)
         sources, addresses = [self.source(x, "b32") for x in _names(i.operands[1])], self._matrices(i, i.operands[0])
 
         def run(mask: Mask) -> None:
             threads = self.active(mask)
             for n, source in enumerate(sources):
-                self._store(self.shared, addresses(mask, n), source[threads][:, None], threads, i)
+                value = source[threads][:, None]
+                if ".trans" not in i.op:
+                    self._store(self.shared, addresses(mask, n), value, threads, i)
+                    continue
+                for half, number in enumerate((value & np.uint32(0xFFFF), value >> np.uint32(16))):
+                    self._store(self.shared, addresses(mask, n, half), number.astype("u2"), threads, i)
 
         return run
