@@ -116,8 +116,8 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.co
         read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
         d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
         d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
-        given_back = d_forward[:, :, None] * read_columns[:, None, :] + read_rows[:, :, None] * d_backward[:, None, :]
-        d_link += tl.sum(given_back, 0, keep_dims=True)
+        d_link += tl.sum(d_forward[:, :, None] * read_columns[:, None, :], 0, keep_dims=True)
+        d_link += tl.sum(read_rows[:, :, None] * d_backward[:, None, :], 0, keep_dims=True)
     d_link = tl.where(rows == columns, 0.0, d_link)
     tl.store(d_old.link + at_link, (1.0 - write_rows - write_columns) * d_link, mask=mask)
     d_write_rows = tl.sum(d_link * (precedence - link), 2)
@@ -176,8 +176,10 @@ def write_backward(
         d_norms = -d_dot * similarity
         by_norm = tl.sum(d_norms * key_norms, 0, keep_dims=True) / norm
         by_key_norm = tl.sum(d_norms * norm, 1, keep_dims=True) / key_norms
-        given_back = read_weights[:, :, None] * d_words[:, None, :] + d_dot[:, :, None] * keys[:, None, :]
-        d_new_memory += tl.sum(given_back, 0, keep_dims=True) + by_norm[:, :, None] * new_memory
+        d_new_memory += tl.sum(read_weights[:, :, None] * d_words[:, None, :], 0, keep_dims=True)
+        d_new_memory += (
+            tl.sum(d_dot[:, :, None] * keys[:, None, :], 0, keep_dims=True) + by_norm[:, :, None] * new_memory
+        )
         d_keys = tl.sum(d_dot[:, :, None] * new_memory, 1) + by_key_norm * keys
         tl.store(partial_ptr + heads * W, d_keys, mask=mask_words)
 

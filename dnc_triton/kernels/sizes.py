@@ -85,7 +85,7 @@ class Sizes(NamedTuple):
         """Those of a step cut up so, for a kernel whose programs have so many warps.
 
         A program keeps 32 numbers in a thread's registers, 64 where nothing else is there. In a whole sequence it takes
-        fewer places at once and more heads: otherwise its backward spills at N = 128, W = 64.
+        fewer words and places at once: otherwise its backward spills at N = 128.
         """
         block_n, block_w = (max(16, triton.next_power_of_2(size)) for size in (slots, word))
         block_r, numbers = triton.next_power_of_2(num_reads), 32 * 32 * num_warps
@@ -93,8 +93,8 @@ class Sizes(NamedTuple):
         row_blocks, column_blocks = triton.cdiv(slots, rows), triton.cdiv(slots, columns)
         slots_at_once = min(block_n, max(1, 16 * 32 * layout.num_warps // block_w))
         slot_blocks = triton.cdiv(slots, slots_at_once)
-        words = (slots_at_once if layout.whole else block_n) * block_w
         places = min(block_w, max(4, (2 if layout.whole else 4) * numbers // (block_n * max(4, block_r))))
+        chunk = min(64 if layout.whole else block_n, block_n, max(1, 2 * numbers // block_w))
         by_slot = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
         fields = interface_sizes(num_reads, 1, word)
         *offsets, interface = accumulate(fields.values(), initial=0)
@@ -114,8 +114,8 @@ class Sizes(NamedTuple):
             SLOT_BLOCKS=slot_blocks,
             PLACES=places,
             PARTS=triton.cdiv(word, places),
-            CHUNK=min(block_n, max(1, 2 * numbers // block_w)),
-            HEADS=min(block_r, max(1, numbers // max(rows * columns, words))),
+            CHUNK=chunk,
+            HEADS=min(block_r, max(1, numbers // max(rows * columns, block_n * block_w))),
             FORWARD_SCRATCH=(row_blocks + column_blocks) * num_reads * slots,
             BACKWARD_SCRATCH=by_slot * slots + slot_blocks * (2 + num_reads) * word,
             INTERFACE=interface,
