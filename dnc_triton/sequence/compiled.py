@@ -7,7 +7,7 @@ instead of some 150. Nothing is written a second time: what is compiled is a ste
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dnc_triton.sequence.history import Carried, History, Plan, Settings
 from dnc_triton.sequence.loop import Before, Sequence
+from dnc_triton.sequence.torch_memory import TorchMemory
 
+FEW = 8
+BLOCK = 16  # rows
+SMALL = 2**16  # bytes
 Like = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides and dtype of a tensor
 
 
@@ -26,8 +30,15 @@ class CompiledSequence(Sequence):
 
     def _by_step(self, state: Carried) -> None:
         history = self.history
+        self.rows = history.carried_rows.unbind(0)
+        states = [(*self.checkpoints[step], row) for step, row in enumerate(self.rows)]
         over_steps = [*history.gates, history.vectors, history.kept_rows, history.memory[-1]]
-        self.rows, self.kept = history.carried_rows.unbind(0), [tensor.unbind(0) for tensor in over_steps]
+        kept = zip(*(tensor.unbind(0) for tensor in over_steps), strict=True)
+        self.of_step = [
+            (*(mask[step] for mask in self.dropout), *states[step], *states[step + 1], *of_step)
+            for step, of_step in enumerate(kept)
+        ]
+        self.kept = len(over_steps)
         self.compiled: dict[tuple[bool, bool], Callable[..., Any]] = {}
 
     def _at(self, step: int) -> Carried:
@@ -38,31 +49,75 @@ class CompiledSequence(Sequence):
         """Nothing."""
 
     def _forward_step(self, step: int) -> None:
-        self._run(step, [])
+        self._run(step, ())
 
     def _begin_backward(self, before: Before, d: Carried) -> None:
         for cell in self.cells:
             cell.make_d_pre()
-        over_steps = (self.d_vectors, *(d_pre for cell in self.cells for d_pre in cell.each_d_pre()))
-        self.gradients = [self.d_hidden_out, self.d_words_out, *(tensor.unbind(0) for tensor in over_steps)]
+        d_pres = (d_pre.unbind(0) for cell in self.cells for d_pre in cell.each_d_pre())
+        over_steps = self.d_hidden_out, self.d_words_out, self.d_vectors.unbind(0), *d_pres
+        self.gradients = list(zip(*over_steps, strict=True))
+        self.carried_back = tuple(d.flatten())
 
     def _backward_step(self, step: int, d: Carried) -> Carried:
-        self._run(step, [*d.flatten(), *(tensor[step] for tensor in self.gradients)])
+        self._run(step, self.carried_back + self.gradients[step])
         return d
 
-    def _run(self, step: int, gradients: list[Tensor]) -> None:
+    def _run(self, step: int, gradients: tuple[Tensor, ...]) -> None:
         masked = self.stops[step], self.resets[step]
-        running = [self.running[step]] if masked[0] else []  # type: ignore[index]
-        reset = [self.reset[step]] if masked[1] else []  # type: ignore[index]
-        dropout, kept = [mask[step] for mask in self.dropout], [tensor[step] for tensor in self.kept]
-        before, after = ([*self.checkpoints[i], self.rows[i]] for i in (step, step + 1))
-        parts = [self.parameters, running, reset, dropout, before, after, kept, gradients]
-        tensors = [tensor for part in parts for tensor in part]
-        if masked not in self.compiled:
+        masks = [mask[step] for mask, used in zip((self.running, self.reset), masked, strict=True) if used]  # type: ignore[index]
+        tensors = (*self.parameters, *masks, *self.of_step[step], *gradients)
+        compiled = self.compiled.get(masked)
+        if compiled is None:
             likes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+            counts = (len(self.parameters), *map(int, masked), len(self.dropout), 3, 3, self.kept, len(gradients))
             settings, sizes = self.settings._replace(checkpoint=1), (self.inputs.shape[-1], self.plan.reads)
-            self.compiled[masked] = _compile(settings, *sizes, tuple(map(len, parts)), likes, torch.get_num_threads())
-        self.compiled[masked](*tensors)
+            compiled = _compile(settings, *sizes, counts, likes, torch.get_num_threads())
+            self.compiled[masked] = compiled
+        compiled(*tensors)
+
+
+class _Memory(TorchMemory):
+    """With a formulation for the compiler of what is large, and of what would be a call of its own.
+
+    Attributes:
+        numbers: [N], of the slots. To compare integers takes vectors of floating-point numbers several instructions.
+    """
+
+    numbers: Tensor
+
+    def _update_link(self, prev_link: Tensor, precedence: Tensor, write_weights: Tensor, link: Tensor) -> None:
+        """Without a diagonal that is written on its own."""
+        updated = prev_link + write_weights.mT * (precedence - prev_link) - write_weights * prev_link
+        link.copy_(self._off_diagonal(updated))
+
+    def _link_backward(
+        self,
+        prev_link: Tensor,
+        new_link: Tensor,
+        precedence: Tensor,
+        write_weights: Tensor,
+        d_link: Tensor,
+        d_read_weights: Tensor,
+        d_write_weights: Tensor,
+        d_precedence: Tensor,
+    ) -> None:
+        """Without a diagonal, or a sum of outer products, that is written on its own."""
+        linked = self.linked.unbind(1)
+        terms = zip(linked[: 2 * self.reads], linked[self.reads :], strict=True)
+        d_new = self._off_diagonal(reduce(torch.add, (a.unsqueeze(2) * b.unsqueeze(1) for a, b in terms), d_link))
+        d_forward, _, d_backward = self.linked.split(self.reads, 1)
+        d_read_weights.copy_(torch.bmm(d_forward, new_link) + torch.bmm(d_backward, new_link.mT))
+        by_row = (d_new * (precedence - prev_link)).sum(2)
+        d_write_weights.add_(by_row.unsqueeze(1) - _sum_down(d_new * prev_link))
+        d_precedence.add_(torch.bmm(write_weights, d_new))
+        d_link.copy_(d_new * (1 - write_weights.mT - write_weights))
+
+    def _off_diagonal(self, link: Tensor) -> Tensor:
+        return torch.where(self.numbers == self.numbers.unsqueeze(1), 0, link)
+
+    def _sum_of_later(self, row: Tensor) -> Tensor:
+        return torch.where(self.numbers > self.numbers.unsqueeze(1), row.unsqueeze(1), 0).sum(2)
 
 
 class _Step(Sequence):
@@ -76,7 +131,10 @@ class _Step(Sequence):
         gates: per layer, what is added up before the loop.
         vector: [B, S], the raw interface vector.
         cells, memory: what the step keeps.
+        numbers: [N], as `_Memory` wants them.
     """
+
+    torch_memory = _Memory
 
     def __init__(
         self,
@@ -92,6 +150,7 @@ class _Step(Sequence):
         vector: Tensor,
         cells: list[list[Tensor]],
         memory: list[Tensor],
+        numbers: Tensor,
     ) -> None:
         self.settings, self.states = settings, (before, after)
         self.dropout = [mask.unsqueeze(0) for mask in dropout]
@@ -104,6 +163,7 @@ class _Step(Sequence):
         self.vectors = vectors.unbind(0)
         self.cells = self._make_cells()
         self.memory = self._memory(before.memory.memory, before.words.shape[1])
+        self.memory.numbers = numbers
 
     def _at(self, step: int) -> Carried:
         return self.states[step]
@@ -132,9 +192,14 @@ def _compile(
 
     `torch.compile` would check what it is given at each call, which takes as long as the step.
     """
+    # Both take a second.
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    from dnc_triton.sequence.write_once import WriteOnce
+
     layers = settings.num_layers
 
-    def traced(*tensors: Tensor) -> tuple[()]:
+    def traced(numbers: Tensor, *tensors: Tensor) -> tuple[()]:
         remaining = iter(tensors)
         parameters, running, reset, dropout, before, after, kept, gradients = (
             list(islice(remaining, count)) for count in counts
@@ -149,7 +214,7 @@ def _compile(
             *gates, vector, kept_row, free_list = kept
             cells, of_memory = plan.split(plan.kept.cut(kept_row))
             d, (d_hidden, d_words, *made) = gradients[: len(prev.flatten())], gradients[len(prev.flatten()) :]
-            step = _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list])
+            step = _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers)
             results = step.run_backward(Carried.unflatten(d, layers), d_hidden, d_words)
         else:
             # What is written goes to tensors of its own, which are copied at the end, each buffer as a whole: of writes
@@ -160,7 +225,7 @@ def _compile(
             vector, _, free_list = others
             cells, of_memory = plan.split(own)
             new = Carried.of(own_memory, own_link, light, layers)
-            _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list]).run_forward()
+            _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers).run_forward()
             made = [*after, *kept]
             results = [own_memory, own_link, plan.carried.join(light), *gates, vector, plan.kept.join(own), free_list]
         for buffer, result in zip(made, results, strict=True):
@@ -168,19 +233,52 @@ def _compile(
         return ()
 
     examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
+    memory, link = examples[sum(counts[:4]) :][:2]
+    numbers = torch.arange(memory.shape[1], dtype=torch.promote_types(memory.dtype, torch.float32))
+    examples = [numbers, *examples]
     graph = make_fx(traced, decomposition_table=_DECOMPOSITIONS)(*examples)
-    # C++ between the kernels too, and threads only for what takes longer than to wake them.
-    options = {"config_patches": {"cpp_wrapper": True, "cpp.min_chunk_size": 4096}}
-    return torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
+    patches = {
+        "cpp_wrapper": True,  # C++ between the kernels too
+        "cpp.min_chunk_size": 4096,  # threads only for what takes longer than to wake them
+        # To ask for the memory of a small tensor takes longer than to fill it. A stack has room for small ones alone.
+        "aot_inductor.allow_stack_allocation": memory.nbytes + link.nbytes <= SMALL,
+        "realize_acc_reads_threshold": 64,  # a sum of many outer products is one pass
+        "post_grad_custom_post_pass": WriteOnce(),
+    }
+    made: list[Any] = []
+
+    def compile_inner(*arguments: Any, **options: Any) -> Any:
+        made.append(compile_fx_inner(*arguments, **options))
+        return made[0]
+
+    options = {"config_patches": patches, "inner_compile": compile_inner}
+    # What is around the machine code, as for gradients that nobody wants here, takes as long as a small network.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
+    call = made[0].current_callable
+    return lambda *tensors: call([numbers, *tensors])
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor | None:
-    """A row times a matrix, or a matrix times a column, as a sum: that the compiler fuses with what is around it."""
-    if a.shape[1] == 1:
-        return (a.mT * b).sum(1, keepdim=True)
-    if b.shape[2] == 1:
+    """A product [B, M, K] × [B, K, N] that is not worth a call, or that the compiler fuses with what is around it."""
+    _, rows, depth = a.shape
+    columns = b.shape[2]
+    if columns == 1:
         return (a * b.mT).sum(2, keepdim=True)
+    if b.stride(1) == 1 and rows <= FEW:  # a row of the result at a time: each reads along b as it lies in memory
+        return torch.stack([(row.unsqueeze(1) * b.mT).sum(2) for row in a.unbind(1)], 1)
+    if rows == 1:
+        return _sum_down(a.mT * b)
+    if depth <= 2 * FEW:  # outer products
+        return reduce(torch.add, (a[:, :, k : k + 1] * b[:, k : k + 1] for k in range(depth)))
     return None
+
+
+def _sum_down(products: Tensor) -> Tensor:
+    """The sum over the rows of [B, K, N], K large: some rows at a time, so that all is read as it lies in memory."""
+    if products.shape[1] % BLOCK == 0:
+        products = products.unflatten(1, (-1, BLOCK)).sum(2)
+    return products.sum(1, keepdim=True)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Any:
@@ -198,5 +296,49 @@ def _baddbmm_(base: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: flo
     return NotImplemented if product is None else base.mul_(beta).add_(product, alpha=alpha)
 
 
+def _sort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Any:
+    """Of few numbers: each goes to where the count of those before it says."""
+    if x.dim() != 2 or dim != -1 or not descending or x.shape[1] > FEW * FEW:
+        return NotImplemented
+    numbers = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
+    own, other = x.unsqueeze(2), x.unsqueeze(1)
+    before = (other > own) | ((other == own) & (numbers < numbers.unsqueeze(1)))
+    places = before.to(x.dtype).sum(2).long()
+    order = torch.zeros_like(places).scatter(1, places, numbers.long().expand_as(places))
+    return x.gather(1, order), order
+
+
+def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+    """Of few numbers: each result is a product by itself."""
+    if x.shape[dim] > FEW * FEW:
+        return NotImplemented
+    numbers = torch.arange(x.shape[dim], dtype=x.dtype, device=x.device)
+    others = x.movedim(dim, -1).unsqueeze(-2)
+    return torch.where(numbers > numbers.unsqueeze(1), 1, others).prod(-1).movedim(-1, dim)
+
+
+def _cumprod_out(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, out: Tensor) -> Any:
+    product = _cumprod(x, dim)
+    return NotImplemented if product is NotImplemented else out.copy_(product)
+
+
+def _select(tensor: Tensor, dim: int, index: int) -> Any:
+    return tensor.squeeze(dim) if tensor.shape[dim] == 1 else NotImplemented
+
+
+def _unbind(tensor: Tensor, dim: int = 0) -> Any:
+    return [tensor.squeeze(dim)] if tensor.shape[dim] == 1 else NotImplemented
+
+
 _aten = torch.ops.aten
-_DECOMPOSITIONS: Any = {_aten.bmm.default: _bmm, _aten.bmm.out: _bmm_out, _aten.baddbmm_.default: _baddbmm_}
+_DECOMPOSITIONS: Any = {
+    _aten.bmm.default: _bmm,
+    _aten.bmm.out: _bmm_out,
+    _aten.baddbmm_.default: _baddbmm_,
+    _aten.sort.stable: _sort,
+    _aten.cumprod.default: _cumprod,
+    _aten.cumprod.out: _cumprod_out,
+    # Of one step: what is written to the only part of a tensor is all of it, which the compiler does not see.
+    _aten.select.int: _select,
+    _aten.unbind.int: _unbind,
+}

@@ -48,6 +48,7 @@ class Sequence:
     `OneLaunchSequence` has the same methods, and may stand in its place.
     """
 
+    torch_memory = TorchMemory
     _fresh: tuple[Tensor, ...] = ()  # work space, made when it is wanted: a state with rows that begin from zeros
     chunk = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
 
@@ -274,7 +275,7 @@ class Sequence:
         }
         if settings.layout is None:
             _, slots, word = memory.shape
-            return TorchMemory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
+            return self.torch_memory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory
 
         masks = self.running, self.reset

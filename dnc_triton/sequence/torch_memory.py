@@ -153,7 +153,7 @@ class TorchMemory:
 
     def begin_forward(self) -> None:
         """Before the first step."""
-        self.all_kept.product[..., 0] = 1  # of no factors
+        self.all_kept.product[..., 0].fill_(1)  # of no factors
 
     def forward(self, step: int, prev: MemoryState, new: MemoryState, read_words: Tensor, *, fresh: bool) -> None:
         """One step.
@@ -233,9 +233,7 @@ class TorchMemory:
         new.memory.addcmul_(column, self.vectors[step].write_vector)
 
         prev_link, link = prev.link.squeeze(1), new.link.squeeze(1)
-        torch.lerp(prev_link, prev.precedence, column, out=link)
-        link.addcmul_(prev_link, new.write_weights, value=-1)
-        link.diagonal(dim1=-2, dim2=-1).zero_()
+        self._update_link(prev_link, prev.precedence, new.write_weights, link)
 
     def begin_backward(self, usage: Tensor, read_weights: Tensor, write_weights: Tensor, d_vectors: Tensor) -> None:
         """Before the last step: all slopes.
@@ -299,7 +297,7 @@ class TorchMemory:
             the gradient by `prev`; that by the interface vector goes to where `begin_backward` was told.
         """
         raw, kept, slopes, d_raw = self.vectors[step], self.kept[step], self.slopes[step], self.d_raw[step]
-        reads, row, square = self.reads, self.row, self.square
+        reads, row = self.reads, self.row
         erase, _, allocation_gate, write_gate = self._gates(kept.squashed)
         d_erase, d_free_gates, d_allocation_gate, d_write_gate = self._gates(d_raw.squashed)
         erase, key_norms = erase.unsqueeze(1), kept.key_norms.unsqueeze(1)
@@ -332,19 +330,12 @@ class TorchMemory:
             d_memory, d_raw.keys[:, :reads], d_raw.strengths[:, :reads], self.other_heads, self.head_vectors,
         )  # fmt: skip
 
-        # link. A row times a matrix is twice as fast as a matrix times a column.
-        d_link.baddbmm_(self.linked[:, : 2 * reads].mT, self.linked[:, reads:])
-        d_link.diagonal(dim1=-2, dim2=-1).zero_()
-        torch.bmm(d_forward, new_link, out=d_read_weights)
-        d_read_weights.baddbmm_(d_backward, new_link.mT)
+        # link
         d_write_weights.add_(d_precedence).sub_(torch.bmm(d_precedence, precedence.mT))
-        d_write_weights.baddbmm_(precedence, d_link.mT)
-        torch.mul(d_link, prev_link, out=square)
-        d_write_weights.baddbmm_(self.ones, square, alpha=-1).baddbmm_(self.ones, square.mT, alpha=-1)
         d_precedence.mul_(1 - write_weights.sum(-1, keepdim=True))
-        d_precedence.baddbmm_(write_weights, d_link)
-        torch.sub((1 - write_weights).mT, write_weights, out=square)
-        d_link.mul_(square)
+        self._link_backward(
+            prev_link, new_link, precedence, write_weights, d_link, d_read_weights, d_write_weights, d_precedence
+        )
 
         # write
         d_raw.write_vector.copy_(torch.bmm(write_weights, d_memory, out=self.vector))
@@ -368,7 +359,7 @@ class TorchMemory:
         # allocate and free
         d_sorted = torch.gather(self.d_pair[:, 0], -1, kept.free_list)
         torch.mul(d_sorted, kept.sorted_allocation, out=row)
-        later = torch.mm(row, self.later, out=self.other_row).div_(kept.sorted_usage)
+        later = self._sum_of_later(row).div_(kept.sorted_usage)
         later.addcmul_(d_sorted, kept.product, value=-1)
         d_usage.add_(row.scatter_(-1, kept.free_list, later), alpha=1 - USAGE_EPSILON)
         d_retention = torch.mul(d_usage, kept.written, out=row)
@@ -381,6 +372,46 @@ class TorchMemory:
         d_read_weights.addcmul_(d_retention.unsqueeze(1), slopes.read_weights)
         self.d_vectors[step].mul_(slopes.vectors)
         return d
+
+    def _update_link(self, prev_link: Tensor, precedence: Tensor, write_weights: Tensor, link: Tensor) -> None:
+        """Sets `link` [B, N, N]; precedence and write weights [B, 1, N]."""
+        torch.lerp(prev_link, precedence, write_weights.mT, out=link)
+        link.addcmul_(prev_link, write_weights, value=-1)
+        link.diagonal(dim1=-2, dim2=-1).zero_()
+
+    def _link_backward(
+        self,
+        prev_link: Tensor,
+        new_link: Tensor,
+        precedence: Tensor,
+        write_weights: Tensor,
+        d_link: Tensor,
+        d_read_weights: Tensor,
+        d_write_weights: Tensor,
+        d_precedence: Tensor,
+    ) -> None:
+        """The adjoint of what is read from the new link, by way of `linked`, and of `_update_link`.
+
+        Sets `d_read_weights` [B, R, N], adds to `d_write_weights` and `d_precedence` [B, 1, N], overwrites `d_link`
+        [B, N, N] with the gradient by the link before.
+        """
+        reads, square = self.reads, self.square
+        d_forward, _, d_backward = self.linked.split(reads, 1)
+        # A row times a matrix is twice as fast as a matrix times a column.
+        d_link.baddbmm_(self.linked[:, : 2 * reads].mT, self.linked[:, reads:])
+        d_link.diagonal(dim1=-2, dim2=-1).zero_()
+        torch.bmm(d_forward, new_link, out=d_read_weights)
+        d_read_weights.baddbmm_(d_backward, new_link.mT)
+        d_write_weights.baddbmm_(precedence, d_link.mT)
+        torch.mul(d_link, prev_link, out=square)
+        d_write_weights.baddbmm_(self.ones, square, alpha=-1).baddbmm_(self.ones, square.mT, alpha=-1)
+        d_precedence.baddbmm_(write_weights, d_link)
+        torch.sub((1 - write_weights).mT, write_weights, out=square)
+        d_link.mul_(square)
+
+    def _sum_of_later(self, row: Tensor) -> Tensor:
+        """Of each entry in [B, N] the sum of those after it."""
+        return torch.mm(row, self.later, out=self.other_row)
 
     def _gates(self, squashed: Tensor) -> tuple[Tensor, ...]:
         """Erase vector [..., W], free gates [..., R], allocation gate and write gate [..., 1]."""
