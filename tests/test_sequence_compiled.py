@@ -83,6 +83,19 @@ def test_the_same_bits_again():
     assert_same_bits(first, second)
 
 
+def test_a_nan_stays_in_its_row_and_is_not_lost():
+    dnc = make(BACKEND, clip=0.1, stop_usage_gradient=True)
+    inputs, state = draw(dnc)
+    outputs, last = dnc(inputs, state)
+    state.memory.usage[1, 2] = inputs[1, 0] = torch.nan
+    spoilt, of_spoilt = dnc(inputs, state)
+    for row in (0, 1):
+        assert spoilt[1:, row].isnan().all()
+        assert of_spoilt.memory.memory[row].isnan().all()
+    assert_same_bits(spoilt[:, 2], outputs[:, 2])
+    assert_same_bits(of_spoilt.memory.link[2], last.memory.link[2])
+
+
 def test_with_checkpoints_it_does_not_compile(monkeypatch):
     def compile_nothing(*arguments):
         raise AssertionError("a step was compiled")

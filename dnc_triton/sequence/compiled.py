@@ -301,7 +301,8 @@ def _sort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -
     if x.dim() != 2 or dim != -1 or not descending or x.shape[1] > FEW * FEW:
         return NotImplemented
     numbers = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
-    own, other = x.unsqueeze(2), x.unsqueeze(1)
+    keys = torch.where(x == x, x, torch.inf)  # a NaN comes first
+    own, other = keys.unsqueeze(2), keys.unsqueeze(1)
     before = (other > own) | ((other == own) & (numbers < numbers.unsqueeze(1)))
     places = before.to(x.dtype).sum(2).long()
     order = torch.zeros_like(places).scatter(1, places, numbers.long().expand_as(places))
