@@ -136,11 +136,11 @@ def read_modes(modes_ptr, offs_r, mask_r, sizes: tl.constexpr):
 
 
 @triton.jit
-def add_parts(total, ptr, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """A total and, one after the other, COUNT parts, STRIDE apart. Sixteen loads at a time are under way."""
-    AT_ONCE: tl.constexpr = 16 if COUNT > 16 else COUNT
-    for first in range(0, COUNT, AT_ONCE):
-        for offset in tl.static_range(AT_ONCE):
+def add_parts(total, ptr, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr, AT_ONCE: tl.constexpr = 16):
+    """A total and, one after the other, COUNT parts, STRIDE apart, of which AT_ONCE are loaded at a time."""
+    LOADS: tl.constexpr = AT_ONCE if COUNT > AT_ONCE else COUNT
+    for first in range(0, COUNT, LOADS):
+        for offset in tl.static_range(LOADS):
             part = first + offset
             total += tl.load(ptr + part * STRIDE, mask=mask & (part < COUNT), other=0.0)
     return total

@@ -29,8 +29,8 @@ def read(part, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexp
     memory = tl.load(new.memory + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
 
     nothing = tl.full([sizes.BLOCK_R, sizes.BLOCK_N], 0.0, COMPUTE)
-    backward = add_parts(nothing, scratch.backward + offsets, mask, R * N, sizes.ROW_BLOCKS)
-    forward = add_parts(nothing, scratch.forward + offsets, mask, R * N, sizes.COLUMN_BLOCKS)
+    backward = add_parts(nothing, scratch.backward + offsets, mask, R * N, sizes.ROW_BLOCKS, sizes.AT_ONCE)
+    forward = add_parts(nothing, scratch.forward + offsets, mask, R * N, sizes.COLUMN_BLOCKS, sizes.AT_ONCE)
     strengths = tl.load(interface.read_strengths + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
     strengths = strength(strengths, sizes)
     similarity = tl.load(kept.read_similarity + offsets, mask=mask, other=0.0)

@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
         SLOT_BLOCKS: how many.
         PLACES: numbers of every word that are a part of the words.
         PARTS: how many.
+        AT_ONCE: partial sums of read weights that are loaded at once.
         CHUNK: words that are taken at once elsewhere.
         HEADS: read heads at once where there are products with each.
         FORWARD_SCRATCH, BACKWARD_SCRATCH: numbers that the phases hand on within a step, of a batch element.
@@ -57,6 +58,7 @@ class Sizes(NamedTuple):
     SLOT_BLOCKS: int
     PLACES: int
     PARTS: int
+    AT_ONCE: int
     CHUNK: int
     HEADS: int
     FORWARD_SCRATCH: int
@@ -114,6 +116,7 @@ class Sizes(NamedTuple):
             SLOT_BLOCKS=slot_blocks,
             PLACES=places,
             PARTS=triton.cdiv(word, places),
+            AT_ONCE=min(16, max(1, 4 * numbers // (block_n * block_r))),
             CHUNK=chunk,
             HEADS=min(block_r, max(1, numbers // max(rows * columns, block_n * block_w))),
             FORWARD_SCRATCH=(row_blocks + column_blocks) * num_reads * slots,
