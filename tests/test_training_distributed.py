@@ -81,6 +81,7 @@ def test_two_processes_have_the_gradients_of_one(controller: str, precision: str
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_stopped_and_resumed(tmp_path: Path) -> None:
     """torchrun's SIGTERM, then one process goes on where two stopped; the numbers are those of one from the start."""
     whole, shared = tmp_path / "whole", tmp_path / "shared"
@@ -107,6 +108,7 @@ def test_a_run_of_two_processes_is_stopped_and_resumed(tmp_path: Path) -> None:
         torch.testing.assert_close(contents[1]["learners"][name]["model"], learner["model"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_where_one_has_a_bad_number(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start("train", "copy", *SMALL, "--learning-rate", "1e30", "--folder", str(folder), processes=2)

@@ -61,7 +61,8 @@ def fill(disk: Path) -> None:
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_with_the_same_bits(number: signal.Signals, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["train", "copy", *SMALL, "--steps", str(3 * LOG_EVERY + 7), "--no-baseline"]

@@ -30,7 +30,7 @@ def test_without_gradients(without: Callable[..., Any]) -> None:  # noqa: F811
     assert engine().replays == 1
 
 
-@pytest.mark.parametrize("choice", [{}, dict(clip=0.3)], ids=str)
+@pytest.mark.parametrize("choice", [pytest.param({}, marks=pytest.mark.slow), dict(clip=0.3)], ids=str)
 def test_one_launch_and_what_is_around_it(choice: dict[str, Any], without: Callable[..., Any]) -> None:  # noqa: F811
     dnc = make(backend="triton_sequence", **choice)
     options = lambda: dict(lengths=[2, 0, 1], reset=torch.rand(3, 2) < 0.3) if choice else {}  # noqa: E731

@@ -65,7 +65,7 @@ def test_opcheck(layout: str, interface: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("case", "fast"),
     [
-        (Case(1, 3, 1, 1, "float64", "fused", "oneplus"), False),
+        pytest.param(Case(1, 3, 1, 1, "float64", "fused", "oneplus"), False, marks=pytest.mark.slow),
         (Case(1, 4, 3, 2, "float64", "split", "activated"), True),
         (Case(1, 18, 2, 2, "float64", "fused", "softplus"), True),
     ],
