@@ -19,9 +19,9 @@ from dnc_triton.sequence.history import Carried, History, Plan, Settings
 from dnc_triton.sequence.loop import Before, Sequence
 from dnc_triton.sequence.torch_memory import TorchMemory
 
-FEW = 8
-BLOCK = 16  # rows
-SMALL = 2**16  # bytes
+FEW = 8  # rows of a product, or the root of how many numbers are sorted, that are no call of their own
+BLOCK = 16  # rows that are added up at a time
+SMALL = 2**16  # bytes of memory and link, up to which what lies between two kernels is put on the stack
 Like = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides and dtype of a tensor
 
 
