@@ -36,6 +36,7 @@ from triton.errors import TritonError
 
 from benchmarks import barriers
 from dnc_reference.interface import interface_sizes
+from dnc_triton.kernels.buffers import ENDED, FRESH, LOST
 from dnc_triton.kernels.launch import Launch, compile_options, launches
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
@@ -51,17 +52,7 @@ from dnc_triton.kernels.products import (
 )
 from dnc_triton.kernels.sequence import Controller, sequence_backward_kernel, sequence_forward_kernel
 from dnc_triton.kernels.sizes import TRITON_DTYPES, Sizes
-from dnc_triton.kernels.step import (
-    ENDED,
-    FIRST,
-    FRESH,
-    LAST,
-    LOST,
-    MIDDLE,
-    WHOLE,
-    step_backward_kernel,
-    step_forward_kernel,
-)
+from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -100,10 +91,13 @@ ARGUMENTS = {
     "batch": 2,
     "steps": 3,
     "size": 300,
+    "behind": 2,
+    "row": 48,
     "lengths_ptr": [3, 2],
     "reset_ptr": [1, 1, 0, 1, 1, 0],
     "marks_ptr": [FRESH.value | LOST.value, ENDED.value],
 }
+ALIGNED = [["tt.divisibility", 16]]
 # Those that are not floating point.
 POINTERS = {"free_list_ptr": "*i32", "lengths_ptr": "*i32", "reset_ptr": "*u8", "marks_ptr": "*u8"}
 WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interface_weight_t_ptr")
@@ -269,17 +263,14 @@ def _step(
     dtype: str = "float32",
     variant: str = "",
 ) -> list[Case]:
-    """Every launch of a step and its backward, and of a replay from a checkpoint, which is a middle phase."""
+    """Every launch of a step and its backward."""
     layout = layout or default_layout(*shape[:2])
     phases = ("whole",) if layout.fused else ("first", "middle", "last")
-    found = [
+    return [
         Case(direction, phase, shape, layout, dtype, target, variant=variant)
         for direction in DIRECTIONS
         for phase in phases
     ]
-    if layout.fused and variant != "activated":
-        found.append(Case("forward", "middle", shape, layout._replace(fused=False), dtype, target))
-    return found
 
 
 def _sequence(
@@ -342,13 +333,15 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
             continue
         if not name.endswith("_ptr"):
             signature[name] = "i32"
+            if name == "row":
+                attributes[(position,)] = ALIGNED
             continue
         widened = "float64" if case.dtype == "float64" else "float32"
         dtype = TRITON_TYPES[widened if name in ("kept_ptr", "scratch_ptr") else case.dtype]
         if case.variant == "autocast" and name in WEIGHTS:
             dtype = TRITON_TYPES["bfloat16"]
         signature[name] = POINTERS.get(name, f"*{dtype}")
-        attributes[(position,)] = [["tt.divisibility", 16]]  # as at a launch: tensors begin at multiples of 16 bytes
+        attributes[(position,)] = ALIGNED  # as at a launch: tensors begin at multiples of 16 bytes
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=TARGETS[case.target],

@@ -537,7 +537,8 @@ def test_a_thousand_steps_train_within_8_gb(backend):
         state = dnc.initial_state(batch)
         return saved_bytes(lambda: unroll(dnc, inputs, state, checkpoint=checkpoint, **layout))
 
-    assert kept(None) > limit
+    # Plain PyTorch keeps every link, the kernels each fourth.
+    assert (kept(None) > limit) == (backend == "torch_sequence")
     assert kept("auto") == kept(every)
     # On the way back a whole stretch of memories and links is there, and for each step about as much again as is kept
     # of it without these two: slopes and gradients.

@@ -11,6 +11,10 @@ import triton.language as tl
 
 from dnc_reference.types import Interface, MemoryState
 
+# What a step of a sequence may mark a batch element with: it begins from zeros; it has ended, and its memory and link
+# stay; the next step begins from zeros. A step whose elements all run on has no marks.
+FRESH, ENDED, LOST = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+
 
 class Kept(NamedTuple):
     """What a step leaves for its backward."""
@@ -22,6 +26,15 @@ class Kept(NamedTuple):
     backward: tl.tensor  # [R, N], backward weights
     norms: tl.tensor  # [N], of the words before the step
     free_list: tl.tensor  # [N]
+
+
+class Behind(NamedTuple):
+    """How far the link that is kept lies behind the state before a step, in a sequence."""
+
+    steps: tl.tensor  # so many
+    row: tl.tensor  # numbers from an entry of precedence or write weights to that of the next step
+    mark: tl.tensor  # the element's at the step, where there are marks
+    marks_row: tl.tensor  # from there to that at the next step
 
 
 class ForwardScratch(NamedTuple):

@@ -97,7 +97,6 @@ def launch_forward(
     raw: bool,
     strength_offset: float,
     layout: Layout,
-    replay: bool = False,
     marks: Tensor | None = None,
     zeros: Tensor | None = None,
 ) -> None:
@@ -107,7 +106,6 @@ def launch_forward(
         interface, state, raw, strength_offset, layout: as in `step_forward`.
         result: where everything goes, contiguous.
         scratch: as `forward_scratch` makes it.
-        replay: only the middle phase, which writes memory and link, with the write weights that `result` has.
         marks: [B] uint8, of FRESH and ENDED, or None. Of what has ended memory and link stay, and all else is nobody's.
         zeros: as many as `count_zeros` says, with marks.
     """
@@ -115,7 +113,7 @@ def launch_forward(
     batch, slots, word = memory.shape
     num_reads = result.read_words.shape[1]
     options = dict(raw=raw, strength_offset=strength_offset, compute=scratch.dtype)
-    for launch in launches(batch, slots, word, num_reads, layout, only_middle=replay, **options):
+    for launch in launches(batch, slots, word, num_reads, layout, **options):
         step_forward_kernel[launch.grid](
             interface,
             *state,
@@ -195,6 +193,8 @@ def launch_backward(
     layout: Layout,
     marks: Tensor | None = None,
     zeros: Tensor | None = None,
+    behind: int = 0,
+    row: int = 0,
 ) -> None:
     """Launch the backward into buffers that are there already.
 
@@ -205,6 +205,9 @@ def launch_backward(
         gradient: where everything goes, contiguous.
         scratch: as `backward_scratch` makes it.
         marks, zeros: as in `launch_forward`, LOST as well. Of what has ended no gradient by the state is written.
+        behind: in three launches, by how many steps of a sequence the link of `state` lies behind the rest of it. Their
+            precedence and write weights stand before those of `state`, and their marks before `marks`.
+        row: numbers from an entry of those to that of the next step; of the marks B, and up to a multiple of 16.
     """
     batch, slots, word = state[0].shape
     num_reads = gradients[0].shape[1]
@@ -224,6 +227,8 @@ def launch_backward(
             scratch,
             marks,
             zeros,
+            behind,
+            row,
             PHASE=launch.phase,
             sizes=launch.sizes,
             **compile_options(layout, launch.num_warps),
@@ -255,7 +260,6 @@ def launches(
     layout: Layout,
     *,
     backward: bool = False,
-    only_middle: bool = False,
     **options: Any,
 ) -> tuple[Launch, ...]:
     """The launches of a step in one direction, in order; none for an empty batch. `options` as in `Sizes.of`."""
@@ -266,11 +270,9 @@ def launches(
         sizes = Sizes.of(slots, word, num_reads, layout, num_warps, **options)
         return Launch(phase.value, (batch, count(sizes)), num_warps, sizes)
 
-    if layout.fused and not only_middle:
+    if layout.fused:
         return (launch(WHOLE, layout.num_warps, lambda sizes: 1),)
     middle = launch(MIDDLE, layout.num_warps, lambda sizes: sizes.TILES + sizes.SLOT_BLOCKS)
-    if only_middle:
-        return (middle,)
     # Of the phases around it, which wait for memory more than they compute.
     first = launch(FIRST, 8, lambda sizes: 1)
     warps = min(16, max(4, triton.next_power_of_2(slots) // 64))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+LINK_EVERY = 4  # of three launches
+
 
 class Layout(NamedTuple):
     """How a step is cut up.
@@ -20,6 +22,14 @@ class Layout(NamedTuple):
     columns: int
     num_warps: int
     whole: bool = False
+
+    @property
+    def link_every(self) -> int:
+        """Every how many steps a sequence keeps the link; in between the backward makes its tiles again, in registers.
+
+        To write a large link costs memory and time. A small one is not worth an update more.
+        """
+        return 1 if self.fused else LINK_EVERY
 
     def describe(self) -> str:
         """Of layouts of one kind, which."""
@@ -38,7 +48,7 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     if memory_size > 256:  # of many rows, lest there be too many parts to add up
         return [split, Layout(False, 32, 64, 2)]
     if memory_size > 128:
-        return [split, Layout(False, 16, 64, 1)]
+        return [split, Layout(False, 8, 64, 1)]  # half as much in each program, of which more fit
     if memory_size > 64:
         return [split, Layout(True, 16, block, 8)]
     warps = (4, 1) if memory_size <= 16 else (4, 8)

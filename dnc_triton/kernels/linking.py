@@ -11,6 +11,7 @@ columns]. As products of matrices, a few heads wide, they go through shared memo
 import triton
 import triton.language as tl
 
+from dnc_triton.kernels.buffers import FRESH
 from dnc_triton.kernels.common import NORM_EPSILON, SIMILARITY_EPSILON, d_gate, gate, rounded
 
 
@@ -19,6 +20,23 @@ def linked(link, rows, columns, write_rows, write_columns, precedence):
     """L' of a tile from L: (1 − w[i] − w[j]) L[i,j] + w[i] p[j], and 0 on the diagonal."""
     link = (1.0 - write_rows - write_columns) * link + write_rows * precedence
     return tl.where(rows == columns, 0.0, link)
+
+
+@triton.jit
+def made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes: tl.constexpr):
+    """A tile of the link before a step, from the one that lies behind it, to the bits that a step's launch left."""
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    for done in range(behind.steps):
+        back = behind.steps - done
+        write_ptr, precedence_ptr = old.write_weights - (back - 1) * behind.row, old.precedence - back * behind.row
+        write_rows = tl.load(write_ptr + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
+        write_columns = tl.load(write_ptr + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
+        precedence = tl.load(precedence_ptr + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
+        if behind.mark is not None:
+            fresh = tl.load(behind.mark - back * behind.marks_row) & FRESH != 0
+            link, precedence = tl.where(fresh, 0.0, link), tl.where(fresh, 0.0, precedence)
+        link = rounded(linked(link, rows, columns, write_rows, write_columns, precedence), old.link)
+    return link
 
 
 @triton.jit
@@ -87,8 +105,8 @@ def write(block, interface, old, new, kept, runs, sizes: tl.constexpr):
 
 
 @triton.jit
-def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.constexpr):
-    """The adjoint of `link_tile`, after that of reading.
+def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, sizes: tl.constexpr):
+    """The adjoint of `link_tile`, after that of reading. The old link may lie `Behind`, or that is None.
 
     Writes the gradient of the tile before the step; leaves parts of the gradients of the write weights, the precedence
     and the previous read weights. Of an element that has ended (not `runs`) it reads and writes no rows.
@@ -103,6 +121,8 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.co
     rows, columns = by_row[:, :, None], by_column[:, None, :]
     at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
     link = tl.load(old.link + at_link, mask=mask, other=0.0).to(COMPUTE)
+    if behind is not None:
+        link = made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes)
     d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0).to(COMPUTE)
     write_rows = tl.load(new.write_weights + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
     write_columns = tl.load(new.write_weights + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]

@@ -350,6 +350,7 @@ def sequence_backward_kernel(
             state_at(gradients, d_before, sizes),
             scratch,
             True,
+            None,
             WHOLE,
             sizes,
         )

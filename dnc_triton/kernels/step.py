@@ -14,6 +14,10 @@ import triton.language as tl
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.addressing import address, address_backward, by_write_weights, lookup_backward
 from dnc_triton.kernels.buffers import (
+    ENDED,
+    FRESH,
+    LOST,
+    Behind,
     backward_scratch_at,
     forward_scratch_at,
     interface_at,
@@ -26,10 +30,6 @@ from dnc_triton.kernels.reading import read, read_backward
 
 # The phases of a direction, and all of them in one launch.
 FIRST, MIDDLE, LAST, WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-
-# What a step of a sequence may mark a batch element with: it begins from zeros; it has ended, and its memory and link
-# stay; the next step begins from zeros. A step whose elements all run on has no marks.
-FRESH, ENDED, LOST = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 
 @triton.jit
@@ -69,23 +69,27 @@ def memory_step_backward(
     d_old,
     scratch,
     runs,
+    behind,
     PHASE: tl.constexpr,
     sizes: tl.constexpr,
 ):
-    """The adjoint of `memory_step`. Of an element that has ended (not `runs`) no gradient by the state is written."""
+    """The adjoint of `memory_step`. Of an element that has ended (not `runs`) no gradient by the state is written.
+
+    The old link lies `Behind`; in one launch of all phases it does not, and that is None.
+    """
     if PHASE == FIRST or PHASE == WHOLE:
         read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, scratch, sizes)
     if PHASE == MIDDLE:
         piece = tl.program_id(1)
         if piece < sizes.TILES:
-            link_tile_backward(piece, old, new, d_new, d_old, scratch, runs, sizes)
+            link_tile_backward(piece, old, new, d_new, d_old, scratch, runs, behind, sizes)
         else:
             block = piece - sizes.TILES
             write_backward(block, interface, old, new, kept, d_read_words_ptr, d_new, d_old, scratch, runs, sizes)
     if PHASE == WHOLE:
         tl.debug_barrier()
         for tile in range(sizes.TILES):
-            link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes)
+            link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, None, sizes)
         for block in range(sizes.SLOT_BLOCKS):
             write_backward(block, interface, old, new, kept, d_read_words_ptr, d_new, d_old, scratch, runs, sizes)
         tl.debug_barrier()
@@ -175,7 +179,7 @@ def step_forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["behind"])
 def step_backward_kernel(
     interface_ptr,
     memory_ptr,
@@ -207,12 +211,16 @@ def step_backward_kernel(
     scratch_ptr,
     marks_ptr,
     zeros_ptr,
+    behind,
+    row,
     PHASE: tl.constexpr,
     sizes: tl.constexpr,
 ):
     """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
-    With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written.
+    With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written. In three
+    launches the link may lie `behind` so many steps; precedence, write weights and marks of these lie before those of
+    the step, `row` numbers apart, the marks a multiple of 16.
     """
     element = tl.program_id(0).to(tl.int64)
     old = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)
@@ -234,11 +242,14 @@ def step_backward_kernel(
     d_old = MemoryState(
         d_memory_ptr, d_usage_ptr, d_link_ptr, d_precedence_ptr, d_read_weights_ptr, d_write_weights_ptr
     )
-    runs = True
+    runs, mark_ptr = True, None
     if marks_ptr is not None:
-        mark = tl.load(marks_ptr + element)
+        mark_ptr = marks_ptr + element
+        mark = tl.load(mark_ptr)
         runs = mark & ENDED == 0
-        old = zeros_or_state(mark & FRESH != 0, zeros_ptr, old)
+        fresh = mark & FRESH != 0
+        behind = tl.where(runs & (not fresh), behind, 0)
+        old = zeros_or_state(fresh, zeros_ptr, old)
         d_new = zeros_or_state(mark & LOST != 0, zeros_ptr, d_new)
     memory_step_backward(
         interface_at(interface_ptr, element, sizes),
@@ -251,6 +262,7 @@ def step_backward_kernel(
         state_at(d_old, element, sizes),
         backward_scratch_at(scratch_ptr, element, sizes),
         runs,
+        Behind(behind, row, mark_ptr, tl.cdiv(tl.num_programs(0), 16) * 16),
         PHASE,
         sizes,
     )

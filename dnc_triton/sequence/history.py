@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,11 @@ class Settings(NamedTuple):
     layout: Layout | None
 
     @property
+    def link_every(self) -> int:
+        """Every how many steps the backward wants the link; it makes those in between again as it goes."""
+        return 1 if self.layout is None else self.layout.link_every
+
+    @property
     def cell(self) -> type[Cell]:
         """What runs a layer of the controller."""
         if self.layout is None or self.controller != "lstm":
@@ -69,7 +74,8 @@ class History(NamedTuple):
         vectors: [T, B, S], the raw interface vectors.
         carried: usage, precedence, read weights, write weights and read words, [T+1, B, ...] each.
         memory: what the memory's part keeps besides.
-        memories, links: [·, B, N, W] and [·, B, 1, N, N], those that are kept of the states between the steps.
+        memories, links: [·, B, N, W] and [·, B, 1, N, N], those that are kept of the states between the steps; not as
+            many of the links where `settings.link_every` is more than 1.
         carried_rows: [T+1, ·], what `carried` and `layers` are cut from.
         kept_rows: [T, ·], what `cells` and `memory` are cut from, but for what is of another dtype.
     """
@@ -128,38 +134,79 @@ class Carried(NamedTuple):
 
 
 class Checkpoints:
-    """Memory and link before every step and after the last one, of which every k-th is kept.
+    """Memory and link before every step and after the last one, of which every k-th is kept; the link less often.
 
-    The others take turns in spare buffers, and stand there until a later one takes their place.
+    The others go to spare buffers. Forwards they take turns in two. Backwards a stretch of k steps is made again before
+    it is wanted: then it has all of its memories, and every `settings.link_every`-th link, the others taking turns.
 
     Args:
+        settings: see there; k is its checkpoint.
         first, last: before the sequence and after it.
-        memories, links: the buffers for those that are kept, `count` of them.
+        memories, links: the buffers for those that are kept, of `counts`.
         steps: T.
-        every: k; 1 keeps all.
-        spare: how many spare buffers there may be: 2 while going forwards, k − 1 to have a whole stretch at once.
+        forwards: in which direction it goes.
     """
 
     def __init__(
-        self, first: Pair, last: Pair, memories: Tensor, links: Tensor, steps: int, every: int, spare: int
+        self,
+        settings: Settings,
+        first: Pair,
+        last: Pair,
+        memories: Tensor,
+        links: Tensor,
+        steps: int,
+        *,
+        forwards: bool,
     ) -> None:
-        kept = list(zip(memories.unbind(0), links.unbind(0), strict=True))
-        spare = min(spare, every - 1, steps - 1)
-        spares = [(pool.empty_like(first[0]), pool.empty_like(first[1])) for _ in range(spare)]
-        self.every = every
-        self._pairs = [first]
-        for step in range(1, steps):
-            index, offset = divmod(step, every)
-            self._pairs.append(kept[index - 1] if offset == 0 else spares[(offset - 1) % len(spares)])
-        self._pairs.append(last)
+        every, self._link_every, self._period = settings.checkpoint, settings.link_every, self._link_period(settings)
+        memory, link = zip(first, last, strict=True)
+        in_turn = forwards or every > 1  # else nothing is made again as a whole
+        self._memories = _trail(*memory, memories, steps, every, None if forwards else 1, in_turn)
+        self._links = _trail(*link, links, steps, self._period, None if forwards else self._link_every, in_turn)
+
+    @classmethod
+    def counts(cls, settings: Settings, steps: int) -> tuple[int, int]:
+        """How many memories and links are kept between the first and the last."""
+        return (steps - 1) // settings.checkpoint, (steps - 1) // cls._link_period(settings)
 
     @staticmethod
-    def count(steps: int, every: int) -> int:
-        """How many are kept between the first and the last."""
-        return (steps - 1) // every
+    def _link_period(settings: Settings) -> int:
+        return settings.link_every if settings.checkpoint == 1 else settings.checkpoint
 
     def __getitem__(self, step: int) -> Pair:
-        return self._pairs[step]
+        return self._memories[step], self._links[step]
+
+    def behind(self, step: int) -> int:
+        """By how many steps the link that a backward is given lies behind the step."""
+        return step % self._period % self._link_every
+
+
+def _trail(
+    first: Tensor, last: Tensor, kept: Tensor, steps: int, period: int, within: int | None, in_turn: bool
+) -> list[Any]:
+    """Where a quantity is before each step and after the last one.
+
+    Args:
+        first, last: before the sequence and after it.
+        kept: [·, *first.shape], for every `period`-th.
+        steps: T.
+        period: see there.
+        within: counted from there every so many-th has a buffer of its own; None for none.
+        in_turn: whether the others take turns in two buffers, or else are nowhere, which is None.
+    """
+    between = min(period, steps) - 1
+    own = [pool.empty_like(first) for _ in range(between // within if within else 0)]
+    turns = [pool.empty_like(first) for _ in range(min(between - len(own), 2))] if in_turn else [None]
+    trail: list[Any] = [first]
+    for step in range(1, steps):
+        index, offset = divmod(step, period)
+        if offset == 0:
+            trail.append(kept[index - 1])
+        elif within and offset % within == 0:
+            trail.append(own[offset // within - 1])
+        else:
+            trail.append(turns[step % len(turns)])
+    return [*trail, last]
 
 
 class Parts:
@@ -218,7 +265,7 @@ class Plan:
 
     def __init__(self, settings: Settings, memory: Tensor, reads: int, hidden_size: int) -> None:
         kind, layers = settings.cell, settings.num_layers
-        self.every, self.layers, self.memory, self.reads = settings.checkpoint, layers, memory, reads
+        self.settings, self.layers, self.memory, self.reads = settings, layers, memory, reads
         self.states, self.cells = max(kind.states, 1), kind.count_kept(settings.clip)
         batch, slots, word = memory.shape
         dtype, hidden, row, heads = memory.dtype, (batch, hidden_size), (batch, slots), (batch, reads, slots)
@@ -234,20 +281,23 @@ class Plan:
         self.kept = Parts(dtype, *[hidden] * (layers * self.cells), *kept)
         gates = Parts(dtype, (batch, kind.gates_per_unit * hidden_size))
         vectors = Parts(dtype, (batch, sum(interface_sizes(reads, 1, word).values())))
-        self.by_step = [*[gates] * layers, vectors, self.kept, *others]
+        self.by_step, self.others = [*[gates] * layers, vectors, self.kept], others
         self.by_checkpoint = [Parts(dtype, memory.shape), Parts(dtype, (batch, 1, slots, slots))]
 
     def allocate(self, steps: int) -> list[Tensor]:
         """The buffers for T steps. Nothing is filled in."""
-        count = Checkpoints.count(steps, self.every)
+        every, by_kernel = self.settings.checkpoint, self.settings.layout is not None
+        # What the kernels keep they make again with memory and link.
+        of_others = min(every, steps) if by_kernel and every > 1 else steps
         rows = [(self.carried, steps + 1), *((parts, steps) for parts in self.by_step)]
-        rows += [(parts, count) for parts in self.by_checkpoint]
+        rows += [(parts, of_others) for parts in self.others]
+        rows += zip(self.by_checkpoint, Checkpoints.counts(self.settings, steps), strict=True)
         return [parts.allocate(entries, self.memory) for parts, entries in rows]
 
     def cut(self, buffers: list[Tensor]) -> History:
         """Such buffers as a history."""
         carried_rows, *by_entry = buffers
-        each = zip([*self.by_step, *self.by_checkpoint], by_entry, strict=True)
+        each = zip([*self.by_step, *self.others, *self.by_checkpoint], by_entry, strict=True)
         parts = [parts.cut(buffer) for parts, buffer in each]
         gates, (vectors, kept, *others, memories, links) = parts[: self.layers], parts[self.layers :]
         carried = self.carried.cut(carried_rows)

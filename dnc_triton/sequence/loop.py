@@ -89,10 +89,8 @@ class Sequence:
                 trail[0] = start
         first = state.memory.memory, state.memory.link
         last = (pool.empty_like(first[0]), pool.empty_like(first[1])) if last is None else last
-        spare = 2 if forwards else settings.checkpoint - 1
-        self.checkpoints = Checkpoints(
-            first, last, self.history.memories, self.history.links, self.steps, settings.checkpoint, spare
-        )
+        between = self.history.memories, self.history.links
+        self.checkpoints = Checkpoints(settings, first, last, *between, self.steps, forwards=forwards)
         self.cells = self._make_cells()
         self._by_step(state)
 
@@ -153,7 +151,7 @@ class Sequence:
         )
         self._begin_backward(before, d)
         for step in reversed(range(self.steps)):
-            if step == self.steps - 1 or (step + 1) % settings.checkpoint == 0:
+            if settings.checkpoint > 1 and (step == self.steps - 1 or (step + 1) % settings.checkpoint == 0):
                 self._replay(step - step % settings.checkpoint, step)
             d = self._backward_step(step, d)
         self._finish_rows(d)
@@ -199,7 +197,10 @@ class Sequence:
         before, after = self._before(step), self._after(step)
         if not self.adds_ahead or step == self.steps - 1:
             d.words.add_(self.d_words_out[step])
-        d = d._replace(memory=self.memory.backward(step, before.memory, after.memory, d.words, d.memory))
+        memory, behind = before.memory, self.checkpoints.behind(step)
+        if behind:
+            memory = memory._replace(link=self.checkpoints[step - behind][1])
+        d = d._replace(memory=self.memory.backward(step, memory, after.memory, d.words, d.memory))
         d_above = None
         for layer in reversed(range(self.settings.num_layers)):
             cell = self.cells[layer]
@@ -278,8 +279,9 @@ class Sequence:
             return self.torch_memory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory
 
-        masks = self.running, self.reset
-        return TritonMemory(history.vectors, history.memory, memory, *masks, layout=settings.layout, **options)
+        masks, row = (self.running, self.reset), history.carried_rows.stride(0)
+        options |= {"layout": settings.layout, "behind": self.checkpoints.behind, "row": row}
+        return TritonMemory(history.vectors, history.memory, memory, *masks, **options)
 
     def _before(self, step: int) -> Carried:
         """What goes into a step, rows that it resets at zero, but for what the kernels reset."""
@@ -313,8 +315,11 @@ class Sequence:
         return trail.masked_fill(self.reset.view(*self.reset.shape, *[1] * (trail.dim() - 2)), 0)
 
     def _replay(self, first: int, last: int) -> None:
-        """Make memory and link again for the steps after `first`, which is kept, up to `last`."""
-        for step in range(first, last):
+        """Make memory and link again for the steps after `first`, which is kept, up to `last`.
+
+        Kernels go through `last` as well, which leaves what its backward wants to have kept.
+        """
+        for step in range(first, last + 1 if self.by_kernel else last):
             before, after = self._before(step).memory, self._after(step).memory
             self.memory.replay(step, before, after)
             self._hold(step, before, after)

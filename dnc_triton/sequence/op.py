@@ -434,7 +434,7 @@ def unroll_sequence(
     controller_state, structure = _flatten(state.controller)
     carried = [*state.memory, state.read_words, *controller_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
-    every = _checkpoint(checkpoint, steps, state.memory)
+    every = _checkpoint(checkpoint, steps, state.memory, 1 if layout is None else layout.link_every)
     if layout is not None and layout.whole and keep and every > 1:
         layout = layout._replace(whole=False)
     settings = Settings(
@@ -540,13 +540,13 @@ def _given(
     return Given(inputs, [tensor.contiguous() for tensor in state], parameters, dropout, running, reset)
 
 
-def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState) -> int:
+def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, link_every: int) -> int:
     """Every how many steps to keep memory and link."""
     if isinstance(checkpoint, int):
         return checkpoint
     if checkpoint is None:
         return 1
-    per_step = (memory.memory.numel() + memory.link.numel()) * memory.memory.element_size()
+    per_step = (memory.memory.numel() + memory.link.numel() // link_every) * memory.memory.element_size()
     return 1 if steps * per_step <= _most_kept(memory.memory.device) else math.isqrt(steps - 1) + 1
 
 

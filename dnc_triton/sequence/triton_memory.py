@@ -6,11 +6,14 @@ the step before left it, and so is the gradient by the memory after it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_reference.types import MemoryState
+from dnc_triton.kernels.buffers import ENDED, FRESH, LOST
 from dnc_triton.kernels.launch import (
     StepGradient,
     StepResult,
@@ -21,7 +24,6 @@ from dnc_triton.kernels.launch import (
     launch_forward,
 )
 from dnc_triton.kernels.layout import Layout
-from dnc_triton.kernels.step import ENDED, FRESH, LOST
 
 
 class TritonMemory:
@@ -29,13 +31,15 @@ class TritonMemory:
 
     Args:
         vectors: [T, B, S], the raw interface vectors, each filled in before its step.
-        kept: `kept` and `free_list` of each step, of `layout.kept_shapes`, with T in front.
+        kept: `kept` and `free_list` of `layout.kept_shapes`, with T in front, or fewer, of which steps take turns.
         memory: any state's memory, [B, N, W].
         running, reset: [T, B] bool, or None: the rows that have not ended, and those that a step resets.
         reads: R.
         strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         layout: of the kernels.
+        behind: step → by how many steps the link that its backward is given lies behind.
+        row: numbers from an entry of precedence or write weights to that of the next step.
     """
 
     def __init__(
@@ -50,10 +54,13 @@ class TritonMemory:
         strength_offset: float,
         stop_usage_gradient: bool,
         layout: Layout,
+        behind: Callable[[int], int] = lambda step: 0,
+        row: int = 0,
     ) -> None:
         self.vectors, self.reads, self.layout = vectors.unbind(0), reads, layout
         self.strength_offset, self.stop_usage_gradient = strength_offset, stop_usage_gradient
         self.kept, self.free_list = (tensor.unbind(0) for tensor in kept)
+        self.behind, self.row = behind, row
         self.like, self.ends = memory, running is not None
         self.marks = _marks(running, reset)
         self.zeros = None
@@ -71,8 +78,8 @@ class TritonMemory:
         self._launch(step, prev, new, read_words)
 
     def replay(self, step: int, prev: MemoryState, new: MemoryState) -> None:
-        """As in `TorchMemory`. What the step kept is written again, to the same bits."""
-        self._launch(step, prev, new, self.unread, replay=True)
+        """The whole step once more, to the same bits: what it keeps may not be there any more either."""
+        self._launch(step, prev, new, self.unread)
 
     def begin_backward(self, usage: Tensor, read_weights: Tensor, write_weights: Tensor, d_vectors: Tensor) -> None:
         """As in `TorchMemory`; only `d_vectors` matters."""
@@ -93,7 +100,7 @@ class TritonMemory:
         launch_backward(
             self.vectors[step],
             tuple(prev),
-            (new.memory, new.usage, new.read_weights, new.write_weights, self.kept[step], self.free_list[step]),
+            (new.memory, new.usage, new.read_weights, new.write_weights, *self._kept(step)),
             (d_read_words, *d),
             StepGradient(self.d_vectors[step], *spare),
             self.scratch,
@@ -103,22 +110,25 @@ class TritonMemory:
             layout=self.layout,
             marks=None if self.marks is None else self.marks[step],
             zeros=self.zeros,
+            behind=self.behind(step),
+            row=self.row,
         )
         self.spare = d
         return spare
 
-    def _launch(
-        self, step: int, prev: MemoryState, new: MemoryState, read_words: Tensor, *, replay: bool = False
-    ) -> None:
+    def _kept(self, step: int) -> tuple[Tensor, Tensor]:
+        turn = step % len(self.kept)
+        return self.kept[turn], self.free_list[turn]
+
+    def _launch(self, step: int, prev: MemoryState, new: MemoryState, read_words: Tensor) -> None:
         launch_forward(
             self.vectors[step],
             tuple(prev),
-            StepResult(read_words, *new, self.kept[step], self.free_list[step]),
+            StepResult(read_words, *new, *self._kept(step)),
             self.scratch,
             raw=True,
             strength_offset=self.strength_offset,
             layout=self.layout,
-            replay=replay,
             marks=None if self.marks is None else self.marks[step],
             zeros=self.zeros,
         )

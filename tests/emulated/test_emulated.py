@@ -26,7 +26,10 @@ from test_kernel_rows import (
     test_no_rows,
     test_same_call_same_bits,
 )
-from test_kernel_sequence import test_lengths_and_resets_leave_nothing_unwritten
+from test_kernel_sequence import (
+    test_lean_is_full_to_the_last_bit,
+    test_lengths_and_resets_leave_nothing_unwritten,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -78,6 +78,7 @@ from test_kernel_sequence import (
     test_declines,
     test_float32,
     test_layouts,
+    test_lean_is_full_to_the_last_bit,
     test_lengths_and_resets_leave_nothing_unwritten,
     test_sizes,
 )

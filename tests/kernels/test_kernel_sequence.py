@@ -174,6 +174,31 @@ def test_checkpoints_are_for_the_kernels_of_a_step(device: torch.device, monkeyp
     assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(("backend", "checkpoints"), [("triton_fused", [3]), ("triton_split", [2, 5])], ids=str)
+def test_lean_is_full_to_the_last_bit(
+    backend: str, checkpoints: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """In three launches links are made again in registers, a few steps of them or, lean, other steps."""
+    full, *lean = (make(device, checkpoint=every, dtype=dtype) for every in (None, *checkpoints))
+    inputs, state = draw(full, 6)
+    reset = torch.tensor([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool, device=device)
+    call = {"lengths": [6, 4], "reset": reset}
+    expected = run(full, inputs, state, backend, **call)
+    for dnc in lean:
+        assert_same_bits(run(dnc, inputs, state, backend, **call), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_links_that_are_not_kept(steps: int, device: torch.device) -> None:
+    """The first, the last and any number of steps after one that is kept."""
+    dnc = make(device, sizes=(20, 4, 1))
+    inputs, state = draw(dnc, steps)
+    with poisoned():
+        actual = run(dnc, inputs, state, "triton_split")
+    assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
+
+
 def test_a_row_does_not_depend_on_the_others_and_twice_is_the_same(device: torch.device) -> None:
     dnc = make(device, backend=BACKEND)
     inputs, state = draw(dnc, 3, batch=3)
