@@ -197,9 +197,9 @@ class Sequence:
         before, after = self._before(step), self._after(step)
         if not self.adds_ahead or step == self.steps - 1:
             d.words.add_(self.d_words_out[step])
-        memory, behind = before.memory, self.checkpoints.behind(step)
-        if behind:
-            memory = memory._replace(link=self.checkpoints[step - behind][1])
+        memory = before.memory
+        if self.settings.link_every > 1:
+            memory = memory._replace(link=self.checkpoints[step - self.checkpoints.behind(step)][1])
         d = d._replace(memory=self.memory.backward(step, memory, after.memory, d.words, d.memory))
         d_above = None
         for layer in reversed(range(self.settings.num_layers)):

@@ -56,9 +56,12 @@ class Emulated:
         assert all(x.is_contiguous() for x in tensors), "an argument has gaps"
         assert all(a[1] <= b[0] for a, b in pairwise(extents)), "arguments overlap"
         program, shared = self.compile(given, kwargs)
-        arguments = [as_integers(x) if isinstance(x, Tensor) else x for x in self.variables(given).values()]
+        arguments = [
+            as_integers(x, reach(name, given)) if isinstance(x, Tensor) else x
+            for name, x in self.variables(given).items()
+        ]
         arguments += [0] * (len(program.params) - len(arguments))  # scratch of Triton's, which is not used
-        run = ptx.Launch(program, arguments, shared)
+        run = ptx.Launch(program, arguments, shared, grid)
         try:
             for index in product(*map(range, grid)):
                 run.block(index)
@@ -80,8 +83,10 @@ class Emulated:
                 signature[name] = f"*{TYPES[value.dtype]}"
                 if value.data_ptr() % 16 == 0:
                     attributes[(position,)] = [["tt.divisibility", 16]]
-            else:
-                assert name not in variables or self.kernel.params[position].do_not_specialize, name
+            elif name in variables and not self.kernel.params[position].do_not_specialize:
+                assert value != 1, name  # that would be a constant
+                if value % 16 == 0:
+                    attributes[(position,)] = [["tt.divisibility", 16]]
         constants = {name: value for name, value in given.items() if name not in variables}
         key = repr((id(self.kernel), signature, constants, attributes, options))
         if key not in PROGRAMS:
@@ -95,9 +100,25 @@ class Emulated:
         return PROGRAMS[key]
 
 
-def as_integers(tensor: Tensor) -> ptx.Array:
-    """The same memory."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[tensor.element_size()])
+def reach(name: str, given: dict[str, Any]) -> tuple[int, int]:
+    """How many earlier entries a kernel may read through a pointer, and how many numbers they are apart."""
+    behind = given.get("behind", 0)
+    if name == "marks_ptr":
+        return behind, len(given[name])
+    entries = {"precedence_ptr": behind, "write_weights_ptr": max(behind - 1, 0)}
+    return entries.get(name, 0), given.get("row", 0)
+
+
+def as_integers(tensor: Tensor, earlier: tuple[int, int] = (0, 0)) -> ptx.Array | ptx.Window:
+    """The same memory; with what lies before it, where that is to be read."""
+    flat, (entries, row) = tensor.detach().reshape(-1), earlier
+    before, size = entries * row, flat.element_size()
+    whole = flat.as_strided((before + flat.numel(),), (1,), flat.storage_offset() - before)
+    integers = whole.view(torch.uint8).numpy().view(UNSIGNED[size])
+    if not before:
+        return integers
+    pieces = [(entry * row * size, (entry * row + flat.numel()) * size) for entry in range(entries + 1)]
+    return ptx.Window(integers, before * size, pieces)
 
 
 def poison(tensor: Tensor) -> Tensor:

@@ -168,16 +168,34 @@ class Memory:
 # --- running it -------------------------------------------------------------------------------------------------------
 
 
+class Window(NamedTuple):
+    """A buffer to the middle of which an argument points, and of which some pieces are the kernel's.
+
+    Attributes:
+        buffer: of unsigned integers.
+        at: bytes from its beginning to where the argument points.
+        pieces: from and to which byte.
+    """
+
+    buffer: Array
+    at: int
+    pieces: list[tuple[int, int]]
+
+
 class Launch:
     """A launch of a program: `Launch(...)` with everything in place, then `block` for each of the grid, then `finish`.
 
     Args:
         program: what to run.
-        arguments: per parameter an integer, or a buffer as an array of unsigned integers, which is written to.
+        arguments: per parameter an integer, or a buffer as an array of unsigned integers, which is written to, or a
+            window on one, which is not.
         shared: bytes of shared memory.
+        grid: how many blocks there are, by axis.
     """
 
-    def __init__(self, program: Program, arguments: Sequence[Any], shared: int) -> None:
+    def __init__(
+        self, program: Program, arguments: Sequence[Any], shared: int, grid: Sequence[int] = (1, 1, 1)
+    ) -> None:
         self.program, self.threads = program, program.threads
         widths = [re.fullmatch(r"(?:ld|st)\.(?:global|shared).*?\.[bsuf](\d+)", i.op) for i in program.instructions]
         grain = min([4, *(int(width[1]) // 8 for width in widths if width)])
@@ -188,30 +206,34 @@ class Launch:
         self.registers: dict[str, Array] = {}
         self.special = {f"%{name}.{axis}": np.zeros(self.threads, "u4") for name in ("tid", "ctaid") for axis in "xyz"}
         self.special["%tid.x"][:] = self.thread
+        self.special |= {f"%nctaid.{axis}": np.array(count, "u4") for axis, count in zip("xyz", grid, strict=False)}
         self.epoch = 0
         with np.errstate(all="ignore"):
             self.code = [self._bind(instruction) for instruction in program.instructions]
 
     def _allocate(self, arguments: Sequence[Any], grain: int) -> None:
         """Lay the buffers out in one memory, as aligned as they are, with gaps between them."""
-        self.places, end = [], GUARD
-        for argument in arguments:
-            if isinstance(argument, np.ndarray):
-                start = -(-end // 256) * 256 + argument.ctypes.data % 256
-                self.places.append((start, argument))
-                end = start + argument.nbytes + GUARD
+        windows = [Window(x, 0, [(0, x.nbytes)]) if isinstance(x, np.ndarray) else x for x in arguments]
+        places, self.arguments, end = [], [], GUARD
+        for window in windows:
+            if not isinstance(window, Window):
+                self.arguments.append(window)
+                continue
+            start = -(-end // 256) * 256 + window.buffer.ctypes.data % 256
+            places.append((start, window))
+            self.arguments.append(GLOBAL_BASE + start + window.at)
+            end = start + window.buffer.nbytes + GUARD
+        self.places = [(start, window.buffer) for start, window in places if window.at == 0]
         self.memory = memory = Memory("global", GLOBAL_BASE, -(-end // 256) * 256, grain)
         memory.there[:] = False
-        for start, buffer in self.places:
+        for start, (buffer, _, pieces) in places:
             memory.bytes[start : start + buffer.nbytes] = buffer.view("u1")
             check(start % grain == buffer.nbytes % grain == 0, f"a buffer of {buffer.nbytes} bytes accessed by {grain}")
-            grains = slice(start // grain, (start + buffer.nbytes) // grain)
-            memory.there[grains] = True
+            for first, last in pieces:
+                memory.there[(start + first) // grain : (start + last) // grain] = True
             size = max(grain, buffer.itemsize)
             written = (buffer.view("u1").reshape(-1, size) != POISON).any(1)
-            memory.written[grains] = np.repeat(written, size // grain)
-        addresses = iter(GLOBAL_BASE + start for start, _ in self.places)
-        self.arguments = [next(addresses) if isinstance(x, np.ndarray) else x for x in arguments]
+            memory.written[start // grain : (start + buffer.nbytes) // grain] = np.repeat(written, size // grain)
 
     def finish(self) -> None:
         """Write what the blocks left in memory to the buffers."""
