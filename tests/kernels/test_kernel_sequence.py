@@ -181,9 +181,9 @@ def test_lean_is_full_to_the_last_bit(
 ) -> None:
     """In three launches links are made again in registers, a few steps of them or, lean, other steps."""
     full, *lean = (make(device, checkpoint=every, dtype=dtype) for every in (None, *checkpoints))
-    inputs, state = draw(full, 6)
-    reset = torch.tensor([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool, device=device)
-    call = {"lengths": [6, 4], "reset": reset}
+    inputs, state = draw(full, 6, batch=3)
+    reset = torch.tensor([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0], [0] * 6], dtype=torch.bool, device=device)
+    call = {"lengths": [6, 4, 6], "reset": reset}
     expected = run(full, inputs, state, backend, **call)
     for dnc in lean:
         assert_same_bits(run(dnc, inputs, state, backend, **call), expected)
