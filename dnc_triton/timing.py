@@ -19,7 +19,7 @@ from dnc_triton.train import Run
 from dnc_triton.tuning import cache_directory
 
 SECONDS = 2.0  # for each figure
-PACKAGES = ("torch", "triton", "numpy", "lightning-fabric", "tensorboard", "matplotlib")
+PACKAGES = ("triton", "numpy", "lightning-fabric", "tensorboard", "matplotlib")
 
 
 def bench(settings: Settings, device: str, seconds: float = SECONDS) -> str:
@@ -75,6 +75,7 @@ def info(task: str, device: str) -> str:
     rows = {
         "dnc_triton": f"{dnc_triton.__version__} in {Path(dnc_triton.__file__).parent}",
         "python": f"{platform.python_version()} in {sys.prefix}, {platform.platform()}",
+        "torch": torch.__version__,  # which says for what it was built
         **{name: _version(name) for name in PACKAGES},
         "cpu": f"{torch.get_num_threads()} threads",
         "cuda": ", ".join(f"cuda:{index} {name}" for index, name in enumerate(names)) or "none",
