@@ -48,7 +48,8 @@ def races(
     Args:
         ttgir: of one kernel, as in `triton.compile(...).asm["ttgir"]`.
         grid: how many programs there are along each axis.
-        arguments: what is known, by name: the kernel's integers, and the integers that a buffer holds.
+        arguments: what is known, by name: the kernel's integers; of a buffer the integers that it holds, or how many
+            numbers lie before the one that the argument points to.
 
     Raises:
         Unchecked: the code has an operation, a loop bound or an access that cannot be followed.
@@ -328,9 +329,11 @@ class _Walk:
         self.copies: list[list[_Access]] = [[]]  # asynchronous copies under way, in groups, the last one still open
         self.branches = 0  # how many branches deep it is whose condition depends on data
         self.strangers = -1  # the next number for a thread that is not known
-        self.contents = {name: np.array(arguments[name]) for name in kernel.pointers if name in arguments}
+        given = {name: np.array(arguments.get(name, 0)) for name in kernel.pointers}
+        self.contents = {name: value for name, value in given.items() if value.ndim}
         self.values: dict[str, Any] = {f"%{name}": np.array(value) for name, value in arguments.items()}
-        self.values |= {f"%{name}": _Pointer(name, np.zeros((), int)) for name in kernel.pointers}
+        for name, value in given.items():
+            self.values[f"%{name}"] = _Pointer(name, np.zeros((), int) if value.ndim else value)
         self.block(kernel.body)
 
     def block(self, ops: list[_Op]) -> list[Any]:

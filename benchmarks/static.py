@@ -91,12 +91,12 @@ ARGUMENTS = {
     "batch": 2,
     "steps": 3,
     "size": 300,
-    "behind": 2,
-    "row": 48,
     "lengths_ptr": [3, 2],
     "reset_ptr": [1, 1, 0, 1, 1, 0],
     "marks_ptr": [FRESH.value | LOST.value, ENDED.value],
 }
+# Of the kernel that makes links again: from two steps back.
+BEHIND = {"behind": 2, "row": 48, "precedence_ptr": 96, "write_weights_ptr": 48}
 ALIGNED = [["tt.divisibility", 16]]
 # Those that are not floating point.
 POINTERS = {"free_list_ptr": "*i32", "lengths_ptr": "*i32", "reset_ptr": "*u8", "marks_ptr": "*u8"}
@@ -317,8 +317,10 @@ def measure(case: Case) -> Measurement:
     try:
         # Which barriers are needed does not hang on the target; to find out takes a walk for each of them.
         without = barriers.without_barriers(ttgir) if case.target == "sm_90" else []
-        needed = {place: bool(barriers.races(code, arguments=ARGUMENTS)) for place, code in without}
-        return Measurement(case, numbers, barriers.races(ttgir, case.grid, ARGUMENTS), needed)
+        behind = (case.direction, case.phase) == ("backward", "middle")
+        arguments = ARGUMENTS | BEHIND if behind else ARGUMENTS
+        needed = {place: bool(barriers.races(code, arguments=arguments)) for place, code in without}
+        return Measurement(case, numbers, barriers.races(ttgir, case.grid, arguments), needed)
     except barriers.Unchecked as error:
         return Measurement(case, numbers, [f"barriers cannot be checked: {error}"], {})
 

@@ -105,8 +105,8 @@ def write(block, interface, old, new, kept, runs, sizes: tl.constexpr):
 
 
 @triton.jit
-def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, sizes: tl.constexpr):
-    """The adjoint of `link_tile`, after that of reading. The old link may lie `Behind`, or that is None.
+def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAIN: tl.constexpr, sizes: tl.constexpr):
+    """The adjoint of `link_tile`, after that of reading. If AGAIN the old link may lie `behind`.
 
     Writes the gradient of the tile before the step; leaves parts of the gradients of the write weights, the precedence
     and the previous read weights. Of an element that has ended (not `runs`) it reads and writes no rows.
@@ -121,7 +121,7 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, size
     rows, columns = by_row[:, :, None], by_column[:, None, :]
     at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
     link = tl.load(old.link + at_link, mask=mask, other=0.0).to(COMPUTE)
-    if behind is not None:
+    if AGAIN:
         link = made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes)
     d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0).to(COMPUTE)
     write_rows = tl.load(new.write_weights + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]

@@ -75,21 +75,21 @@ def memory_step_backward(
 ):
     """The adjoint of `memory_step`. Of an element that has ended (not `runs`) no gradient by the state is written.
 
-    The old link lies `Behind`; in one launch of all phases it does not, and that is None.
+    The old link lies `Behind`; in one launch of all phases it does not, and nobody asks.
     """
     if PHASE == FIRST or PHASE == WHOLE:
         read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, scratch, sizes)
     if PHASE == MIDDLE:
         piece = tl.program_id(1)
         if piece < sizes.TILES:
-            link_tile_backward(piece, old, new, d_new, d_old, scratch, runs, behind, sizes)
+            link_tile_backward(piece, old, new, d_new, d_old, scratch, runs, behind, True, sizes)
         else:
             block = piece - sizes.TILES
             write_backward(block, interface, old, new, kept, d_read_words_ptr, d_new, d_old, scratch, runs, sizes)
     if PHASE == WHOLE:
         tl.debug_barrier()
         for tile in range(sizes.TILES):
-            link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, None, sizes)
+            link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, False, sizes)
         for block in range(sizes.SLOT_BLOCKS):
             write_backward(block, interface, old, new, kept, d_read_words_ptr, d_new, d_old, scratch, runs, sizes)
         tl.debug_barrier()
