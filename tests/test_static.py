@@ -300,6 +300,12 @@ def beyond_its_own(data_ptr, out_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def looking_back(data_ptr, out_ptr):
+    here = tl.arange(0, 256)
+    tl.store(out_ptr + here, tl.load(data_ptr + here - 64))
+
+
+@triton.jit
 def counting(data_ptr, out_ptr):
     tl.atomic_add(data_ptr + tl.arange(0, 256), 1.0)
 
@@ -310,6 +316,7 @@ class Planted(NamedTuple):
     finds: str | None  # part of what is to be found; None if the kernel is right
     target: str = "sm_90"
     index: list[int] | None = None  # what is in index_ptr, if that is known
+    before: int = 0  # how many numbers lie before the one that data_ptr points to
 
 
 PLANTED = {
@@ -347,6 +354,8 @@ PLANTED = {
     "loaded early": Planted("prefetching", dict(NEXT=6), None),
     "programs apart": Planted("beyond_its_own", dict(SIZE=256), None),
     "programs that overlap": Planted("beyond_its_own", dict(SIZE=512), "in program (1,)"),
+    "back too far": Planted("looking_back", {}, "touches what lies before data_ptr", before=63),
+    "back": Planted("looking_back", {}, None, before=64),
     "atomic": Planted("counting", {}, "cannot be checked: tt.atomic_rmw"),
 }
 
@@ -363,7 +372,7 @@ def find_races(name):
     source = ASTSource(kernel, arguments, planted.constants, aligned)
     compiled = triton.compile(source, target=static.TARGETS[planted.target], options={"num_warps": 4})
     grid = (2,) if planted.kernel == "beyond_its_own" else (1,)
-    known = {} if planted.index is None else {"index_ptr": planted.index}
+    known = {"data_ptr": planted.before} | ({} if planted.index is None else {"index_ptr": planted.index})
     try:
         return barriers.races(compiled.asm["ttgir"], grid, known)
     except barriers.Unchecked as reason:

@@ -242,13 +242,14 @@ def step_backward_kernel(
     d_old = MemoryState(
         d_memory_ptr, d_usage_ptr, d_link_ptr, d_precedence_ptr, d_read_weights_ptr, d_write_weights_ptr
     )
-    runs, mark_ptr = True, None
+    runs, earlier = True, Behind(behind, row, None, 0)
     if marks_ptr is not None:
         mark_ptr = marks_ptr + element
         mark = tl.load(mark_ptr)
         runs = mark & ENDED == 0
         fresh = mark & FRESH != 0
-        behind = tl.where(runs & (not fresh), behind, 0)
+        steps = tl.where(runs & (not fresh), behind, 0)
+        earlier = Behind(steps, row, mark_ptr, tl.cdiv(tl.num_programs(0), 16) * 16)
         old = zeros_or_state(fresh, zeros_ptr, old)
         d_new = zeros_or_state(mark & LOST != 0, zeros_ptr, d_new)
     memory_step_backward(
@@ -262,7 +263,7 @@ def step_backward_kernel(
         state_at(d_old, element, sizes),
         backward_scratch_at(scratch_ptr, element, sizes),
         runs,
-        Behind(behind, row, mark_ptr, tl.cdiv(tl.num_programs(0), 16) * 16),
+        earlier,
         PHASE,
         sizes,
     )

@@ -40,13 +40,13 @@ class Kernel:
         self.function = function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(*tensors: Tensor | None, num_warps: int, sizes: Sizes, **constants: Any) -> None:
+        def run(*arguments: Tensor | int | None, num_warps: int, sizes: Sizes, **constants: Any) -> None:
             compute = next(dtype for dtype, name in TRITON_DTYPES.items() if name == sizes.COMPUTE)
             constants["sizes"] = sizes._replace(COMPUTE=compute)
             # The programs of the second axis, which differ in how far they loop, run one after the other.
             for second in range(grid[1] if len(grid) > 1 else 1):
                 Language.program_ids = (Value(torch.arange(grid[0])), second)
-                self.function(*(None if x is None else Pointer(x) for x in tensors), **constants)
+                self.function(*(Pointer(x) if isinstance(x, Tensor) else x for x in arguments), **constants)
 
         return run
 
