@@ -96,8 +96,7 @@ ARGUMENTS = {
     "marks_ptr": [FRESH.value | LOST.value, ENDED.value],
 }
 # Of the kernel that makes links again: from two steps back.
-BEHIND = {"behind": 2, "row": 48, "precedence_ptr": 96, "write_weights_ptr": 48}
-ALIGNED = [["tt.divisibility", 16]]
+BEHIND = {"behind": 2, "row": 12, "precedence_ptr": 192, "write_weights_ptr": 96}
 # Those that are not floating point.
 POINTERS = {"free_list_ptr": "*i32", "lengths_ptr": "*i32", "reset_ptr": "*u8", "marks_ptr": "*u8"}
 WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interface_weight_t_ptr")
@@ -335,15 +334,13 @@ def _compile(case: Case) -> tuple[dict[str, Any], int]:
             continue
         if not name.endswith("_ptr"):
             signature[name] = "i32"
-            if name == "row":
-                attributes[(position,)] = ALIGNED
             continue
         widened = "float64" if case.dtype == "float64" else "float32"
         dtype = TRITON_TYPES[widened if name in ("kept_ptr", "scratch_ptr") else case.dtype]
         if case.variant == "autocast" and name in WEIGHTS:
             dtype = TRITON_TYPES["bfloat16"]
         signature[name] = POINTERS.get(name, f"*{dtype}")
-        attributes[(position,)] = ALIGNED  # as at a launch: tensors begin at multiples of 16 bytes
+        attributes[(position,)] = [["tt.divisibility", 16]]  # as at a launch: tensors begin at multiples of 16 bytes
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=TARGETS[case.target],

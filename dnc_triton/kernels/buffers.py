@@ -29,12 +29,12 @@ class Kept(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """How far the link that is kept lies behind the state before a step, in a sequence."""
+    """How far the link that is given lies behind the state before a step, and where what it was updated with stands."""
 
     steps: tl.tensor  # so many
-    row: tl.tensor  # numbers from an entry of precedence or write weights to that of the next step
+    row: tl.tensor  # from an entry of precedence or write weights to that of the next step, in units of 16 bytes
     mark: tl.tensor  # the element's at the step, where there are marks
-    marks_row: tl.tensor  # from there to that at the next step
+    marks_row: tl.tensor  # bytes from there to that at the next step
 
 
 class ForwardScratch(NamedTuple):

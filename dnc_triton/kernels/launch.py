@@ -205,10 +205,12 @@ def launch_backward(
         gradient: where everything goes, contiguous.
         scratch: as `backward_scratch` makes it.
         marks, zeros: as in `launch_forward`, LOST as well. Of what has ended no gradient by the state is written.
-        behind: in three launches, by how many steps of a sequence the link of `state` lies behind the rest of it. Their
-            precedence and write weights stand before those of `state`, and their marks before `marks`.
-        row: numbers from an entry of those to that of the next step; of the marks B, and up to a multiple of 16.
+        behind: by how many steps of a sequence the link of `state` lies behind the rest of it; in three launches only.
+            Their precedence and write weights stand before those of `state`, and their marks before `marks`.
+        row: numbers between two consecutive ones of those, a multiple of 16 bytes; of marks there are B between them,
+            rounded up to 16.
     """
+    assert not (behind and layout.fused)
     batch, slots, word = state[0].shape
     num_reads = gradients[0].shape[1]
     options = dict(
@@ -228,7 +230,7 @@ def launch_backward(
             marks,
             zeros,
             behind,
-            row,
+            row * state[0].element_size() // 16,
             PHASE=launch.phase,
             sizes=launch.sizes,
             **compile_options(layout, launch.num_warps),

@@ -48,7 +48,7 @@ def layouts(memory_size: int, word_size: int) -> list[Layout]:
     if memory_size > 256:  # of many rows, lest there be too many parts to add up
         return [split, Layout(False, 32, 64, 2)]
     if memory_size > 128:
-        return [split, Layout(False, 8, 64, 1)]  # half as much in each program, of which more fit
+        return [split, Layout(False, 8, 64, 1)]  # half as much in each program, of which more fit; not timed yet
     if memory_size > 64:
         return [split, Layout(True, 16, block, 8)]
     warps = (4, 1) if memory_size <= 16 else (4, 8)

@@ -27,8 +27,8 @@ def made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, 
     """A tile of the link before a step, from the one that lies behind it, to the bits that a step's launch left."""
     COMPUTE: tl.constexpr = sizes.COMPUTE
     for done in range(behind.steps):
-        back = behind.steps - done
-        write_ptr, precedence_ptr = old.write_weights - (back - 1) * behind.row, old.precedence - back * behind.row
+        back, row = behind.steps - done, behind.row * (128 // old.precedence.dtype.element_ty.primitive_bitwidth)
+        write_ptr, precedence_ptr = old.write_weights - (back - 1) * row, old.precedence - back * row
         write_rows = tl.load(write_ptr + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
         write_columns = tl.load(write_ptr + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
         precedence = tl.load(precedence_ptr + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]

@@ -179,7 +179,7 @@ def step_forward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["behind"])
+@triton.jit(do_not_specialize=["behind", "row"])
 def step_backward_kernel(
     interface_ptr,
     memory_ptr,
@@ -219,8 +219,8 @@ def step_backward_kernel(
     """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
     With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written. In three
-    launches the link may lie `behind` so many steps; precedence, write weights and marks of these lie before those of
-    the step, `row` numbers apart, the marks a multiple of 16.
+    launches the link may lie `behind` so many steps; precedence and write weights of these lie before those of the
+    step, `row` units of 16 bytes apart, and their marks before its marks, B apart, rounded up to 16.
     """
     element = tl.program_id(0).to(tl.int64)
     old = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)

@@ -33,7 +33,7 @@ class Settings(NamedTuple):
         strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
-        checkpoint: memory and link are kept every so many steps; 1 keeps all.
+        checkpoint: memory and link are kept every so many steps; 1 keeps all, of links every `link_every`-th.
         compiled: whether the memory's step is made by PyTorch's compiler.
         layout: of the kernels; None for plain PyTorch.
     """
@@ -138,6 +138,7 @@ class Checkpoints:
 
     The others go to spare buffers. Forwards they take turns in two. Backwards a stretch of k steps is made again before
     it is wanted: then it has all of its memories, and every `settings.link_every`-th link, the others taking turns.
+    With k = 1 no stretch is, and links that are not kept are nowhere: `behind` says how far the latest lies back.
 
     Args:
         settings: see there; k is its checkpoint.
@@ -286,13 +287,15 @@ class Plan:
 
     def allocate(self, steps: int) -> list[Tensor]:
         """The buffers for T steps. Nothing is filled in."""
-        every, by_kernel = self.settings.checkpoint, self.settings.layout is not None
-        # What the kernels keep they make again with memory and link.
-        of_others = min(every, steps) if by_kernel and every > 1 else steps
+        made_again = self.settings.layout is not None and self.settings.checkpoint > 1
         rows = [(self.carried, steps + 1), *((parts, steps) for parts in self.by_step)]
-        rows += [(parts, of_others) for parts in self.others]
+        rows += [(parts, 0 if made_again else steps) for parts in self.others]
         rows += zip(self.by_checkpoint, Checkpoints.counts(self.settings, steps), strict=True)
         return [parts.allocate(entries, self.memory) for parts, entries in rows]
+
+    def work_space(self, steps: int) -> list[Tensor]:
+        """What the kernels keep of so many steps, where that is no part of the history."""
+        return [tensor for parts in self.others for tensor in parts.cut(parts.allocate(steps, self.memory))]
 
     def cut(self, buffers: list[Tensor]) -> History:
         """Such buffers as a history."""

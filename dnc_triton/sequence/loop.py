@@ -3,7 +3,8 @@
 Products with the inputs are made for all steps before the loop, those of the outputs after it, and gradients by weights
 after the backward loop, one product each over all steps and the batch. What a step leaves behind goes to buffers that
 are allocated once. Of memory and link, by far the largest, all states are kept, or every k-th: the others are then made
-again on the way back, from the kept weights, without any addressing.
+again on the way back. In plain PyTorch that is from the kept weights, without any addressing; kernels do the whole step
+again, and keep the less. Of links those of three launches keep every fourth, and make the others again in registers.
 
 Letters in every shape: T steps, B batch, H hidden size, N memory slots, W word size, R read heads, S the size of an
 interface vector. K = 1.
@@ -77,6 +78,7 @@ class Sequence:
         self._products(parameters, input_size)
 
         forwards = history is None
+        self.stretch = 1 if forwards else settings.checkpoint  # steps whose work the kernels have at once
         self.plan = plan = self._plan(settings, state, self.interface.weight.shape[1])
         self.buffers = plan.allocate(self.steps) if history is None else history
         self.history = plan.cut(self.buffers)
@@ -279,9 +281,11 @@ class Sequence:
             return self.torch_memory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory
 
+        # Where steps are made again what they keep is made again as well: it is no part of the history.
+        kept = history.memory if settings.checkpoint == 1 else self.plan.work_space(min(self.stretch, self.steps))
         masks, row = (self.running, self.reset), history.carried_rows.stride(0)
         options |= {"layout": settings.layout, "behind": self.checkpoints.behind, "row": row}
-        return TritonMemory(history.vectors, history.memory, memory, *masks, **options)
+        return TritonMemory(history.vectors, kept, memory, *masks, **options)
 
     def _before(self, step: int) -> Carried:
         """What goes into a step, rows that it resets at zero, but for what the kernels reset."""
@@ -317,12 +321,14 @@ class Sequence:
     def _replay(self, first: int, last: int) -> None:
         """Make memory and link again for the steps after `first`, which is kept, up to `last`.
 
-        Kernels go through `last` as well, which leaves what its backward wants to have kept.
+        Kernels go through `last` as well, for what its backward wants to have kept.
         """
-        for step in range(first, last + 1 if self.by_kernel else last):
+        for step in range(first, last):
             before, after = self._before(step).memory, self._after(step).memory
             self.memory.replay(step, before, after)
             self._hold(step, before, after)
+        if self.by_kernel:
+            self.memory.replay(last, self._before(last).memory, None)
 
     def _project(self) -> Tensor:
         """The output layer over all steps, before the clip."""

@@ -547,7 +547,9 @@ def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, l
     if checkpoint is None:
         return 1
     per_step = (memory.memory.numel() + memory.link.numel() // link_every) * memory.memory.element_size()
-    return 1 if steps * per_step <= _most_kept(memory.memory.device) else math.isqrt(steps - 1) + 1
+    if steps * per_step <= _most_kept(memory.memory.device):
+        return 1
+    return max(link_every, math.isqrt(steps - 1) + 1)  # with fewer steps more links were kept than with all
 
 
 def _most_kept(device: torch.device) -> int:

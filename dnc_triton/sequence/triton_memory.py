@@ -31,7 +31,7 @@ class TritonMemory:
 
     Args:
         vectors: [T, B, S], the raw interface vectors, each filled in before its step.
-        kept: `kept` and `free_list` of `layout.kept_shapes`, with T in front, or fewer, of which steps take turns.
+        kept: `kept` and `free_list` of `layout.kept_shapes`, with T in front; or fewer, in which steps take turns.
         memory: any state's memory, [B, N, W].
         running, reset: [T, B] bool, or None: the rows that have not ended, and those that a step resets.
         reads: R.
@@ -68,7 +68,7 @@ class TritonMemory:
             _, slots, word = memory.shape
             self.zeros = memory.new_zeros(count_zeros(slots, word, reads))
         self.scratch = forward_scratch(memory, reads, layout)
-        self.unread = memory.new_empty(memory.shape[0], reads, memory.shape[2])
+        self.aside: tuple[MemoryState, Tensor] | None = None  # for what is made again and nobody reads
 
     def begin_forward(self) -> None:
         """Before the first step: nothing."""
@@ -77,9 +77,19 @@ class TritonMemory:
         """As in `TorchMemory`; `fresh` does not matter."""
         self._launch(step, prev, new, read_words)
 
-    def replay(self, step: int, prev: MemoryState, new: MemoryState) -> None:
-        """The whole step once more, to the same bits: what it keeps may not be there any more either."""
-        self._launch(step, prev, new, self.unread)
+    def replay(self, step: int, prev: MemoryState, new: MemoryState | None) -> None:
+        """The step once more, to the same bits, for what it keeps and for memory and link of `new`, if that is given.
+
+        Nothing else that the forward left is written to.
+        """
+        if self.aside is None:
+            batch, _, word = self.like.shape
+            fields = MemoryState(*(self.like.new_empty(x.shape) for x in prev))
+            self.aside = fields, self.like.new_empty(batch, self.reads, word)
+        fields, words = self.aside
+        if new is not None:
+            fields = fields._replace(memory=new.memory, link=new.link)
+        self._launch(step, prev, fields, words)
 
     def begin_backward(self, usage: Tensor, read_weights: Tensor, write_weights: Tensor, d_vectors: Tensor) -> None:
         """As in `TorchMemory`; only `d_vectors` matters."""

@@ -83,10 +83,8 @@ class Emulated:
                 signature[name] = f"*{TYPES[value.dtype]}"
                 if value.data_ptr() % 16 == 0:
                     attributes[(position,)] = [["tt.divisibility", 16]]
-            elif name in variables and not self.kernel.params[position].do_not_specialize:
-                assert value != 1, name  # that would be a constant
-                if value % 16 == 0:
-                    attributes[(position,)] = [["tt.divisibility", 16]]
+            else:
+                assert name not in variables or self.kernel.params[position].do_not_specialize, name
         constants = {name: value for name, value in given.items() if name not in variables}
         key = repr((id(self.kernel), signature, constants, attributes, options))
         if key not in PROGRAMS:
@@ -106,7 +104,7 @@ def reach(name: str, given: dict[str, Any]) -> tuple[int, int]:
     if name == "marks_ptr":
         return behind, len(given[name])
     entries = {"precedence_ptr": behind, "write_weights_ptr": max(behind - 1, 0)}
-    return entries.get(name, 0), given.get("row", 0)
+    return entries.get(name, 0), given.get("row", 0) * 16 // given[name].element_size()
 
 
 def as_integers(tensor: Tensor, earlier: tuple[int, int] = (0, 0)) -> ptx.Array | ptx.Window:

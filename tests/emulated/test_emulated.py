@@ -29,6 +29,7 @@ from test_kernel_rows import (
 from test_kernel_sequence import (
     test_lean_is_full_to_the_last_bit,
     test_lengths_and_resets_leave_nothing_unwritten,
+    test_links_that_are_not_kept,
 )
 
 pytestmark = pytest.mark.slow

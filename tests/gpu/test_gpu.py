@@ -80,6 +80,7 @@ from test_kernel_sequence import (
     test_layouts,
     test_lean_is_full_to_the_last_bit,
     test_lengths_and_resets_leave_nothing_unwritten,
+    test_links_that_are_not_kept,
     test_sizes,
 )
 from test_kernel_sequence import test_opcheck as test_opcheck_of_the_sequence

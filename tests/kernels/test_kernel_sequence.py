@@ -189,6 +189,16 @@ def test_lean_is_full_to_the_last_bit(
         assert_same_bits(run(dnc, inputs, state, backend, **call), expected)
 
 
+def test_a_lean_backward_twice(device: torch.device) -> None:
+    dnc = make(device, checkpoint=3, backend="triton_split")
+    outputs, final = dnc(*draw(dnc, 5))
+    before = final.map(torch.clone)
+    first, second = (
+        torch.autograd.grad(weighted((outputs, final)), list(dnc.parameters()), retain_graph=True) for _ in range(2)
+    )
+    assert_same_bits((first, final), (second, before))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_links_that_are_not_kept(steps: int, device: torch.device) -> None:
     """The first, the last and any number of steps after one that is kept."""
