@@ -415,8 +415,8 @@ def unroll_sequence(
     Args:
         cell, inputs, state, lengths, reset: as there.
         checkpoint: memory and link are kept for the backward at every so many steps, and made again in between; None
-            keeps them at every step; "auto" does too while that takes at most a quarter of a GPU's memory, or 256 MiB
-            on a CPU, and else takes the square root of T.
+            keeps them at every step, of links every `layout.link_every`-th; "auto" does too while that takes at most a
+            quarter of a GPU's memory, or 256 MiB on a CPU, and else takes the square root of T.
         layout: of the kernels for the memory's part, or for all of it, which keeps every step: a step at a time where
             that takes too much; None for plain PyTorch.
     """
