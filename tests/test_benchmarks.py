@@ -128,10 +128,11 @@ def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys)
 
 
 def test_everybody_runs(monkeypatch):
-    """With a compiler that leaves the code as it is: what is around it."""
+    """With a compiler that leaves the code as it is: what is around it. The backend with its own takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda step, mode: step)
-    rows = measure.measure(CASE, list(all_peers()), list(MODES), session(compile_seconds=100.0))
-    statuses = {peer: {row.status for row in rows if row.peer == peer} for peer in all_peers()}
+    peers = [peer for peer in all_peers() if peer != "torch_compiled"]
+    rows = measure.measure(CASE, peers, list(MODES), session(compile_seconds=100.0))
+    statuses = {peer: {row.status for row in rows if row.peer == peer} for peer in peers}
     assert statuses.pop("pypi_dnc") == statuses.pop("compiled_cuda_graphs") == {"missing"}
     kernels = [name for name in statuses if name.startswith(("triton_fused", "triton_split"))]
     assert len(kernels) == 4

@@ -40,7 +40,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton_fused"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton_fused", marks=pytest.mark.slow)])
 def test_two_processes_have_the_gradients_of_one(backend: str, tmp_path: Path) -> None:
     if backend != "reference":
         pytest.importorskip("triton")

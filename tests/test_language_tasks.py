@@ -134,6 +134,7 @@ def test_bad_arguments_of_translation(arguments: dict, message: str) -> None:
         DatesTask(**arguments)
 
 
+@pytest.mark.slow  # other processes, which import everything
 def test_without_babel_only_translation_is_missing() -> None:
     code = (
         "import sys; sys.modules['babel'] = None; from dnc_triton.cli import main; "

@@ -55,6 +55,11 @@ class Settings(NamedTuple):
         return 1 if self.layout is None else self.layout.link_every
 
     @property
+    def link_period(self) -> int:
+        """Every how many steps the link is kept."""
+        return self.link_every if self.checkpoint == 1 else self.checkpoint
+
+    @property
     def cell(self) -> type[Cell]:
         """What runs a layer of the controller."""
         if self.layout is None or self.controller != "lstm":
@@ -74,8 +79,8 @@ class History(NamedTuple):
         vectors: [T, B, S], the raw interface vectors.
         carried: usage, precedence, read weights, write weights and read words, [T+1, B, ...] each.
         memory: what the memory's part keeps besides.
-        memories, links: [·, B, N, W] and [·, B, 1, N, N], those that are kept of the states between the steps; not as
-            many of the links where `settings.link_every` is more than 1.
+        memories, links: [·, B, N, W] and [·, B, 1, N, N], those that are kept of the states between the steps:
+            `Checkpoints.counts` of each.
         carried_rows: [T+1, ·], what `carried` and `layers` are cut from.
         kept_rows: [T, ·], what `cells` and `memory` are cut from, but for what is of another dtype.
     """
@@ -159,27 +164,24 @@ class Checkpoints:
         *,
         forwards: bool,
     ) -> None:
-        every, self._link_every, self._period = settings.checkpoint, settings.link_every, self._link_period(settings)
+        self.settings, every = settings, settings.checkpoint
         memory, link = zip(first, last, strict=True)
         in_turn = forwards or every > 1  # else nothing is made again as a whole
-        self._memories = _trail(*memory, memories, steps, every, None if forwards else 1, in_turn)
-        self._links = _trail(*link, links, steps, self._period, None if forwards else self._link_every, in_turn)
-
-    @classmethod
-    def counts(cls, settings: Settings, steps: int) -> tuple[int, int]:
-        """How many memories and links are kept between the first and the last."""
-        return (steps - 1) // settings.checkpoint, (steps - 1) // cls._link_period(settings)
+        of_memory, of_link = (None, None) if forwards else (1, settings.link_every)
+        self._memories = _trail(*memory, memories, steps, every, of_memory, in_turn)
+        self._links = _trail(*link, links, steps, settings.link_period, of_link, in_turn)
 
     @staticmethod
-    def _link_period(settings: Settings) -> int:
-        return settings.link_every if settings.checkpoint == 1 else settings.checkpoint
+    def counts(settings: Settings, steps: int) -> tuple[int, int]:
+        """How many memories and links are kept between the first and the last."""
+        return (steps - 1) // settings.checkpoint, (steps - 1) // settings.link_period
 
     def __getitem__(self, step: int) -> Pair:
         return self._memories[step], self._links[step]
 
     def behind(self, step: int) -> int:
         """By how many steps the link that a backward is given lies behind the step."""
-        return step % self._period % self._link_every
+        return step % self.settings.link_period % self.settings.link_every
 
 
 def _trail(

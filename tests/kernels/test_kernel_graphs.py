@@ -13,7 +13,13 @@ from test_sequence_graphs import _empty, cache, draw, engine, make, train, witho
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
 
-@pytest.mark.parametrize(("backend", "choice"), [("triton_fused", {}), ("triton_split", dict(clip=0.3, checkpoint=2))])
+@pytest.mark.parametrize(
+    ("backend", "choice"),
+    [
+        pytest.param("triton_fused", {}, marks=pytest.mark.slow),  # in the interpreter
+        ("triton_split", dict(clip=0.3, checkpoint=2)),
+    ],
+)
 def test_trainings_are_the_same(backend: str, choice: dict[str, Any], without: Callable[..., Any]) -> None:  # noqa: F811
     dnc = make(backend=backend, **choice)
     options = lambda: dict(lengths=[2, 0, 1], reset=torch.rand(3, 2) < 0.3)  # noqa: E731

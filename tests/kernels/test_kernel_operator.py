@@ -165,7 +165,7 @@ def test_checkpoint(backend: str, device: torch.device) -> None:
     assert_same_bits(gradients(again, (interface, state)), gradients(plain, (interface, state)))
 
 
-@each_backend
+@pytest.mark.parametrize("backend", [pytest.param("triton_fused", marks=pytest.mark.slow), "triton_split"])
 def test_compile(backend: str, device: torch.device) -> None:
     torch._dynamo.reset()
 

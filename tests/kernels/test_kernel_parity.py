@@ -94,6 +94,7 @@ def test_limits(case: Case, layout: Layout | None, device: torch.device) -> None
     assert_parity(run(case, problem, device, layout), problem, **case.options)
 
 
+@pytest.mark.slow  # in the interpreter
 def test_two_thousand_slots(device: torch.device) -> None:
     """So many random usages are too close to each other for float32; here they are spread evenly, and stay so."""
     case = Case(1, 2048, 1, 1, "float32", "split")

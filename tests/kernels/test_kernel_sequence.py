@@ -175,7 +175,11 @@ def test_checkpoints_are_for_the_kernels_of_a_step(device: torch.device, monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("backend", "checkpoints"), [("triton_fused", [3]), ("triton_split", [5])], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "checkpoints"),
+    [pytest.param("triton_fused", [3], marks=pytest.mark.slow), ("triton_split", [5])],  # in the interpreter
+    ids=str,
+)
 def test_lean_is_full_to_the_last_bit(
     backend: str, checkpoints: list[int], dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -281,7 +285,7 @@ def test_deepminds_rollouts(name: str) -> None:
     test_sequence_goldens.test_cell_rollout(BACKEND, name, torch.float64, None)
 
 
-@pytest.mark.parametrize("layout", ["fused", "split"])
+@pytest.mark.parametrize("layout", [pytest.param("fused", marks=pytest.mark.slow), "split"])  # in the interpreter
 @pytest.mark.parametrize(
     "name",
     [
