@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-LINK_EVERY = 4  # of three launches
+LINK_EVERY = 4  # with three launches; chosen for the memory, other numbers have not been timed
 
 
 class Layout(NamedTuple):

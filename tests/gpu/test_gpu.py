@@ -71,6 +71,7 @@ from test_kernel_rows import (
     test_same_call_same_bits,
 )
 from test_kernel_sequence import (
+    test_a_lean_backward_twice,
     test_a_long_sequence_without_gradients_keeps_little,
     test_a_row_does_not_depend_on_the_others_and_twice_is_the_same,
     test_an_empty_batch,
