@@ -7,12 +7,22 @@ import test_sequence_goldens
 import torch
 from helpers import assert_same_bits
 from test_sequence import assert_equal_outcomes, assert_parity, draw, make, operation, outcome
+from torch.utils._pytree import tree_map
 
 from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
+from dnc_triton.sequence.compiled import CompiledSequence
 
 BACKEND = "torch_compiled"
 CELLS = test_sequence_goldens.CELLS
+NAMES = ["lstm", "softplus", "gru", "rnn", "feedforward"]
+CHOICES = [
+    dict(num_layers=2, clip=0.1, max_activation_gradient=0.5),
+    dict(strength="softplus"),
+    dict(controller="gru", num_layers=2),
+    dict(controller="rnn", clip=0.2),
+    dict(controller="feedforward", num_layers=2),
+]
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_COMPILER, reason="no C++ compiler")
 
@@ -29,17 +39,7 @@ def test_parity():  # the first of them compiles
 
 
 @pytest.mark.slow  # each compiles four to eight steps
-@pytest.mark.parametrize(
-    "choice",
-    [
-        dict(num_layers=2, clip=0.1, max_activation_gradient=0.5),
-        dict(strength="softplus"),
-        dict(controller="gru", num_layers=2),
-        dict(controller="rnn", clip=0.2),
-        dict(controller="feedforward", num_layers=2),
-    ],
-    ids=["lstm", "softplus", "gru", "rnn", "feedforward"],
-)
+@pytest.mark.parametrize("choice", CHOICES, ids=NAMES)
 def test_parity_of_all_that_the_layer_can_be_told(choice):
     dnc = make(BACKEND, **choice)
     inputs, state = draw(dnc)
@@ -65,6 +65,40 @@ def test_without_gradients():
             outputs, new_state = dnc(inputs, state)
         torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(tuple(new_state.memory), tuple(last.memory), rtol=1e-11, atol=1e-14)
+
+
+def check_steps(**options):
+    """Three steps by themselves, and one after a NaN; what they are given stays as it is."""
+    dnc, reference = (make(backend, **options) for backend in (BACKEND, "reference"))
+    inputs, state = draw(dnc)
+    with torch.no_grad():
+        for step in range(3):
+            given = inputs[step].mT.contiguous().mT  # not contiguous
+            before = tree_map(torch.clone, state)
+            outputs, new_state = dnc.step(given, state)
+            expected = reference.step(given, state)
+            assert_same_bits(before, state)
+            torch.testing.assert_close((outputs, new_state), expected, rtol=1e-11, atol=1e-13)
+            state = new_state
+        given[1, 0] = torch.nan
+        spoilt, of_spoilt = dnc.step(given, before)
+    assert spoilt[1].isnan().all()
+    assert of_spoilt.memory.memory[1].isnan().all()
+    for row in (0, 2):
+        assert_same_bits(spoilt[row], outputs[row])
+        assert_same_bits(of_spoilt.memory.link[row], new_state.memory.link[row])
+
+
+def test_a_step_by_itself(monkeypatch):
+    """It prepares no sequence."""
+    monkeypatch.setattr(CompiledSequence, "forward", None)
+    check_steps(clip=0.1, stop_usage_gradient=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", CHOICES, ids=NAMES)
+def test_a_step_by_itself_of_all_that_the_layer_can_be_told(choice):
+    check_steps(**choice)
 
 
 @pytest.mark.slow  # compiles

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dnc_triton.sequence import pool
 from dnc_triton.sequence.history import Carried, History, Plan, Settings
 from dnc_triton.sequence.loop import Before, Sequence
 from dnc_triton.sequence.torch_memory import TorchMemory
@@ -75,6 +76,23 @@ class CompiledSequence(Sequence):
             compiled = _compile(settings, *sizes, counts, likes, torch.get_num_threads())
             self.compiled[masked] = compiled
         compiled(*tensors)
+
+
+def step_alone(
+    settings: Settings, inputs: Tensor, state: list[Tensor], parameters: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it.
+
+    What a sequence prepares takes longer than such a step.
+    """
+    before = Carried.unflatten(state, settings.num_layers)
+    memory, link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
+    tensors = [inputs.contiguous(), *state, *parameters]
+    likes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+    counts = 1, len(state), len(parameters)
+    compiled = _compile_alone(settings, before.words.shape[1], counts, likes, torch.get_num_threads())
+    outputs, usage, *others = compiled(*tensors, memory, link)
+    return outputs, [memory, usage, link, *others]
 
 
 class _Memory(TorchMemory):
@@ -172,6 +190,14 @@ class _Step(Sequence):
         self._begin_forward()
         self._forward_step(0)
 
+    def run_alone(self, inputs: Tensor) -> Tensor:
+        """Forward, with what a sequence does before its loop and after it: inputs [B, I] to outputs [B, O]."""
+        self.inputs = inputs.unsqueeze(0)
+        self._begin_gates()
+        self.run_forward()
+        after = self.states[1]
+        return self._clip(self._project(after.layers[-1][0], after.words.flatten(1)))
+
     def run_backward(self, d: Carried, d_hidden_out: Tensor, d_words_out: Tensor) -> list[Tensor]:
         """Overwrites d; returns the gradients by the interface vector and by the gates before their activation."""
         self.d_hidden_out, self.d_words_out = (d_hidden_out,), (d_words_out,)
@@ -188,15 +214,7 @@ class _Step(Sequence):
 def _compile(
     settings: Settings, input_size: int, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
 ) -> Callable[..., Any]:
-    """Machine code for these sizes and so many threads, which takes the tensors one by one.
-
-    `torch.compile` would check what it is given at each call, which takes as long as the step.
-    """
-    # Both take a second.
-    from torch._inductor.compile_fx import compile_fx_inner
-
-    from dnc_triton.sequence.write_once import WriteOnce
-
+    """A step of a sequence, or its adjoint: see `_machine_code`."""
     layers = settings.num_layers
 
     def traced(numbers: Tensor, *tensors: Tensor) -> tuple[()]:
@@ -232,16 +250,68 @@ def _compile(
             buffer.copy_(result)
         return ()
 
+    return _machine_code(traced, likes, likes[sum(counts[:4])])
+
+
+@lru_cache(maxsize=256)
+def _compile_alone(
+    settings: Settings, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
+) -> Callable[..., Any]:
+    """A step by itself, of which nothing is kept: see `_machine_code`.
+
+    What is called takes buffers for memory and link at last, and returns the outputs and all else of the new state.
+    """
+
+    def traced(numbers: Tensor, *tensors: Tensor) -> list[Tensor]:
+        remaining = iter(tensors)
+        (inputs,), state, parameters, large = (list(islice(remaining, count)) for count in (*counts, 2))
+        prev = Carried.unflatten(state, settings.num_layers)
+        memory, link = prev.memory.memory, prev.memory.link
+        plan = Plan(settings, memory, reads, parameters[-2].shape[1] - reads * memory.shape[-1])
+        carried, (free_list,), *each, kept = (
+            [memory.new_empty(shape, dtype=parts.dtype) for shape in parts.shapes]
+            for parts in (plan.carried, *plan.others, *plan.by_step)
+        )
+        *gates, vector = (tensor for (tensor,) in each)
+        new = Carried.of(torch.empty_like(memory), torch.empty_like(link), carried, settings.num_layers)
+        if settings.cell.states == 0:  # where hidden vectors go, which nobody is given
+            prev = prev._replace(layers=new.layers)
+        cells, of_memory = plan.split(kept)
+        written = gates, vector, cells, [*of_memory, free_list]
+        step = _Step(settings, parameters, inputs.shape[-1], [], [], [], prev, new, *written, numbers)
+        outputs, states = step.run_alone(inputs), new.flatten()[: len(state)]
+        for buffer, result in zip(large, (states.pop(0), states.pop(1)), strict=True):
+            buffer.copy_(result)
+        return [outputs, *states]
+
+    return _machine_code(traced, (*likes, likes[1], likes[3]), likes[1])
+
+
+def _machine_code(traced: Callable[..., Any], likes: tuple[Like, ...], memory: Like) -> Callable[..., Any]:
+    """A function compiled for the sizes of its arguments, and the threads that there are: it takes tensors one by one.
+
+    `torch.compile` would check what it is given at each call, which takes as long as the step.
+
+    Args:
+        traced: of numbers [N], and of the tensors.
+        likes: of the tensors.
+        memory: of the memory among them.
+    """
+    # Both take a second.
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    from dnc_triton.sequence.write_once import WriteOnce
+
     examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
-    memory, link = examples[sum(counts[:4]) :][:2]
-    numbers = torch.arange(memory.shape[1], dtype=torch.promote_types(memory.dtype, torch.float32))
+    (batch, slots, word), _, dtype = memory
+    numbers = torch.arange(slots, dtype=torch.promote_types(dtype, torch.float32))
     examples = [numbers, *examples]
     graph = make_fx(traced, decomposition_table=_DECOMPOSITIONS)(*examples)
     patches = {
         "cpp_wrapper": True,  # C++ between the kernels too
         "cpp.min_chunk_size": 4096,  # threads only for what takes longer than to wake them
         # To ask for the memory of a small tensor takes longer than to fill it. A stack has room for small ones alone.
-        "aot_inductor.allow_stack_allocation": memory.nbytes + link.nbytes <= SMALL,
+        "aot_inductor.allow_stack_allocation": batch * slots * (slots + word) * dtype.itemsize <= SMALL,
         "realize_acc_reads_threshold": 64,  # a sum of many outer products is one pass
         "post_grad_custom_post_pass": WriteOnce(),
     }

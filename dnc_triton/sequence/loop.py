@@ -108,16 +108,11 @@ class Sequence:
     def forward(self) -> tuple[Tensor, Carried]:
         """Returns the outputs [T, B, output_size] and the state after the last step."""
         history = self.history
-        for layer, (gates, biases) in enumerate(zip(history.gates, self.biases, strict=True)):
-            # The GRU's second bias stands apart.
-            bias = biases[0] if self.settings.controller == "gru" else torch.stack(biases).sum(0)
-            torch.add(self.from_inputs(self.inputs), bias, out=gates) if layer == 0 else gates.copy_(bias)
+        self._begin_gates()
         self._begin_forward()
         for step in range(self.steps):
             self._forward_step(step)
-        outputs = self._project()
-        if self.settings.clip is not None:
-            outputs.clamp_(-self.settings.clip, self.settings.clip)
+        outputs = self._clip(self._project(*self._before_output()))
         if self.running is not None:
             outputs = torch.where(self.running.unsqueeze(-1), outputs, 0)
         # Nothing that is returned is a part of the history.
@@ -136,7 +131,7 @@ class Sequence:
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
         if settings.clip is not None:
-            d_outputs = d_outputs * (self._project().abs() <= settings.clip)
+            d_outputs = d_outputs * (self._project(*self._before_output()).abs() <= settings.clip)
         self.d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
         d_words_out = self.from_words.all_backward(d_outputs)
         self.d_words_out = d_words_out.unflatten(-1, d_last.words.shape[1:]).unbind(0)
@@ -167,6 +162,13 @@ class Sequence:
         self.layers = [[trail.unbind(0) for trail in layer] for layer in history.layers]
         self.vectors = history.vectors.unbind(0)
         self.memory = self._memory(state.memory.memory, state.words.shape[1])
+
+    def _begin_gates(self) -> None:
+        """What does not wait for a step before: the part of the inputs, and the biases."""
+        for layer, (gates, biases) in enumerate(zip(self.history.gates, self.biases, strict=True)):
+            # The GRU's second bias stands apart.
+            bias = biases[0] if self.settings.controller == "gru" else torch.stack(biases).sum(0)
+            torch.add(self.from_inputs(self.inputs), bias, out=gates) if layer == 0 else gates.copy_(bias)
 
     def _begin_forward(self) -> None:
         self.memory.begin_forward()
@@ -330,10 +332,16 @@ class Sequence:
         if self.by_kernel:
             self.memory.replay(last, self._before(last).memory, None)
 
-    def _project(self) -> Tensor:
-        """The output layer over all steps, before the clip."""
-        hidden, words = self.history.layers[-1][0][1:], self.history.carried[4][1:].flatten(2)
+    def _before_output(self) -> tuple[Tensor, Tensor]:
+        """What outputs are made from: hidden vectors [T, B, H] and words read [T, B, R W]."""
+        return self.history.layers[-1][0][1:], self.history.carried[4][1:].flatten(2)
+
+    def _project(self, hidden: Tensor, words: Tensor) -> Tensor:
+        """The output layer, before the clip."""
         return self.from_hidden(hidden).add_(self.from_words(words)).add_(self.output_bias)
+
+    def _clip(self, outputs: Tensor) -> Tensor:
+        return outputs if self.settings.clip is None else outputs.clamp_(-self.settings.clip, self.settings.clip)
 
     def _weight_gradients(self, d_outputs: Tensor, before: Before) -> list[Tensor]:
         """One product each, in the order of the parameters."""
@@ -354,7 +362,7 @@ class Sequence:
                 gradients.append(recurrent.weight_gradient(cell.d_pre_hidden, before.layers[layer][0]))
                 gradients.append(cell.d_pre.sum((0, 1)))
             gradients.append(cell.d_pre_hidden.sum((0, 1)))
-        hidden, words = self.history.layers[-1][0][1:], self.history.carried[4][1:].flatten(2)
+        hidden, words = self._before_output()
         gradients += [self.interface.weight_gradient(self.d_vectors, hidden), self.d_vectors.sum((0, 1))]
         from_hidden = self.from_hidden.weight_gradient(d_outputs, hidden)
         from_words = self.from_words.weight_gradient(d_outputs, words)

@@ -27,7 +27,7 @@ from dnc_reference.types import DNCState, MemoryState
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.ops.fused_step import as_layout, is_eager, on_device
 from dnc_triton.sequence import graphs, pool
-from dnc_triton.sequence.compiled import CompiledSequence
+from dnc_triton.sequence.compiled import CompiledSequence, step_alone
 from dnc_triton.sequence.history import Carried, Settings, zeros
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
@@ -124,6 +124,9 @@ def _forward(settings: Settings, given: Given, keep: bool) -> list[Tensor]:
     kind = _kind(settings)
     inputs, state, parameters, dropout, running, reset = given
     carried = Carried.unflatten(state, settings.num_layers)
+    if settings.compiled and not keep and len(inputs) == 1 and not dropout and running is None and reset is None:
+        outputs, last = step_alone(settings, inputs[0], state, parameters)
+        return [outputs.unsqueeze(0), *last]
     if keep:
         sequence = kind(settings, parameters, inputs, carried, running, reset, dropout)
         outputs, last = sequence.forward()
