@@ -21,7 +21,7 @@ from benchmarks.configurations import CONFIGURATIONS, SWEEPS, Case, LeftOutError
 from benchmarks.floors import bytes_per_second
 from benchmarks.machine import describe_machine
 from benchmarks.measure import WRONG, Row, Session, measure
-from benchmarks.modes import MODES
+from benchmarks.modes import CAPTURED, MODES, TRAINING, modes_on
 from benchmarks.peers import all_peers
 from benchmarks.progress import Progress
 
@@ -82,6 +82,10 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
     machine["bytes_per_second"] = bytes_per_second(device)
 
     cases, notes = _cases(options, device.type)
+    modes = [mode for mode in options.modes or MODES if mode in modes_on(device.type)]
+    if CAPTURED in options.modes and CAPTURED not in modes:
+        notes.append(f"{CAPTURED}: CUDA graphs need a GPU")
+    jobs = _jobs(cases, modes)
     named = options.peers or [name for name, peer in all_peers().items() if device.type == "cuda" or not peer.gpu_only]
     session = Session(
         device=device,
@@ -98,11 +102,11 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
     records: list[dict[str, Any]] = []
     records_apart: list[dict[str, Any]] = []
     stem = options.output / f"{'gpu' if device.type == 'cuda' else 'cpu'}-{machine['date'][:10]}"
-    with Progress(sum(len(_modes(case, options)) for case in cases)) as progress:
+    with Progress(sum(len(of_job) for _, of_job in jobs)) as progress:
         session.report = progress.describe
 
         def write() -> list[dict[str, Any]]:
-            rows = apart.merge(records, records_apart, [case.configuration for case in cases], options.modes, named)
+            rows = apart.merge(records, records_apart, [case.configuration for case in cases], modes, named)
             files.write_results(stem, machine, rows, session.left_out)
             return rows
 
@@ -114,13 +118,14 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
         now = "what is measured apart"
         try:
             for name in alone:  # first, so that the others have what it leaves of its time
-                for rows in apart.measure_apart(name, [c for c in cases if not c.sweep], options, session):
+                of_peer = [mode for mode in modes if mode != CAPTURED or all_peers()[name].captured]
+                for rows in apart.measure_apart(name, [c for c in cases if not c.sweep], of_peer, options, session):
                     records_apart += rows
                     write()
-            for case in cases:
+            for case, of_job in jobs:
                 now = case.configuration
                 peers = [name for name in named if not case.sweep or all_peers()[name].sweeps or options.peers]
-                measure(case, [name for name in peers if name not in alone], _modes(case, options), session, done)
+                measure(case, [name for name in peers if name not in alone], of_job, session, done)
         except KeyboardInterrupt:
             session.left_out.append(f"{now} and what follows: interrupted")
         rows = write()
@@ -140,10 +145,15 @@ def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[s
     return cases + sweep_cases(options.sweeps, device), notes
 
 
-def _modes(case: Case, options: argparse.Namespace) -> list[str]:
-    """A sweep shows how training scales, unless that was not asked for."""
-    modes: list[str] = options.modes
-    return ["training"] if case.sweep and "training" in modes else modes
+def _jobs(cases: Sequence[Case], modes: list[str]) -> list[tuple[Case, list[str]]]:
+    """What is measured at a time: who runs out of time has the training of every network before all else.
+
+    A sweep shows how training scales, unless that was not asked for.
+    """
+    first, others = ([mode for mode in modes if (mode == TRAINING) is trains] for trains in (True, False))
+    jobs = [(case, some) for some in (first, others) for case in cases if not case.sweep]
+    jobs += [(case, first or others) for case in cases if case.sweep]
+    return [(case, some) for case, some in jobs if some]
 
 
 # --- report and compare -----------------------------------------------------------------------------------------------
@@ -238,7 +248,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--configurations", _some("configuration", CONFIGURATIONS), every, "A,B", "which, with commas (default: all)")
     add("--sweeps", _some("sweep", SWEEPS), [], "A,B", "sizes to vary one at a time, B,N,T (default: none)")
     add("--peers", _some("peer", all_peers()), [], "A,B", "who (default: all that can run here)")
-    add("--modes", _some("mode", MODES), ",".join(MODES), "A,B", "what is done with them (default: all)")
+    add("--modes", _some("mode", MODES), [], "A,B", "what is done with them (default: all that can be done here)")
     add("--rounds", _positive, 30, "N", "how often each is timed at most (default: %(default)s)")
     add(
         "--case-seconds",

@@ -23,13 +23,14 @@ OVERTIME = 15.0  # after which it is killed: seconds to import before its clock 
 
 
 def measure_apart(
-    name: str, cases: Sequence[Case], options: argparse.Namespace, session: Session
+    name: str, cases: Sequence[Case], modes: Sequence[str], options: argparse.Namespace, session: Session
 ) -> Iterator[list[Record]]:
     """Measure one peer on a GPU, a process per mode: the first mode on every case matters more than every mode on one.
 
     Args:
         name: of the peer.
         cases: without those of sweeps.
+        modes: in the order in which to measure.
         options: of the run, as the command line has them.
         session: the run's settings. Of its time `SHARE` is taken at most; what went wrong is noted in `left_out`.
 
@@ -38,7 +39,7 @@ def measure_apart(
     """
     now = time.monotonic()
     deadline = now + SHARE * (session.deadline - now)
-    for mode in options.modes if cases else []:
+    for mode in modes if cases else []:
         where = f"{name}, {mode}, in a process of its own"
         seconds = deadline - time.monotonic()
         if seconds < LEAST_SECONDS:

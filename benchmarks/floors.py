@@ -8,6 +8,7 @@ import time
 import torch
 
 from benchmarks.configurations import Case
+from benchmarks.modes import TRAINS
 
 # Copying device memory, as measured; of other devices the copy's speed is measured in the run itself.
 KNOWN_BYTES_PER_SECOND = {"NVIDIA H200": 4.3e12}
@@ -24,7 +25,7 @@ def floor_bytes(case: Case, mode: str) -> int:
     """
     slots, words = case.memory_size**2, case.memory_size * case.word_size
     forward, backward = 8 * slots + 8 * words, 12 * slots + 8 * words
-    return case.batch * (forward + backward if mode == "training" else forward)
+    return case.batch * (forward + backward if mode in TRAINS else forward)
 
 
 def copy_speed(device: torch.device) -> float:

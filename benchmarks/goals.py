@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.measure import MEASURED
+from benchmarks.modes import TRAINING, TRAINS
 from benchmarks.peers import EAGER, OURS
 
 Records = Sequence[dict[str, Any]]
@@ -54,12 +55,12 @@ def table(goals: Sequence[Goal], rows: Records) -> str:
 # --- of `python -m benchmarks` ----------------------------------------------------------------------------------------
 
 
-def trainings(rows: Records) -> dict[tuple[str, str], dict[str, Any]]:
+def trainings(rows: Records, mode: str = TRAINING) -> dict[tuple[str, str], dict[str, Any]]:
     """What was measured in training, the sweeps aside, by configuration and peer."""
     return {
         (row["configuration"], row["peer"]): row
         for row in rows
-        if row["mode"] == "training" and row["status"] == MEASURED and not row.get("sweep")
+        if row["mode"] == mode and row["status"] == MEASURED and not row.get("sweep")
     }
 
 
@@ -80,8 +81,8 @@ def ratios(rows: Records, peer: str, ours: str, key: str = "ms_per_step_p50") ->
     return found
 
 
-def _microseconds(configuration: str, rows: Records) -> tuple[float, int] | None:
-    row = trainings(rows).get((configuration, OURS))
+def _microseconds(configuration: str, mode: str, rows: Records) -> tuple[float, int] | None:
+    row = trainings(rows, mode).get((configuration, OURS))
     return None if row is None else (1000 * row["ms_per_step_p50"], 1)
 
 
@@ -114,8 +115,9 @@ MOST_MICROSECONDS = {
 TIMES_FASTER = {EAGER: 30, "pypi_dnc": 30, "compiled_cuda_graphs": 4}
 TIMES = [
     *(
-        Goal(f"{name}, training, µs per time step", limit, partial(_microseconds, name))
+        Goal(f"{name}, {mode}, µs per time step", limit, partial(_microseconds, name, mode))
         for name, limit in MOST_MICROSECONDS.items()
+        for mode in TRAINS
     ),
     Goal("sam_scaling_2048, training, times its byte floor", 2, partial(_over_the_floor, "sam_scaling_2048")),
     *(

@@ -15,7 +15,7 @@ from benchmarks import verify
 from benchmarks.configurations import Case
 from benchmarks.floors import floor_bytes, synchronize
 from benchmarks.memory import cpu_peak, gpu_peak
-from benchmarks.modes import call_of, draw_inputs, inputs_of
+from benchmarks.modes import CAPTURED, TRAINS, call_of, draw_inputs, inputs_of
 from benchmarks.peers import EAGER, OURS, DeclinedError, MissingPeerError, Network, all_peers
 
 WARM_UP_ROUNDS = 2
@@ -37,7 +37,8 @@ class Row:
         mode: a key of `MODES`.
         peer: a key of `all_peers`.
         status: "measured"; or why there is no time: "missing" (not installed, or not for this device), "declined" (this
-            backend does not serve the case), "left out" (for want of time), "wrong", "failed" (it raised).
+            backend does not serve the case, or the peer is not captured), "left out" (for want of time), "wrong",
+            "failed" (it raised).
         backend: of ours, which one ran.
         error, allowed_error: as `verify.error` has it; None for peers that compute something else.
         rounds: how often it was timed.
@@ -147,7 +148,7 @@ def measure(
                     done(failed)
                 break
         checked = {name: replace(row, mode=mode) for name, row in unmade.items()}
-        runs: dict[str, Callable[[], None]] = {}
+        runs: dict[str, Callable[[], Any]] = {}
         for name, network in networks.items():
             session.report(f"{case.configuration}, {mode}: checking {name}")
             checked[name], call = _check(case, mode, name, network, truth, inputs, session)
@@ -165,7 +166,7 @@ def measure(
             checked |= {name: replace(checked[name], status=FAILED, note=note) for name in runs}
             seconds, runs = {}, {}
         checked = {name: _timed(checked[name], seconds.get(name), seconds.get(OURS), session) for name in peers}
-        if session.peak_memory and mode != "step":
+        if session.peak_memory and mode not in ("step", CAPTURED):
             session.report(f"{case.configuration}, {mode}: memory")
             checked |= {name: _with_peak(checked[name], networks[name], call, session) for name, call in runs.items()}
         rows += checked.values()
@@ -197,7 +198,7 @@ def _check(
     truth: verify.Truth,
     inputs: torch.Tensor,
     session: Session,
-) -> tuple[Row, Callable[[], None] | None]:
+) -> tuple[Row, Callable[[], Any] | None]:
     """A row without times, and what is to be timed if all is well. The calls here are the first ones of the network."""
     peer = all_peers()[name]
     row = Row(case, mode, name, MEASURED)
@@ -207,8 +208,10 @@ def _check(
     needed = 0 if peer.apart else COMPILE_SECONDS  # who is by itself may be stopped while it compiles
     if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < needed):
         return replace(row, status=LEFT_OUT, note=f"{name}, where it has no time: that for compiling was spent"), None
+    if mode == CAPTURED and not peer.captured:
+        return replace(row, status=DECLINED, note=f"{name}: it is not captured"), None
     try:
-        with torch.set_grad_enabled(mode == "training"):
+        with torch.set_grad_enabled(mode in TRAINS):
             backend = network.backend(inputs_of(mode, inputs))
         settled = backend in ("", EAGER)  # others may choose, or capture graphs, in their first calls
         for _ in range(COMPILED_CALLS if peer.compiles else 1 if peer.checked else 0):
@@ -225,7 +228,7 @@ def _check(
             synchronize(session.device)
             if settled and time.perf_counter() - start > SLOW_SECONDS:
                 break
-        with torch.set_grad_enabled(mode == "training"):  # after the calls, in which a choice may have been measured
+        with torch.set_grad_enabled(mode in TRAINS):  # after the calls, in which a choice may have been measured
             backend = network.backend(inputs_of(mode, inputs))
     except DeclinedError as reason:
         return replace(row, status=DECLINED, note=f"{name}: {reason}"), None
@@ -288,7 +291,7 @@ def _timed(row: Row, seconds: list[float] | None, ours: list[float] | None, sess
     return replace(row, floor_bytes=moved, bytes_per_second=achieved, floor_share=share)
 
 
-def _with_peak(row: Row, network: Network, call: Callable[[], None], session: Session) -> Row:
+def _with_peak(row: Row, network: Network, call: Callable[[], Any], session: Session) -> Row:
     """A row with its peak of memory, where that can be told and there is time for it."""
     peer = all_peers()[row.peer]
     if session.over:

@@ -11,6 +11,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from benchmarks.modes import call_of, draw_inputs
 from benchmarks.peers import all_peers, without_graphs
 
 
-def gpu_peak(call: Callable[[], None], module: torch.nn.Module) -> int:
+def gpu_peak(call: Callable[[], Any], module: torch.nn.Module) -> int:
     """Bytes of tensors that a call allocates at its peak, the gradients of the parameters included.
 
     Our layer launches step by step: what it keeps for its graphs was there before the call.

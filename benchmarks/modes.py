@@ -1,8 +1,10 @@
-"""How a network is used: trained, run over a sequence, or run step by step."""
+"""How a network is used: trained, by calls or all in one CUDA graph, run over a sequence, or run step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +12,21 @@ from torch import Tensor
 from benchmarks.configurations import Case
 from benchmarks.peers import SEED, Network
 
+TRAINING, CAPTURED = "training", "captured"
 MODES = {
-    "training": "forward and backward over the sequence, gradients of all parameters",
+    TRAINING: "forward and backward over the sequence, gradients of all parameters",
+    CAPTURED: "training, as a CUDA graph of the user's that is replayed: without the time that Python takes",
     "forward": "the sequence without gradients",
     "step": "one time step without gradients, from the state in the middle of a sequence",
 }
+TRAINS = TRAINING, CAPTURED  # of them with gradients
+REHEARSALS = 2  # before a capture, in which libraries set themselves up
 STEPS_BEFORE = 5  # of a sequence, before the step that is timed
+
+
+def modes_on(device: str) -> list[str]:
+    """Those that a kind of device has."""
+    return [mode for mode in MODES if mode != CAPTURED or device == "cuda"]
 
 
 def draw_inputs(case: Case, device: torch.device) -> Tensor:
@@ -29,19 +40,40 @@ def inputs_of(mode: str, inputs: Tensor) -> Tensor:
     return inputs[:, :1] if mode == "step" else inputs
 
 
-def call_of(mode: str, network: Network, inputs: Tensor) -> Callable[[], None]:
-    """What is timed. The loss of training is the mean square of the outputs."""
+def train(network: Network, inputs: Tensor) -> Tensor:
+    """Outputs; the gradients of the mean of their squares are those of the parameters from then on."""
+    network.module.zero_grad(set_to_none=True)
+    outputs: Tensor = network.run(inputs, None)[0]
+    outputs.square().mean().backward()
+    return outputs.detach()
 
-    def training() -> None:
-        network.module.zero_grad(set_to_none=True)
-        network.run(inputs, None)[0].square().mean().backward()
+
+def capture(network: Network, inputs: Tensor) -> tuple[Callable[[], Any], Tensor]:
+    """`train` as a CUDA graph. Returns what replays it, and the outputs, which like the gradients it writes anew."""
+    stream = torch.cuda.current_stream()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(stream)
+    with torch.cuda.stream(aside):
+        for _ in range(REHEARSALS):
+            train(network, inputs)
+    stream.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = train(network, inputs)
+    return graph.replay, outputs
+
+
+def call_of(mode: str, network: Network, inputs: Tensor) -> Callable[[], Any]:
+    """What is timed. The loss of training is the mean square of the outputs."""
+    if mode == CAPTURED:
+        return capture(network, inputs)[0]
 
     def forward() -> None:
         with torch.no_grad():
             network.run(inputs, None)
 
     if mode != "step":
-        return {"training": training, "forward": forward}[mode]
+        return forward if mode == "forward" else partial(train, network, inputs)
     with torch.no_grad():
         _, state = network.run(inputs[:, :STEPS_BEFORE], None)
     first = inputs[:, 0]

@@ -78,6 +78,7 @@ class Peer:
         sweeps: whether it takes part in the sweeps.
         hides_memory: whether it allocates where PyTorch's count of a call does not see it.
         has_memory: whether it is a DNC, and so has a floor.
+        captured: whether it is trained in a CUDA graph of the user's as well.
         apart: whether it has a process of its own on a GPU, where others are measured as well. It takes no part in
             sweeps then.
     """
@@ -90,6 +91,7 @@ class Peer:
     sweeps: bool = False
     hides_memory: bool = False
     has_memory: bool = True
+    captured: bool = False
     apart: bool = False
 
 
@@ -257,8 +259,12 @@ def make_lstm(case: Case, device: torch.device) -> Network:
 def all_peers() -> dict[str, Peer]:
     """Every peer by name, ours first. Which backends there are, the dispatcher's table says."""
     return {
-        OURS: Peer("dnc_triton", partial(make_layer, backend="auto"), sweeps=True),
-        **{name: Peer(f"dnc_triton, {name}", partial(make_layer, backend=name)) for name in BACKENDS if name != EAGER},
+        OURS: Peer("dnc_triton", partial(make_layer, backend="auto"), sweeps=True, captured=True),
+        **{
+            name: Peer(f"dnc_triton, {name}", partial(make_layer, backend=name), captured=True)
+            for name in BACKENDS
+            if name != EAGER
+        },
         **{
             f"{name}_launched": Peer(
                 f"dnc_triton, {name} without CUDA graphs",
@@ -267,7 +273,7 @@ def all_peers() -> dict[str, Peer]:
             )
             for name in ("triton_fused", "triton_split")
         },
-        EAGER: Peer("reference, eager", partial(make_layer, backend=EAGER), sweeps=True),
+        EAGER: Peer("reference, eager", partial(make_layer, backend=EAGER), sweeps=True, captured=True),
         "compiled": Peer("reference, torch.compile", partial(make_compiled, mode="default"), compiles=True),
         "compiled_cuda_graphs": Peer(
             "reference, torch.compile with CUDA graphs",
@@ -281,5 +287,5 @@ def all_peers() -> dict[str, Peer]:
             apart=True,
         ),
         "pypi_dnc": Peer(f"PyPI dnc {PYPI_DNC_VERSION}", make_pypi_dnc, checked=False),
-        "lstm": Peer("nn.LSTM", make_lstm, checked=False, sweeps=True, has_memory=False),
+        "lstm": Peer("nn.LSTM", make_lstm, checked=False, sweeps=True, has_memory=False, captured=True),
     }

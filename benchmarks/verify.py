@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.configurations import Case
+from benchmarks.modes import CAPTURED, TRAINING, TRAINS, capture, train
 from benchmarks.peers import EAGER, Network, make_layer, reference_cell
 from dnc_reference import unroll
 
@@ -53,7 +54,8 @@ def find_truth(case: Case, inputs: Tensor, modes: list[str]) -> Truth:
     gradients = torch.autograd.grad(outputs.square().mean(), list(oracle.parameters()))
     truth = Truth(inputs, outputs.detach().transpose(0, 1), dict(zip(names, gradients, strict=True)), {})
     for mode in modes:
-        rounding = error(make_layer(case, inputs.device, backend=EAGER), mode, truth)
+        eager = make_layer(case, inputs.device, backend=EAGER)
+        rounding = error(eager, TRAINING if mode in TRAINS else mode, truth)
         truth.allowed[mode] = ALLOWED_ERROR + 2 * min(rounding, REFERENCE_LIMIT)
     return truth
 
@@ -62,17 +64,18 @@ def error(network: Network, mode: str, truth: Truth) -> float:
     """How far a network is off when it runs as in a mode.
 
     Returns:
-        the largest, over the outputs and in training every gradient, of max |error| / max |truth|; NaN if any is.
+        the largest, over the outputs and, where it trains, every gradient, of max |error| / max |truth|; NaN if any is.
     """
     pairs: list[tuple[Tensor, Tensor]] = []
-    if mode == "training":
-        network.module.zero_grad(set_to_none=True)
-        outputs, _ = network.run(truth.inputs, None)
-        outputs.square().mean().backward()
+    if mode in TRAINS:
+        if mode == CAPTURED:
+            replay, outputs = capture(network, truth.inputs)
+            replay()
+        else:
+            outputs = train(network, truth.inputs)
         for name, parameter in network.module.named_parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             pairs.append((gradient, truth.gradients[name]))
-        outputs = outputs.detach()
     else:
         with torch.no_grad():
             outputs = network.run(truth.inputs, None)[0] if mode == "forward" else _one_by_one(network, truth.inputs)

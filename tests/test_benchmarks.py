@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import apart, floors, lean, measure, memory, peers, verify
+from benchmarks import apart, floors, lean, measure, memory, modes, peers, verify
 from benchmarks.__main__ import main
 from benchmarks.configurations import (
     BASE,
@@ -28,7 +28,7 @@ from benchmarks.configurations import (
     case_of,
     sweep_cases,
 )
-from benchmarks.modes import MODES, call_of, draw_inputs
+from benchmarks.modes import CAPTURED, MODES, call_of, draw_inputs, modes_on
 from benchmarks.peers import EAGER, OURS, MissingPeerError, Network, all_peers
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.sequence import graphs
@@ -95,7 +95,8 @@ def run(folder, *arguments):
 def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys):
     status, rows, content = run(tmp_path, "--threads", "1")
     assert status == 0
-    assert [(row["mode"], row["peer"]) for row in rows] == [(mode, peer) for mode in MODES for peer in QUICK]
+    assert set(MODES) - set(modes_on("cpu")) == {CAPTURED}
+    assert [(row["mode"], row["peer"]) for row in rows] == [(mode, peer) for mode in modes_on("cpu") for peer in QUICK]
     assert all(list(row) == COLUMNS for row in rows)
 
     for row in rows:
@@ -131,7 +132,7 @@ def test_everybody_runs(monkeypatch):
     """With a compiler that leaves the code as it is: what is around it. A backend with its own takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda step, mode: step)
     peers = [peer for peer in all_peers() if peer != "torch_compiled"]
-    rows = measure.measure(CASE, peers, list(MODES), session(compile_seconds=100.0))
+    rows = measure.measure(CASE, peers, modes_on("cpu"), session(compile_seconds=100.0))
     statuses = {peer: {row.status for row in rows if row.peer == peer} for peer in peers}
     assert statuses.pop("pypi_dnc") == statuses.pop("compiled_cuda_graphs") == {"missing"}
     kernels = [name for name in statuses if name.startswith(("triton_fused", "triton_split"))]
@@ -321,7 +322,7 @@ def test_percentiles_and_what_follows_from_them():
 def test_after_the_time_is_up_nothing_is_started(tmp_path, capsys):
     status, rows, content = run(tmp_path, "--seconds", "0")
     assert (status, rows) == (0, [])
-    assert content["left_out"] == [f"tiny, {mode}: the time is up" for mode in MODES]
+    assert content["left_out"] == [f"tiny, {mode}: the time is up" for mode in modes_on("cpu")]
     assert "- tiny, training: the time is up" in capsys.readouterr().out
 
 
@@ -459,8 +460,8 @@ def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
     cell = peers.reference_cell(CASE, CPU, torch.float32)
     monkeypatch.setattr(peers, "reference_cell", lambda case, device, dtype: cell)
     network = peers.make_compiled(CASE, torch.device("cuda"), mode="reduce-overhead")
-    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), list(MODES))
-    for mode in MODES:
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), modes_on("cpu"))
+    for mode in modes_on("cpu"):
         assert verify.error(network, mode, truth) <= truth.allowed[mode]
     marks.clear()
     call_of("training", network, draw_inputs(CASE, CPU))()
@@ -559,6 +560,63 @@ def test_a_device_that_stops_working_costs_nothing_that_was_measured(tmp_path, m
     assert error.format("tiny_too" if place == "the oracle" else "tiny") in capsys.readouterr().out
 
 
+def test_training_comes_first(tmp_path, monkeypatch):
+    """Of all networks, then what else is done with them, then the sweeps."""
+    done = []
+
+    def measured(case, names, modes, session, report):
+        done.extend((case.configuration, mode) for mode in modes)
+
+    monkeypatch.setitem(CONFIGURATIONS, "tiny_too", TINY)
+    monkeypatch.setitem(SWEEPS, "T", {"cpu": [2]})
+    monkeypatch.setattr("benchmarks.__main__.measure", measured)
+    both = ["tiny", "tiny_too"]
+    named = [(name, "training") for name in both] + [(name, mode) for name in both for mode in ("step", "forward")]
+    for asked, sweep in (("step,training,forward", "training"), ("step,forward", "step,forward")):
+        done.clear()
+        run(tmp_path, "--configurations", "tiny,tiny_too", "--sweeps", "T", "--modes", asked)
+        swept = [("base/T=2", mode) for mode in sweep.split(",")]
+        assert done == [job for job in named if job[1] in asked] + swept
+
+
+# --- captured ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_nothing_is_captured(tmp_path):
+    status, rows, content = run(tmp_path, "--modes", "captured,forward", "--peers", "lstm")
+    assert status == 0
+    assert [row["mode"] for row in rows] == ["forward"]
+    assert content["left_out"] == ["captured: CUDA graphs need a GPU"]
+
+
+def test_a_training_that_is_captured(monkeypatch):
+    """On the CPU, where a replay is a call. It is held against the oracle and has a floor, but no peak of memory."""
+    inputs = []
+
+    def capture(network, given):
+        inputs.append(given.shape[1])
+        outputs = torch.empty(*given.shape[:2], CASE.output_size)
+        return lambda: outputs.copy_(modes.train(network, given)), outputs
+
+    for module in (modes, verify):
+        monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(verify, "VERIFIED_STEPS", 2)
+    monkeypatch.setattr(measure, "cpu_peak", None)
+    here = session(peak_memory=True)
+    rows = {row.peer: row for row in measure.measure(CASE, [OURS, EAGER, "compiled", "lstm"], [CAPTURED], here)}
+    assert inputs == [2, CASE.steps, 2, CASE.steps, CASE.steps]  # the LSTM is not verified
+    for peer in (OURS, EAGER, "lstm"):
+        row = rows[peer]
+        assert (row.status, row.note, row.peak_bytes) == ("measured", "", None)
+        assert row.floor_bytes == (None if peer == "lstm" else floors.floor_bytes(CASE, "training"))
+    assert 0 < rows[OURS].error <= rows[OURS].allowed_error
+    assert (rows["compiled"].status, rows["compiled"].note) == ("declined", "compiled: it is not captured")
+
+    monkeypatch.setattr(modes, "train", lambda network, given: torch.zeros(*given.shape[:2], CASE.output_size))
+    (row,) = measure.measure(CASE, [OURS], [CAPTURED], session())
+    assert row.status == "wrong"
+
+
 def test_each_mode_is_written_when_it_is_done(tmp_path, monkeypatch):
     exact = measure._time_in_turns
     written = []
@@ -626,7 +684,7 @@ def test_a_peer_is_measured_apart_a_process_per_mode(child):
     here = session()
     options = options_of("--modes", "training,forward", "--rounds", "7", "--case-seconds", "1.5", "--threads", "1")
     other = replace(CASE, configuration="other")
-    found = apart.measure_apart("compiled_cuda_graphs", [CASE, other], options, here)
+    found = apart.measure_apart("compiled_cuda_graphs", [CASE, other], options.modes, options, here)
     rows = list(chain.from_iterable(found))
     names = [("tiny", "training"), ("other", "training"), ("tiny", "forward"), ("other", "forward")]
     assert [(row["configuration"], row["mode"]) for row in rows] == names
@@ -648,7 +706,7 @@ def test_a_peer_apart_that_dies_costs_only_its_own_rows(child, monkeypatch):
     def outcome(how, here):
         be(how)
         options = options_of("--modes", "training,forward")
-        found = apart.measure_apart("compiled_cuda_graphs", [CASE, other], options, here)
+        found = apart.measure_apart("compiled_cuda_graphs", [CASE, other], options.modes, options, here)
         rows = list(chain.from_iterable(found))
         return [(row["configuration"], row["mode"]) for row in rows], here.left_out
 
@@ -674,7 +732,7 @@ def test_what_was_measured_apart_stands_among_the_others(tmp_path, monkeypatch, 
     )
     called = []
 
-    def measure_apart(name, cases, options, session):
+    def measure_apart(name, cases, modes, options, session):
         called.append((name, [case.configuration for case in cases]))
         return ([dict(record, mode=mode)] for mode in ("forward", "step"))
 
@@ -733,7 +791,7 @@ def test_without_tqdm_there_are_lines(tmp_path, monkeypatch, capsys):
     [
         (["--configurations", "tiny,huge"], "unknown configuration 'huge', expected some of deepmind_repeat_copy"),
         (["--peers", "tensorflow"], "unknown peer 'tensorflow', expected some of dnc_triton"),
-        (["--modes", "backward"], "unknown mode 'backward', expected some of training, forward, step"),
+        (["--modes", "backward"], "unknown mode 'backward', expected some of training, captured, forward, step"),
         (["--sweeps", "X"], "unknown sweep 'X', expected some of B, N, T"),
         (["--device", "tpu"], "unknown device 'tpu', expected some of auto, cpu, cuda"),
         (["--rounds", "0"], "argument --rounds: expected an integer of at least 1, got '0'"),

@@ -198,6 +198,48 @@ def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:  # 
     assert engine().replays == replays + 2 * 3
 
 
+def test_a_capture_of_a_whole_training_step(device: torch.device, without: Any) -> None:  # noqa: F811
+    """As docs/own_data.md has it: loss and optimizer too. The weights are those of a loop to the bit."""
+
+    def trained(captured: bool) -> list[Tensor]:
+        dnc = make(device, dtype=torch.float32)
+        optimizer = torch.optim.Adam(dnc.parameters(), lr=1e-2, capturable=True)
+        inputs, _ = draw(dnc, 0)
+
+        def step() -> Tensor:
+            optimizer.zero_grad()
+            loss = dnc(inputs)[0].square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        call = step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step()
+
+            def call() -> Tensor:
+                graph.replay()
+                return loss
+
+        losses = []
+        for seed in range(4):
+            inputs.copy_(draw(dnc, seed)[0])
+            losses.append(call().clone())
+        return [*losses, *(parameter.detach() for parameter in dnc.parameters())]
+
+    replayed, expected = trained(captured=True), without(trained, captured=False)
+    assert_same_bits(replayed, expected)
+    assert len(set(map(float, replayed[:4]))) == 4
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled(mode: str, device: torch.device, without: Any) -> None:  # noqa: F811
     dnc = make(device, dtype=torch.float32)
