@@ -13,17 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from dnc_triton.sequence import pool
+from dnc_triton.sequence.compiler import Like, like_of, machine_code, sum_down
 from dnc_triton.sequence.history import Carried, History, Plan, Settings
 from dnc_triton.sequence.loop import Before, Sequence
 from dnc_triton.sequence.torch_memory import TorchMemory
-
-FEW = 8  # rows of a product, or the root of how many numbers are sorted, that are no call of their own
-BLOCK = 16  # rows that are added up at a time
-SMALL = 2**16  # bytes of memory and link, up to which what lies between two kernels is put on the stack
-Like = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides and dtype of a tensor
 
 
 class CompiledSequence(Sequence):
@@ -70,7 +65,7 @@ class CompiledSequence(Sequence):
         tensors = (*self.parameters, *masks, *self.of_step[step], *gradients)
         compiled = self.compiled.get(masked)
         if compiled is None:
-            likes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+            likes = tuple(map(like_of, tensors))
             counts = (len(self.parameters), *map(int, masked), len(self.dropout), 3, 3, self.kept, len(gradients))
             settings, sizes = self.settings._replace(checkpoint=1), (self.inputs.shape[-1], self.plan.reads)
             compiled = _compile(settings, *sizes, counts, likes, torch.get_num_threads())
@@ -88,7 +83,7 @@ def step_alone(
     before = Carried.unflatten(state, settings.num_layers)
     memory, link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
     tensors = [inputs.contiguous(), *state, *parameters]
-    likes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+    likes = tuple(map(like_of, tensors))
     counts = 1, len(state), len(parameters)
     compiled = _compile_alone(settings, before.words.shape[1], counts, likes, torch.get_num_threads())
     outputs, usage, *others = compiled(*tensors, memory, link)
@@ -127,7 +122,7 @@ class _Memory(TorchMemory):
         d_forward, _, d_backward = self.linked.split(self.reads, 1)
         d_read_weights.copy_(torch.bmm(d_forward, new_link) + torch.bmm(d_backward, new_link.mT))
         by_row = (d_new * (precedence - prev_link)).sum(2)
-        d_write_weights.add_(by_row.unsqueeze(1) - _sum_down(d_new * prev_link))
+        d_write_weights.add_(by_row.unsqueeze(1) - sum_down(d_new * prev_link))
         d_precedence.add_(torch.bmm(write_weights, d_new))
         d_link.copy_(d_new * (1 - write_weights.mT - write_weights))
 
@@ -214,7 +209,7 @@ class _Step(Sequence):
 def _compile(
     settings: Settings, input_size: int, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
 ) -> Callable[..., Any]:
-    """A step of a sequence, or its adjoint: see `_machine_code`."""
+    """A step of a sequence, or its adjoint: see `machine_code`."""
     layers = settings.num_layers
 
     def traced(numbers: Tensor, *tensors: Tensor) -> tuple[()]:
@@ -250,14 +245,14 @@ def _compile(
             buffer.copy_(result)
         return ()
 
-    return _machine_code(traced, likes, likes[sum(counts[:4])])
+    return machine_code(traced, likes, likes[sum(counts[:4])])
 
 
 @lru_cache(maxsize=256)
 def _compile_alone(
     settings: Settings, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
 ) -> Callable[..., Any]:
-    """A step by itself, of which nothing is kept: see `_machine_code`.
+    """A step by itself, of which nothing is kept: see `machine_code`.
 
     What is called takes buffers for memory and link at last, and returns the outputs and all else of the new state.
     """
@@ -284,132 +279,4 @@ def _compile_alone(
             buffer.copy_(result)
         return [outputs, *states]
 
-    return _machine_code(traced, (*likes, likes[1], likes[3]), likes[1])
-
-
-def _machine_code(traced: Callable[..., Any], likes: tuple[Like, ...], memory: Like) -> Callable[..., Any]:
-    """A function compiled for the sizes of its arguments, and the threads that there are: it takes tensors one by one.
-
-    `torch.compile` would check what it is given at each call, which takes as long as the step.
-
-    Args:
-        traced: of numbers [N], and of the tensors.
-        likes: of the tensors.
-        memory: of the memory among them.
-    """
-    # Both take a second.
-    from torch._inductor.compile_fx import compile_fx_inner
-
-    from dnc_triton.sequence.write_once import WriteOnce
-
-    examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
-    (batch, slots, word), _, dtype = memory
-    numbers = torch.arange(slots, dtype=torch.promote_types(dtype, torch.float32))
-    examples = [numbers, *examples]
-    graph = make_fx(traced, decomposition_table=_DECOMPOSITIONS)(*examples)
-    patches = {
-        "cpp_wrapper": True,  # C++ between the kernels too
-        "cpp.min_chunk_size": 4096,  # threads only for what takes longer than to wake them
-        # To ask for the memory of a small tensor takes longer than to fill it. A stack has room for small ones alone.
-        "aot_inductor.allow_stack_allocation": batch * slots * (slots + word) * dtype.itemsize <= SMALL,
-        "realize_acc_reads_threshold": 64,  # a sum of many outer products is one pass
-        "post_grad_custom_post_pass": WriteOnce(),
-    }
-    made: list[Any] = []
-
-    def compile_inner(*arguments: Any, **options: Any) -> Any:
-        made.append(compile_fx_inner(*arguments, **options))
-        return made[0]
-
-    options = {"config_patches": patches, "inner_compile": compile_inner}
-    # What is around the machine code, as for gradients that nobody wants here, takes as long as a small network.
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
-    call = made[0].current_callable
-    return lambda *tensors: call([numbers, *tensors])
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor | None:
-    """A product [B, M, K] × [B, K, N] that is not worth a call, or that the compiler fuses with what is around it."""
-    _, rows, depth = a.shape
-    columns = b.shape[2]
-    if columns == 1:
-        return (a * b.mT).sum(2, keepdim=True)
-    if b.stride(1) == 1 and rows <= FEW:  # a row of the result at a time: each reads along b as it lies in memory
-        return torch.stack([(row.unsqueeze(1) * b.mT).sum(2) for row in a.unbind(1)], 1)
-    if rows == 1:
-        return _sum_down(a.mT * b)
-    if depth <= 2 * FEW:  # outer products
-        return reduce(torch.add, (a[:, :, k : k + 1] * b[:, k : k + 1] for k in range(depth)))
-    return None
-
-
-def _sum_down(products: Tensor) -> Tensor:
-    """The sum over the rows of [B, K, N], K large: some rows at a time, so that all is read as it lies in memory."""
-    if products.shape[1] % BLOCK == 0:
-        products = products.unflatten(1, (-1, BLOCK)).sum(2)
-    return products.sum(1, keepdim=True)
-
-
-def _bmm(a: Tensor, b: Tensor) -> Any:
-    product = _product(a, b)
-    return NotImplemented if product is None else product
-
-
-def _bmm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Any:
-    product = _product(a, b)
-    return NotImplemented if product is None else out.copy_(product)
-
-
-def _baddbmm_(base: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _product(a, b)
-    return NotImplemented if product is None else base.mul_(beta).add_(product, alpha=alpha)
-
-
-def _sort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Any:
-    """Of few numbers: each goes to where the count of those before it says."""
-    if x.dim() != 2 or dim != -1 or not descending or x.shape[1] > FEW * FEW:
-        return NotImplemented
-    numbers = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
-    keys = torch.where(x == x, x, torch.inf)  # a NaN comes first
-    own, other = keys.unsqueeze(2), keys.unsqueeze(1)
-    before = (other > own) | ((other == own) & (numbers < numbers.unsqueeze(1)))
-    places = before.to(x.dtype).sum(2).long()
-    order = torch.zeros_like(places).scatter(1, places, numbers.long().expand_as(places))
-    return x.gather(1, order), order
-
-
-def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
-    """Of few numbers: each result is a product by itself."""
-    if x.shape[dim] > FEW * FEW:
-        return NotImplemented
-    numbers = torch.arange(x.shape[dim], dtype=x.dtype, device=x.device)
-    others = x.movedim(dim, -1).unsqueeze(-2)
-    return torch.where(numbers > numbers.unsqueeze(1), 1, others).prod(-1).movedim(-1, dim)
-
-
-def _cumprod_out(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, out: Tensor) -> Any:
-    product = _cumprod(x, dim)
-    return NotImplemented if product is NotImplemented else out.copy_(product)
-
-
-def _select(tensor: Tensor, dim: int, index: int) -> Any:
-    return tensor.squeeze(dim) if tensor.shape[dim] == 1 else NotImplemented
-
-
-def _unbind(tensor: Tensor, dim: int = 0) -> Any:
-    return [tensor.squeeze(dim)] if tensor.shape[dim] == 1 else NotImplemented
-
-
-_aten = torch.ops.aten
-_DECOMPOSITIONS: Any = {
-    _aten.bmm.default: _bmm,
-    _aten.bmm.out: _bmm_out,
-    _aten.baddbmm_.default: _baddbmm_,
-    _aten.sort.stable: _sort,
-    _aten.cumprod.default: _cumprod,
-    _aten.cumprod.out: _cumprod_out,
-    # Of one step: what is written to the only part of a tensor is all of it, which the compiler does not see.
-    _aten.select.int: _select,
-    _aten.unbind.int: _unbind,
-}
+    return machine_code(traced, (*likes, likes[1], likes[3]), likes[1])
