@@ -1,5 +1,6 @@
 """What holds for every test: one seed, the same examples each time, and failures that show their values."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -20,8 +21,8 @@ NEEDED = {
     "reference/test_backward.py": "hypothesis",
     "reference/test_invariants.py": "hypothesis",
     "test_cli.py": "tqdm",
+    "test_graph_tasks.py": "networkx",
     "test_language_tasks.py": "babel",
-    "test_reasoning_tasks.py": "networkx",
     "test_train.py": "tqdm",
     "test_training_failures.py": "tensorboard",
 }
@@ -40,3 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def _compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is compiled beside pytest's own notes, so that a second run compiles only what changed."""
+    notes = getattr(request.config, "cache", None)  # None with -p no:cacheprovider
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(notes.mkdir("triton") if notes else tmp_path_factory.mktemp("triton")))
+        yield

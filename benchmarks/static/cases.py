@@ -1,0 +1,207 @@
+"""What kernels are compiled for: shapes, targets, dtypes and variants, and which of these together."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from dnc_triton.kernels.launch import Launch, launches
+from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
+from dnc_triton.kernels.products import LSTM_BACKWARD, LSTM_FORWARD, PRODUCT, Tiles
+from dnc_triton.kernels.sizes import Sizes
+from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE
+
+SHAPES = [(16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)]  # N, W, R
+LARGEST = (1024, 256, 16)
+LONGEST = (2048, 32, 4)
+SEQUENCES = [  # N, W, R, H
+    (16, 16, 1, 32), (16, 16, 4, 64), (64, 32, 4, 64), (128, 32, 4, 128),
+    (16, 16, 4, 128), (64, 32, 4, 128), (128, 64, 4, 128),
+]  # fmt: skip
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DIRECTIONS = ("forward", "backward")
+LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4)  # of which it takes the warps
+SMALL = LSTM._replace(num_warps=PRODUCT.num_warps)
+PRODUCTS = [
+    (16, 4, 64),
+    (64, 4, 256),
+    (32, 4, 100),
+    (16, 1, 101),
+]  # W, R, H: with whole vectors in all rows and without
+CONTROLLER = ("lstm", "lstm product", "product")  # phases that know no memory
+PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
+# What kernels are compiled as beside the plain ones: a step whose interface is activated already, one with rows that
+# have ended or are reset; and sequences with such rows, without a clip, with weights in bfloat16.
+STEP_VARIANTS = ("", "activated", "marked")
+SEQUENCE_VARIANTS = ("", "lengths reset", "lengths", "reset", "unclipped", "autocast")
+TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is launched, and what for."""
+
+    direction: str
+    phase: str
+    shape: tuple[int, int, int]
+    layout: Layout
+    dtype: str
+    target: str
+    hidden_size: int = 0  # of the controller, where it is in the kernel
+    variant: str = ""  # one of STEP_VARIANTS or SEQUENCE_VARIANTS
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape)) + (f"h{self.hidden_size}" if self.hidden_size else "")
+        if self.phase in CONTROLLER:
+            reads = "" if self.phase == "lstm" else "{1}x{2}".format(*self.shape)
+            return f"{self.direction} {self.phase} {reads}h{self.hidden_size} {self.dtype} {self.target}"
+        layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
+        variant = f" {self.variant}" if self.variant else ""
+        return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}{variant}"
+
+    @property
+    def launch(self) -> Launch:
+        """As it is launched for two batch elements; not of the controller."""
+        options = dict(raw=self.variant != "activated", compute=self.compute)
+        if self.phase == "sequence":
+            num_warps = self.layout.num_warps
+            return Launch(WHOLE.value, (2,), num_warps, Sizes.of(*self.shape, self.layout, num_warps, **options))
+        found = launches(2, *self.shape, self.layout, backward=self.direction == "backward", **options)
+        return next(launch for launch in found if launch.phase == PHASES[self.phase].value)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Of two batch elements."""
+        if self.phase in CONTROLLER[1:]:
+            return (triton.cdiv(self.hidden_size, tiles_of(self).rows), 1)
+        return (2,) if self.phase == "lstm" else self.launch.grid
+
+    @property
+    def may_spill(self) -> bool:
+        """Held to spill nothing, on the target that they were chosen for, is every layout that may be taken.
+
+        Not in float64, which is there to check gradients with: what fits in registers in float32 needs twice as many.
+        """
+        return self.phase not in CONTROLLER and (
+            self.target != "sm_90" or self.dtype == "float64" or self.shape in (LARGEST, LONGEST)
+        )
+
+
+def tiles_of(case: Case) -> Tiles:
+    """Of a product at a small batch."""
+    return PRODUCT if case.phase == "product" else {"forward": LSTM_FORWARD, "backward": LSTM_BACKWARD}[case.direction]
+
+
+def cases(complete: bool = False) -> list[Case]:
+    """What to compile: every shape for every target, one shape at least of every dtype and variant, or everything.
+
+    Everything is what may be taken on sm_90: all layouts that are measured against each other, in every dtype and
+    variant.
+    """
+    found = []
+    for shape in SHAPES:
+        for target in TARGETS:
+            found += step(shape, target)
+    # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
+    found += step(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
+    for dtype in TRITON_TYPES:
+        found += step(SHAPES[0], "sm_90", dtype=dtype)
+    for variant in STEP_VARIANTS[1:]:
+        found += step(SHAPES[1], "sm_90", variant=variant)
+    *shape, hidden_size = SEQUENCES[0]  # the one that takes the least time
+    for target in TARGETS:
+        found += sequence(tuple(shape), hidden_size, target)
+    found += sequence(tuple(shape), hidden_size, "sm_90", variant="lengths reset")
+    found += _lstm("sm_90")
+    for shape in PRODUCTS:
+        found += _small_products(shape, "sm_90")
+    return list(dict.fromkeys(found + _everything() if complete else found))
+
+
+def _everything() -> list[Case]:
+    found = []
+    for shape, dtype, variant in itertools.product(SHAPES, TRITON_TYPES, STEP_VARIANTS):
+        candidates = layouts(*shape[:2])
+        if variant == "marked" and dtype != "float32":
+            continue
+        for layout in candidates[:1] if dtype == "float64" else candidates:
+            found += step(shape, "sm_90", layout=layout, dtype=dtype, variant=variant)
+    for dtype in TRITON_TYPES:
+        for target in TARGETS:
+            found += step(LARGEST, target, dtype=dtype)
+    for layout in layouts(*LONGEST[:2]):
+        found += step(LONGEST, "sm_90", layout=layout)
+    for target in TARGETS:
+        found += step(LONGEST, target)
+    for *shape, hidden_size in SEQUENCES:
+        for layout, variant in itertools.product(sequence_layouts(*shape[:2]), SEQUENCE_VARIANTS):
+            found += sequence(tuple(shape), hidden_size, "sm_90", layout=layout, variant=variant)
+            found += step(tuple(shape), "sm_90", layout=layout._replace(whole=False))  # with checkpoints
+        for target in TARGETS:
+            found += sequence(tuple(shape), hidden_size, target)
+        found += sequence(tuple(shape), hidden_size, "sm_90", dtype="float64")
+    for target in TARGETS:
+        found += _lstm(target)
+        for size in PRODUCTS:
+            found += _small_products(size, target)
+    return found
+
+
+def step(
+    shape: tuple[int, int, int],
+    target: str,
+    *,
+    layout: Layout | None = None,
+    dtype: str = "float32",
+    variant: str = "",
+) -> list[Case]:
+    """Every launch of a step and its backward."""
+    layout = layout or default_layout(*shape[:2])
+    phases = ("whole",) if layout.fused else ("first", "middle", "last")
+    return [
+        Case(direction, phase, shape, layout, dtype, target, variant=variant)
+        for direction in DIRECTIONS
+        for phase in phases
+    ]
+
+
+def sequence(
+    shape: tuple[int, int, int],
+    hidden_size: int,
+    target: str,
+    *,
+    layout: Layout | None = None,
+    dtype: str = "float32",
+    variant: str = "",
+) -> list[Case]:
+    """Both launches of a whole sequence."""
+    layout = layout or sequence_layouts(*shape[:2])[0]
+    return [Case(direction, "sequence", shape, layout, dtype, target, hidden_size, variant) for direction in DIRECTIONS]
+
+
+def _lstm(target: str) -> list[Case]:
+    return [Case(direction, "lstm", (1, 1, 1), LSTM, "float32", target, 256) for direction in DIRECTIONS]
+
+
+def _small_products(sizes: tuple[int, int, int], target: str) -> list[Case]:
+    """Every launch of a controller's step at a small batch."""
+    word, reads, hidden_size = sizes
+    return [
+        Case(direction, phase, (1, word, reads), SMALL, "float32", target, hidden_size)
+        for direction in DIRECTIONS
+        for phase in CONTROLLER[1:]
+    ]

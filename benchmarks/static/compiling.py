@@ -1,0 +1,124 @@
+"""From a case to its code: the kernel, its constants and types, and the processes where kernels compile."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
+
+import triton
+from triton.compiler import ASTSource
+
+from benchmarks.static.cases import CONTROLLER, TARGETS, TRITON_TYPES, Case, tiles_of
+from dnc_reference.interface import interface_sizes
+from dnc_triton.kernels.launch import compile_options
+from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
+from dnc_triton.kernels.products import (
+    block_of,
+    lstm_product_backward_kernel,
+    lstm_product_forward_kernel,
+    product_kernel,
+)
+from dnc_triton.kernels.sequence import Controller, sequence_backward_kernel, sequence_forward_kernel
+from dnc_triton.kernels.sizes import TRITON_DTYPES
+from dnc_triton.kernels.step import step_backward_kernel, step_forward_kernel
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Those that are not floating point.
+POINTERS = {"free_list_ptr": "*i32", "lengths_ptr": "*i32", "reset_ptr": "*u8", "marks_ptr": "*u8"}
+WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interface_weight_t_ptr")
+
+
+def compile_case(case: Case) -> tuple[dict[str, Any], int]:
+    """The code at each stage of the compilation, and the bytes of shared memory."""
+    kernel, constants, num_warps = _kernel(case)
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if not name.endswith("_ptr"):
+            signature[name] = "i32"
+            continue
+        widened = "float64" if case.dtype == "float64" else "float32"
+        dtype = TRITON_TYPES[widened if name in ("kept_ptr", "scratch_ptr") else case.dtype]
+        if case.variant == "autocast" and name in WEIGHTS:
+            dtype = TRITON_TYPES["bfloat16"]
+        signature[name] = POINTERS.get(name, f"*{dtype}")
+        attributes[(position,)] = [["tt.divisibility", 16]]  # as at a launch: tensors begin at multiples of 16 bytes
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=TARGETS[case.target],
+        options=compile_options(
+            case.layout,
+            num_warps,
+            backward=case.direction == "backward",
+            hip=case.target.startswith("gfx"),
+        ),
+    )
+    return compiled.asm, compiled.metadata.shared
+
+
+def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any], int]:
+    """The kernel, its constants, and the warps of a program."""
+    num_warps, forward = case.layout.num_warps, case.direction == "forward"
+    clip, max_gradient = (None, None) if case.variant == "unclipped" else (20.0, 10.0)
+    constants: dict[str, Any]
+    if case.phase == "sequence":
+        sizes, words = case.launch.sizes, case.shape[1] * case.shape[2]
+        kernel = sequence_forward_kernel if forward else sequence_backward_kernel
+        bounds = dict(clip=clip, max_gradient=None if forward else max_gradient, compute=case.compute)
+        controller = Controller.of(case.hidden_size, words, sizes.INTERFACE, case.layout, **bounds)
+        absent = {f"{name}_ptr": None for name in ("lengths", "reset") if name not in case.variant}
+        return kernel, dict(absent, sizes=sizes, controller=controller), num_warps
+    if case.phase not in CONTROLLER:
+        kernel, launch = step_forward_kernel if forward else step_backward_kernel, case.launch
+        constants = {} if case.variant == "marked" else dict(marks_ptr=None, zeros_ptr=None)
+        return kernel, dict(constants, PHASE=launch.phase, sizes=launch.sizes), launch.num_warps
+    if case.phase == "lstm":
+        kernel = lstm_forward_kernel if forward else lstm_backward_kernel
+        constants = dict(H=case.hidden_size, BLOCK=BLOCK)
+    else:
+        kernel, constants = _small_product(case)
+    if case.phase != "product":
+        constants |= dict(COMPUTE=TRITON_DTYPES[case.compute], CLIP=clip)
+        constants |= {} if forward else dict(MAX_GRADIENT=max_gradient)
+    return kernel, constants, num_warps
+
+
+def _small_product(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
+    """The kernel, and all of its constants but those of its arithmetic."""
+    _, word, reads = case.shape
+    below, size, tiles = word * reads, case.hidden_size, tiles_of(case)
+    vector = sum(interface_sizes(reads, 1, word).values())
+    constants: dict[str, Any]
+    if case.phase == "lstm product" and case.direction == "forward":
+        kernel, constants, longest = lstm_product_forward_kernel, dict(BELOW=below, H=size), max(below, size)
+    elif case.phase == "lstm product":
+        kernel, constants, longest = lstm_product_backward_kernel, dict(K=vector, H=size), vector
+    elif case.direction == "forward":  # the interface vector
+        absent = dict(addend_ptr=None, second_out_ptr=None)
+        kernel, constants, longest = product_kernel, dict(K=size, OUT=vector, SECOND_OUT=0, ADD=True, **absent), size
+    else:
+        wide = dict(K=4 * size, OUT=below, SECOND_OUT=size, ADD=False, bias_ptr=None)
+        kernel, constants, longest = product_kernel, wide, 4 * size
+    block = block_of(longest, tiles.block, itemsize=4)
+    return kernel, dict(constants, ROWS=tiles.rows, BLOCK=block, BATCH=tiles.batch, AT_ONCE=tiles.at_once)
+
+
+def compiling_map(function: Callable[[Item], Result], items: Iterable[Item], *, jobs: int = 2) -> Generator[Result]:
+    """Map a function over items, in order, in processes where kernels compile.
+
+    They do not in one that came up with TRITON_INTERPRET=1, as that of the tests does.
+    """
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(function, items)
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
