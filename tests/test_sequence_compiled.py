@@ -6,7 +6,7 @@ import pytest
 import test_sequence_goldens
 import torch
 from helpers import assert_same_bits
-from test_sequence import assert_equal_outcomes, assert_parity, draw, make, operation, outcome
+from sequence_parity import assert_equal_outcomes, assert_parity, draw, make, operation, outcome
 from torch.utils._pytree import tree_map
 
 from dnc_triton import dispatch, explain
@@ -80,6 +80,8 @@ def check_steps(**options):
             assert_same_bits(before, state)
             torch.testing.assert_close((outputs, new_state), expected, rtol=1e-11, atol=1e-13)
             state = new_state
+        with torch.inference_mode():
+            assert_same_bits(dnc.step(given, before), (outputs, new_state))
         given[1, 0] = torch.nan
         spoilt, of_spoilt = dnc.step(given, before)
     assert spoilt[1].isnan().all()

@@ -15,7 +15,7 @@ from helpers import (
     as_leaves,
     load_golden,
 )
-from test_sequence import each_backend
+from sequence_parity import each_backend
 from torch import Tensor
 from torch.utils._pytree import tree_map
 

@@ -1,4 +1,4 @@
-"""In the place of a device: a kernel that is launched is compiled for an NVIDIA GPU, and run by `ptx` on the CPU."""
+"""In the place of a device: a kernel that is launched is compiled for an NVIDIA GPU and run by `machine` on the CPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import ptx
 import pytest
 import torch
 import triton
+from arithmetic import Array
+from machine import Launch
+from memory import POISON, Mistake, Window
+from ptx import WARP, Program, parse
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
@@ -22,7 +25,7 @@ from triton.compiler import ASTSource
 
 from dnc_triton.kernels import launch, lstm, products, sequence
 
-HOPPER = GPUTarget("cuda", 90, ptx.WARP)
+HOPPER = GPUTarget("cuda", 90, WARP)
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -33,7 +36,7 @@ TYPES = {
     torch.uint8: "u8",
 }
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-PROGRAMS: dict[str, tuple[ptx.Program, int]] = {}  # what was compiled, and its bytes of shared memory
+PROGRAMS: dict[str, tuple[Program, int]] = {}  # what was compiled, and its bytes of shared memory
 
 
 class Emulated:
@@ -61,11 +64,11 @@ class Emulated:
             for name, x in self.variables(given).items()
         ]
         arguments += [0] * (len(program.params) - len(arguments))  # scratch of Triton's, which is not used
-        run = ptx.Launch(program, arguments, shared, grid)
+        run = Launch(program, arguments, shared, grid)
         try:
             for index in product(*map(range, grid)):
                 run.block(index)
-        except ptx.Mistake as mistake:
+        except Mistake as mistake:
             raise AssertionError(f"{self.kernel.__name__}: {mistake}") from None
         run.finish()
 
@@ -74,7 +77,7 @@ class Emulated:
         constant = {name: param.is_constexpr for name, param in zip(given, self.kernel.params, strict=True)}
         return {name: value for name, value in given.items() if not constant[name] and value is not None}
 
-    def compile(self, given: dict[str, Any], options: dict[str, Any]) -> tuple[ptx.Program, int]:
+    def compile(self, given: dict[str, Any], options: dict[str, Any]) -> tuple[Program, int]:
         """As Triton does for a device, which knows of pointers if they are aligned to 16 bytes; but without ptxas."""
         variables, signature, attributes = self.variables(given), {}, {}
         for position, name in enumerate(given):
@@ -94,7 +97,7 @@ class Emulated:
                 os.environ.pop("TRITON_INTERPRET", None)
                 source = ASTSource(self.kernel, signature, constants, attributes)
                 compiled = triton.compile(source, target=HOPPER, options=options)
-            PROGRAMS[key] = ptx.parse(compiled.asm["ptx"]), compiled.metadata.shared
+            PROGRAMS[key] = parse(compiled.asm["ptx"]), compiled.metadata.shared
         return PROGRAMS[key]
 
 
@@ -107,7 +110,7 @@ def reach(name: str, given: dict[str, Any]) -> tuple[int, int]:
     return entries.get(name, 0), given.get("row", 0) * 16 // given[name].element_size()
 
 
-def as_integers(tensor: Tensor, earlier: tuple[int, int] = (0, 0)) -> ptx.Array | ptx.Window:
+def as_integers(tensor: Tensor, earlier: tuple[int, int] = (0, 0)) -> Array | Window:
     """The same memory; with what lies before it, where that is to be read."""
     flat, (entries, row) = tensor.detach().reshape(-1), earlier
     before, size = entries * row, flat.element_size()
@@ -116,13 +119,13 @@ def as_integers(tensor: Tensor, earlier: tuple[int, int] = (0, 0)) -> ptx.Array 
     if not before:
         return integers
     pieces = [(entry * row * size, (entry * row + flat.numel()) * size) for entry in range(entries + 1)]
-    return ptx.Window(integers, before * size, pieces)
+    return Window(integers, before * size, pieces)
 
 
 def poison(tensor: Tensor) -> Tensor:
     """Fill with what counts as not written."""
     if tensor.is_contiguous():
-        tensor.detach().view(-1).view(torch.uint8).fill_(ptx.POISON)
+        tensor.detach().view(-1).view(torch.uint8).fill_(POISON)
     return tensor
 
 

@@ -1,6 +1,7 @@
 """Sequences by replayed CUDA graphs beside plain launches, to the last bit; and what is done around them.
 
-What does not need a device, above all who holds an instance and when it is given up: tests/test_sequence_graphs.py.
+What does not need a device: tests/test_sequence_graphs.py; above all who holds an instance and when it is given up:
+tests/test_sequence_graphs_instances.py.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ if not torch.cuda.is_available():
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: the kernels are interpreted", allow_module_level=True)
 
-import test_sequence_graphs as on_cpu
+import replays as on_cpu
 from helpers import assert_same_bits
-from test_sequence_graphs import BATCH, STEPS, draw, results, train, without  # noqa: F401
+from replays import BATCH, STEPS, _without, draw, results, train  # noqa: F401
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -88,7 +89,7 @@ def test_trainings_are_the_same(
     choice: dict[str, Any],
     masks: bool,
     device: torch.device,
-    without: Any,  # noqa: F811
+    without: Any,
 ) -> None:
     dnc = make(device, backend, **choice)
     shape = (BATCH, STEPS) if dnc.batch_first else (STEPS, BATCH)
@@ -104,7 +105,7 @@ def test_one_launch_and_what_is_around_it(
     choice: dict[str, Any],
     masks: bool,
     device: torch.device,
-    without: Any,  # noqa: F811
+    without: Any,
 ) -> None:
     dnc = make(device, "triton_sequence", **choice)
     options = lambda: (  # noqa: E731
@@ -115,13 +116,13 @@ def test_one_launch_and_what_is_around_it(
     assert (engine().captures, engine().replays) == (2, 2 * 3)
 
 
-def test_a_larger_one(device: torch.device, without: Any) -> None:  # noqa: F811
+def test_a_larger_one(device: torch.device, without: Any) -> None:
     dnc = make(device, memory_size=128, word_size=32, num_reads=4, dtype=torch.float32)
     assert_same_bits(train(dnc, 4, steps=50), without(train, dnc, 4, steps=50))
     assert engine().replays == 2 * 3
 
 
-def test_autocast(device: torch.device, without: Any) -> None:  # noqa: F811
+def test_autocast(device: torch.device, without: Any) -> None:
     dnc, context = make(device, dtype=torch.float32), lambda: torch.autocast("cuda", dtype=torch.bfloat16)
     assert_same_bits(train(dnc, 4, context=context), without(train, dnc, 4, context=context))
     assert engine().replays == 2 * 3
@@ -130,7 +131,7 @@ def test_autocast(device: torch.device, without: Any) -> None:  # noqa: F811
 @pytest.mark.parametrize("steps", [1, STEPS, 130])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton_sequence"])
-def test_without_gradients(backend: str, mode: Any, steps: int, device: torch.device, without: Any) -> None:  # noqa: F811
+def test_without_gradients(backend: str, mode: Any, steps: int, device: torch.device, without: Any) -> None:
     dnc = make(device, backend)
     for seed in range(4):
         with mode():
@@ -149,7 +150,7 @@ def test_what_is_returned_stays(device: torch.device) -> None:
     assert_same_bits(seen, kept)
 
 
-def test_used_twice_in_one_graph_and_twice_backwards(device: torch.device, without: Any) -> None:  # noqa: F811
+def test_used_twice_in_one_graph_and_twice_backwards(device: torch.device, without: Any) -> None:
     dnc = make(device)
     parameters = list(dnc.parameters())
 
@@ -167,7 +168,7 @@ def test_used_twice_in_one_graph_and_twice_backwards(device: torch.device, witho
     assert all(instance.is_free for instance in cache().instances)
 
 
-def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:  # noqa: F811
+def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:
     """Neither their rehearsal on another stream nor their capture has anything to do with ours, which is there."""
     dnc = make(device)
     train(dnc, 3)
@@ -198,7 +199,7 @@ def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:  # 
     assert engine().replays == replays + 2 * 3
 
 
-def test_a_capture_of_a_whole_training_step(device: torch.device, without: Any) -> None:  # noqa: F811
+def test_a_capture_of_a_whole_training_step(device: torch.device, without: Any) -> None:
     """As docs/own_data.md has it: loss and optimizer too. The weights are those of a loop to the bit."""
 
     def trained(captured: bool) -> list[Tensor]:
@@ -241,7 +242,7 @@ def test_a_capture_of_a_whole_training_step(device: torch.device, without: Any) 
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled(mode: str, device: torch.device, without: Any) -> None:  # noqa: F811
+def test_compiled(mode: str, device: torch.device, without: Any) -> None:
     dnc = make(device, dtype=torch.float32)
     parameters = list(dnc.parameters())
     torch._dynamo.reset()
@@ -262,7 +263,7 @@ def test_compiled(mode: str, device: torch.device, without: Any) -> None:  # noq
     assert mode != "default" or engine().replays > 0
 
 
-def test_another_stream_gets_plain_launches(device: torch.device, without: Any) -> None:  # noqa: F811
+def test_another_stream_gets_plain_launches(device: torch.device, without: Any) -> None:
     dnc = make(device)
     expected = without(train, dnc, 4)
     stream = torch.cuda.Stream()
@@ -274,7 +275,7 @@ def test_another_stream_gets_plain_launches(device: torch.device, without: Any) 
     assert engine().captures == 0
 
 
-def test_two_threads(device: torch.device, without: Any) -> None:  # noqa: F811
+def test_two_threads(device: torch.device, without: Any) -> None:
     dnc = make(device)
     drawn = [draw(dnc, seed) for seed in range(30)]
     expected = [without(results, dnc, *given) for given in drawn]
@@ -296,7 +297,7 @@ def test_more_than_the_bound(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    without: Any,  # noqa: F811
+    without: Any,
 ) -> None:
     monkeypatch.setenv(graphs.MEMORY_VARIABLE, "1")
     dnc = make(device)
@@ -327,7 +328,7 @@ def test_memory_stays_within_the_bound(device: torch.device, monkeypatch: pytest
 def test_a_capture_that_the_device_refuses(
     device: torch.device,
     caplog: pytest.LogCaptureFixture,
-    without: Any,  # noqa: F811
+    without: Any,
 ) -> None:
     """It asks for a number, which is not there yet. Nothing is left of it, not even for a graph of the user's."""
     graph = torch.cuda.CUDAGraph()

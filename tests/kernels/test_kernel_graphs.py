@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_bits
-from test_sequence_graphs import _empty, cache, draw, engine, make, train, without  # noqa: F401
+from replays import _empty, _without, cache, draw, engine, make, train  # noqa: F401
 
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
@@ -20,7 +20,7 @@ from dnc_triton.sequence.one_launch import OneLaunchSequence
         ("triton_split", dict(clip=0.3, checkpoint=2)),
     ],
 )
-def test_trainings_are_the_same(backend: str, choice: dict[str, Any], without: Callable[..., Any]) -> None:  # noqa: F811
+def test_trainings_are_the_same(backend: str, choice: dict[str, Any], without: Callable[..., Any]) -> None:
     dnc = make(backend=backend, **choice)
     options = lambda: dict(lengths=[2, 0, 1], reset=torch.rand(3, 2) < 0.3)  # noqa: E731
     assert_same_bits(train(dnc, 2, options, steps=2), without(train, dnc, 2, options, steps=2))
@@ -29,7 +29,7 @@ def test_trainings_are_the_same(backend: str, choice: dict[str, Any], without: C
 
 
 @torch.no_grad()
-def test_without_gradients(without: Callable[..., Any]) -> None:  # noqa: F811
+def test_without_gradients(without: Callable[..., Any]) -> None:
     dnc = make(backend="triton_split")
     for seed in range(2):
         assert_same_bits(dnc(*draw(dnc, seed, 2)), without(dnc, *draw(dnc, seed, 2)))
@@ -37,7 +37,7 @@ def test_without_gradients(without: Callable[..., Any]) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("choice", [pytest.param({}, marks=pytest.mark.slow), dict(clip=0.3)], ids=str)
-def test_one_launch_and_what_is_around_it(choice: dict[str, Any], without: Callable[..., Any]) -> None:  # noqa: F811
+def test_one_launch_and_what_is_around_it(choice: dict[str, Any], without: Callable[..., Any]) -> None:
     dnc = make(backend="triton_sequence", **choice)
     options = lambda: dict(lengths=[2, 0, 1], reset=torch.rand(3, 2) < 0.3) if choice else {}  # noqa: E731
     assert_same_bits(train(dnc, 3, options, steps=2), without(train, dnc, 3, options, steps=2))
@@ -46,7 +46,7 @@ def test_one_launch_and_what_is_around_it(choice: dict[str, Any], without: Calla
 
 
 @torch.no_grad()
-def test_one_launch_without_gradients(without: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_one_launch_without_gradients(without: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OneLaunchSequence, "chunk", 2)
     dnc = make(backend="triton_sequence")
     for seed in range(3):

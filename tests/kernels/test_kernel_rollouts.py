@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close
+from sequence_parity import least_gap
 from test_kernel_layer import CLOSE, INPUTS, each_backend, start
 from test_kernel_sequence import draw, make, run
-from test_sequence import least_gap
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 

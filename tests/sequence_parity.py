@@ -1,0 +1,112 @@
+"""What the tests of the sequence operation share: problems, and how it is held against `dnc_reference.unroll`.
+
+A problem starts from a memory in which no two slots are used equally, and the layer is time first, as the oracle is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import as_leaves, assert_close, random_like, random_problem
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
+
+from dnc_reference import DNCState, MemoryState, unroll
+from dnc_reference.dnc import interface_step
+from dnc_triton import DNC
+
+BACKENDS = ["torch_sequence"]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+CONTROLLERS = ["lstm", "gru", "rnn", "feedforward"]
+STEPS, BATCH = 5, 3
+SIZES = dict(input_size=3, hidden_size=6, output_size=2, memory_size=5, word_size=4, num_reads=2)
+# float64: sums in another order move the last digits only. What is exactly 0 in one may be an ulp of 1 in the other.
+FORWARD, GRADIENT = dict(rtol=1e-12, atol=1e-15), dict(rtol=1e-10, atol=1e-12)
+
+Run = Callable[..., tuple[Tensor, DNCState]]
+
+
+def make(backend: str, **changes: Any) -> DNC:
+    torch.manual_seed(0)
+    dnc = DNC(**{**SIZES, "dtype": torch.float64, "batch_first": False, "backend": backend, **changes})
+    with torch.no_grad():  # as torch initialises it the memory hardly matters: the gates all stand near one half
+        dnc.interface.weight.mul_(4)
+    return dnc
+
+
+def draw(dnc: DNC, steps: int = STEPS, batch: int = BATCH, *, seed: int = 1) -> tuple[Tensor, DNCState]:
+    """Inputs [T, B, I] and a state to start from. The same numbers, rounded, in every dtype."""
+    weight = dnc.output.weight
+    _, memory = random_problem(batch, dnc.memory_size, dnc.word_size, dnc.num_reads, dnc.num_writes, seed=seed)
+    state = dnc.initial_state(batch)
+    controller, words = random_like((state.controller, state.read_words), seed=seed)
+    inputs = random_like(torch.empty(steps, batch, dnc.input_size, dtype=torch.float64), seed=seed + 1)
+    return tree_map(lambda x: x.to(weight.dtype), (inputs, DNCState(controller, memory, words)))
+
+
+def total(*nests: Any) -> Tensor:
+    """A loss that sees every number, each with a weight of its own."""
+    flat = torch.cat([x.flatten().double() for x in tree_leaves(nests)])
+    return (flat * (torch.arange(flat.numel(), dtype=flat.dtype) + 1).cos()).sum()
+
+
+def operation(dnc: DNC, inputs: Tensor, state: DNCState | None, **options: Any) -> tuple[Tensor, DNCState]:
+    """The layer, which runs on the backend it was made with."""
+    return dnc(inputs, state, **options)
+
+
+def oracle(
+    dnc: DNC, inputs: Tensor, state: DNCState | None, *, lengths: list[int] | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, DNCState]:
+    """The same parameters, step by step, differentiated by autograd."""
+    state = dnc.initial_state(inputs.shape[1]) if state is None else state
+    return unroll(dnc, inputs, state, lengths=None if lengths is None else torch.tensor(lengths), reset=reset)
+
+
+class Outcome(NamedTuple):
+    """All that a run computes, forward and backward; gradients by the name of what they are by."""
+
+    outputs: Tensor
+    state: DNCState
+    gradients: dict[str, Tensor]
+
+
+def outcome(
+    run: Run, dnc: DNC, inputs: Tensor, given: DNCState | None, *, loss: Callable[..., Tensor] = total, **options: Any
+) -> Outcome:
+    inputs, given = as_leaves(inputs), None if given is None else as_leaves(given)
+    outputs, state = run(dnc, inputs, given, **options)
+    leaves = {"inputs": inputs, **dict(dnc.named_parameters())}
+    if given is not None:
+        leaves |= {"state" + keystr(path): leaf for path, leaf in tree_flatten_with_path(given)[0]}
+    gradients = torch.autograd.grad(loss(outputs, state), list(leaves.values()), materialize_grads=True)
+    return Outcome(outputs.detach(), state.detach(), dict(zip(leaves, gradients, strict=True)))
+
+
+def assert_equal_outcomes(actual: Outcome, expected: Outcome) -> None:
+    assert_close(actual[:2], expected[:2], **FORWARD)
+    assert_close(actual.gradients, expected.gradients, **GRADIENT, name="gradient")
+
+
+def assert_parity(dnc: DNC, inputs: Tensor, given: DNCState | None, **options: Any) -> Outcome:
+    """Assert that the operation computes what the oracle does. Returns what that is."""
+    expected = outcome(oracle, dnc, inputs, given, **options)
+    assert_equal_outcomes(outcome(operation, dnc, inputs, given, **options), expected)
+    return expected
+
+
+def least_gap(dnc: DNC, inputs: Tensor, given: DNCState) -> float:
+    """The smallest difference between two usages of a row that are sorted on the way."""
+    gaps = []
+
+    def watched(*arguments: Any, **keywords: Any) -> tuple[Tensor, MemoryState]:
+        read_words, memory = interface_step(*arguments, **keywords)
+        gaps.append(memory.usage.sort(-1).values.diff().min().item())
+        return read_words, memory
+
+    unroll(dnc, inputs, given, interface_step=watched)
+    return min(gaps)

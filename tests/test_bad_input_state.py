@@ -1,0 +1,146 @@
+"""Which states the layer refuses, and how: of another configuration, with one bad tensor, of your own controller."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from refusals import BATCH, INPUTS, case, make, refuses
+from torch import nn
+
+from dnc_triton import DNCState, MemoryState
+
+STATE = make().initial_state(BATCH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument", "expected", "came"),
+    [
+        case({"memory_size": 6}, "state.memory.memory", "[4, 5, 4]", "[4, 6, 4]", id="memory_size"),
+        case({"word_size": 3}, "state.memory.memory", "[4, 5, 4]", "[4, 5, 3]", id="word_size"),
+        case({"num_reads": 1}, "state.memory.read_weights", "[4, 2, 5]", "[4, 1, 5]", id="num_reads"),
+        case({"num_writes": 2}, "state.memory.link", "[4, 1, 5, 5]", "[4, 2, 5, 5]", id="num_writes"),
+        case({"hidden_size": 7}, "state.controller", "[4, 6]", "[4, 7]", id="hidden_size"),
+        case({"num_layers": 2}, "state.controller", "1 layer(s) of 'lstm'", "TreeSpec", id="num_layers"),
+        case({"controller": "gru"}, "state.controller", "1 layer(s) of 'lstm'", "TreeSpec", id="gru"),
+        case({"controller": "feedforward"}, "state.controller", "1 layer(s) of 'lstm'", "TreeSpec", id="feedforward"),
+    ],
+)
+def test_state_of_another_configuration(changes, argument, expected, came):
+    with refuses(ValueError, argument, expected, came):
+        make()(INPUTS, make(**changes).initial_state(BATCH))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_state_of_another_batch(rows):
+    with refuses(ValueError, "state.memory.memory", "[4, 5, 4]", f"[{rows}, 5, 4]"):
+        make()(INPUTS, make().initial_state(rows))
+
+
+FIELDS = [("memory." + name) for name in MemoryState._fields] + ["read_words"]
+
+
+def replaced(state: DNCState, field: str, change) -> DNCState:
+    """The state with one tensor changed."""
+    if field == "read_words":
+        return state._replace(read_words=change(state.read_words))
+    if field == "controller":
+        ((hidden, cell),) = state.controller
+        return state._replace(controller=((hidden, change(cell)),))
+    name = field.removeprefix("memory.")
+    return state._replace(memory=state.memory._replace(**{name: change(getattr(state.memory, name))}))
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "controller"])
+@pytest.mark.parametrize(
+    ("change", "error", "expected", "came"),
+    [
+        case(lambda x: x[:-1], ValueError, "shape [4,", "[3,", id="batch"),
+        case(lambda x: x[..., :-1], ValueError, "shape [4,", "[4,", id="size"),
+        case(lambda x: x[0], ValueError, "shape [4,", "[", id="rank"),
+        case(torch.Tensor.double, TypeError, "torch.float32", "torch.float64", id="float64"),
+        case(torch.Tensor.long, TypeError, "torch.float32", "torch.int64", id="integers"),
+        case(lambda x: x.to("meta"), ValueError, "cpu", "meta", id="device"),
+        case(lambda x: None, TypeError, "a tensor", "NoneType", id="None"),
+        case(torch.Tensor.numpy, TypeError, "a tensor", "ndarray", id="array"),
+    ],
+)
+def test_state_with_one_bad_tensor(field, change, error, expected, came):
+    with refuses(error, f"state.{field}", expected, came):
+        make()(INPUTS, replaced(STATE, field, change))
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "argument", "expected", "came"),
+    [
+        case(tuple(STATE), TypeError, "state", "a DNCState or None", "tuple", id="tuple"),
+        case(STATE.memory, TypeError, "state", "a DNCState or None", "MemoryState", id="MemoryState"),
+        case(STATE.controller[0], TypeError, "state", "a DNCState or None", "tuple", id="as of nn.LSTM"),
+        case(
+            STATE._replace(memory=tuple(STATE.memory)),
+            TypeError,
+            "state.memory",
+            "a MemoryState",
+            "tuple",
+            id="memory is a tuple",
+        ),
+        case(
+            STATE._replace(controller=None),
+            ValueError,
+            "state.controller",
+            "1 layer(s) of 'lstm'",
+            "*",
+            id="no controller",
+        ),
+        case(
+            STATE._replace(controller=[list(layer) for layer in STATE.controller]),
+            ValueError,
+            "state.controller",
+            "TreeSpec(tuple",
+            "TreeSpec(list",
+            id="controller is a list",
+        ),
+    ],
+)
+def test_state_that_is_none(state, error, argument, expected, came):
+    with refuses(error, argument, expected, came):
+        make()(INPUTS, state)
+
+
+class OwnController(nn.Module):
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+        self.cell = nn.RNNCell(input_size, hidden_size)
+
+    def initial_state(self, batch_size, *, device=None, dtype=None):
+        return torch.zeros(batch_size, self.cell.hidden_size, device=device, dtype=dtype)
+
+    def forward(self, inputs, state):
+        hidden = self.cell(inputs, state)
+        return hidden, hidden
+
+
+class NarrowController(OwnController):
+    def forward(self, inputs, state):
+        hidden = self.cell(inputs, state)
+        return hidden[:, :-1], hidden
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "expected", "came"),
+    [
+        case(lambda x: x[:-1], ValueError, "batch 4 first", "[3, 6]", id="batch"),
+        case(lambda x: x.sum(), ValueError, "batch 4 first", "[]", id="rank 0"),
+        case(torch.Tensor.double, TypeError, "torch.float32", "torch.float64", id="float64"),
+        case(lambda x: x.to("meta"), ValueError, "cpu", "meta", id="device"),
+    ],
+)
+def test_state_of_a_controller_of_your_own(change, error, expected, came):
+    dnc = make(controller=OwnController)
+    state = dnc.initial_state(BATCH)
+    with refuses(error, "state.controller", expected, came):
+        dnc(INPUTS, state._replace(controller=change(state.controller)))
+
+
+def test_output_of_a_controller_of_your_own():
+    with refuses(ValueError, "controller", "[4, 6]", "[4, 5]"):
+        make(controller=NarrowController)(INPUTS)

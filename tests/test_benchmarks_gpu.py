@@ -1,0 +1,189 @@
+"""The benchmark's part for a GPU, without one: CUDA graphs, captured trainings, and the benchmark of a single step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, run, session  # noqa: F401
+
+from benchmarks import floors, measure, modes, peers, verify
+from benchmarks.modes import CAPTURED, call_of, draw_inputs, modes_on
+from benchmarks.peers import EAGER, OURS
+
+# --- the GPU's part, without one --------------------------------------------------------------------------------------
+
+
+def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
+    """On the CPU, with a compiler that does nothing: as many marks as calls, and a state of its own memory."""
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    monkeypatch.setattr(peers, "_check_compiler", lambda device: None)
+    made = []
+
+    def compile_nothing(step, mode):
+        assert mode == "reduce-overhead"
+
+        def recorded(*arguments):
+            features, state = step(*arguments)
+            made.append(state.memory.link)
+            return features, state
+
+        return recorded
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    cell = peers.reference_cell(CASE, CPU, torch.float32)
+    monkeypatch.setattr(peers, "reference_cell", lambda case, device, dtype: cell)
+    network = peers.make_compiled(CASE, torch.device("cuda"), mode="reduce-overhead")
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), modes_on("cpu"))
+    for mode in modes_on("cpu"):
+        assert verify.error(network, mode, truth) <= truth.allowed[mode]
+    marks.clear()
+    call_of("training", network, draw_inputs(CASE, CPU))()
+    assert len(marks) == 1
+    with torch.no_grad():
+        _, state = network.run(truth.inputs, None)
+    assert torch.equal(state.memory.link, made[-1])
+    assert state.memory.link.data_ptr() != made[-1].data_ptr()
+
+
+def test_a_device_is_waited_for_before_and_after_each_call(monkeypatch):
+    happened = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("wait"))
+    measure._time_in_turns({"a": lambda: happened.append("call")}, session(device=torch.device("cuda"), rounds=1))
+    assert happened == ["wait", "call", "wait"]
+
+
+def test_the_floor_knows_an_h200_and_measures_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert floors.bytes_per_second(torch.device("cuda")) == 4.3e12
+    assert 1e8 < floors.bytes_per_second(CPU) < 1e13
+
+
+# --- captured ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_nothing_is_captured(tmp_path):
+    status, rows, content = run(tmp_path, "--modes", "captured,forward", "--peers", "lstm")
+    assert status == 0
+    assert [row["mode"] for row in rows] == ["forward"]
+    assert content["left_out"] == ["captured: CUDA graphs need a GPU"]
+
+
+def test_a_training_that_is_captured(monkeypatch):
+    """On the CPU, where a replay is a call. It is held against the oracle and has a floor, but no peak of memory."""
+    inputs = []
+
+    def capture(network, given):
+        inputs.append(given.shape[1])
+        outputs = torch.empty(*given.shape[:2], CASE.output_size)
+        return lambda: outputs.copy_(modes.train(network, given)), outputs
+
+    for module in (modes, verify):
+        monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(verify, "VERIFIED_STEPS", 2)
+    monkeypatch.setattr(measure, "cpu_peak", None)
+    here = session(peak_memory=True)
+    rows = {row.peer: row for row in measure.measure(CASE, [OURS, EAGER, "compiled", "lstm"], [CAPTURED], here)}
+    assert inputs == [2, CASE.steps, 2, CASE.steps, CASE.steps]  # the LSTM is not verified
+    for peer in (OURS, EAGER, "lstm"):
+        row = rows[peer]
+        assert (row.status, row.note, row.peak_bytes) == ("measured", "", None)
+        assert row.floor_bytes == (None if peer == "lstm" else floors.floor_bytes(CASE, "training"))
+    assert 0 < rows[OURS].error <= rows[OURS].allowed_error
+    assert (rows["compiled"].status, rows["compiled"].note) == ("declined", "compiled: it is not captured")
+
+    monkeypatch.setattr(modes, "train", lambda network, given: torch.zeros(*given.shape[:2], CASE.output_size))
+    (row,) = measure.measure(CASE, [OURS], [CAPTURED], session())
+    assert row.status == "wrong"
+
+
+# --- the step on a GPU ------------------------------------------------------------------------------------------------
+
+GPU_BENCHMARK = """
+import time, torch
+from benchmarks import gpu
+from dnc_triton.kernels.layout import layouts
+
+def clock(call):
+    start = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - start)
+
+def measure():
+    print(gpu.markdown([gpu.measure_one(*job) for job in gpu.jobs([(2, 4, 3, 2)], torch.device("cpu"), clock, clock)]))
+
+gpu.layouts = lambda *sizes: [layouts(*sizes)[0], layouts(*sizes)[-1]]
+resets = []
+gpu.torch.compiler.reset = lambda: resets.append(1)
+gpu.torch.compile = lambda step: step if resets else None
+gpu.STATES = gpu.SEQUENCE_STEPS = 2
+gpu.SEQUENCE_HIDDEN = 5
+measure()
+exact = gpu.step_forward
+gpu.step_forward = lambda *a, **k: (lambda r: r._replace(usage=r.usage + 0.001))(exact(*a, **k))
+gpu.verify.error = lambda *arguments: 0.001
+measure()
+"""
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_holds_every_layout_against_the_oracle_before_it_is_timed():
+    """Its code, on the CPU with interpreted kernels and a clock of its own; then again with a kernel that is off."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", GPU_BENCHMARK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = [[line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 2, 4")]]
+    right, wrong = tables[0][:5], tables[0][5:]
+    names = [row[1].split(",")[0] for row in right]
+    assert names == ["fused 16×16", "split 16×16", "sequence of 2", "reference", "reference"]
+    assert [row[1] for row in wrong] == [row[1] + (" (wrong: not timed)" if row[2] else "") for row in right]
+    assert all(float(row[2]) < 1e-5 and float(row[3]) > 0 and float(row[4]) > 0 for row in right[:3])
+    assert all(float(row[2]) > 1e-4 and row[3] == row[4] == "not measured" for row in wrong[:3])
+    assert all(float(row[3]) > 0 for row in wrong[3:]), "the reference is timed all the same"
+
+
+def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeypatch, capsys):
+    """Killed in the third row it has two; late from the second on it says what is missing; a failure is noted."""
+    from benchmarks import gpu
+
+    def measured(kind):
+        def measure(row):
+            if kind == "slow":
+                time.sleep(0.2)
+            if kind in ("failing", "interrupted"):
+                raise RuntimeError("no memory\nat all") if kind == "failing" else KeyboardInterrupt
+            return replace(row, error=1e-7, forward_us=2.0, backward_us=3.0)
+
+        return gpu.Row(16, 16, 16, 4, kind), measure
+
+    def run(*kinds, seconds="100"):
+        monkeypatch.setattr(gpu, "jobs", lambda *arguments: map(measured, kinds))
+        status = gpu.main(["--output", str(tmp_path), "--seconds", seconds])
+        (file,) = tmp_path.glob("gpu-step-*.json")
+        assert file.with_suffix(".csv").exists()
+        return status, json.loads(file.read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "describe_machine", lambda command: {"date": "2026-01-02T03"})
+    status, content = run("good", "failing", "interrupted", "good")
+    assert [row["note"] for row in content["rows"]] == ["", "not measured: RuntimeError: no memory"]
+    assert (status, content["left_out"]) == (0, ["what follows: interrupted"])
+    status, content = run("slow", "late", seconds="0.1")
+    assert [row["who"] for row in content["rows"]] == ["slow"]
+    assert content["left_out"] == ["16, 16, 16, 4, late: the time is up"]
+    assert content["left_out"][0] in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so(capsys, monkeypatch):
+    from benchmarks import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err

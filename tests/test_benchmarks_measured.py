@@ -1,0 +1,179 @@
+"""What the benchmark measures: times in turns, how many rounds, and peaks of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, session  # noqa: F401
+
+from benchmarks import lean, measure, memory, peers
+from benchmarks.modes import draw_inputs
+from benchmarks.peers import EAGER, OURS, Network
+from dnc_triton.sequence import graphs
+
+# --- the clock --------------------------------------------------------------------------------------------------------
+
+
+def test_peers_take_turns():
+    calls = []
+    runs = {peer: partial(calls.append, peer) for peer in "ab"}
+    seconds = measure._time_in_turns(runs, session(rounds=3))
+    assert "".join(calls) == "abbaab"
+    assert {peer: len(times) for peer, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_what_takes_long_gets_fewer_rounds():
+    seconds = measure._time_in_turns({"a": lambda: time.sleep(0.002)}, session(rounds=1000, case_seconds=0.03))
+    assert measure.LEAST_ROUNDS <= len(seconds["a"]) <= 16
+    seconds = measure._time_in_turns({"a": lambda: None}, session(rounds=1000, case_seconds=0.0))
+    assert len(seconds["a"]) == measure.LEAST_ROUNDS
+
+
+def test_who_is_slow_gets_fewer_rounds_than_others(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.02)
+    runs = {"slow": lambda: time.sleep(0.03), "fast": lambda: None}
+    seconds = measure._time_in_turns(runs, session(rounds=1000, case_seconds=0.0))
+    assert {name: len(times) for name, times in seconds.items()} == {"slow": 3, "fast": 5}
+    seconds = measure._time_in_turns(runs, session(rounds=7, case_seconds=100.0))
+    assert {name: len(times) for name, times in seconds.items()} == {"slow": 7, "fast": 7}
+
+
+@pytest.mark.parametrize(("name", "slow", "rounds"), [(EAGER, True, 1), (EAGER, False, 2), (OURS, True, 2)])
+def test_who_is_slow_is_warmed_up_once_unless_it_has_graphs(monkeypatch, name, slow, rounds):
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.0 if slow else 100.0)
+    called = []
+    monkeypatch.setattr(measure, "call_of", lambda mode, network, inputs: lambda: called.append(mode))
+    monkeypatch.setattr(measure, "_time_in_turns", lambda runs, session: {})
+    measure.measure(CASE, [name], ["forward"], session())
+    assert called == ["forward"] * rounds
+
+
+def test_percentiles_and_what_follows_from_them():
+    row = measure.Row(CASE, "training", OURS, "measured")
+    seconds = [0.003 * i for i in range(1, 12)]  # 1 to 11 ms a step
+    timed = measure._timed(row, seconds, [x / 2 for x in seconds], session(bytes_per_second=1e6))
+    percentiles = timed.ms_per_step_p20, timed.ms_per_step_p50, timed.ms_per_step_p80
+    assert percentiles == pytest.approx((3, 6, 9))
+    assert (timed.rounds, timed.ratio) == (11, pytest.approx(2))
+    assert timed.floor_bytes == 2 * (8 * 36 + 8 * 24 + 12 * 36 + 8 * 24)
+    assert timed.bytes_per_second == pytest.approx(timed.floor_bytes / 0.006)
+    assert timed.floor_share == pytest.approx(timed.bytes_per_second / 1e6)
+    step = measure._timed(replace(row, mode="step"), seconds, None, session())
+    assert (step.ms_per_step_p50, step.ratio, step.floor_bytes) == (pytest.approx(18), None, 2 * (8 * 36 + 8 * 24))
+
+
+def test_compiling_has_a_budget(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, mode: step)
+    for settings in ({"compile_seconds": 0.0}, {"deadline": time.monotonic() + 30}):
+        rows = {row.peer: row for row in measure.measure(CASE, [OURS, "compiled"], ["step"], session(**settings))}
+        assert (rows[OURS].status, rows["compiled"].status) == ("measured", "left out")
+        assert rows["compiled"].note == "compiled, where it has no time: that for compiling was spent"
+    spent = session(compile_seconds=1e-9)
+    measure.measure(CASE, ["compiled"], ["step"], spent)
+    assert spent.compile_seconds < 0
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the system does not tell")
+def test_peak_of_memory_on_a_cpu_is_a_process_growth():
+    """Of a network whose kept links are counted easily: at least one N² tensor per step, at most 40."""
+    case = replace(CASE, memory_size=256, batch=4, steps=6, num_layers=1)
+    links = case.batch * case.steps * case.memory_size**2 * 4
+    grown = memory.cpu_peak(case, EAGER, "training", threads=1)
+    assert links < grown < 40 * links
+
+
+def test_what_training_took_of_memory(monkeypatch):
+    """As measured and committed: a thousand steps in 8 GB, N = 512 in half of the reference's. Here that it runs."""
+    content = json.loads(lean.RESULT.read_text(encoding="utf-8"))
+    rows = content["rows"]
+    for row, (backend, steps, checkpoint, sizes) in zip(rows, lean.CASES, strict=True):
+        assert {"backend": backend, "steps": steps, "checkpoint": checkpoint, **sizes}.items() <= row.items()
+        assert row["finite"]
+    eager, *_, large, long = (row["grown_bytes"] for row in rows)
+    assert long < 8e9
+    assert large < eager / 2
+    assert {"date", "cpu", "torch", "commit", "command"} <= content["machine"].keys()
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)
+    again = lean.train_once("auto", 4, 2, small)
+    assert again.keys() == rows[0].keys()
+    assert again["finite"]
+    assert again["grown_bytes"] >= 0
+
+
+def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """On the CPU in its place; the count of a call is made up."""
+    assert lean.main(["--device", "cuda"]) == 2
+    assert "There is no GPU here" in capsys.readouterr().err
+    exact, peaks, out = lean.train_once, iter([100, 30, 30]), tmp_path / "lean-gpu.json"
+    small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)
+
+    def train_once(backend, steps, checkpoint, sizes, device):
+        assert (steps, sizes["memory_size"]) == (256, 256)
+        if checkpoint == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nAnd more")
+        return exact(backend, 4, checkpoint, small, device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lean, "describe_machine", lambda command: {"command": command})
+    monkeypatch.setattr(lean, "train_once", train_once)
+    monkeypatch.setattr(lean, "gpu_peak", lambda call, module: call() or next(peaks))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    for kind in (torch.Tensor, torch.nn.Module):
+        monkeypatch.setattr(kind, "to", lambda self, device: self)
+    assert lean.main(["--device", "cuda", "--output", str(out)]) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    kept = [(row["backend"], row["checkpoint"], row["grown_bytes"]) for row in content["rows"]]
+    assert kept == [("reference", None, 100), ("auto", "auto", 30), ("auto", None, 30)]
+    assert all(row["finite"] for row in content["rows"])
+    printed = capsys.readouterr().out
+    assert "checkpoint = 16: not measured, CUDA out of memory." in printed
+    assert "everything kept | ≤ 0.333 | 0.3 | reached |" in printed
+    assert "every 16th step kept | ≤ 0.1 | | not measured |" in printed
+
+
+def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 130)
+    call = lambda: done.append("call, graphs " + os.environ["DNC_TRITON_GRAPHS"])  # noqa: E731
+    assert memory.gpu_peak(call, torch.nn.Linear(1, 1)) == 30
+    assert done == ["reset", "call, graphs 0"]
+    assert "DNC_TRITON_GRAPHS" not in os.environ
+
+
+def test_a_layer_without_graphs(monkeypatch):
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", "1")
+    network = peers.make_layer(CASE, CPU, backend="torch_sequence", graphs=False)
+    asked = []
+
+    def forward(key, given, run, handed):
+        asked.append(os.environ["DNC_TRITON_GRAPHS"])
+        return run(given)
+
+    monkeypatch.setattr(graphs, "forward", forward)
+    inputs = draw_inputs(CASE, CPU)
+    _, state = network.run(inputs, None)
+    network.step(inputs[:, 0], state)
+    assert asked == ["0", "0"]
+    assert os.environ["DNC_TRITON_GRAPHS"] == "1"
+
+
+def test_cuda_graphs_hide_their_memory_and_everybody_else_is_counted(monkeypatch):
+    monkeypatch.setattr(measure, "gpu_peak", lambda call, module: 7)
+    network = Network(torch.nn.Linear(1, 1), lambda inputs, state: (inputs, state))
+    cuda = session(device=torch.device("cuda"))
+    for name, peak in ((OURS, 7), ("lstm", 7), ("compiled", 7), ("compiled_cuda_graphs", None)):
+        row = measure.Row(CASE, "training", name, "measured")
+        assert measure._with_peak(row, network, lambda: None, cuda).peak_bytes == peak

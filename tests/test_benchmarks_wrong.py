@@ -1,0 +1,168 @@
+"""The benchmark times nothing that is wrong or missing, and what breaks costs the others nothing."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from tiny_benchmark import CASE, CPU, TINY, _tiny_configuration_without_peer, run, session  # noqa: F401
+
+from benchmarks import measure, peers, verify
+from benchmarks.configurations import CONFIGURATIONS
+from benchmarks.modes import MODES, draw_inputs
+from benchmarks.peers import EAGER, OURS, MissingPeerError, Network, all_peers
+
+# --- right or wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [float("nan"), 1.0])
+def test_a_wrong_layer_gets_no_time(tmp_path, monkeypatch, capsys, off):
+    monkeypatch.setattr(verify, "error", lambda network, mode, truth: off)
+    status, rows, _ = run(tmp_path, "--modes", "forward")
+    assert status == 1
+    assert [row["status"] for row in rows] == ["wrong", "wrong", "missing", "wrong"]
+    assert not any(row["ms_per_step_p50"] for row in rows)
+    assert f"{OURS} is wrong on tiny, forward: off by {off:.1e}" in capsys.readouterr().out
+
+
+def test_another_wrong_network_costs_the_others_nothing(monkeypatch):
+    exact = peers.make_layer
+
+    def off(case, device, *, backend):
+        network = exact(case, device, backend=backend)
+        return replace(network, run=lambda inputs, state: (network.run(inputs, state)[0] * 1.01, None))
+
+    peer = replace(all_peers()[EAGER], make=partial(off, backend=EAGER))
+    known = {**all_peers(), EAGER: peer}
+    monkeypatch.setattr(measure, "all_peers", lambda: known)
+    rows = {row.peer: row for row in measure.measure(CASE, [OURS, EAGER], ["training"], session())}
+    assert (rows[OURS].status, rows[EAGER].status) == ("measured", "wrong")
+    assert rows[EAGER].ms_per_step_p50 is None
+    assert "reference is wrong on tiny, training: off by" in rows[EAGER].note
+
+
+@pytest.mark.parametrize("parameter", ["interface.weight", "output.bias"])
+def test_a_wrong_gradient_is_noticed(parameter):
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["training"])
+    network = peers.make_layer(CASE, CPU, backend="auto")
+    assert verify.error(network, "training", truth) <= truth.allowed["training"]
+    network.module.get_parameter(parameter).register_hook(lambda gradient: gradient * 1.001)
+    assert verify.error(network, "training", truth) > truth.allowed["training"]
+
+
+def test_a_state_that_is_lost_is_noticed():
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["step"])
+    layer = peers.make_layer(CASE, CPU, backend="auto").module
+    assert verify.error(Network(layer, layer), "step", truth) <= truth.allowed["step"]
+    forgetful = Network(layer, lambda inputs, state: layer(inputs, None))
+    assert verify.error(forgetful, "step", truth) > truth.allowed["step"]
+
+
+def test_a_poor_reference_does_not_widen_the_tolerance_at_will(monkeypatch):
+    monkeypatch.setattr(verify, "error", lambda network, mode, truth: 0.5)
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["forward"])
+    assert truth.allowed["forward"] <= verify.ALLOWED_ERROR + 2 * verify.REFERENCE_LIMIT
+
+
+# --- missing ----------------------------------------------------------------------------------------------------------
+
+
+def test_another_version_of_the_peer_counts_as_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dnc", ModuleType("dnc"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+    with pytest.raises(MissingPeerError, match=r"dnc is installed in version 1\.0; install it with"):
+        peers.make_pypi_dnc(CASE, CPU)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    with pytest.raises(MissingPeerError, match=r"torch\.compile needs a C\+\+ compiler, none of g\+\+, clang\+\+"):
+        all_peers()["compiled"].make(CASE, CPU)
+
+
+# --- broken -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_breaks_costs_the_others_nothing(monkeypatch):
+    def broken(case, device):
+        def run(inputs, state):
+            raise RuntimeError("no memory left\nand many more lines")
+
+        return Network(torch.nn.Linear(1, 1), run)
+
+    known = {**all_peers(), "lstm": replace(all_peers()["lstm"], make=broken)}
+    monkeypatch.setattr(measure, "all_peers", lambda: known)
+    rows = {row.peer: row for row in measure.measure(CASE, [OURS, "lstm"], ["step"], session())}
+    assert rows[OURS].status == "measured"
+    assert (rows["lstm"].status, rows["lstm"].ms_per_step_p50) == ("failed", None)
+    assert rows["lstm"].note == "lstm failed on tiny: RuntimeError: no memory left"
+
+
+def test_an_oracle_that_breaks_leaves_the_case_without_times(monkeypatch):
+    monkeypatch.setattr(verify, "find_truth", lambda *arguments: 1 / 0)
+    rows = measure.measure(CASE, [OURS], list(MODES), session())
+    assert [(row.mode, row.status) for row in rows] == [(mode, "failed") for mode in MODES]
+    assert rows[0].note == "the oracle failed on tiny: ZeroDivisionError: division by zero"
+
+
+def test_a_failure_while_timing_or_counting_memory_is_noted(monkeypatch):
+    monkeypatch.setattr(measure, "cpu_peak", lambda *arguments: 1 / 0)
+    (row,) = measure.measure(CASE, [OURS], ["training"], session(peak_memory=True))
+    assert row.status == "measured"
+    assert row.note == "measuring the memory of dnc_triton failed on tiny: ZeroDivisionError: division by zero"
+    monkeypatch.setattr(measure, "_time_in_turns", lambda *arguments: 1 / 0)
+    (row,) = measure.measure(CASE, [OURS], ["training"], session())
+    assert (row.status, row.ms_per_step_p50) == ("failed", None)
+
+
+@pytest.mark.parametrize("place", ["timing", "cleaning up", "the oracle"])
+def test_a_device_that_stops_working_costs_nothing_that_was_measured(tmp_path, monkeypatch, capsys, place):
+    monkeypatch.setitem(CONFIGURATIONS, "tiny_too", TINY)
+    broken = []
+    message = "CUDA error: an illegal memory access was encountered\nand many more lines"
+
+    def break_it(*arguments):
+        broken.append(place)
+        raise RuntimeError(message)
+
+    def synchronize(device):
+        if broken:
+            raise RuntimeError(message)
+
+    def time_in_turns(runs, session):
+        return break_it() if place == "timing" and len(list(tmp_path.iterdir())) else {name: [1e-3] for name in runs}
+
+    monkeypatch.setattr(measure, "synchronize", synchronize)
+    monkeypatch.setattr(measure, "_time_in_turns", time_in_turns)
+    if place == "cleaning up":
+        monkeypatch.setattr(torch.compiler, "reset", break_it)
+    if place == "the oracle":
+        exact = verify.find_truth
+        monkeypatch.setattr(
+            verify, "find_truth", lambda c, *a: (break_it if "too" in c.configuration else exact)(c, *a)
+        )
+    arguments = ["--configurations", "tiny,tiny_too", "--modes", "forward,step", "--peers", "dnc_triton,lstm"]
+    status, rows, content = run(tmp_path, *arguments)
+    assert status == 1
+    found = {(row["configuration"], row["mode"]): row["status"] for row in rows}
+    lost = f"the device was lost when {place} failed on "
+    error = f"{place} failed on {{}}: RuntimeError: CUDA error: an illegal memory access was encountered"
+    if place == "timing":
+        assert found == {("tiny", "forward"): "measured", ("tiny", "step"): "failed"}
+        assert rows[-1]["note"] == error.format("tiny")
+        assert content["left_out"] == [f"tiny_too, {mode}: {lost}tiny" for mode in ("forward", "step")]
+    elif place == "cleaning up":
+        assert found == {("tiny", mode): "measured" for mode in ("forward", "step")}
+        assert content["left_out"] == [
+            error.format("tiny"),
+            *(f"tiny_too, {mode}: {lost}tiny" for mode in ("forward", "step")),
+        ]
+    else:
+        assert [status for (name, _), status in found.items() if name == "tiny"] == ["measured"] * 2
+        assert {row["note"] for row in rows if row["configuration"] == "tiny_too"} == {error.format("tiny_too")}
+    assert error.format("tiny_too" if place == "the oracle" else "tiny") in capsys.readouterr().out

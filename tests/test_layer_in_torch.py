@@ -1,0 +1,156 @@
+"""How the layer gets on with the rest of torch: files and copies, compilers, exports, functional calls, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from small_layer import BATCH, CLOSE, EXACT, LENGTHS, gradients, make, make_inputs, row, total, warm_state
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from dnc_triton import DNC, DNCState, MemoryState
+
+# --- Saving and copying
+
+
+def through_a_file(thing, **options):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.deepcopy,
+        lambda dnc: pickle.loads(pickle.dumps(dnc)),
+        lambda dnc: through_a_file(dnc, weights_only=False),
+        lambda dnc: _loaded(dnc.state_dict()),
+        lambda dnc: _loaded(through_a_file(dnc.state_dict(), weights_only=True)),
+    ],
+    ids=["deepcopy", "pickle", "torch.save", "state_dict", "state_dict, weights_only"],
+)
+def test_a_copy_computes_the_same(again):
+    dnc, inputs = make(clip=3.0, num_layers=2), make_inputs()
+    dnc(inputs)  # used once: nothing that a call leaves behind is in the way
+    copied = again(dnc)
+    assert_close(copied(inputs), dnc(inputs), **EXACT)
+    assert copied.extra_repr() == dnc.extra_repr()
+    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in dnc.parameters()}
+
+
+def _loaded(state_dict) -> DNC:
+    dnc = make(clip=3.0, num_layers=2)
+    nn.init.zeros_(dnc.output.weight)
+    dnc.load_state_dict(state_dict, strict=True)
+    return dnc
+
+
+def test_a_state_survives_a_file():
+    state = warm_state(make()).detach()
+    for again in (pickle.loads(pickle.dumps(state)), through_a_file(state, weights_only=False), copy.deepcopy(state)):
+        assert type(again) is DNCState
+        assert type(again.memory) is MemoryState
+        assert_close(again, state, **EXACT)
+
+
+def test_a_state_loads_with_weights_only_once_its_types_are_declared_safe():
+    state = warm_state(make()).detach()
+    with pytest.raises(pickle.UnpicklingError, match="DNCState"):
+        through_a_file(state, weights_only=True)
+    with torch.serialization.safe_globals([DNCState, MemoryState]):
+        again = through_a_file(state, weights_only=True)
+    assert type(again) is DNCState
+    assert_close(again, state, **EXACT)
+
+
+# --- The rest of torch
+
+
+def run_and_gradients(module, dnc, inputs, given, **options):
+    outputs, state = module(inputs, given, **options)
+    return outputs, state, *gradients(total(outputs, state), inputs, given, dnc)
+
+
+LENGTHS_AND_RESET = {"lengths": torch.tensor([1, 2]), "reset": torch.tensor([[0, 0], [0, 1]]).bool()}
+
+
+def check_compiled(backend, options):
+    torch._dynamo.reset()
+    dnc, inputs = make(), make_inputs(2, 2).requires_grad_()
+    given = warm_state(dnc, 2)
+    compiled = torch.compile(dnc, fullgraph=True, backend=backend)
+    got, expected = (run_and_gradients(module, dnc, inputs, given, **options) for module in (compiled, dnc))
+    assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{}, LENGTHS_AND_RESET], ids=["plain", "lengths, reset"])
+def test_compiles_to_one_graph(options):
+    check_compiled("aot_eager", options)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    check_compiled("inductor", LENGTHS_AND_RESET)
+
+
+def test_exports():
+    dnc, inputs = make().eval(), make_inputs(2, 2)
+    given = warm_state(dnc, 2).detach()
+    program = torch.export.export(dnc, (inputs, given), LENGTHS_AND_RESET)
+    other = {"lengths": torch.tensor([2, 0]), "reset": torch.tensor([[1, 0], [0, 0]]).bool()}
+    outputs, state = program.module()(-inputs, given, **other)
+    assert type(state) is DNCState
+    assert_close((outputs, state), dnc(-inputs, given, **other), **CLOSE)
+
+
+def test_exported_program_survives_a_file():
+    dnc, inputs = make(), make_inputs(1, 1)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(dnc, (inputs,)), file)
+    file.seek(0)
+    assert_close(torch.export.load(file).module()(inputs), dnc(inputs), **CLOSE)
+
+
+def test_functional_calls():
+    dnc, inputs = make(), make_inputs()
+    parameters = {name: p.detach() for name, p in dnc.named_parameters()}
+
+    def loss(parameters, inputs):
+        return total(torch.func.functional_call(dnc, parameters, (inputs,), {"lengths": LENGTHS}))
+
+    got = torch.func.grad(loss)(parameters, inputs)
+    expected = gradients(total(dnc(inputs, lengths=LENGTHS)), dnc)
+    assert list(got) == [name for name, _ in dnc.named_parameters()]
+    assert_close(list(got.values()), list(expected), **CLOSE)
+
+
+def test_gradients_of_each_sample():
+    dnc, inputs = make(), make_inputs()
+    parameters = {name: p.detach() for name, p in dnc.named_parameters()}
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(dnc, parameters, (sample.unsqueeze(0),))[0].square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, inputs)
+    for index in range(BATCH):
+        alone = gradients(dnc(row(inputs, index))[0].square().sum(), dnc)
+        assert_close([x[index] for x in each.values()], list(alone), **CLOSE)
+
+
+def test_activation_checkpointing():
+    dnc, inputs, given = make(num_layers=2, dropout=0.5), make_inputs().requires_grad_(), warm_state(make(num_layers=2))
+
+    def run(call):
+        torch.manual_seed(4)  # dropout draws the same numbers again when the segment is recomputed
+        outputs, state = call(inputs[:, :3], given)
+        more, state = call(inputs[:, 3:], state)
+        return gradients(total(outputs, more, state), inputs, given, dnc)
+
+    assert_close(run(lambda *args: checkpoint(dnc, *args, use_reentrant=False)), run(dnc), **CLOSE)

@@ -1,0 +1,133 @@
+"""When the sequence operation goes by plain launches and not by a graph; with a stand-in for the device."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from replays import BATCH, INPUTS, STEPS, _empty, _without, cache, draw, engine, make, results  # noqa: F401
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dnc_triton.sequence import graphs, op
+from dnc_triton.sequence.history import Settings
+
+
+@pytest.mark.parametrize("controller", ["lstm", "gru", "rnn", "feedforward"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_nothing_waits_for_the_device(controller: str, keep: bool) -> None:
+    """On tensors that hold no numbers none can be read, and nothing comes from a CPU."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            outputs = func(*args, **(kwargs or {}))
+            tensors = [x for x in tree_leaves((args, kwargs, outputs)) if isinstance(x, Tensor)]
+            assert {x.device.type for x in tensors} <= {"meta"}, func
+            return outputs
+
+    dnc = make(controller=controller, num_layers=2, clip=0.3, max_activation_gradient=1.0).to("meta")
+    inputs = torch.empty(STEPS, BATCH, INPUTS, dtype=torch.float64, device="meta")
+    state = dnc.initial_state(BATCH)
+    tensors = [*state.memory, state.read_words, *tree_leaves(state.controller)]
+    masks = [torch.empty(STEPS, BATCH, dtype=torch.bool, device="meta") for _ in range(2)]
+    dropout = [torch.empty(STEPS, BATCH, 6, dtype=torch.float64, device="meta")]
+    settings = Settings(controller, 2, 0.3, 1.0, 1.0, False, torch.float64, 2, False, None)
+    with torch.no_grad(), Watch():
+        given = op.Given(inputs, tensors, op._parameters(dnc), dropout, *masks)
+        outputs, *others = op._forward(settings, given, keep)
+        if keep:
+            last, history = others[: len(tensors)], others[len(tensors) :]
+            op._backward_through_time(settings, [outputs, *last], given, (last[0], last[2]), history)
+
+
+def test_not_ready(without: Any) -> None:
+    """While a stream is captured, say: neither forward nor backward is by a graph."""
+    dnc = make()
+    for seed in range(2):
+        results(dnc, *draw(dnc, seed))
+    replays = engine().replays
+    engine().is_ready = False
+    assert_same_bits(results(dnc, *draw(dnc, 2)), without(results, dnc, *draw(dnc, 2)))
+    assert engine().replays == replays
+    engine().is_ready = True
+    outputs, _ = dnc(*draw(dnc, 3))
+    engine().is_ready = False
+    actual = torch.autograd.grad(outputs.sum(), list(dnc.parameters()))
+    assert engine().replays == replays + 1
+    assert_same_bits(actual, without(lambda: torch.autograd.grad(dnc(*draw(dnc, 3))[0].sum(), list(dnc.parameters()))))
+
+
+def test_other_numerics_in_the_backward() -> None:
+    dnc = make()
+    for seed in range(2):
+        results(dnc, *draw(dnc, seed))
+    outputs, _ = dnc(*draw(dnc, 2))
+    replays = engine().replays
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert engine().replays == replays
+
+
+def test_a_history_that_was_moved_goes_by_plain_launches(without: Any) -> None:
+    """As when what is saved is sent to another device and back."""
+    dnc = make()
+    for seed in range(2):
+        results(dnc, *draw(dnc, seed))
+    replays = engine().replays
+    with saved_tensors_hooks(torch.clone, lambda x: x):
+        actual = results(dnc, *draw(dnc, 2))
+        assert cache().instances[0].is_free
+    assert engine().replays == replays + 1
+    assert_same_bits(actual, without(results, dnc, *draw(dnc, 2)))
+
+
+def test_an_empty_batch() -> None:
+    dnc = make()
+    for _ in range(3):
+        outputs, _ = dnc(torch.zeros(0, STEPS, INPUTS, dtype=torch.float64))
+        outputs.sum().backward()
+    assert not graphs._graphs
+
+
+def test_a_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LONGEST", 3)
+    dnc = make()
+    for steps in (3, 4):
+        for seed in range(3):
+            results(dnc, *draw(dnc, seed, steps))
+    assert len(cache().signatures) == 1
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_capture_that_fails(when: str, without: Any, caplog: pytest.LogCaptureFixture) -> None:
+    dnc = make()
+    results(dnc, *draw(dnc, 0))
+    failure = RuntimeError("operation not permitted when stream is capturing")
+    expected = [without(results, dnc, *draw(dnc, seed)) for seed in range(6)]
+    if when == "forward":
+        engine().failure = failure
+    else:
+        outputs, _ = dnc(*draw(dnc, 1))
+        engine().failure = failure
+        outputs.sum().backward()
+    assert_same_bits([results(dnc, *draw(dnc, seed)) for seed in range(6)], expected)
+    assert not cache().instances
+    engine().failure = None
+    assert_same_bits([results(dnc, *draw(dnc, seed)) for seed in range(6)], expected)  # it is not tried again
+    (record,) = caplog.records
+    assert record.name == "dnc_triton"
+    assert record.levelno == logging.WARNING
+    assert "a capture failed" in record.getMessage()
+    assert "RuntimeError: operation not permitted when stream is capturing" in record.getMessage()
+    assert engine().captures == (when == "backward")
+    for seed in range(3):  # other calls go on
+        results(dnc, *draw(dnc, seed, steps=2))
+    assert engine().replays > 0

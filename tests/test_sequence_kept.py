@@ -1,0 +1,176 @@
+"""What the sequence operation keeps for its backward: how little with checkpoints, and nothing without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close, assert_same_bits
+from sequence_parity import BATCH, FORWARD, draw, each_backend, make, operation, outcome
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dnc_triton import DNC, dispatch
+from dnc_triton.kernels.layout import layouts
+from dnc_triton.sequence import pool
+from dnc_triton.sequence.loop import Sequence
+
+# --- what is kept for the backward
+
+
+@pytest.mark.parametrize("checkpoint", [1, 2, 3, 4, 7, 9, 14, "auto", None], ids=str)
+@pytest.mark.parametrize(
+    ("choice", "options"),
+    [
+        (dict(), {}),
+        (dict(controller="gru", num_layers=2, clip=0.3, stop_usage_gradient=True), {}),
+        (dict(controller="feedforward"), dict(lengths=[9, 4, 7])),
+        (dict(), dict(lengths=[8, 0, 6], reset=torch.eye(9, dtype=torch.bool)[:, [2, 5, 3]])),
+    ],
+    ids=["lstm", "gru", "lengths", "lengths, reset"],
+)
+@each_backend
+def test_checkpoints_change_no_bit(backend, choice, options, checkpoint, monkeypatch):
+    if checkpoint == "auto":
+        monkeypatch.setattr(pool, "MOST", 0)  # 9 steps: every third is kept
+    dnc, full = make(backend, **choice, checkpoint=checkpoint), make(backend, **choice, checkpoint=None)
+    arguments = draw(dnc, steps=9)
+    assert_same_bits(outcome(operation, dnc, *arguments, **options), outcome(operation, full, *arguments, **options))
+
+
+@each_backend
+def test_checkpoints_keep_less(backend, monkeypatch):
+    """Of T steps every k-th memory and link, as measured; √T when they would take more than waits for the next."""
+    sizes, steps = dict(memory_size=16, word_size=8), 25
+    state_bytes = BATCH * (16 * 16 + 16 * 8) * 8
+
+    def kept(checkpoint: int | str | None) -> int:
+        dnc = make(backend, **sizes, checkpoint=checkpoint)
+        return saved_bytes(lambda: dnc(*draw(dnc, steps)))
+
+    full = kept(None)
+    assert full == kept(1)
+    for every in (2, 5, 24, 25, 100):
+        dropped = (steps - 1) - (steps - 1) // every
+        assert full - kept(every) >= dropped * state_bytes
+    for most, every in ((steps * state_bytes, 1), (steps * state_bytes - 1, 5)):
+        monkeypatch.setattr(pool, "MOST", most)
+        assert kept("auto") == kept(every)
+
+
+@pytest.mark.parametrize("backend", ["torch_sequence", "triton_split"])
+def test_a_thousand_steps_train_within_8_gb(backend):
+    """(B, N, W, R) = (32, 256, 64, 4), H = 256, with what "auto" takes on a CPU: every 32nd step.
+
+    On the meta device nothing is computed, but everything that is kept has its size. In benchmarks/results/lean.json
+    stands what a process grew by.
+    """
+    if backend.startswith("triton"):
+        pytest.importorskip("triton")
+    limit, every, batch = 8e9, 32, 32
+    dnc = DNC(64, 256, 64, memory_size=256, word_size=64, num_reads=4, device="meta")
+    inputs = torch.empty(1000, batch, 64, device="meta")
+    layout = {"layout": layouts(256, 64)[0]} if backend.startswith("triton") else {}
+    unroll = dispatch.BACKENDS[backend].unroll
+
+    def kept(checkpoint: int | str | None) -> int:
+        state = dnc.initial_state(batch)
+        return saved_bytes(lambda: unroll(dnc, inputs, state, checkpoint=checkpoint, **layout))
+
+    # Plain PyTorch keeps every link, the kernels each fourth.
+    assert (kept(None) > limit) == (backend == "torch_sequence")
+    assert kept("auto") == kept(every)
+    # On the way back a whole stretch of memories and links is there, and for each step about as much again as is kept
+    # of it without these two: slopes and gradients.
+    memory_and_link = 4 * batch * (256 * 64 + 256 * 256)
+    assert 2 * kept(every) + (every - 1) * memory_and_link < limit
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """What autograd holds on to, each storage counted once."""
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage  # held, so that none comes again in its place
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        results = run()
+    del results
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+# --- without gradients
+
+
+@pytest.mark.parametrize("steps", [5, 64, 65, 130])
+@pytest.mark.parametrize("options", [{}, dict(lengths=True)], ids=["plain", "lengths, reset"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@each_backend
+def test_the_same_bits_without_gradients(backend, dtype, options, steps):
+    dnc = make(backend, num_layers=2, dtype=dtype, checkpoint=3)
+    inputs, given = draw(dnc, steps)
+    if options:
+        options = dict(lengths=[steps - 1, steps // 2, steps], reset=torch.rand(steps, BATCH) < 0.05)
+    expected = dnc(inputs, given, **options)
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without:
+            results = tree_map(torch.clone, dnc(inputs, given, **options))
+        assert not any(x.requires_grad for x in tree_leaves(results))
+        if steps <= Sequence.chunk:
+            assert_same_bits(results, expected)
+        elif (
+            dtype == torch.float64
+        ):  # products over other numbers of steps, whose last bits a library may sum otherwise
+            assert_close(results, tree_map(torch.detach, expected), **FORWARD)
+
+
+class Watch(TorchDispatchMode):
+    """How many numbers the operations of this library have returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returned = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "dnc_triton":
+            self.returned += sum(x.numel() for x in tree_leaves(results))
+        return results
+
+
+@each_backend
+def test_nothing_is_kept_without_gradients(backend):
+    dnc = make(backend)
+    inputs, given = draw(dnc, steps=100)
+    with torch.no_grad(), Watch() as watch:
+        results = dnc(inputs, given)
+    assert watch.returned == sum(x.numel() for x in tree_leaves(results))
+    with Watch() as watch:
+        dnc(inputs, given)
+    assert watch.returned > 10 * sum(x.numel() for x in tree_leaves(results))
+
+
+def test_memory_without_gradients_does_not_grow_with_the_sequence():
+    """On the CPU, whose profiler counts what is allocated and freed."""
+    dnc = make("torch_sequence", memory_size=32)
+
+    def most(steps: int) -> int:
+        inputs, given = draw(dnc, steps)
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+            outputs, _ = dnc(inputs, given)
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held, peak = 0, 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak - 2 * outputs.nbytes  # the pieces, and the whole
+
+    short, long = most(192), most(512)
+    assert short > 64 * BATCH * 32 * 8  # it did count
+    assert long < 1.1 * short
