@@ -28,7 +28,7 @@ from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
-from dnc_triton.sequence.op import is_plain, unroll_sequence
+from dnc_triton.sequence.unroll import is_plain, unroll_sequence
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
 LEAST_CAPABILITY = (8, 0)

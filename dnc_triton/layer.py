@@ -19,7 +19,7 @@ from dnc_triton.dispatch import check_backend, choose, explain_problem
 from dnc_triton.ops.fused_step import is_eager
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.history import zeros
-from dnc_triton.sequence.op import is_plain
+from dnc_triton.sequence.unroll import is_plain
 from dnc_triton.trace import Trace, traced_unroll
 
 

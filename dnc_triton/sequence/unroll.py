@@ -1,0 +1,151 @@
+"""From a layer to the sequence operation: what it is made of, whether that says it all, and what to keep of a call."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dnc_reference.controller import CONTROLLERS, Controller
+from dnc_reference.dnc import DNCCell
+from dnc_reference.memory import without_autocast
+from dnc_reference.types import DNCState, MemoryState
+from dnc_triton.kernels.layout import Layout
+from dnc_triton.sequence import pool
+from dnc_triton.sequence.history import Settings
+from dnc_triton.sequence.op import run_sequence
+
+SHARE = 4  # all of the history is kept while it takes at most this part of a GPU's memory
+
+
+def unroll_sequence(
+    cell: DNCCell,
+    inputs: Tensor,
+    state: DNCState,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    checkpoint: int | str | None = None,
+    layout: Layout | None = None,
+    compiled: bool = False,
+) -> tuple[Tensor, DNCState]:
+    """`dnc_reference.unroll` as one operation, for the built-in controllers and one write head.
+
+    Args:
+        cell, inputs, state, lengths, reset: as there.
+        checkpoint: memory and link are kept for the backward at every so many steps, and made again in between; None
+            keeps them at every step, of links every `layout.link_every`-th; "auto" does too while that takes at most a
+            quarter of a GPU's memory, or 256 MiB on a CPU, and else takes the square root of T.
+        layout: of the kernels for the memory's part, or for all of it, which keeps every step: a step at a time where
+            that takes too much; None for plain PyTorch.
+    """
+    steps, batch = inputs.shape[:2]
+    if steps == 0:
+        return cell.project(inputs.new_empty(0, batch, cell.output.in_features)), state
+    parameters = parameters_of(cell)
+    dtype, kind = state.read_words.dtype, inputs.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    product_dtype = torch.get_autocast_dtype(kind) if autocast else dtype
+    dropout = []
+    if cell.training and cell.dropout > 0:
+        ones = torch.ones(steps, batch, cell.hidden_size, dtype=dtype, device=inputs.device)
+        dropout = [F.dropout(ones, cell.dropout) for _ in range(cell.num_layers - 1)]
+    controller_state, structure = _flatten(state.controller)
+    carried = [*state.memory, state.read_words, *controller_state]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
+    every = _checkpoint(checkpoint, steps, state.memory, 1 if layout is None else layout.link_every)
+    if layout is not None and layout.whole and keep and every > 1:
+        layout = layout._replace(whole=False)
+    settings = Settings(
+        controller=cell.controller_kind,
+        num_layers=cell.num_layers,
+        clip=cell.clip,
+        max_activation_gradient=cell.max_activation_gradient,
+        strength_offset=1.0 if cell.strength == "oneplus" else 0.0,
+        stop_usage_gradient=cell.stop_usage_gradient,
+        product_dtype=product_dtype,
+        checkpoint=every,
+        compiled=compiled and (not keep or every == 1),
+        layout=layout,
+    )
+    with without_autocast(inputs.device) if autocast else nullcontext():
+        outputs, *last = run_sequence(settings, inputs.to(dtype), carried, parameters, lengths, reset, dropout, keep)
+    new_state = DNCState(_unflatten(last[7:], structure), MemoryState(*last[:6]), last[6])
+    return outputs.to(product_dtype), new_state
+
+
+def _flatten(state: Any) -> tuple[list[Tensor], Any]:
+    """A controller's state as a list, and what `_unflatten` needs to know of it."""
+    if type(state) is tuple and all(type(layer) is tuple for layer in state):
+        return [tensor for layer in state for tensor in layer], [len(layer) for layer in state]
+    return tree_flatten(state)
+
+
+def _unflatten(tensors: list[Tensor], structure: Any) -> Any:
+    if not isinstance(structure, list):
+        return tree_unflatten(tensors, structure)
+    remaining = iter(tensors)
+    return tuple(tuple(islice(remaining, count)) for count in structure)
+
+
+def is_plain(cell: DNCCell) -> bool:
+    """Whether the layer is made of the parts it was built with and nothing else, so that its weights say it all.
+
+    A controller of the user's, a part that was replaced or parametrized, a hook on a part or a method that a subclass
+    overrides: all of these must be called, step by step.
+    """
+    # At every call: a hook may come at any time. `nn.Module` answers by name what its dictionaries answer at once.
+    interface, output, controller = (cell._modules.get(name) for name in ("interface", "output", "controller"))
+    if type(interface) is not nn.Linear or type(output) is not nn.Linear:
+        return False
+    if cell.controller_kind == "custom" or type(controller) is not Controller:
+        return False
+    layers = list(controller._modules["layers"]._modules.values())  # type: ignore[union-attr]
+    kind = CONTROLLERS[cell.controller_kind]
+    if any(type(layer) is not kind for layer in layers):
+        return False
+    part: Any
+    for part in (interface, output, controller, *layers):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return False
+    overridden = type(cell)
+    if any(getattr(overridden, name) is not getattr(DNCCell, name) for name in ("advance", "control", "project")):
+        return False
+    weight = output._parameters.get("weight")
+    if weight is None:
+        return False
+    dtype, device = weight.dtype, weight.device
+    return all(x.dtype == dtype and x.device == device for x in parameters_of(cell))
+
+
+def parameters_of(cell: DNCCell) -> list[Tensor]:
+    """Those of a plain cell, as `Sequence` wants them."""
+    modules: Any = cell._modules
+    layers = modules["controller"]._modules["layers"]._modules.values()
+    parts = [*layers, modules["interface"], modules["output"]]
+    return [tensor for part in parts for tensor in part._parameters.values() if tensor is not None]
+
+
+def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, link_every: int) -> int:
+    """Every how many steps to keep memory and link."""
+    if isinstance(checkpoint, int):
+        return checkpoint
+    if checkpoint is None:
+        return 1
+    per_step = (memory.memory.numel() + memory.link.numel() // link_every) * memory.memory.element_size()
+    if steps * per_step <= _most_kept(memory.memory.device):
+        return 1
+    return max(link_every, math.isqrt(steps - 1) + 1)  # with fewer steps more links were kept than with all
+
+
+def _most_kept(device: torch.device) -> int:
+    """How many bytes of memory and link "auto" keeps."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // SHARE
+    return pool.MOST  # what a CPU is given beyond that it must clear first, which takes as long as to make it again
