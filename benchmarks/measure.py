@@ -206,10 +206,10 @@ def _check(
     if reason := session.over:
         return replace(row, status=LEFT_OUT, note=f"{name} on {case.configuration}, {mode}: {reason}"), None
     needed = 0 if peer.apart else COMPILE_SECONDS  # who is by itself may be stopped while it compiles
-    if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < needed):
-        return replace(row, status=LEFT_OUT, note=f"{name}, where it has no time: that for compiling was spent"), None
     if mode == CAPTURED and not peer.captured:
         return replace(row, status=DECLINED, note=f"{name}: it is not captured"), None
+    if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < needed):
+        return replace(row, status=LEFT_OUT, note=f"{name}, where it has no time: that for compiling was spent"), None
     try:
         with torch.set_grad_enabled(mode in TRAINS):
             backend = network.backend(inputs_of(mode, inputs))

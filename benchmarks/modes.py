@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.configurations import Case
-from benchmarks.peers import SEED, Network
+from benchmarks.peers import SEED, Network, without_graphs
+from dnc_triton.sequence.graphs import Engine
 
 TRAINING, CAPTURED = "training", "captured"
 MODES = {
@@ -20,7 +21,6 @@ MODES = {
     "step": "one time step without gradients, from the state in the middle of a sequence",
 }
 TRAINS = TRAINING, CAPTURED  # of them with gradients
-REHEARSALS = 2  # before a capture, in which libraries set themselves up
 STEPS_BEFORE = 5  # of a sequence, before the step that is timed
 
 
@@ -49,18 +49,13 @@ def train(network: Network, inputs: Tensor) -> Tensor:
 
 
 def capture(network: Network, inputs: Tensor) -> tuple[Callable[[], Any], Tensor]:
-    """`train` as a CUDA graph. Returns what replays it, and the outputs, which like the gradients it writes anew."""
-    stream = torch.cuda.current_stream()
-    aside = torch.cuda.Stream()
-    aside.wait_stream(stream)
-    with torch.cuda.stream(aside):
-        for _ in range(REHEARSALS):
-            train(network, inputs)
-    stream.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = train(network, inputs)
-    return graph.replay, outputs
+    """`train` as a CUDA graph. Returns what replays it, and the outputs, which like the gradients it writes anew.
+
+    It is called once before: what is not compiled yet is compiled then, for plain launches, which the graph will have.
+    """
+    with without_graphs():
+        captured = Engine(inputs.device).capture(lambda: [train(network, inputs)])
+    return captured.replay, captured.results[0]
 
 
 def call_of(mode: str, network: Network, inputs: Tensor) -> Callable[[], Any]:

@@ -74,7 +74,9 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
         if not measure or capturing or os.environ.get("DNC_TRITON_MEASURE") == "0":
             return next(iter(operations))
         works = any(times.get(candidate, math.inf) < math.inf for candidate in operations)
-        _remember(problem, _measure_all(problem, missing, works))
+        # On the stream where sequences are replayed as graphs: this one may be about to be captured, by the user.
+        with torch.cuda.stream(torch.cuda.default_stream(problem.device)):
+            _remember(problem, _measure_all(problem, missing, works))
         times = remembered(problem)
     return min((candidate for candidate in operations if candidate in times), key=lambda candidate: times[candidate])
 

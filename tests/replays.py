@@ -39,8 +39,8 @@ def _without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return call
 
 
-def cache(device: str = "cpu") -> graphs.Graphs:
-    return graphs._graphs[torch.device(device)]
+def cache() -> graphs.Graphs:
+    return graphs._graphs[torch.device("cpu")]
 
 
 def engine() -> StandIn:

@@ -93,6 +93,7 @@ def test_a_sweep_changes_one_size(sweep, device):
 
 
 def test_a_sweep_is_trained_by_few(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.configurations.BASE", TINY)
     monkeypatch.setitem(SWEEPS, "N", {"cpu": (2, 3), "cuda": ()})
     arguments = ["--configurations", "", "--sweeps", "N", "--rounds", "1", "--output", str(tmp_path)]
     assert main(arguments) == 0  # `run` goes without saying

@@ -90,14 +90,14 @@ def test_a_training_that_is_captured(monkeypatch):
     monkeypatch.setattr(verify, "VERIFIED_STEPS", 2)
     monkeypatch.setattr(measure, "cpu_peak", None)
     here = session(peak_memory=True)
-    rows = {row.peer: row for row in measure.measure(CASE, [OURS, EAGER, "compiled", "lstm"], [CAPTURED], here)}
+    rows = {row.peer: row for row in measure.measure(CASE, [OURS, EAGER, "torch_sequence", "lstm"], [CAPTURED], here)}
     assert inputs == [2, CASE.steps, 2, CASE.steps, CASE.steps]  # the LSTM is not verified
-    for peer in (OURS, EAGER, "lstm"):
+    for peer in (OURS, "torch_sequence", "lstm"):
         row = rows[peer]
         assert (row.status, row.note, row.peak_bytes) == ("measured", "", None)
         assert row.floor_bytes == (None if peer == "lstm" else floors.floor_bytes(CASE, "training"))
     assert 0 < rows[OURS].error <= rows[OURS].allowed_error
-    assert (rows["compiled"].status, rows["compiled"].note) == ("declined", "compiled: it is not captured")
+    assert (rows[EAGER].status, rows[EAGER].note) == ("declined", "reference: it is not captured")
 
     monkeypatch.setattr(modes, "train", lambda network, given: torch.zeros(*given.shape[:2], CASE.output_size))
     (row,) = measure.measure(CASE, [OURS], [CAPTURED], session())

@@ -334,5 +334,3 @@ def test_paths_that_no_graph_has_are_refused() -> None:
     task = ShortestPathTask("3/2/4")  # three nodes, all joined
     with pytest.raises(ValueError, match="expected graphs in which there are such paths, got none for lesson 1"):
         task.sample(1, 1, random(0))
-    with pytest.raises(ValueError, match="planning_steps: expected at least 0, got -1"):
-        ShortestPathTask(planning_steps=-1)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.sequence.compiled import CompiledSequence
+from dnc_triton.sequence.compiler import like_of
 
 BACKEND = "torch_compiled"
 CELLS = test_sequence_goldens.CELLS
@@ -95,6 +96,14 @@ def test_a_step_by_itself(monkeypatch):
     """It prepares no sequence."""
     monkeypatch.setattr(CompiledSequence, "forward", None)
     check_steps(clip=0.1, stop_usage_gradient=True)
+
+
+def test_strides_that_nobody_takes_compile_nothing_anew():
+    """Of a stream of one the steps are cut from sequences of any length."""
+    cut, whole = torch.empty(1, 7, 3)[:, 2], torch.empty(1, 3)
+    assert cut.stride() != whole.stride()
+    assert like_of(cut) == like_of(whole)
+    assert like_of(torch.empty(2, 7, 3)[:, 2]) != like_of(torch.empty(2, 3))
 
 
 @pytest.mark.slow

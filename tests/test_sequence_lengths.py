@@ -51,10 +51,9 @@ OPTIONS = {
     "reset all": dict(reset=torch.ones(STEPS, BATCH, dtype=torch.bool)),
     "both": dict(lengths=[3, 4, 2], reset=resets((0, 0), (2, 0), (3, 0), (2, 1), (4, 1), (0, 2), (1, 2))),
 }
-each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
-@each_option
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(
     "choice",
     [

@@ -9,9 +9,9 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,7 @@ def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: None)
     monkeypatch.setattr(tuning, "_random_sequence", lambda problem: print)
     monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
     monkeypatch.setattr(tuning, "_known", {})
@@ -95,6 +96,28 @@ def test_the_fastest_is_chosen_and_measured_once(clock: Clock) -> None:
     assert clock.asked == ["slow", "fast", "reference"]
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
     assert len(clock.asked) == 3
+
+
+def test_it_is_measured_on_the_default_stream(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a sequence is replayed as a graph, whatever the caller is preparing on another stream."""
+    current, during = ["the caller's"], []
+
+    @contextmanager
+    def stream(of: object) -> Iterator[None]:
+        current.append(of)
+        yield
+        current.pop()
+
+    def measure(problem: Problem, run: partial) -> float:
+        during.append(current[-1])
+        return clock(problem, run)
+
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"the default of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(tuning, "_measure", measure)
+    tuning.fastest(PROBLEM, STEPS)
+    assert during == ["the default of cuda:0"] * 3
+    assert current == ["the caller's"]
 
 
 def test_another_process_reads_what_this_one_measured(clock: Clock) -> None:

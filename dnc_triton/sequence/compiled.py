@@ -1,7 +1,8 @@
 """A sequence whose step, and the adjoint of it, is compiled by PyTorch's compiler for a CPU, controller and all.
 
 Where the network is small the time goes into the number of calls, and compiled a step and its adjoint are two of them
-instead of some 150. Nothing is written a second time: what is compiled is a step of `Sequence` itself.
+instead of some 150. Nothing is written a second time: what is compiled is a step of `Sequence` itself. A step that is
+taken by itself is one call, with what a sequence does before its loop and after it.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def step_alone(
     memory, link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
     tensors = [inputs.contiguous(), *state, *parameters]
     likes = tuple(map(like_of, tensors))
-    counts = 1, len(state), len(parameters)
+    settings, counts = settings._replace(checkpoint=1), (1, len(state), len(parameters))
     compiled = _compile_alone(settings, before.words.shape[1], counts, likes, torch.get_num_threads())
     outputs, usage, *others = compiled(*tensors, memory, link)
     return outputs, [memory, usage, link, *others]
@@ -279,4 +280,4 @@ def _compile_alone(
             buffer.copy_(result)
         return [outputs, *states]
 
-    return machine_code(traced, (*likes, likes[1], likes[3]), likes[1])
+    return machine_code(traced, (*likes, likes[1], likes[3]), likes[1], returns=True)

@@ -20,11 +20,16 @@ Like = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides and dtyp
 
 
 def like_of(tensor: Tensor) -> Like:
-    """What code is compiled for."""
-    return tensor.shape, tensor.stride(), tensor.dtype
+    """What code is compiled for. Along an axis of length 1 nobody takes a stride."""
+    strides = tensor.stride()
+    if 1 in tensor.shape:
+        strides = tuple(stride if size > 1 else 1 for size, stride in zip(tensor.shape, strides, strict=True))
+    return tensor.shape, strides, tensor.dtype
 
 
-def machine_code(traced: Callable[..., Any], likes: tuple[Like, ...], memory: Like) -> Callable[..., Any]:
+def machine_code(
+    traced: Callable[..., Any], likes: tuple[Like, ...], memory: Like, *, returns: bool = False
+) -> Callable[..., Any]:
     """A function compiled for the sizes of its arguments, and the threads that there are: it takes tensors one by one.
 
     `torch.compile` would check what it is given at each call, which takes as long as the step.
@@ -33,6 +38,7 @@ def machine_code(traced: Callable[..., Any], likes: tuple[Like, ...], memory: Li
         traced: of numbers [N], and of the tensors.
         likes: of the tensors.
         memory: of the memory among them.
+        returns: whether it returns tensors.
     """
     # Both take a second.
     from torch._inductor.compile_fx import compile_fx_inner
@@ -41,14 +47,16 @@ def machine_code(traced: Callable[..., Any], likes: tuple[Like, ...], memory: Li
 
     examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
     (batch, slots, word), _, dtype = memory
+    # To ask for the memory of a small tensor takes longer than to fill it. A stack has room for small ones alone; and a
+    # tensor there that is returned is the next call's too.
+    on_stack = not returns and batch * slots * (slots + word) * dtype.itemsize <= SMALL
     numbers = torch.arange(slots, dtype=torch.promote_types(dtype, torch.float32))
     examples = [numbers, *examples]
     graph = make_fx(traced, decomposition_table=_DECOMPOSITIONS)(*examples)
     patches = {
         "cpp_wrapper": True,  # C++ between the kernels too
         "cpp.min_chunk_size": 4096,  # threads only for what takes longer than to wake them
-        # To ask for the memory of a small tensor takes longer than to fill it. A stack has room for small ones alone.
-        "aot_inductor.allow_stack_allocation": batch * slots * (slots + word) * dtype.itemsize <= SMALL,
+        "aot_inductor.allow_stack_allocation": on_stack,
         "realize_acc_reads_threshold": 64,  # a sum of many outer products is one pass
         "post_grad_custom_post_pass": WriteOnce(),
     }
