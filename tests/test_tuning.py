@@ -63,6 +63,7 @@ def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(tuning, "_random_sequence", lambda problem: print)
     monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
     monkeypatch.setattr(tuning, "_known", {})
