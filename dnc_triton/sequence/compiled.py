@@ -75,13 +75,13 @@ class CompiledSequence(Sequence):
 
 
 def step_alone(
-    settings: Settings, inputs: Tensor, state: list[Tensor], parameters: list[Tensor]
+    settings: Settings, inputs: Tensor, before: Carried, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it.
+    """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it, a list.
 
     What a sequence prepares takes longer than such a step.
     """
-    before = Carried.unflatten(state, settings.num_layers)
+    state = before.flatten()
     memory, link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
     tensors = [inputs.contiguous(), *state, *parameters]
     likes = tuple(map(like_of, tensors))

@@ -115,7 +115,7 @@ def _forward(settings: Settings, given: Given, keep: bool) -> list[Tensor]:
     inputs, state, parameters, dropout, running, reset = given
     carried = Carried.unflatten(state, settings.num_layers)
     if settings.compiled and not keep and len(inputs) == 1 and not dropout and running is None and reset is None:
-        outputs, last = step_alone(settings, inputs[0], state, parameters)
+        outputs, last = step_alone(settings, inputs[0], carried, parameters)
         return [outputs.unsqueeze(0), *last]
     if keep:
         sequence = kind(settings, parameters, inputs, carried, running, reset, dropout)
