@@ -101,6 +101,47 @@ def test_a_race() -> None:
     assert_same_bits(out, (numbers + 1).flip(0))
 
 
+@triton.jit
+def writing_kernel(data_ptr, out_ptr, N: tl.constexpr, FIRST: tl.constexpr, BARRIER: tl.constexpr, TO: tl.constexpr):
+    here = tl.arange(0, N)
+    numbers = tl.load(out_ptr + here)
+    if FIRST == "read":
+        tl.store(out_ptr + here, tl.load(data_ptr + N - 1 - here))
+    if FIRST == "wrote":
+        tl.store(data_ptr + N - 1 - here, numbers + 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    if TO == "one":
+        tl.store(data_ptr + here * 0, numbers)
+    elif TO == "askew":
+        tl.store((data_ptr.to(tl.pointer_type(tl.int8)) + 2 + 4 * here).to(tl.pointer_type(tl.float32)), numbers)
+    else:
+        tl.store(data_ptr + here, numbers)
+
+
+@pytest.mark.parametrize("first", ["read", "wrote"])
+def test_a_race_of_what_is_written(first: str) -> None:
+    data, numbers = torch.randn(N), torch.randn(N)
+    with pytest.raises(AssertionError, match=rf"race: test_ptx.py:\d+: st.global.*that another thread {first}"):
+        run(writing_kernel, data.clone(), numbers.clone(), N=N, FIRST=first, BARRIER=False, TO="each")
+    written = data.clone()
+    run(writing_kernel, written, numbers.clone(), N=N, FIRST=first, BARRIER=True, TO="each")
+    assert_same_bits(written, numbers)
+
+
+def test_warps_that_disagree() -> None:
+    data = torch.randn(N)
+    with pytest.raises(AssertionError, match=r"race: test_ptx.py:\d+: st.global.*different values to one place"):
+        run(writing_kernel, data, torch.randn(N), N=N, FIRST="", BARRIER=False, TO="one")
+    run(writing_kernel, data, torch.full((N,), 3.0), N=N, FIRST="", BARRIER=False, TO="one")
+    assert data[0] == 3
+
+
+def test_misaligned() -> None:
+    with pytest.raises(AssertionError, match=r"outside: test_ptx.py:\d+: st.global.*not aligned to 4 bytes"):
+        run(writing_kernel, torch.randn(N + 1), torch.randn(N), N=N, FIRST="", BARRIER=False, TO="askew")
+
+
 @pytest.mark.parametrize("by", [-4, 4])
 def test_out_of_bounds(by: int) -> None:
     with pytest.raises(AssertionError, match=r"outside: test_ptx.py:\d+: ld.global.*outside of any global buffer"):
