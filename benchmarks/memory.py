@@ -16,19 +16,21 @@ from typing import Any
 import torch
 
 from benchmarks.configurations import Case
-from benchmarks.modes import call_of, draw_inputs
-from benchmarks.peers import all_peers, without_graphs
+from benchmarks.modes import aside, call_of, draw_inputs
+from benchmarks.peers import all_peers
 
 
 def gpu_peak(call: Callable[[], Any], module: torch.nn.Module) -> int:
     """Bytes of tensors that a call allocates at its peak, the gradients of the parameters included.
 
-    Our layer launches step by step: what it keeps for its graphs was there before the call.
+    Our layer launches step by step: what it keeps for its graphs was there before the call. A call before makes what
+    libraries keep for the stream.
     """
-    module.zero_grad(set_to_none=True)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with without_graphs():
+    with aside():
+        call()
+        module.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         call()
     return torch.cuda.max_memory_allocated() - before
 

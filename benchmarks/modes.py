@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.configurations import Case
-from benchmarks.peers import SEED, Network, without_graphs
+from benchmarks.peers import SEED, Network
 from dnc_triton.sequence.graphs import Engine
 
 TRAINING, CAPTURED = "training", "captured"
@@ -48,13 +49,24 @@ def train(network: Network, inputs: Tensor) -> Tensor:
     return outputs.detach()
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """On a stream of its own, where our layer launches plainly; what it chooses is as on the default one."""
+    stream, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(stream)
+    with torch.cuda.stream(other):
+        yield
+    stream.wait_stream(other)
+
+
 def capture(network: Network, inputs: Tensor) -> tuple[Callable[[], Any], Tensor]:
     """`train` as a CUDA graph. Returns what replays it, and the outputs, which like the gradients it writes anew.
 
-    It is called once before: what is not compiled yet is compiled then, for plain launches, which the graph will have.
+    Before that it launches plainly, as in the graph: what is not compiled yet is compiled then.
     """
-    with without_graphs():
-        captured = Engine(inputs.device).capture(lambda: [train(network, inputs)])
+    with aside():
+        train(network, inputs)
+    captured = Engine(inputs.device).capture(lambda: [train(network, inputs)])
     return captured.replay, captured.results[0]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -143,14 +144,26 @@ def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
 
 
 def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
-    done = []
+    """On a stream where our layer launches plainly, and has nothing to choose anew."""
+    done, linear = [], torch.nn.Linear(1, 1)
+
+    @contextmanager
+    def aside():
+        done.append("aside")
+        yield
+        done.append("back")
+
+    def call():
+        assert linear.weight.grad is None
+        linear.weight.grad = torch.ones(1, 1)
+        done.append("call, graphs " + os.environ.get("DNC_TRITON_GRAPHS", "as ever"))
+
+    monkeypatch.setattr(memory, "aside", aside)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 130)
-    call = lambda: done.append("call, graphs " + os.environ["DNC_TRITON_GRAPHS"])  # noqa: E731
-    assert memory.gpu_peak(call, torch.nn.Linear(1, 1)) == 30
-    assert done == ["reset", "call, graphs 0"]
-    assert "DNC_TRITON_GRAPHS" not in os.environ
+    assert memory.gpu_peak(call, linear) == 30
+    assert done == ["aside", "call, graphs as ever", "reset", "call, graphs as ever", "back"]
 
 
 def test_a_layer_without_graphs(monkeypatch):
