@@ -118,8 +118,8 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
         now = "what is measured apart"
         try:
             for name in alone:  # first, so that the others have what it leaves of its time
-                of_peer = [mode for mode in modes if mode != CAPTURED]
-                if CAPTURED in modes:
+                of_peer = [mode for mode in modes if mode != CAPTURED or all_peers()[name].captured]
+                if of_peer != modes:
                     session.left_out.append(f"{name}: it is not captured")
                 for rows in apart.measure_apart(name, [c for c in cases if not c.sweep], of_peer, options, session):
                     records_apart += rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,14 +49,20 @@ def train(network: Network, inputs: Tensor) -> Tensor:
     return outputs.detach()
 
 
+_stream = cache(torch.cuda.Stream)  # one, for libraries keep work space for each
+_engine = cache(Engine)
+
+
 @contextmanager
 def aside() -> Iterator[None]:
     """On a stream of its own, where our layer launches plainly; what it chooses is as on the default one."""
-    stream, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream, other = torch.cuda.current_stream(), _stream()
     other.wait_stream(stream)
-    with torch.cuda.stream(other):
-        yield
-    stream.wait_stream(other)
+    try:
+        with torch.cuda.stream(other):
+            yield
+    finally:
+        stream.wait_stream(other)
 
 
 def capture(network: Network, inputs: Tensor) -> tuple[Callable[[], Any], Tensor]:
@@ -66,7 +72,7 @@ def capture(network: Network, inputs: Tensor) -> tuple[Callable[[], Any], Tensor
     """
     with aside():
         train(network, inputs)
-    captured = Engine(inputs.device).capture(lambda: [train(network, inputs)])
+    captured = _engine(inputs.device).capture(lambda: [train(network, inputs)])
     return captured.replay, captured.results[0]
 
 
