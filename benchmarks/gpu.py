@@ -29,7 +29,7 @@ from benchmarks import goals, verify
 from benchmarks.configurations import BASE, case_of
 from benchmarks.floors import KNOWN_BYTES_PER_SECOND, L2_BYTES_PER_SECOND
 from benchmarks.machine import describe_machine
-from benchmarks.modes import draw_inputs
+from benchmarks.modes import aside, draw_inputs
 from benchmarks.peers import Network, dnc_layer
 from dnc_reference import MemoryState, interface_step
 from dnc_reference.interface import interface_sizes
@@ -318,12 +318,9 @@ def reference_call(
 
 def graph_time(call: Callable[[], Any]) -> float:
     """Median µs of a call's kernels, as replayed in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with aside():
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_bits
 from stand_in import StandIn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -90,3 +92,20 @@ def train(
             for parameter, gradient in zip(dnc.parameters(), seen[-1][2][1:], strict=False):
                 parameter.sub_(gradient.sign(), alpha=0.01)
     return tree_map(torch.clone, seen)
+
+
+def check_two_threads(dnc: DNC, without: Callable[..., Any]) -> None:
+    """Two threads that use a layer at once have what one has by plain launches."""
+    drawn = [draw(dnc, seed) for seed in range(30)]
+    expected = [without(results, dnc, *given) for given in drawn]
+    actual: list[Any] = [None, None]
+
+    def run(index: int) -> None:
+        actual[index] = [results(dnc, *given) for given in drawn]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same_bits(actual, [expected, expected])

@@ -8,7 +8,6 @@ tests/kernels/test_kernel_graphs.py.
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 from unittest.mock import Mock, create_autospec
 from unittest.mock import call as call_of
@@ -16,7 +15,7 @@ from unittest.mock import call as call_of
 import pytest
 import torch
 from helpers import assert_same_bits
-from replays import BATCH, INPUTS, STEPS, _empty, _without, cache, draw, engine, make, results, train  # noqa: F401
+from replays import BATCH, INPUTS, STEPS, _empty, _without, cache, check_two_threads, draw, engine, make, results, train  # noqa: F401
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -149,20 +148,7 @@ def test_compiled(without: Any) -> None:
 
 
 def test_two_threads(without: Any) -> None:
-    dnc = make()
-    drawn = [draw(dnc, seed) for seed in range(30)]
-    expected = [without(results, dnc, *given) for given in drawn]
-    actual: list[Any] = [None, None]
-
-    def run(index: int) -> None:
-        actual[index] = [results(dnc, *given) for given in drawn]
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert_same_bits(actual, [expected, expected])
+    check_two_threads(make(), without)
     assert engine().replays > 0
 
 

@@ -87,6 +87,7 @@ from test_kernel_sequence import (
 from test_kernel_sequence import test_opcheck as test_opcheck_of_the_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.modes import aside
 from dnc_triton import memory_step
 from dnc_triton.kernels.layout import Layout
 
@@ -149,12 +150,9 @@ def test_cuda_graph(backend: str, device: torch.device) -> None:
             for place, numbers in zip(tree_leaves((*inputs, sent_back)), tree_leaves(tuple(problem)), strict=True):
                 place.copy_(numbers)
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    with aside():
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +21,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import replays as on_cpu
 from helpers import assert_same_bits
-from replays import BATCH, STEPS, _without, draw, results, train  # noqa: F401
+from replays import BATCH, STEPS, _without, check_two_threads, draw, results, train  # noqa: F401
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.modes import aside
 from dnc_triton import DNC
 from dnc_triton.sequence import graphs
 
@@ -179,12 +179,9 @@ def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:
         outputs, last = dnc(inputs, state)
         return outputs.detach(), last.detach(), torch.autograd.grad(outputs.square().sum(), list(dnc.parameters()))
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    with aside():
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -214,12 +211,9 @@ def test_a_capture_of_a_whole_training_step(device: torch.device, without: Any) 
             optimizer.step()
             return loss.detach()
 
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        with aside():
             for _ in range(2):
                 step()
-        torch.cuda.current_stream().wait_stream(aside)
         call = step
         if captured:
             graph = torch.cuda.CUDAGraph()
@@ -266,30 +260,14 @@ def test_compiled(mode: str, device: torch.device, without: Any) -> None:
 def test_another_stream_gets_plain_launches(device: torch.device, without: Any) -> None:
     dnc = make(device)
     expected = without(train, dnc, 4)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with aside():
         actual = train(dnc, 4)
-    torch.cuda.current_stream().wait_stream(stream)
     assert_same_bits(actual, expected)
     assert engine().captures == 0
 
 
 def test_two_threads(device: torch.device, without: Any) -> None:
-    dnc = make(device)
-    drawn = [draw(dnc, seed) for seed in range(30)]
-    expected = [without(results, dnc, *given) for given in drawn]
-    actual: list[Any] = [None, None]
-
-    def run(index: int) -> None:
-        actual[index] = [results(dnc, *given) for given in drawn]
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert_same_bits(actual, [expected, expected])
+    check_two_threads(make(device), without)
     assert engine().replays > 0
 
 
