@@ -6,6 +6,7 @@ and of what generates code, dtype, N, W, R, K, the controller, whether gradients
 powers of two; for a sequence also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not
 at all, so that any number of processes may measure at once; what is in a file that cannot be understood is measured
 again. What a bucket lacks, since nobody had asked for it or time was up, is measured when it is asked for next.
+Most of the time goes into compiling kernels, so those of several candidates compile at once, before they are measured.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless something is
 remembered), DNC_TRITON_CACHE names another directory.
@@ -21,7 +22,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState
+from dnc_triton.kernels import ahead
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
@@ -185,10 +188,13 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
     with torch.inference_mode(False), torch.cuda.device(problem.device):
         run = _random_sequence(problem) if measures_sequence(problem) else _random_step(problem)
     times: dict[Candidate, float] = {}
-    for (name, layout), operation in operations.items():
+    at_once = ahead.threads()  # enough to keep them busy, and no more lest measuring begin late
+    for index, ((name, layout), operation) in enumerate(operations.items()):
         # Until one works there is nothing to take, however late it is.
         if min(times.values(), default=math.inf) < math.inf and time.perf_counter() - started > TOTAL_SECONDS:
             break
+        if index % at_once == 0:
+            _compile_ahead(problem, run, list(operations.items())[index : index + at_once])
         try:
             microseconds = _measure(problem, partial(run, operation))
         except torch.AcceleratorError:  # CUDA may be of no more use
@@ -213,6 +219,32 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         times[name, layout],
     )
     return times
+
+
+def _compile_ahead(
+    problem: Problem, run: Callable[[Operation], None], operations: list[tuple[Candidate, Operation]]
+) -> None:
+    """Compile what the candidates launch, several kernels at once, where each would compile when it is launched."""
+    with (
+        _as_measured(problem),
+        torch.autograd.set_multithreading_enabled(False),
+        ahead.compiling_ahead(problem.device),
+    ):
+        for (_, layout), operation in operations:
+            if layout is not None:  # without one there are no kernels of ours
+                with suppress(Exception):  # it comes again when that candidate is measured
+                    run(operation)
+
+
+@contextmanager
+def _as_measured(problem: Problem) -> Iterator[None]:
+    """How a candidate runs, whatever is in force where a call comes from."""
+    with (
+        torch.cuda.device(problem.device),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(problem.needs_gradient),
+    ):
+        yield
 
 
 def _random_step(problem: Problem) -> Callable[[Operation], None]:
@@ -285,12 +317,8 @@ def _draw(problem: Problem, shape: tuple[int, ...]) -> Tensor:
 
 def _measure(problem: Problem, run: Callable[[], None]) -> float:
     """Median time of a run in µs."""
-    with (
-        torch.cuda.device(problem.device),
-        torch.inference_mode(False),
-        torch.set_grad_enabled(problem.needs_gradient),
-        graphs.forgetting(),  # a candidate is measured as it would be used, and leaves no memory behind
-    ):
+    # A candidate is measured as it would be used, in a graph, and leaves no memory behind.
+    with _as_measured(problem), graphs.forgetting():
         for _ in range(WARM_UP):
             run()
         torch.cuda.synchronize()

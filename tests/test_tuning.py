@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from dnc_triton import dispatch, tuning
+from dnc_triton.kernels import ahead
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.problem import Problem
 
@@ -66,6 +67,7 @@ def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(tuning, "_random_sequence", lambda problem: print)
     monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
+    monkeypatch.setattr(ahead, "compiling_ahead", lambda device: nullcontext())
     monkeypatch.setattr(tuning, "_known", {})
     monkeypatch.setattr(dispatch, "_settled", {})
     monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "cache"))
@@ -119,6 +121,29 @@ def test_it_is_measured_on_the_default_stream(clock: Clock, monkeypatch: pytest.
     tuning.fastest(PROBLEM, STEPS)
     assert during == ["the default of cuda:0"] * 3
     assert current == ["the caller's"]
+
+
+@pytest.mark.parametrize(("threads", "order"), [(1, "FfSsr"), (2, "FSfsr"), (8, "FSfsr")])
+def test_what_compiles_does_so_before_what_is_measured(
+    clock: Clock, threads: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many candidates as there are threads; those without kernels of ours have nothing to compile."""
+    events = []
+
+    def compiling(operation: str) -> None:
+        events.append(operation[0].upper())
+        raise RuntimeError("it cannot run, and is measured all the same")
+
+    def measure(problem: Problem, run: partial) -> float:
+        events.append(run.args[0][0])
+        return clock(problem, run)
+
+    monkeypatch.setattr(ahead, "threads", lambda: threads)
+    monkeypatch.setattr(tuning, "_random_sequence", lambda problem: compiling)
+    monkeypatch.setattr(tuning, "_measure", measure)
+    candidates = {("fused", FAST): "fast", ("split", SLOW): "slow", ("reference", REFERENCE): "reference"}
+    assert tuning.fastest(PROBLEM, candidates) == ("fused", FAST)
+    assert "".join(events) == order
 
 
 def test_another_process_reads_what_this_one_measured(clock: Clock) -> None:

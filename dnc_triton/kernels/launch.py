@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dnc_triton.kernels.ahead import launch_kernel
 from dnc_triton.kernels.layout import Layout, kept_shapes
 from dnc_triton.kernels.sizes import Sizes, compute_dtype
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
@@ -114,7 +115,9 @@ def launch_forward(
     num_reads = result.read_words.shape[1]
     options = dict(raw=raw, strength_offset=strength_offset, compute=scratch.dtype)
     for launch in launches(batch, slots, word, num_reads, layout, **options):
-        step_forward_kernel[launch.grid](
+        launch_kernel(
+            step_forward_kernel,
+            launch.grid,
             interface,
             *state,
             *result,
@@ -220,7 +223,9 @@ def launch_backward(
         compute=scratch.dtype,
     )
     for launch in launches(batch, slots, word, num_reads, layout, backward=True, **options):
-        step_backward_kernel[launch.grid](
+        launch_kernel(
+            step_backward_kernel,
+            launch.grid,
             interface,
             *state,
             *result,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dnc_triton.kernels.ahead import launch_kernel
 from dnc_triton.kernels.common import clipped, d_clipped, sigmoid, tanh
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 
@@ -338,7 +339,8 @@ def product(
     size = out.shape[1]
     second = 0 if second_out is None else second_out.shape[1]
     if grid := _grid(size + second, len(x), tiles):
-        product_kernel[grid](
+        launch_kernel(
+            product_kernel, grid,
             x, weight, bias, addend, out, second_out, len(x),
             K=x.shape[1], OUT=size, SECOND_OUT=second, ADD=add, **_constants(weight, len(x), tiles),
         )  # fmt: skip
@@ -368,7 +370,8 @@ def lstm_product_forward(
     """
     batch, size = cell.shape
     if grid := _grid(size, batch, tiles):
-        lstm_product_forward_kernel[grid](
+        launch_kernel(
+            lstm_product_forward_kernel, grid,
             below, hidden, weight, gates, cell, new_hidden, new_cell, unclipped, batch,
             BELOW=below.shape[1], H=size, CLIP=clip, COMPUTE=TRITON_DTYPES[cell.dtype],
             **_constants(weight, batch, tiles),
@@ -400,7 +403,8 @@ def lstm_product_backward(
     """
     batch, size = cell.shape
     if grid := _grid(size, batch, tiles):
-        lstm_product_backward_kernel[grid](
+        launch_kernel(
+            lstm_product_backward_kernel, grid,
             d_vectors, weight, gates, cell, d_hidden, d_out, d_cell, d_gates, batch,
             K=d_vectors.shape[1], H=size, CLIP=clip, MAX_GRADIENT=max_gradient, COMPUTE=TRITON_DTYPES[cell.dtype],
             **_constants(weight, batch, tiles),

@@ -38,6 +38,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import to_dlpack
 
+from dnc_triton.kernels.ahead import is_compiling_ahead
+
 GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY"
 SHARE = 4  # the bound is this part of the device's memory
 SIGNATURES = 1024  # of calls are remembered
@@ -417,6 +419,8 @@ def _serving(tensor: Tensor) -> Graphs | None:
     """The graphs of a tensor's device, if they may be used now."""
     device = tensor.device
     if device.type not in ENGINES or tensor.numel() == 0 or os.environ.get(GRAPHS_VARIABLE) == "0":
+        return None
+    if is_compiling_ahead():  # there are no launches to capture
         return None
     with _lock:
         if device not in _graphs:

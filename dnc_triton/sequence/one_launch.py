@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
+from dnc_triton.kernels.ahead import launch_kernel
 from dnc_triton.kernels.layout import Layout, kept_shapes
 from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.product import Product
@@ -235,7 +236,9 @@ class OneLaunchSequence:
 
         if self.batch == 0:
             return
-        sequence_forward_kernel[(self.batch,)](
+        launch_kernel(
+            sequence_forward_kernel,
+            (self.batch,),
             pre.contiguous(),
             *self.history,
             forward_scratch(self.history.memory[0], self.reads, self._layout),
@@ -252,7 +255,9 @@ class OneLaunchSequence:
         if self.batch == 0:
             return
         gates, _, *others = self.history
-        sequence_backward_kernel[(self.batch,)](
+        launch_kernel(
+            sequence_backward_kernel,
+            (self.batch,),
             gates,
             *others,
             *gradients,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import fuzz
 from helpers import as_leaves, assert_same_bits
 from parity import Case, Problem, assert_parity, draw, outcome, pick_layout, run_kernels
+from test_compiling_ahead import SMALL
 
 # The tests themselves, to be run again here.
 # ruff: noqa: F401
@@ -86,9 +89,11 @@ from test_kernel_sequence import (
 )
 from test_kernel_sequence import test_opcheck as test_opcheck_of_the_sequence
 from torch.utils._pytree import tree_leaves, tree_map
+from triton.runtime.jit import JITFunction
 
 from benchmarks.modes import aside
-from dnc_triton import memory_step
+from dnc_triton import memory_step, tuning
+from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels.layout import Layout
 
 pytestmark = pytest.mark.gpu
@@ -178,6 +183,30 @@ def test_two_streams(layout: str, device: torch.device) -> None:
                 results.append(outcome(run_kernels, problem, layout=chosen))
         torch.cuda.synchronize()
         assert_same_bits(results, expected)
+
+
+@pytest.mark.parametrize("backend", ["triton_sequence", "triton_fused", "triton_split"])
+def test_what_compiles_ahead_is_what_is_launched(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward too, which then stays in this thread."""
+    compiled, compile_it = [], JITFunction._do_compile
+
+    def record(kernel: JITFunction, *arguments: Any) -> Any:
+        compiled.append(threading.current_thread().name)
+        return compile_it(kernel, *arguments)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", record)
+    problem = replace(SMALL, device=device, memory_size=14)
+    run, chosen = tuning._random_sequence(problem), BACKENDS[backend]
+    candidates = [((backend, x), chosen.with_layout(x).unroll) for x in chosen.layouts(problem)]
+    tuning._compile_ahead(problem, run, candidates)
+    assert compiled
+    assert all(name.startswith("dnc_triton compiling") for name in compiled), compiled
+    compiled.clear()
+    for _, unroll in candidates:
+        run(unroll)
+    assert not compiled
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")

@@ -1,0 +1,80 @@
+"""Where every kernel is launched, and how kernels that are about to be launched compile first, several at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_THREADS = 8  # what is gained beyond is little: the longest kernel takes a fifth of the time of all
+
+
+class Compiling:
+    """Kernels that compile in threads. Triton, LLVM and the assembler let other threads go on meanwhile.
+
+    Args:
+        pool: the threads.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+        self.begun: dict[Any, Future[Any]] = {}
+
+    def add(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Begin with what this launch wants to be compiled, unless that has begun."""
+        # Triton compiles for types, a tensor's taken as one that begins at a multiple of 16 bytes. No number that is
+        # not among the options counts: the kernels ask for none to be specialized.
+        given = [argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments]
+        types = tuple(type(x) if isinstance(x, int) else x for x in given)
+        key = kernel, types, tuple(options.items())
+        if key not in self.begun:
+            self.begun[key] = self.pool.submit(kernel.warmup, *given, grid=grid, **options)
+
+
+_compiling: ContextVar[Compiling | None] = ContextVar("dnc_triton_compiling_ahead", default=None)
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """kernel[grid](*arguments, **options), or what `compiling_ahead` makes of it."""
+    compiling = _compiling.get()
+    if compiling is None:
+        kernel[grid](*arguments, **options)
+    else:
+        compiling.add(kernel, grid, arguments, options)
+
+
+def is_compiling_ahead() -> bool:
+    """Whether this thread's launches run nothing."""
+    return _compiling.get() is not None
+
+
+def threads() -> int:
+    """How many kernels compile at once."""
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # on Linux
+    return min(MOST_THREADS, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+@contextmanager
+def compiling_ahead(device: torch.device) -> Iterator[None]:
+    """In the block launches by this thread run nothing: what they would run compiles, and has when the block ends.
+
+    What is computed in the block is worth nothing, since buffers stay as they are. A backward is to be kept in this
+    thread (`torch.autograd.set_multithreading_enabled(False)`). What fails to compile fails again when it is launched.
+
+    Args:
+        device: to compile for.
+    """
+    prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(threads(), "dnc_triton compiling", prepare) as pool:
+        token = _compiling.set(Compiling(pool))
+        try:
+            yield
+        finally:
+            _compiling.reset(token)

@@ -1,0 +1,56 @@
+"""While kernels compile ahead nothing runs, of this thread's launches alone, and nothing of it is left behind.
+
+That what compiles is what will be launched is in tests/test_compiling_ahead.py, where nothing is interpreted.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from replays import _empty, draw, make, results  # noqa: F401
+
+from dnc_triton.kernels import ahead
+from dnc_triton.sequence import graphs
+
+CPU = torch.device("cpu")
+
+
+def add(out: torch.Tensor) -> torch.Tensor:
+    """One kernel, which adds 1 · 2."""
+    from dnc_triton.kernels.products import PRODUCT, pack, product
+
+    product(torch.ones(1, 1), pack(torch.full((1, 1), 2.0), most=PRODUCT.block), out, add=True)
+    return out
+
+
+def test_this_threads_launches_alone_run_nothing() -> None:
+    elsewhere = []
+    with ahead.compiling_ahead(CPU):
+        assert ahead.is_compiling_ahead()
+        assert add(torch.ones(1, 1)) == 1
+        thread = threading.Thread(target=lambda: elsewhere.append(float(add(torch.ones(1, 1)))))
+        thread.start()
+        thread.join()
+    assert elsewhere == [3.0]
+    assert not ahead.is_compiling_ahead()
+    assert add(torch.ones(1, 1)) == 3
+
+
+def test_an_error_in_the_block_ends_it() -> None:
+    with pytest.raises(ZeroDivisionError), ahead.compiling_ahead(CPU):
+        raise ZeroDivisionError
+    assert add(torch.ones(1, 1)) == 3
+
+
+@pytest.mark.parametrize("backend", ["triton_sequence", "triton_fused", "triton_split"])
+def test_no_graph_is_made_of_what_does_not_run(backend: str) -> None:
+    """Were it captured, it would be replayed for calls of the same kind later on."""
+    dnc = make(backend=backend)
+    with ahead.compiling_ahead(CPU):
+        for seed in range(3):  # with a graph from the second one on
+            results(dnc, *draw(dnc, seed))
+    assert not graphs._graphs
+    results(dnc, *draw(dnc, 0, 1))
+    assert graphs._graphs

@@ -1,0 +1,129 @@
+"""Kernels compile ahead, in threads, and are then those that are launched.
+
+There is no GPU here: what is compiled is for one that is said to be there, in a process of its own, where nothing is
+interpreted. That nothing runs is in tests/kernels.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, KernelInterface
+
+from benchmarks.static.compiling import compiling_map
+from dnc_triton import dispatch, tuning
+from dnc_triton.kernels import ahead
+from dnc_triton.problem import Problem
+
+pytestmark = pytest.mark.usefixtures("_compiled_once")
+
+SMALL = Problem(
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    batch=2,
+    steps=6,
+    memory_size=5,
+    word_size=4,
+    num_reads=1,
+    num_writes=1,
+    controller="lstm",
+    needs_gradient=True,
+    hidden_size=6,
+    num_layers=1,
+)
+# Of different sizes, each of which is compiled for.
+PROBLEMS = {
+    "lstm": SMALL,
+    "step": replace(SMALL, controller=None, memory_size=6),
+    "gru": replace(SMALL, controller="gru", memory_size=7),
+    "two layers": replace(SMALL, num_layers=2, memory_size=9),
+    "no products of ours": replace(SMALL, batch=65, hidden_size=7, memory_size=10),
+    "own controller, bfloat16": replace(SMALL, controller="custom", dtype=torch.bfloat16, memory_size=11),
+    "without gradients": replace(SMALL, needs_gradient=False, memory_size=12),
+    "float64": replace(SMALL, dtype=torch.float64, memory_size=13),
+}
+
+
+class Driver:
+    """Of a device that compiles, and does nothing else."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launched_and_compiled(problem: Problem) -> tuple[set[str], set[str], set[str], list[str]]:
+    """Of a problem's candidates: the kernels that they launch; what compiled ahead, and in which threads; what had to
+    compile when it was launched."""
+    compiled: list[tuple[str, str]] = []
+    launched: set[str] = set()
+    compile_it = JITFunction._do_compile
+
+    def record(kernel: JITFunction, *arguments: object, **keywords: object) -> object:
+        compiled.append((kernel.__name__, threading.current_thread().name))
+        return compile_it(kernel, *arguments, **keywords)
+
+    def launch(kernel: JITFunction, grid: tuple[int, ...]) -> object:
+        """As a launch, up to where it would run."""
+        launched.add(kernel.__name__)
+        return lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
+
+    triton.runtime.driver.set_active(Driver())
+    operation = "unroll" if tuning.measures_sequence(problem) else "memory_step"
+    run = tuning._random_sequence(problem) if tuning.measures_sequence(problem) else tuning._random_step(problem)
+    operations = []
+    for name in ("triton_sequence", "triton_fused", "triton_split"):
+        backend = dispatch.BACKENDS[name]
+        with patch.dict("os.environ", {"TRITON_INTERPRET": "1"}):  # for the dispatcher alone: it is a CPU
+            serves, _ = backend.supports(problem)
+        for layout in backend.layouts(problem) if serves else []:
+            operations.append(((name, layout), getattr(backend.with_layout(layout), operation)))
+    with (
+        patch.object(JITFunction, "_do_compile", record),
+        patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # the assembler takes as long as all before it
+        patch.object(torch.cuda, "device", lambda device: nullcontext()),
+        patch.object(ahead, "threads", lambda: 2),
+    ):
+        tuning._compile_ahead(problem, run, operations)
+        before = len(compiled)
+        with patch.object(KernelInterface, "__getitem__", launch), tuning._as_measured(problem):
+            for _, step in operations:
+                run(step)
+    names, threads = zip(*compiled[:before], strict=True)
+    return launched, set(names), set(threads), [name for name, _ in compiled[before:]]
+
+
+def check(names: list[str]) -> None:
+    for name, found in zip(names, compiling_map(launched_and_compiled, map(PROBLEMS.get, names)), strict=True):
+        launched, compiled, threads, late = found
+        assert late == [], name
+        assert launched == compiled, name
+        assert len(threads) == 2, name
+        assert all(thread.startswith("dnc_triton compiling") for thread in threads), name
+        assert "step_forward_kernel" in compiled, name
+
+
+def test_what_compiles_ahead_is_what_is_launched() -> None:
+    """All of it, in threads, for what a tensor or number of a real launch is taken as; and nothing else."""
+    check([*PROBLEMS][:2])
+
+
+@pytest.mark.slow
+def test_with_every_controller_and_dtype() -> None:
+    check([*PROBLEMS][2:])
