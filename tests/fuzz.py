@@ -78,7 +78,9 @@ def draw_batch(seed: int, index: int, rows: int) -> tuple[Batch, Problem]:
         word=choose([1, 2, 3, 4, 5, 17]),
         reads=choose([1, 1, 2, 2, 3, 4]),
         dtype=choose([torch.float64, torch.float32]),
-        layout=Layout(choose([True, False]), choose([16, 16, 32]), choose([16, 32]), 4),
+        layout=Layout(
+            choose([True, False]), choose([16, 16, 32]), choose([16, 32]), 4, backward_rows=choose([0, 0, 32])
+        ),
         raw=choose([True, False]),
         strength=choose(["oneplus", "softplus"]),
         stop_usage_gradient=choose([False, False, True]),

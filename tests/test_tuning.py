@@ -469,7 +469,7 @@ def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pyte
     monkeypatch.setenv("DNC_TRITON_MEASURE", "1")
     fastest = dispatch.choose(PROBLEM)
     assert (default.unroll.keywords["layout"], fastest) == (
-        FAST._replace(whole=True),
+        sequence_layouts(16, 8)[0],
         dispatch.BACKENDS["torch_sequence"],
     )
     named = dispatch.choose(PROBLEM, "triton_fused")

@@ -11,6 +11,7 @@ from dataclasses import astuple
 import triton
 
 from benchmarks.static.cases import cases
+from benchmarks.static.clocks import estimate
 from benchmarks.static.compiling import compiling_map
 from benchmarks.static.measuring import idle_barriers, measure
 from benchmarks.static.record import RECORD, read_record, update_record, worse_than_recorded
@@ -20,6 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit status: 1 if something is wrong, or worse than recorded."""
     options = _parser().parse_args(arguments)
     selected = [case for case in cases(options.complete) if options.select in str(case)]
+    if options.clocks:
+        selected = [case for case in selected if case.target.startswith("sm_")]
+        print("| kernel | clocks, + for each further time through a loop |\n|---|---|")
+        with contextlib.closing(compiling_map(estimate, selected, jobs=options.jobs)) as results:
+            for case, clocks in zip(selected, results, strict=True):
+                print(f"| {case} | {clocks} |", flush=True)
+        return 0
     measurements = []
     print("| kernel | registers | spilled | shared | instructions |\n|---|---|---|---|---|")
     with contextlib.closing(compiling_map(measure, selected, jobs=options.jobs)) as results:
@@ -52,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--complete", action="store_true", help="every target, dtype and layout; takes minutes")
     parser.add_argument("--select", default="", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--clocks", action="store_true", help="estimate how long a lone program takes, and no more")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at once (default: %(default)s)")
     parser.add_argument(
         "--update", action="store_true", help=f"record the numbers in {RECORD.name}, as those of this Triton version"

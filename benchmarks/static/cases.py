@@ -79,6 +79,11 @@ class Case:
         return next(launch for launch in found if launch.phase == PHASES[self.phase].value)
 
     @property
+    def num_warps(self) -> int:
+        """Of a program."""
+        return self.layout.num_warps if self.phase in CONTROLLER else self.launch.num_warps
+
+    @property
     def compute(self) -> torch.dtype:
         """Of the arithmetic."""
         return torch.float64 if self.dtype == "float64" else torch.float32
@@ -173,10 +178,15 @@ def step(
     layout = layout or default_layout(*shape[:2])
     phases = ("whole",) if layout.fused else ("first", "middle", "last")
     return [
-        Case(direction, phase, shape, layout, dtype, target, variant=variant)
+        Case(direction, phase, shape, layout_of(layout, direction), dtype, target, variant=variant)
         for direction in DIRECTIONS
         for phase in phases
     ]
+
+
+def layout_of(layout: Layout, direction: str) -> Layout:
+    """As `direction` has it."""
+    return layout.of_backward if direction == "backward" else layout._replace(backward_rows=0)
 
 
 def sequence(
@@ -190,7 +200,10 @@ def sequence(
 ) -> list[Case]:
     """Both launches of a whole sequence."""
     layout = layout or sequence_layouts(*shape[:2])[0]
-    return [Case(direction, "sequence", shape, layout, dtype, target, hidden_size, variant) for direction in DIRECTIONS]
+    return [
+        Case(direction, "sequence", shape, layout_of(layout, direction), dtype, target, hidden_size, variant)
+        for direction in DIRECTIONS
+    ]
 
 
 def _lstm(target: str) -> list[Case]:

@@ -35,7 +35,7 @@ WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interfac
 
 def compile_case(case: Case) -> tuple[dict[str, Any], int]:
     """The code at each stage of the compilation, and the bytes of shared memory."""
-    kernel, constants, num_warps = _kernel(case)
+    kernel, constants = _kernel(case)
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -55,7 +55,7 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
         target=TARGETS[case.target],
         options=compile_options(
             case.layout,
-            num_warps,
+            case.num_warps,
             backward=case.direction == "backward",
             hip=case.target.startswith("gfx"),
         ),
@@ -63,9 +63,9 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
     return compiled.asm, compiled.metadata.shared
 
 
-def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any], int]:
-    """The kernel, its constants, and the warps of a program."""
-    num_warps, forward = case.layout.num_warps, case.direction == "forward"
+def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
+    """The kernel and its constants."""
+    forward = case.direction == "forward"
     clip, max_gradient = (None, None) if case.variant == "unclipped" else (20.0, 10.0)
     constants: dict[str, Any]
     if case.phase == "sequence":
@@ -74,11 +74,11 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any], int]:
         bounds = dict(clip=clip, max_gradient=None if forward else max_gradient, compute=case.compute)
         controller = Controller.of(case.hidden_size, words, sizes.INTERFACE, case.layout, **bounds)
         absent = {f"{name}_ptr": None for name in ("lengths", "reset") if name not in case.variant}
-        return kernel, dict(absent, sizes=sizes, controller=controller), num_warps
+        return kernel, dict(absent, sizes=sizes, controller=controller)
     if case.phase not in CONTROLLER:
         kernel, launch = step_forward_kernel if forward else step_backward_kernel, case.launch
         constants = {} if case.variant == "marked" else dict(marks_ptr=None, zeros_ptr=None)
-        return kernel, dict(constants, PHASE=launch.phase, sizes=launch.sizes), launch.num_warps
+        return kernel, dict(constants, PHASE=launch.phase, sizes=launch.sizes)
     if case.phase == "lstm":
         kernel = lstm_forward_kernel if forward else lstm_backward_kernel
         constants = dict(H=case.hidden_size, BLOCK=BLOCK)
@@ -87,7 +87,7 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any], int]:
     if case.phase != "product":
         constants |= dict(COMPUTE=TRITON_DTYPES[case.compute], CLIP=clip)
         constants |= {} if forward else dict(MAX_GRADIENT=max_gradient)
-    return kernel, constants, num_warps
+    return kernel, constants
 
 
 def _small_product(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:

@@ -66,13 +66,20 @@ def address(interface, old, new, kept, sizes: tl.constexpr):
     offs_n = tl.arange(0, sizes.BLOCK_N)
     mask_n = offs_n < N
 
+    usage = tl.load(old.usage + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    written = tl.load(old.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    precedence = tl.load(old.precedence + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    offs_w = tl.arange(0, sizes.BLOCK_W)
+    mask_w = offs_w < W
+    write_key = tl.load(interface.write_keys + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
+    write_strength = strength(tl.load(interface.write_strengths).to(COMPUTE), sizes)
+    allocation_gate = gate(tl.load(interface.allocation_gates).to(COMPUTE), sizes)
+    write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
     retention = tl.full([sizes.BLOCK_N], 1.0, COMPUTE)
     for head in range(sizes.R):
         free_gate = gate(tl.load(interface.free_gates + head).to(COMPUTE), sizes)
         weights = tl.load(old.read_weights + head * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
         retention = retention * (1.0 - free_gate * weights)
-    usage = tl.load(old.usage + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-    written = tl.load(old.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
     usage = rounded((usage + (1.0 - usage) * written) * retention, new.usage)
     tl.store(new.usage + offs_n, usage, mask=mask_n)
 
@@ -80,9 +87,6 @@ def address(interface, old, new, kept, sizes: tl.constexpr):
     SLOTS: tl.constexpr = 1023 if COMPUTE == tl.float64 else 2047
     tl.store(kept.free_list + offs_n, (key & SLOTS).to(tl.int32), mask=mask_n)
 
-    offs_w = tl.arange(0, sizes.BLOCK_W)
-    mask_w = offs_w < W
-    write_key = tl.load(interface.write_keys + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
     key_norm = tl.sqrt(tl.sum(write_key * write_key) + NORM_EPSILON)
     for start in range(0, N, sizes.CHUNK):
         rows = start + tl.arange(0, sizes.CHUNK)
@@ -100,15 +104,11 @@ def address(interface, old, new, kept, sizes: tl.constexpr):
     allocation = tl.load(kept.allocation + offs_n, mask=mask_n, other=0.0)
 
     similarities = tl.load(kept.write_similarity + offs_n, mask=mask_n, other=0.0)
-    write_strength = strength(tl.load(interface.write_strengths).to(COMPUTE), sizes)
     content = softmax(similarities * write_strength, mask_n, 0)
-    allocation_gate = gate(tl.load(interface.allocation_gates).to(COMPUTE), sizes)
-    write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
     mixed = allocation_gate * allocation + (1.0 - allocation_gate) * content
     write_weights = rounded(write_gate * mixed, new.write_weights)
     tl.store(new.write_weights + offs_n, write_weights, mask=mask_n)
 
-    precedence = tl.load(old.precedence + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
     precedence = (1.0 - tl.sum(write_weights)) * precedence + write_weights
     tl.store(new.precedence + offs_n, precedence, mask=mask_n)
 
@@ -121,9 +121,9 @@ def by_write_weights(old, new, d_new, scratch, offs_n, mask_n, sizes: tl.constex
     precedence = tl.load(old.precedence + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
     d_new_precedence = tl.load(d_new.precedence + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
     d_weights = tl.load(d_new.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-    d_weights += d_new_precedence - tl.sum(d_new_precedence * precedence)
     d_weights = add_parts(d_weights, scratch.d_write_rows + offs_n, mask_n, N, sizes.COLUMN_BLOCKS + 1)
     d_weights = add_parts(d_weights, scratch.d_write_columns + offs_n, mask_n, N, sizes.ROW_BLOCKS)
+    d_weights += d_new_precedence - tl.sum(d_new_precedence * precedence)
     return tl.where(mask_n, d_weights, 0.0)
 
 
@@ -157,6 +157,14 @@ def lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface,
     offs_n, offs_w = tl.arange(0, sizes.BLOCK_N), tl.arange(0, sizes.BLOCK_W)
     offs_p = part * sizes.PLACES + tl.arange(0, sizes.PLACES)
     mask_n, mask_p = (offs_n < N) & runs, offs_p < W
+    offsets, mask = offs_n[:, None] * W + offs_p[None, :], mask_n[:, None] & mask_p[None, :]
+    memory = tl.load(old.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
+    d_memory = tl.load(d_old.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
+    norm = tl.load(kept.norms + offs_n, mask=mask_n, other=1.0)
+    similarity = tl.load(kept.write_similarity + offs_n, mask=mask_n, other=0.0)
+    whole_key = tl.load(interface.write_keys + offs_w, mask=offs_w < W, other=0.0).to(COMPUTE)
+    key = tl.load(interface.write_keys + offs_p, mask=mask_p, other=0.0).to(COMPUTE)
+    write_strength = strength(tl.load(interface.write_strengths).to(COMPUTE), sizes)
 
     VECTORS: tl.constexpr = 2 * sizes.BLOCK_R if sizes.BLOCK_R > 1 else 4  # R + 2 at least
     vectors = tl.arange(0, VECTORS)
@@ -169,15 +177,7 @@ def lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface,
     )
     tl.store(d_interface.read_keys + place[:, None] + offs_p[None, :], d_vectors, mask=mask_vectors)
 
-    offsets, mask = offs_n[:, None] * W + offs_p[None, :], mask_n[:, None] & mask_p[None, :]
-    memory = tl.load(old.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
-    d_memory = tl.load(d_old.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
-    norm = tl.load(kept.norms + offs_n, mask=mask_n, other=1.0)
-    similarity = tl.load(kept.write_similarity + offs_n, mask=mask_n, other=0.0)
-    whole_key = tl.load(interface.write_keys + offs_w, mask=offs_w < W, other=0.0).to(COMPUTE)
-    key = tl.load(interface.write_keys + offs_p, mask=mask_p, other=0.0).to(COMPUTE)
     key_norm = tl.sqrt(tl.sum(whole_key * whole_key) + NORM_EPSILON)
-    write_strength = strength(tl.load(interface.write_strengths).to(COMPUTE), sizes)
     _, d_scaled = by_scaled_similarity(interface, kept, d_weights, offs_n, mask_n, sizes)
     d_dot = d_scaled * write_strength / (norm * key_norm + SIMILARITY_EPSILON)
     d_norms = -d_dot * similarity
@@ -190,7 +190,6 @@ def lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface,
 @triton.jit
 def address_backward(
     first_head,
-    last_head,
     interface,
     old,
     new,
@@ -201,13 +200,14 @@ def address_backward(
     d_old,
     scratch,
     runs,
+    HEADS: tl.constexpr,
     sizes: tl.constexpr,
 ):
     """The adjoint of `address` but for its lookup in memory, after that of linking, from `by_write_weights`.
 
     Takes in what the tiles left of the gradients of the precedence and of the previous read weights. Of those it writes
-    the heads from `first_head` on, up to `last_head`; and all else if the first is among them. Of an element that has
-    ended (not `runs`) no gradient by the state is written.
+    HEADS heads, from `first_head` on; and all else if the first is among them. Of an element that has ended (not
+    `runs`) no gradient by the state is written.
     """
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
@@ -215,6 +215,25 @@ def address_backward(
     work_ptr = scratch.d_allocation + first_head * N
     offs_n = tl.arange(0, sizes.BLOCK_N)
     mask_n = (offs_n < N) & runs
+    # Loaded before the first barrier, which nothing passes: these wait for each other's memory only here.
+    slots, x, x_before = free_slots(new.usage, kept.free_list, offs_n, mask_n, COMPUTE)
+    has_next = mask_n & (offs_n < N - 1)
+    next_slots = tl.load(kept.free_list + offs_n + 1, mask=has_next, other=0)
+    allocation_next = tl.load(kept.allocation + next_slots, mask=has_next, other=0.0)
+    d_new_usage = tl.load(d_new.usage + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    usage = tl.load(old.usage + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    written = tl.load(old.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    # retention: ψ = ∏_r (1 − f_r w_r)
+    retention = tl.full([sizes.BLOCK_N], 1.0, COMPUTE)
+    # The product of the other heads' factors is multiplied out: one's own may be 0.
+    heads = first_head + tl.arange(0, HEADS)
+    others = tl.full([HEADS, sizes.BLOCK_N], 1.0, COMPUTE)
+    for head in range(R):
+        free_gate = gate(tl.load(interface.free_gates + head).to(COMPUTE), sizes)
+        weights = tl.load(old.read_weights + head * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+        factor = 1.0 - free_gate * weights
+        retention = retention * factor
+        others = others * tl.where((heads == head)[:, None], 1.0, factor[None, :])
     allocation_gate = gate(tl.load(interface.allocation_gates).to(COMPUTE), sizes)
     write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
     d_mixed = d_weights * write_gate
@@ -222,30 +241,25 @@ def address_backward(
     tl.debug_barrier()  # read below along the free list
 
     # allocation, along the free list: dx_j = −d_j P_j + (Σ_{i>j} d_i a_i) / x_j
-    slots, x, x_before = free_slots(new.usage, kept.free_list, offs_n, mask_n, COMPUTE)
     product = tl.cumprod(x_before, 0)
     d_allocation = tl.load(work_ptr + slots, mask=mask_n, other=0.0)
     # The sum over the later slots: each term from the place before it, so that no sum has to be taken apart again.
-    has_next = mask_n & (offs_n < N - 1)
-    next_slots = tl.load(kept.free_list + offs_n + 1, mask=has_next, other=0)
     d_next = tl.load(work_ptr + next_slots, mask=has_next, other=0.0)
-    allocation_next = tl.load(kept.allocation + next_slots, mask=has_next, other=0.0)
     later = tl.cumsum(d_next * allocation_next, 0, reverse=True)
     d_x = later / x - d_allocation * product
     tl.debug_barrier()  # all have read the scratch that is written again
     tl.store(work_ptr + slots, d_x * (1.0 - USAGE_EPSILON), mask=mask_n)
     tl.debug_barrier()
-    d_usage = tl.load(work_ptr + offs_n, mask=mask_n, other=0.0)
-    d_usage += tl.load(d_new.usage + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    d_usage = tl.load(work_ptr + offs_n, mask=mask_n, other=0.0) + d_new_usage
 
-    # usage: u' = (u + (1 − u) w) ψ, and retention: ψ = ∏_r (1 − f_r w_r)
-    usage = tl.load(old.usage + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-    written = tl.load(old.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-    retention = tl.full([sizes.BLOCK_N], 1.0, COMPUTE)
-    for head in range(R):
-        free_gate = gate(tl.load(interface.free_gates + head).to(COMPUTE), sizes)
-        weights = tl.load(old.read_weights + head * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-        retention = retention * (1.0 - free_gate * weights)
+    mask_heads = heads < R
+    at_heads, mask = heads[:, None] * N + offs_n[None, :], mask_heads[:, None] & mask_n[None, :]
+    free_gates = gate(tl.load(interface.free_gates + heads, mask=mask_heads, other=0.0).to(COMPUTE), sizes)
+    weights = tl.load(old.read_weights + at_heads, mask=mask, other=0.0).to(COMPUTE)
+    d_read = tl.full([HEADS, sizes.BLOCK_N], 0.0, COMPUTE)
+    d_read = add_parts(d_read, scratch.d_read_rows + at_heads, mask, R * N, sizes.COLUMN_BLOCKS)
+    d_read = add_parts(d_read, scratch.d_read_columns + at_heads, mask, R * N, sizes.ROW_BLOCKS)
+    # usage: u' = (u + (1 − u) w) ψ
     d_kept = d_usage * retention
     if first_head == 0:
         tl.store(d_old.usage + offs_n, d_kept * (1.0 - written), mask=mask_n)
@@ -273,18 +287,7 @@ def address_backward(
         d_precedence = add_parts(d_precedence, scratch.d_precedence + offs_n, mask_n, N, sizes.ROW_BLOCKS)
         tl.store(d_old.precedence + offs_n, d_precedence, mask=mask_n)
     d_retention = d_usage * (usage + (1.0 - usage) * written)
-    for head in range(first_head, last_head):
-        # The product of the other heads' factors is multiplied out: one's own may be 0.
-        others = tl.full([sizes.BLOCK_N], 1.0, COMPUTE)
-        for other in range(R):
-            free_gate = gate(tl.load(interface.free_gates + other).to(COMPUTE), sizes)
-            weights = tl.load(old.read_weights + other * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-            others = others * tl.where(other == head, 1.0, 1.0 - free_gate * weights)
-        d_factor = d_retention * others
-        free_gate = gate(tl.load(interface.free_gates + head).to(COMPUTE), sizes)
-        weights = tl.load(old.read_weights + head * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-        tl.store(d_interface.free_gates + head, d_gate(-tl.sum(d_factor * weights), free_gate, sizes))
-        at_head = head * N + offs_n
-        d_read = add_parts(-d_factor * free_gate, scratch.d_read_rows + at_head, mask_n, R * N, sizes.COLUMN_BLOCKS)
-        d_read = add_parts(d_read, scratch.d_read_columns + at_head, mask_n, R * N, sizes.ROW_BLOCKS)
-        tl.store(d_old.read_weights + at_head, d_read, mask=mask_n)
+    d_factors = d_retention[None, :] * others
+    d_free_gates = d_gate(-tl.sum(d_factors * weights, 1), free_gates, sizes)
+    tl.store(d_interface.free_gates + heads, d_free_gates, mask=mask_heads)
+    tl.store(d_old.read_weights + at_heads, d_read - d_factors * free_gates[:, None], mask=mask)

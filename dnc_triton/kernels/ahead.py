@@ -41,7 +41,7 @@ class Compiling:
 _compiling: ContextVar[Compiling | None] = ContextVar("dnc_triton_compiling_ahead", default=None)
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options), or what `compiling_ahead` makes of it."""
     compiling = _compiling.get()
     if compiling is None:

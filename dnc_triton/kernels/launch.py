@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.ahead import launch_kernel
+from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.layout import Layout, kept_shapes
 from dnc_triton.kernels.sizes import Sizes, compute_dtype
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
@@ -115,7 +115,7 @@ def launch_forward(
     num_reads = result.read_words.shape[1]
     options = dict(raw=raw, strength_offset=strength_offset, compute=scratch.dtype)
     for launch in launches(batch, slots, word, num_reads, layout, **options):
-        launch_kernel(
+        launch_or_compile(
             step_forward_kernel,
             launch.grid,
             interface,
@@ -178,6 +178,7 @@ def step_backward(
 def backward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
     """Work space of `launch_backward`."""
     batch, slots, word = memory.shape
+    layout = layout.of_backward
     sizes = Sizes.of(slots, word, num_reads, layout, layout.num_warps)
     return memory.new_empty((batch, sizes.BACKWARD_SCRATCH), dtype=compute_dtype(memory))
 
@@ -215,7 +216,7 @@ def launch_backward(
     """
     assert not (behind and layout.fused)
     batch, slots, word = state[0].shape
-    num_reads = gradients[0].shape[1]
+    num_reads, layout = gradients[0].shape[1], layout.of_backward
     options = dict(
         raw=raw,
         strength_offset=strength_offset,
@@ -223,7 +224,7 @@ def launch_backward(
         compute=scratch.dtype,
     )
     for launch in launches(batch, slots, word, num_reads, layout, backward=True, **options):
-        launch_kernel(
+        launch_or_compile(
             step_backward_kernel,
             launch.grid,
             interface,
@@ -238,7 +239,7 @@ def launch_backward(
             row * state[0].element_size() // 16,
             PHASE=launch.phase,
             sizes=launch.sizes,
-            **compile_options(layout, launch.num_warps),
+            **compile_options(layout, launch.num_warps, backward=True),
         )
 
 
@@ -293,9 +294,11 @@ def compile_options(
     """What Triton is told of how to compile a kernel.
 
     A whole sequence may have every register: NVIDIA's assembler would rather spill than give up room for a second
-    program beside this one, which there seldom is. Not its backward with 8 warps, where being told so makes it spill.
+    program beside this one, which there seldom is. So may the backward of a step with a large tile, beside which there
+    is room for one more. Not a backward with 8 warps, where being told so makes it spill.
     """
     options = {"num_warps": num_warps}
-    if layout.whole and not hip and not (backward and num_warps == 8):
+    large = backward and layout.fused and layout.rows >= 64
+    if (layout.whole or large) and not hip and not (backward and num_warps == 8):
         options["maxnreg"] = 255
     return options

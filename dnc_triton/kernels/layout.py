@@ -15,6 +15,7 @@ class Layout(NamedTuple):
         rows, columns: of a tile of the link; powers of two.
         num_warps: per program; of three launches of the middle one.
         whole: all steps of a sequence in one launch, the controller's too; else a step at a time. Only if fused.
+        backward_rows: of the backward's tiles, where they are not as many; else 0.
     """
 
     fused: bool
@@ -22,6 +23,12 @@ class Layout(NamedTuple):
     columns: int
     num_warps: int
     whole: bool = False
+    backward_rows: int = 0
+
+    @property
+    def of_backward(self) -> Layout:
+        """How the backward is cut up, as if that were all there is."""
+        return self._replace(rows=self.backward_rows or self.rows, backward_rows=0)
 
     @property
     def link_every(self) -> int:
@@ -33,24 +40,27 @@ class Layout(NamedTuple):
 
     def describe(self) -> str:
         """Of layouts of one kind, which."""
-        return f"{self.rows}×{self.columns}, {self.num_warps} warp{'s' if self.num_warps > 1 else ''}"
+        tiles = " and ".join(f"{rows}×{self.columns}" for rows in (self.rows, self.backward_rows) if rows)
+        return f"{tiles}, {self.num_warps} warp{'s' if self.num_warps > 1 else ''}"
 
 
 def layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a memory of N slots of W numbers, the default one first.
 
     The order and the choice are from times on an H200, at B = 16 and 64: one warp with 32 numbers of a tile in each
-    thread's registers, which needs no shared memory, was the fastest in three launches; one launch was faster than
-    those at N = 16 and slower at N = 128.
+    thread's registers, which needs no shared memory, was the fastest in three launches, forward as fast with 64, which
+    leaves half as many parts to be added up in the last of them; one launch was faster than those at N = 16 and slower
+    at N = 128.
     """
     block = _block(memory_size)
     split = Layout(False, 8, min(block, 128), 1)
+    taller = split._replace(rows=16, backward_rows=8)
     if memory_size > 256:  # of many rows, lest there be too many parts to add up
-        return [split, Layout(False, 32, 64, 2)]
+        return [taller, split, Layout(False, 32, 64, 2)]
     if memory_size > 128:
-        return [split, Layout(False, 8, 64, 1)]  # half as much in each program, of which more fit; not timed yet
+        return [taller, split]
     if memory_size > 64:
-        return [split, Layout(True, 16, block, 8)]
+        return [taller, split, Layout(True, 16, block, 8)]
     warps = (4, 1) if memory_size <= 16 else (4, 8)
     return [*(Layout(True, block, block, num_warps) for num_warps in warps), split]
 

@@ -60,7 +60,6 @@ def link_tile(tile, old, new, scratch, runs, sizes: tl.constexpr):
     precedence = tl.load(old.precedence + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
     new_link = linked(link, rows, columns, write_rows, write_columns, precedence)
     link = rounded(tl.where(runs, new_link, link), new.link)
-    tl.store(new.link + at_link, link, mask=mask)
     for head in range(0, R, sizes.HEADS):
         heads = head + tl.arange(0, sizes.HEADS)[:, None]
         at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
@@ -70,6 +69,7 @@ def link_tile(tile, old, new, scratch, runs, sizes: tl.constexpr):
         forward, backward = tl.sum(link * read_columns[:, None, :], 2), tl.sum(link * read_rows[:, :, None], 1)
         tl.store(scratch.forward + column_block * R * N + at_rows, forward, mask=mask_at_rows)
         tl.store(scratch.backward + row_block * R * N + at_columns, backward, mask=mask_at_columns)
+    tl.store(new.link + at_link, link, mask=mask)
 
 
 @triton.jit
@@ -92,7 +92,6 @@ def write(block, interface, old, new, kept, runs, sizes: tl.constexpr):
     word = tl.load(interface.write_vectors + by_place, mask=mask_places, other=0.0).to(COMPUTE)
     written = memory * (1.0 - weights * erase[:, None, :]) + weights * word[:, None, :]
     memory = rounded(tl.where(runs, written, memory), new.memory)
-    tl.store(new.memory + offsets, memory, mask=mask)
 
     norm = tl.sqrt(tl.sum(memory * memory, 2) + NORM_EPSILON)
     for head in range(0, R, sizes.HEADS):
@@ -102,6 +101,7 @@ def write(block, interface, old, new, kept, runs, sizes: tl.constexpr):
         norms = norm * tl.sqrt(tl.sum(keys * keys, 1, keep_dims=True) + NORM_EPSILON)
         similarity = tl.sum(memory * keys[:, None, :], 2) / (norms + SIMILARITY_EPSILON)
         tl.store(kept.read_similarity + heads * N + by_slot, similarity, mask=(heads < R) & mask_slots)
+    tl.store(new.memory + offsets, memory, mask=mask)
 
 
 @triton.jit
@@ -114,6 +114,7 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
     COMPUTE: tl.constexpr = sizes.COMPUTE
+    UNROLLED: tl.constexpr = 4 if AGAIN else 1  # times HEADS heads; with all phases there are no registers for more
     row_block, column_block = tile // sizes.COLUMN_BLOCKS, tile % sizes.COLUMN_BLOCKS
     by_row = row_block * sizes.ROWS + tl.arange(0, sizes.ROWS)[None, :]
     by_column = column_block * sizes.COLUMNS + tl.arange(0, sizes.COLUMNS)[None, :]
@@ -128,7 +129,7 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
     write_columns = tl.load(new.write_weights + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
     precedence = tl.load(old.precedence + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
     # S, the gradient of L' after adding what its two readers give back, 0 on the diagonal
-    for head in range(0, R, sizes.HEADS):
+    for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=UNROLLED):
         heads = head + tl.arange(0, sizes.HEADS)[:, None]
         at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
         at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
@@ -147,7 +148,7 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
     tl.store(scratch.d_precedence + at_partial, tl.sum(d_link * write_rows, 1), mask=mask_columns)
 
     link = linked(link, rows, columns, write_rows, write_columns, precedence)
-    for head in range(0, R, sizes.HEADS):
+    for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=UNROLLED):
         heads = head + tl.arange(0, sizes.HEADS)[:, None]
         at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
         at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
@@ -181,6 +182,10 @@ def write_backward(
     # what reading gives back to the new memory: the words read, and the content lookup
     new_memory = tl.load(new.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
     d_new_memory = tl.load(d_new.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
+    memory = tl.load(old.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
+    weights = tl.load(new.write_weights + by_slot, mask=mask_slots, other=0.0).to(COMPUTE)[:, :, None]
+    erase = gate(tl.load(interface.erase_vectors + by_place, mask=mask_places, other=0.0).to(COMPUTE), sizes)
+    word = tl.load(interface.write_vectors + by_place, mask=mask_places, other=0.0).to(COMPUTE)
     norm = tl.sqrt(tl.sum(new_memory * new_memory, 2) + NORM_EPSILON)
     for head in range(0, R, sizes.HEADS):
         heads = head + tl.arange(0, sizes.HEADS)[:, None]
@@ -204,10 +209,6 @@ def write_backward(
         tl.store(partial_ptr + heads * W, d_keys, mask=mask_words)
 
     # the write: M' = M (1 − w eᵀ) + w vᵀ
-    weights = tl.load(new.write_weights + by_slot, mask=mask_slots, other=0.0).to(COMPUTE)[:, :, None]
-    erase = gate(tl.load(interface.erase_vectors + by_place, mask=mask_places, other=0.0).to(COMPUTE), sizes)
-    word = tl.load(interface.write_vectors + by_place, mask=mask_places, other=0.0).to(COMPUTE)
-    memory = tl.load(old.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
     tl.store(d_old.memory + offsets, d_new_memory * (1.0 - weights * erase[:, None, :]), mask=mask)
     d_write = tl.sum(d_new_memory * (word[:, None, :] - memory * erase[:, None, :]), 2)
     tl.store(scratch.d_write_rows + sizes.COLUMN_BLOCKS * N + by_slot, d_write, mask=mask_slots)

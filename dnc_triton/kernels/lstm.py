@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.ahead import launch_kernel
+from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.common import clipped, d_clipped, sigmoid, tanh
 from dnc_triton.kernels.sizes import TRITON_DTYPES, compute_dtype
 
@@ -117,4 +117,4 @@ def _launch(
     size, constants = cell.numel(), dict(H=cell.shape[1], BLOCK=BLOCK, CLIP=clip, **more)
     if size:
         grid, compute = (triton.cdiv(size, BLOCK),), TRITON_DTYPES[compute_dtype(cell)]
-        launch_kernel(kernel, grid, *tensors, size, **constants, COMPUTE=compute)
+        launch_or_compile(kernel, grid, *tensors, size, **constants, COMPUTE=compute)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.ahead import launch_kernel
+from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.common import clipped, d_clipped, sigmoid, tanh
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 
@@ -339,7 +339,7 @@ def product(
     size = out.shape[1]
     second = 0 if second_out is None else second_out.shape[1]
     if grid := _grid(size + second, len(x), tiles):
-        launch_kernel(
+        launch_or_compile(
             product_kernel, grid,
             x, weight, bias, addend, out, second_out, len(x),
             K=x.shape[1], OUT=size, SECOND_OUT=second, ADD=add, **_constants(weight, len(x), tiles),
@@ -370,7 +370,7 @@ def lstm_product_forward(
     """
     batch, size = cell.shape
     if grid := _grid(size, batch, tiles):
-        launch_kernel(
+        launch_or_compile(
             lstm_product_forward_kernel, grid,
             below, hidden, weight, gates, cell, new_hidden, new_cell, unclipped, batch,
             BELOW=below.shape[1], H=size, CLIP=clip, COMPUTE=TRITON_DTYPES[cell.dtype],
@@ -403,7 +403,7 @@ def lstm_product_backward(
     """
     batch, size = cell.shape
     if grid := _grid(size, batch, tiles):
-        launch_kernel(
+        launch_or_compile(
             lstm_product_backward_kernel, grid,
             d_vectors, weight, gates, cell, d_hidden, d_out, d_cell, d_gates, batch,
             K=d_vectors.shape[1], H=size, CLIP=clip, MAX_GRADIENT=max_gradient, COMPUTE=TRITON_DTYPES[cell.dtype],

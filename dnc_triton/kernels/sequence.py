@@ -30,7 +30,9 @@ class Controller(NamedTuple):
         H: hidden size.
         F: features, hidden vector and words read.
         S: numbers of an interface vector.
-        BLOCK_IN, BLOCK_OUT: the part of a weight that a program multiplies at a time.
+        UNITS: of the hidden vector, as many as are computed at a time.
+        BLOCK_S, BLOCK_F: likewise numbers of the interface vector and features.
+        TILE: of a weight, as many numbers as are multiplied at a time.
         CLIP, MAX_GRADIENT: bounds, or None; the second one for a backward.
         COMPUTE: the type of the arithmetic.
     """
@@ -38,8 +40,10 @@ class Controller(NamedTuple):
     H: int
     F: int
     S: int
-    BLOCK_IN: int
-    BLOCK_OUT: int
+    UNITS: int
+    BLOCK_S: int
+    BLOCK_F: int
+    TILE: int
     CLIP: float | None
     MAX_GRADIENT: float | None
     COMPUTE: tl.dtype
@@ -56,10 +60,23 @@ class Controller(NamedTuple):
         max_gradient: float | None = None,
         compute: torch.dtype = torch.float32,
     ) -> "Controller":
-        """Of weights 32 numbers are in a thread's registers."""
-        blocks = 16 * layout.num_warps, 64
-        features = hidden_size + words
-        return cls(hidden_size, features, interface, *blocks, clip, max_gradient, TRITON_DTYPES[compute])
+        """Of a weight each thread multiplies 16 numbers at a time."""
+        units, block_s, block_f = (
+            max(16, min(most, triton.next_power_of_2(size)))
+            for size, most in ((hidden_size, 64), (interface, 256), (hidden_size + words, 256))
+        )
+        return cls(
+            H=hidden_size,
+            F=hidden_size + words,
+            S=interface,
+            UNITS=units,
+            BLOCK_S=block_s,
+            BLOCK_F=block_f,
+            TILE=16 * 32 * layout.num_warps,
+            CLIP=clip,
+            MAX_GRADIENT=max_gradient,
+            COMPUTE=TRITON_DTYPES[compute],
+        )
 
 
 @triton.jit
@@ -72,15 +89,17 @@ def product(
     STRIDE: tl.constexpr,
     controller: tl.constexpr,
 ):
-    """Some numbers [BLOCK_OUT] of vector [IN] @ weight [IN, OUT], whose rows are STRIDE apart.
+    """The numbers `offs_out` of vector [IN] @ weight [IN, OUT], whose rows are STRIDE apart.
 
     A thread adds up numbers of its own columns, so that little is left to add up across threads. As with autocast,
     where the weight is narrower than the vector, the vector and the result are rounded to its dtype.
     """
-    BLOCK_IN: tl.constexpr = controller.BLOCK_IN
+    BLOCK_OUT: tl.constexpr = offs_out.shape[0]
+    BLOCK_IN: tl.constexpr = controller.TILE // BLOCK_OUT
     COMPUTE: tl.constexpr = controller.COMPUTE
-    total = tl.full([BLOCK_IN, controller.BLOCK_OUT], 0.0, COMPUTE)
-    for start in range(0, IN, BLOCK_IN):
+    total = tl.full([BLOCK_IN, BLOCK_OUT], 0.0, COMPUTE)
+    # Unrolled, lest each part is waited for before the next one is asked for.
+    for start in tl.range(0, IN, BLOCK_IN, loop_unroll_factor=2):
         offs_in = start + tl.arange(0, BLOCK_IN)
         vector = rounded(tl.load(vector_ptr + offs_in, mask=offs_in < IN, other=0.0).to(COMPUTE), weight_ptr)
         mask = (offs_in < IN)[:, None] & (offs_out < OUT)[None, :]
@@ -108,38 +127,42 @@ def control(
     i, f, g, o = pre + W [h, r];  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
 
     Pre, from the inputs, and what is left in `gates`, σ(i), σ(f), tanh(g), σ(o), are [4, H]. The weights are turned
-    over: [F, 4H], and [H, S] with rows that begin at multiples of four numbers.
+    over: [F, H, 4], a unit's gates side by side, where one thread adds them up; and [H, S] with rows that begin at
+    multiples of four numbers.
     """
     H: tl.constexpr = controller.H
     F: tl.constexpr = controller.F
     S: tl.constexpr = controller.S
-    BLOCK_OUT: tl.constexpr = controller.BLOCK_OUT
+    UNITS: tl.constexpr = controller.UNITS
     CLIP: tl.constexpr = controller.CLIP
     COMPUTE: tl.constexpr = controller.COMPUTE
     PADDED_S: tl.constexpr = (S + 3) // 4 * 4
-    for start in range(0, H, BLOCK_OUT):
-        units = start + tl.arange(0, BLOCK_OUT)
+    for start in range(0, H, UNITS):
+        units = start + tl.arange(0, UNITS)
         mask = units < H
-        i = product(features_ptr, recurrent_t_ptr, units, F, H, 4 * H, controller)
-        f = product(features_ptr, recurrent_t_ptr + H, units, F, H, 4 * H, controller)
-        g = product(features_ptr, recurrent_t_ptr + 2 * H, units, F, H, 4 * H, controller)
-        o = product(features_ptr, recurrent_t_ptr + 3 * H, units, F, H, 4 * H, controller)
-        i = sigmoid(i + tl.load(pre_ptr + units, mask=mask, other=0.0).to(COMPUTE))
-        f = sigmoid(f + tl.load(pre_ptr + H + units, mask=mask, other=0.0).to(COMPUTE))
-        g = tanh(g + tl.load(pre_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE))
-        o = sigmoid(o + tl.load(pre_ptr + 3 * H + units, mask=mask, other=0.0).to(COMPUTE))
+        # What does not wait for the product is loaded before it: behind its barriers it would be waited for again.
+        pre_i = tl.load(pre_ptr + units, mask=mask, other=0.0).to(COMPUTE)
+        pre_f = tl.load(pre_ptr + H + units, mask=mask, other=0.0).to(COMPUTE)
+        pre_g = tl.load(pre_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE)
+        pre_o = tl.load(pre_ptr + 3 * H + units, mask=mask, other=0.0).to(COMPUTE)
+        cell = tl.load(cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
+        gates = product(features_ptr, recurrent_t_ptr, 4 * start + tl.arange(0, 4 * UNITS), F, 4 * H, 4 * H, controller)
+        i_g, f_o = tl.split(tl.reshape(gates, [UNITS, 2, 2]))
+        i, g = tl.split(i_g)
+        f, o = tl.split(f_o)
+        i, f, g, o = sigmoid(i + pre_i), sigmoid(f + pre_f), tanh(g + pre_g), sigmoid(o + pre_o)
         tl.store(gates_ptr + units, i, mask=mask)
         tl.store(gates_ptr + H + units, f, mask=mask)
         tl.store(gates_ptr + 2 * H + units, g, mask=mask)
         tl.store(gates_ptr + 3 * H + units, o, mask=mask)
-        cell = f * tl.load(cell_ptr + units, mask=mask, other=0.0).to(COMPUTE) + i * g
+        cell = f * cell + i * g
         tl.store(new_cell_ptr + units, clipped(cell, CLIP, COMPUTE), mask=mask)
         tl.store(new_features_ptr + units, clipped(o * tanh(cell), CLIP, COMPUTE), mask=mask)
     tl.debug_barrier()  # every row of the interface vector takes all of the hidden vector
-    for start in range(0, S, BLOCK_OUT):
-        places = start + tl.arange(0, BLOCK_OUT)
+    for start in range(0, S, controller.BLOCK_S):
+        places = start + tl.arange(0, controller.BLOCK_S)
         bias = tl.load(interface_bias_ptr + places, mask=places < S, other=0.0).to(COMPUTE)
-        asked = product(new_features_ptr, interface_weight_t_ptr, places, H, S, PADDED_S, controller)
+        asked = product(new_features_ptr, interface_weight_t_ptr, places, H, PADDED_S, PADDED_S, controller)
         tl.store(interface_ptr + places, asked + bias, mask=places < S)
 
 
@@ -169,20 +192,19 @@ def control_backward(
     H: tl.constexpr = controller.H
     F: tl.constexpr = controller.F
     S: tl.constexpr = controller.S
-    BLOCK_OUT: tl.constexpr = controller.BLOCK_OUT
     CLIP: tl.constexpr = controller.CLIP
     COMPUTE: tl.constexpr = controller.COMPUTE
-    for start in range(0, H, BLOCK_OUT):
-        units = start + tl.arange(0, BLOCK_OUT)
+    for start in range(0, H, controller.UNITS):
+        units = start + tl.arange(0, controller.UNITS)
         mask = units < H
-        d_hidden = product(d_interface_ptr, interface_weight_ptr, units, S, H, H, controller)
-        d_hidden += tl.load(d_new_features_ptr + units, mask=mask, other=0.0).to(COMPUTE)
+        d_hidden = tl.load(d_new_features_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         d_cell = tl.load(d_new_cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         i = tl.load(gates_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         f = tl.load(gates_ptr + H + units, mask=mask, other=0.0).to(COMPUTE)
         g = tl.load(gates_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE)
         o = tl.load(gates_ptr + 3 * H + units, mask=mask, other=0.0).to(COMPUTE)
         prev_cell = tl.load(cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
+        d_hidden += product(d_interface_ptr, interface_weight_ptr, units, S, H, H, controller)
         cell = f * prev_cell + i * g
         tanh_cell = tanh(cell)
         d_hidden = clipped(d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE), controller.MAX_GRADIENT, COMPUTE)
@@ -193,8 +215,8 @@ def control_backward(
         tl.store(d_gates_ptr + 2 * H + units, d_cell * i * (1.0 - g * g), mask=mask)
         tl.store(d_gates_ptr + 3 * H + units, d_hidden * tanh_cell * o * (1.0 - o), mask=mask)
     tl.debug_barrier()  # every feature went to all of the gates
-    for start in range(0, F, BLOCK_OUT):
-        places = start + tl.arange(0, BLOCK_OUT)
+    for start in range(0, F, controller.BLOCK_F):
+        places = start + tl.arange(0, controller.BLOCK_F)
         mask = places < F
         d_features = tl.load(d_sent_back_ptr + places, mask=mask & has_sender, other=0.0).to(COMPUTE)
         d_recurrent = product(d_gates_ptr, recurrent_ptr, places, 4 * H, F, F, controller)

@@ -101,17 +101,27 @@ def memory_step_backward(
             for part in range(sizes.PARTS):
                 lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface, d_old, runs, sizes)
             address_backward(
-                0, sizes.R, interface, old, new, kept, d_weights, d_new, d_interface, d_old, scratch, runs, sizes
+                0,
+                interface,
+                old,
+                new,
+                kept,
+                d_weights,
+                d_new,
+                d_interface,
+                d_old,
+                scratch,
+                runs,
+                sizes.BLOCK_R,
+                sizes,
             )
         else:
             part = tl.program_id(1)
             if part < sizes.PARTS:
                 lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface, d_old, runs, sizes)
             else:
-                head = part - sizes.PARTS
                 address_backward(
-                    head,
-                    head + 1,
+                    part - sizes.PARTS,
                     interface,
                     old,
                     new,
@@ -122,6 +132,7 @@ def memory_step_backward(
                     d_old,
                     scratch,
                     runs,
+                    1,
                     sizes,
                 )
 

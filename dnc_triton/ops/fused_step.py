@@ -230,8 +230,8 @@ def _run(
 
 def as_layout(values: list[int]) -> Layout:
     """From how an operator takes it."""
-    fused, rows, columns, num_warps, whole = values
-    return Layout(bool(fused), rows, columns, num_warps, bool(whole))
+    fused, rows, columns, num_warps, whole, backward_rows = values
+    return Layout(bool(fused), rows, columns, num_warps, bool(whole), backward_rows)
 
 
 def is_eager(tensors: list[Tensor]) -> bool:

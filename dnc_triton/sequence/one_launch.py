@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
-from dnc_triton.kernels.ahead import launch_kernel
+from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.layout import Layout, kept_shapes
 from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.product import Product
@@ -236,13 +236,13 @@ class OneLaunchSequence:
 
         if self.batch == 0:
             return
-        launch_kernel(
+        launch_or_compile(
             sequence_forward_kernel,
             (self.batch,),
             pre.contiguous(),
             *self.history,
             forward_scratch(self.history.memory[0], self.reads, self._layout),
-            self.recurrent.weight.T.contiguous(),
+            self.recurrent.weight.unflatten(0, (4, -1)).permute(2, 1, 0).contiguous(),
             F.pad(self.interface.weight, (0, 0, 0, -len(self.interface_bias) % 4)).T.contiguous(),
             self.interface_bias,
             **self._arguments(backward=False),
@@ -255,7 +255,7 @@ class OneLaunchSequence:
         if self.batch == 0:
             return
         gates, _, *others = self.history
-        launch_kernel(
+        launch_or_compile(
             sequence_backward_kernel,
             (self.batch,),
             gates,

@@ -192,6 +192,10 @@ class Language:
     static_range = range
 
     @staticmethod
+    def range(*bounds: int, loop_unroll_factor: int) -> range:
+        return range(*bounds)
+
+    @staticmethod
     def sum(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
         axes = range(1, x.data.dim()) if axis is None else [axis + 1]
         return Value(x.data.sum(tuple(axes), keepdim=keep_dims))

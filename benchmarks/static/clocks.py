@@ -1,0 +1,158 @@
+"""How many clocks a lone program takes, by its machine code: to rank designs by where there is no GPU.
+
+In NVIDIA's machine code, from Volta on, every instruction says for how long the next one has to wait, on which of six
+scoreboards it waits itself, and which one tells when its result is there. So a program that mostly waits for its own
+results, as those of a step with few slots do, can be timed by going through it in order. All of its warps are taken to
+do the same side by side.
+
+What is not in it: caches (each load from global memory takes as long as one from the L2 cache), other programs,
+fetching instructions. It knows no branch that depends on numbers either: none but those back to the start of a loop,
+which is gone through once, and what each further time would take is given beside the sum.
+
+Of an H200's kernels (Triton 3.6.0) that took 4.9 to 12.5 µs a step at N = 16, their launch taken off, it makes 0.9 to
+1.4 times the measured clocks: more where there are several warps and many loads, less where there is one warp.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+from benchmarks.static.cases import Case
+from benchmarks.static.compiling import compile_case
+
+# Clocks until a result is there, by operation, and of all others that set a scoreboard.
+LATENCY = {"LDG": 270, "LDS": 30, "LDSM": 33, "SHFL": 25, "MUFU": 22, "STS": 20, "STG": 20}
+OTHER, BARRIER, OPERANDS = 24, 30, 10  # and until all threads are through a barrier; until what was given has been read
+# Those that share the way to memory: an instruction of a warp after the other, a clock for each 128 bytes.
+MEMORY = ("LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL")
+SCHEDULERS = 4  # of a multiprocessor, each of which issues one instruction of one of its warps per clock
+NONE = 7  # stands for no scoreboard
+
+
+class Instruction(NamedTuple):
+    """One of the machine code's.
+
+    Attributes:
+        text: as the disassembler has it, with its predicate.
+        stall: clocks until the next one.
+        sets, frees: the scoreboard that waits for its result, and for its operands to be read; or `NONE`.
+        waits: those that it waits for.
+    """
+
+    text: str
+    stall: int
+    sets: int
+    frees: int
+    waits: list[int]
+
+    @property
+    def operation(self) -> str:
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
+
+
+class Clocks(NamedTuple):
+    """What a program takes.
+
+    Attributes:
+        once: clocks if every loop is gone through once.
+        loops: by where in the code each of them ends, what each further time takes; the longest, of a sequence that
+            over its steps, comes last.
+    """
+
+    once: int
+    loops: dict[int, int]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{clocks:,}" for clocks in (self.once, *self.loops.values()))
+
+
+def estimate(case: Case) -> Clocks:
+    """Of a kernel for an NVIDIA GPU."""
+    code, _ = compile_case(case)
+    return count(*parse(disassemble(code["cubin"])), warps=case.num_warps)
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code in words, each instruction's bits behind it."""
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(nvdisasm), "-c", "-hex", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions, and which of them each label stands before."""
+    instructions: list[Instruction] = []
+    labels = {}
+    text, low = "", 0
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif first := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s*/\* 0x([0-9a-f]{16}) \*/", line):
+            text, low = first[1], int(first[2], 16)
+        elif text and (second := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", line)):
+            control = (int(second[1], 16) << 64 | low) >> 105
+            waits = [board for board in range(6) if control >> 11 + board & 1]
+            instructions.append(Instruction(text, control & 15, control >> 5 & 7, control >> 8 & 7, waits))
+            text = ""
+    return instructions, labels
+
+
+def count(instructions: list[Instruction], labels: dict[str, int], *, warps: int) -> Clocks:
+    """Go through a program."""
+    backwards = {}
+    for at, instruction in enumerate(instructions):
+        label = re.search(r"\.L_x_\d+", instruction.text)
+        if instruction.operation == "BRA" and label and labels[label[0]] < at:
+            backwards[at] = labels[label[0]]
+    once = _run(instructions, labels, backwards, {}, warps)
+    loops = {at: round(_run(instructions, labels, backwards, {at: 1}, warps) - once) for at in backwards}
+    return Clocks(round(once), dict(sorted(loops.items(), key=lambda loop: loop[1])))
+
+
+def _run(
+    instructions: list[Instruction],
+    labels: dict[str, int],
+    backwards: Mapping[int, int],
+    again: Mapping[int, int],
+    warps: int,
+) -> float:
+    """Clocks until the program ends, if the loops that end at `again` are gone through so many times more."""
+    now, memory, at = 0.0, 0.0, 0
+    ready, left = [0.0] * 6, dict(again)
+    while at < len(instructions):
+        instruction = instructions[at]
+        operation, *kinds = instruction.operation.split(".")
+        now = max([now, *(ready[board] for board in instruction.waits)])
+        start = now
+        if operation in MEMORY:
+            wide = 4 if "128" in kinds else 2 if "64" in kinds else 1
+            start = memory = max(memory, now) + warps * wide * (0.5 if operation == "SHFL" else 1)
+        if instruction.sets != NONE:
+            ready[instruction.sets] = max(ready[instruction.sets], start + LATENCY.get(operation, OTHER))
+        if instruction.frees != NONE:
+            ready[instruction.frees] = max(ready[instruction.frees], start + OPERANDS)
+        now += max(instruction.stall, warps / SCHEDULERS, 1) + (BARRIER if operation == "BAR" else 0)
+        predicated = instruction.text.startswith("@")
+        if operation == "EXIT" and not predicated:
+            break
+        if at in backwards and left.get(at, 0):
+            left[at] -= 1
+            at = backwards[at]
+        elif operation == "BRA" and at not in backwards and not predicated:
+            target = labels[re.findall(r"\.L_x_\d+", instruction.text)[0]]
+            if target == at:  # what stands behind the end
+                break
+            at = target
+        else:
+            at += 1
+    return now
