@@ -294,11 +294,10 @@ def compile_options(
     """What Triton is told of how to compile a kernel.
 
     A whole sequence may have every register: NVIDIA's assembler would rather spill than give up room for a second
-    program beside this one, which there seldom is. So may the backward of a step with a large tile, beside which there
-    is room for one more. Not a backward with 8 warps, where being told so makes it spill.
+    program beside this one, which there seldom is. So may the backward of a step in one launch. Not a backward with 8
+    warps, where being told so makes it spill.
     """
     options = {"num_warps": num_warps}
-    large = backward and layout.fused and layout.rows >= 64
-    if (layout.whole or large) and not hip and not (backward and num_warps == 8):
+    if (layout.whole or (layout.fused and backward)) and not hip and not (backward and num_warps == 8):
         options["maxnreg"] = 255
     return options

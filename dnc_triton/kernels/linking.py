@@ -114,7 +114,8 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
     COMPUTE: tl.constexpr = sizes.COMPUTE
-    UNROLLED: tl.constexpr = 4 if AGAIN else 1  # times HEADS heads; with all phases there are no registers for more
+    # Times HEADS heads; with all phases, or many heads, there are no registers for more.
+    UNROLLED: tl.constexpr = (4 if R <= 4 else 2) if AGAIN else 1
     row_block, column_block = tile // sizes.COLUMN_BLOCKS, tile % sizes.COLUMN_BLOCKS
     by_row = row_block * sizes.ROWS + tl.arange(0, sizes.ROWS)[None, :]
     by_column = column_block * sizes.COLUMNS + tl.arange(0, sizes.COLUMNS)[None, :]

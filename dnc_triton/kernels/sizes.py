@@ -96,7 +96,8 @@ class Sizes(NamedTuple):
         slots_at_once = min(block_n, max(1, 16 * 32 * layout.num_warps // block_w))
         slot_blocks = triton.cdiv(slots, slots_at_once)
         places = min(block_w, max(4, (2 if layout.whole else 4) * numbers // (block_n * max(4, block_r))))
-        chunk = min(64 if layout.whole else block_n, block_n, max(1, 2 * numbers // block_w))
+        most = min(64, block_w) if layout.whole and block_n > 64 else block_n
+        chunk = min(most, max(1, 2 * numbers // block_w))
         by_slot = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
         fields = interface_sizes(num_reads, 1, word)
         *offsets, interface = accumulate(fields.values(), initial=0)
