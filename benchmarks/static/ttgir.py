@@ -85,11 +85,11 @@ def _parse_block(lines: Iterator[str], layouts: dict[str, str], places: dict[str
 
 def _parse_op(line: str, layouts: dict[str, str], places: dict[str, str]) -> Op:
     line, _, place = line.partition(" loc(")
-    match = re.match(rf'(?:({NAME})(?::(\d+))? = )?"?([\w.]+)"?(.*)', line)
+    match = re.match(rf'(?:({NAME}(?:, {NAME})*)(?::(\d+))? = )?"?([\w.]+)"?(.*)', line)
     if not match:
         raise Unchecked(f"cannot read {line!r}")
     result, count, name, text = match.groups()
-    results = [f"{result}#{i}" for i in range(int(count))] if count else [result] if result else []
+    results = [f"{result}#{i}" for i in range(int(count))] if count else result.split(", ") if result else []
     shape, layout = _tensor_type(text)
     while (alias := re.search(r"#\w+\b(?!\.)", layout)) and alias[0] in layouts:
         layout = layout.replace(alias[0], layouts[alias[0]])
