@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from arithmetic import DTYPES, Array, check
 from memory import POISON, SHARED_BASE, Memory, Mistake, allocate
-from ptx import WARP, Instruction, Program, names_of
+from ptx import WARP, Instruction, Program, meeting_points, names_of
 from registers import Mask, Registers, Runner
 
 
@@ -53,6 +53,7 @@ class Launch:
         self.lane = self.thread % WARP
         self.registers = Registers(program, grid)
         self.epoch = 0
+        self.meetings = meeting_points(program)
         with np.errstate(all="ignore"):
             self.code = [self._bind(instruction) for instruction in program.instructions]
 
@@ -72,29 +73,29 @@ class Launch:
             self._run()
 
     def _run(self) -> None:
-        """Threads that part are run from the lowest instruction up, and so meet again where they can."""
-        waiting: dict[int, Array] = {0: np.ones(self.threads, bool)}
-        while waiting:
-            at = min(waiting)
-            active = waiting.pop(at)
+        """Threads that part at a jump wait for each other where they meet again."""
+        end = len(self.code)
+        ended = np.zeros(self.threads, bool)
+        parted: list[tuple[Array, int, int]] = [(~ended, 0, end)]  # who goes on, from where, and up to where
+        while parted:
+            active, at, stop = parted.pop()
+            active = active & ~ended
+            if not active.any():
+                continue
             mask = None if active.all() else active
-            stop = min(waiting, default=len(self.code))
-            while at < stop:
+            while at not in (stop, end):
                 jump = self.code[at](mask)
-                at += 1
                 if jump is None:
+                    at += 1
                     continue
                 target, taken = jump  # taken: a mask, or None for all that are active
-                if taken is None:
-                    at = target
-                    if at < stop and mask is None:
-                        continue
-                else:
-                    waiting[target] = waiting.get(target, False) | taken
-                    active = active & ~taken
-                break
-            if at < len(self.code):
-                waiting[at] = waiting.get(at, False) | active
+                if taken is not None:
+                    meeting = self.meetings[at]
+                    parted += [(active, meeting, stop), (active & ~taken, at + 1, meeting), (taken, target, meeting)]
+                    break
+                at = target
+            else:
+                ended |= active & (at == end)
 
     def active(self, mask: Mask) -> Array:
         return self.thread if mask is None else self.thread[mask]

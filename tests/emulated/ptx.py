@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from arithmetic import Unsupported, check
@@ -69,3 +70,35 @@ def _add_statements(program: Program, text: str, place: str) -> None:
 def names_of(operand: str) -> list[str]:
     """Of "{%r1, %r2}" or "%r1"."""
     return [x.strip() for x in operand.strip("{} ").split(",")]
+
+
+def meeting_points(program: Program) -> dict[int, int]:
+    """Where threads that part at a jump meet again: the first instruction that every way from there leads to.
+
+    By the jump's own place; the end of the kernel stands behind its last instruction.
+    """
+    end = len(program.instructions)
+    jumps = {at: i for at, i in enumerate(program.instructions) if i.op.split(".")[0] in ("bra", "ret")}
+    starts = sorted({0, end, *program.labels.values(), *(at + 1 for at in jumps)})
+    ways: dict[int, list[int]] = {}
+    last: dict[int, int] = {}
+    for start, following in pairwise(starts):
+        jump = jumps.get(following - 1)
+        to = [] if jump is None else [end if jump.op == "ret" else program.labels[jump.operands[0]]]
+        ways[start] = to if jump is not None and not jump.predicate else [*to, following]
+        last[start] = following - 1
+    # What stands on every way from a block to the end, the block itself included.
+    inevitable = {start: {end} if start == end else set(starts) for start in starts}
+    changed = True
+    while changed:
+        changed = False
+        for start in reversed(starts[:-1]):
+            found = {start} | set.intersection(*(inevitable[to] for to in ways[start]))
+            changed |= found != inevitable[start]
+            inevitable[start] = found
+    # Of two that are, the nearer one has the other on its way.
+    return {
+        last[start]: max(inevitable[start] - {start}, key=lambda block: len(inevitable[block]))
+        for start in starts[:-1]
+        if last[start] in jumps
+    }

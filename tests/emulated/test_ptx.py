@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -11,6 +12,9 @@ import triton.language as tl
 from arithmetic import Unsupported
 from helpers import assert_close, assert_same_bits
 from launching import Emulated, poison
+from machine import Launch
+from memory import Mistake
+from ptx import meeting_points, parse
 from torch import Tensor
 
 pytestmark = pytest.mark.slow
@@ -158,3 +162,48 @@ def test_uninitialised() -> None:
 def test_an_instruction_that_is_not_emulated() -> None:
     with pytest.raises(Unsupported, match=r"test_ptx.py:\d+: cvt.rzi.s32.f32"):
         run(elementwise_kernel, torch.randn(N), torch.randn(N), unwritten(N, dtype=torch.int32), N, N=N)
+
+
+# A kernel whose blocks do not stand in the order in which they are run: threads from 32 on come to 1 by way of 2.
+PARTING = """
+.visible .entry parting(
+	.param .u64 parting_param_0
+)
+.reqntid 64
+{
+	.reg .pred %p<2>;
+	.reg .b32 %r<3>;
+	.reg .b64 %rd<4>;
+	ld.param.b64 %rd1, [parting_param_0];
+	mov.u32 %r1, %tid.x;
+	setp.lt.u32 %p1, %r1, 32;
+	mov.b32 %r2, 7;
+	@%p1 bra $L_1;
+	bra.uni $L_2;
+$L_1:
+	bar.sync 0;
+	mul.wide.u32 %rd2, %r1, 4;
+	add.s64 %rd3, %rd1, %rd2;
+	st.global.b32 [ %rd3 + 0 ], { %r2 };
+	ret;
+$L_2:
+	mov.b32 %r2, 8;
+	bra.uni $L_1;
+}
+"""
+
+
+def test_threads_that_part_meet_before_a_barrier_wherever_it_stands() -> None:
+    out = np.zeros(64, np.uint32)
+    launch = Launch(parse(PARTING), [out], 0)
+    launch.block((0,))
+    launch.finish()
+    assert out.tolist() == [7] * 32 + [8] * 32
+    program = parse(PARTING)
+    assert meeting_points(program)[4] == program.labels["$L_1"]
+
+
+def test_a_barrier_that_a_part_of_the_threads_reaches() -> None:
+    wrong = PARTING.replace("mov.b32 %r2, 8;", "bar.sync 0;")
+    with pytest.raises(Mistake, match=r"divergent: .*bar.sync 0: by 32 of 64 threads"):
+        Launch(parse(wrong), [np.zeros(64, np.uint32)], 0).block((0,))
