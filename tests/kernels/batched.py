@@ -40,7 +40,9 @@ class Kernel:
         self.function = function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(*arguments: Tensor | int | None, num_warps: int, sizes: Sizes, **constants: Any) -> None:
+        def run(
+            *arguments: Tensor | int | None, sizes: Sizes, num_warps: int, maxnreg: int = 0, **constants: Any
+        ) -> None:
             compute = next(dtype for dtype, name in TRITON_DTYPES.items() if name == sizes.COMPUTE)
             constants["sizes"] = sizes._replace(COMPUTE=compute)
             # The programs of the second axis, which differ in how far they loop, run one after the other.
