@@ -10,7 +10,7 @@ fetching instructions. It knows no branch that depends on numbers either: none b
 which is gone through once, and what each further time would take is given beside the sum.
 
 Of an H200's kernels (Triton 3.6.0) that took 4.9 to 12.5 µs a step at N = 16, their launch taken off, it makes 0.9 to
-1.4 times the measured clocks: more where there are several warps and many loads, less where there is one warp.
+1.5 times the measured clocks: more where there are several warps and many loads, less where there is one warp.
 """
 
 from __future__ import annotations
