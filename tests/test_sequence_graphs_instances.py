@@ -56,6 +56,30 @@ def test_a_backward_that_keeps_the_graph_does_not(leased: Any, without: Any) -> 
     assert_same_bits(torch.autograd.grad(outputs.square().sum() + state.read_words.sum(), parameters), again)
 
 
+def test_more_is_wanted(without: Any) -> None:
+    """A graph makes what its first backward wanted; it is made anew for more, and then serves both."""
+    dnc = make()
+    parameters, (inputs, state) = list(dnc.parameters()), draw(dnc, 0)
+    inputs.requires_grad_()
+    wants: list[list[Tensor]] = [parameters, [inputs], [*parameters, inputs], [state.memory.link, *parameters]]
+
+    def gradients(leaves: list[Tensor]) -> Any:
+        for leaf in (inputs, *parameters, state.memory.link):
+            leaf.requires_grad_(any(leaf is other for other in leaves))
+        outputs, _ = dnc(inputs, state)
+        return torch.autograd.grad(outputs.square().sum(), leaves)
+
+    expected = [without(gradients, leaves) for leaves in wants]
+    captures = []
+    for index in (0, 0, 0, 1, 0, 2, 3, 1, 2, 3):
+        assert_same_bits(gradients(wants[index]), expected[index])
+        captures.append(engine().captures)
+    assert captures == [0, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+    (instance,) = cache().instances
+    tensors = [*instance.given, *instance.forward.results, *instance.gradients, *instance.backward.results]  # type: ignore[union-attr]
+    assert instance.size == sum(x.numel() * x.element_size() for x in tensors)
+
+
 @pytest.mark.parametrize("last", ["outputs", "state"])
 def test_forgotten_results_end_it(last: str) -> None:
     dnc = make()

@@ -43,7 +43,8 @@ def test_nothing_waits_for_the_device(controller: str, keep: bool) -> None:
         outputs, *others = op._forward(settings, given, keep)
         if keep:
             last, history = others[: len(tensors)], others[len(tensors) :]
-            op._backward_through_time(settings, [outputs, *last], given, (last[0], last[2]), history)
+            wanted = [True] * (1 + len(tensors) + len(given.parameters))
+            op._backward_through_time(settings, [outputs, *last], given, (last[0], last[2]), history, wanted)
 
 
 def test_not_ready(without: Any) -> None:

@@ -24,6 +24,7 @@ device, a quarter of its memory by default. What counts is memory for tensors; t
 from __future__ import annotations
 
 import logging
+import operator
 import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
@@ -167,6 +168,7 @@ class Instance:
         gradients: copies of what a backward is given, zeros where that is None.
         filled: which of them may be something else than zero.
         backward: the graph.
+        made: which results it has; the others were not wanted when it was captured.
         lease: the storages under which the history was handed out last.
     """
 
@@ -179,6 +181,7 @@ class Instance:
     gradients: list[Tensor] = field(default_factory=list)
     filled: set[int] = field(default_factory=set)
     backward: Captured | None = None
+    made: list[bool] = field(default_factory=list)
     lease: list[StorageWeakRef] = field(default_factory=list)
 
     @property
@@ -199,7 +202,11 @@ class Instance:
         self.lease = [StorageWeakRef(tensor.untyped_storage()) for tensor in history]
         return [*_clones(self.forward.results[: self.handed]), *history]
 
-    def run_backward(self, gradients: list[Tensor | None], wanted: list[bool] | None) -> list[Tensor | None]:
+    def serves(self, wanted: list[bool]) -> bool:
+        """Whether there is a backward that makes all of that."""
+        return self.backward is not None and all(map(operator.le, wanted, self.made))
+
+    def run_backward(self, gradients: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
         """Likewise, any number of times."""
         assert self.backward is not None
         given = [index for index, gradient in enumerate(gradients) if gradient is not None]
@@ -209,10 +216,9 @@ class Instance:
             torch._foreach_zero_([self.gradients[index] for index in others])
         self.filled = set(given)
         self.backward.replay()
-        results = self.backward.results
-        if wanted is None:
-            return [*_clones(results)]
-        clones = iter(_clones([result for result, is_wanted in zip(results, wanted, strict=True) if is_wanted]))
+        results = iter(self.backward.results)
+        given_back = [next(results) if is_made else None for is_made in self.made]
+        clones = iter(_clones([x for x, is_wanted in zip(given_back, wanted, strict=True) if is_wanted]))  # type: ignore[misc]
         return [next(clones) if is_wanted else None for is_wanted in wanted]
 
 
@@ -252,8 +258,8 @@ class Graphs:
         self,
         gradients: list[Tensor | None],
         history: list[Tensor],
-        run: Callable[..., list[Tensor]],
-        wanted: list[bool] | None,
+        run: Callable[..., list[Tensor | None]],
+        wanted: list[bool],
     ) -> list[Tensor | None] | None:
         """By a graph, or None if there is none that fits."""
         with _lock:
@@ -262,7 +268,7 @@ class Graphs:
             instance = next((x for x in self.instances if x.places == places), None)
             if instance is None or instance.signature.numerics != _numerics():
                 return None
-            if instance.backward is None and not self._capture_backward(instance, run):
+            if not instance.serves(wanted) and not self._capture_backward(instance, run, wanted):
                 return None
             return instance.run_backward(gradients, wanted)
 
@@ -305,17 +311,28 @@ class Graphs:
         self.instances.append(instance)
         return instance
 
-    def _capture_backward(self, instance: Instance, run: Callable[..., list[Tensor]]) -> bool:
+    def _capture_backward(
+        self, instance: Instance, run: Callable[..., list[Tensor | None]], wanted: list[bool]
+    ) -> bool:
+        """In the place of one that did not make all that is wanted, if there is one."""
         signature = instance.signature
         if signature.failed:
             return False
+        if instance.backward is not None:
+            wanted = list(map(operator.or_, wanted, instance.made))
+            instance.size -= _size(instance.gradients) + instance.backward.size
+            instance.backward, instance.gradients, instance.filled = None, [], set()
+        handed = instance.forward.results[: instance.handed]
+
+        def call() -> list[Tensor]:
+            results = run(copies, instance.given, handed, instance.history, wanted)
+            instance.made = [result is not None for result in results]
+            return [result for result in results if result is not None]
+
         try:
             with _ordinary_tensors():
-                handed, history = instance.forward.results[: instance.handed], instance.history
                 copies = [torch.zeros_like(result, memory_format=torch.contiguous_format) for result in handed]
-                captured = self.engine.capture(
-                    partial(run, copies, instance.given, handed, history), instance.forward.pool
-                )
+                captured = self.engine.capture(call, instance.forward.pool)
         except Exception as error:
             self._give_up(signature, error)
             return False
@@ -382,17 +399,18 @@ def forward(
 def backward(
     gradients: list[Tensor | None],
     history: list[Tensor],
-    run: Callable[..., list[Tensor]],
-    wanted: list[bool] | None = None,
+    run: Callable[..., list[Tensor | None]],
+    wanted: list[bool],
 ) -> list[Tensor | None] | None:
     """The backward of a forward that was replayed, by a graph.
 
     Args:
         gradients: of the results that were handed to the caller; None for zeros.
         history: what the forward returned beyond them.
-        run: gradients, what the forward was given, its results for the caller, its history → results. It changes none
-            of them, launches, and never waits for the device.
-        wanted: which of the results; None for all.
+        run: gradients, what the forward was given, its results for the caller, its history, what is wanted → results.
+            It changes none of them, launches, and never waits for the device. What is not wanted it may leave out, as
+            None.
+        wanted: which of the results.
 
     Returns:
         the results, in memory of their own, None in the place of one that is not wanted; None if plain launches are to

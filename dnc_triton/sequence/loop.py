@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
-from dnc_triton.sequence.cells import Cell
+from dnc_triton.sequence.cells import Cell, by_clip
 from dnc_triton.sequence.history import Carried, Checkpoints, Plan, Settings
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
@@ -50,6 +50,7 @@ class Sequence:
     """
 
     torch_memory = TorchMemory
+    overwrites = True  # whether `backward` does the gradient that it is given
     _fresh: tuple[Tensor, ...] = ()  # work space, made when it is wanted: a state with rows that begin from zeros
     chunk = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
 
@@ -125,13 +126,18 @@ class Sequence:
             del light[len(history.carried) :]
         return outputs, Carried.of(*self.checkpoints[self.steps], light, self.settings.num_layers)
 
-    def backward(self, d_outputs: Tensor, d_last: Carried) -> tuple[Tensor, Carried, list[Tensor]]:
-        """From gradients by what `forward` returned to those by inputs, state and parameters; overwrites `d_last`."""
+    def backward(
+        self, d_outputs: Tensor, d_last: Carried, *, wants_inputs: bool = True, wants_state: bool = True
+    ) -> tuple[Tensor | None, Carried | None, list[Tensor]]:
+        """From gradients by what `forward` returned to those by inputs, state and parameters.
+
+        Overwrites `d_last`. What is not wanted of the first two is None.
+        """
         settings, history = self.settings, self.history
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
         if settings.clip is not None:
-            d_outputs = d_outputs * (self._project(*self._before_output()).abs() <= settings.clip)
+            d_outputs = by_clip(d_outputs, self._project(*self._before_output()), settings.clip)
         self.d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
         d_words_out = self.from_words.all_backward(d_outputs)
         self.d_words_out = d_words_out.unflatten(-1, d_last.words.shape[1:]).unbind(0)
@@ -153,7 +159,8 @@ class Sequence:
             d = self._backward_step(step, d)
         self._finish_rows(d)
         d_parameters = self._weight_gradients(d_outputs, before)
-        return self.from_inputs.all_backward(self.cells[0].d_pre), d, d_parameters
+        d_inputs = self.from_inputs.all_backward(self.cells[0].d_pre) if wants_inputs else None
+        return d_inputs, d if wants_state else None, d_parameters
 
     def _by_step(self, state: Carried) -> None:
         """Cut the history into steps."""
@@ -338,7 +345,7 @@ class Sequence:
 
     def _project(self, hidden: Tensor, words: Tensor) -> Tensor:
         """The output layer, before the clip."""
-        return self.from_hidden(hidden).add_(self.from_words(words)).add_(self.output_bias)
+        return self.from_hidden(hidden, self.output_bias).add_(self.from_words(words))
 
     def _clip(self, outputs: Tensor) -> Tensor:
         return outputs if self.settings.clip is None else outputs.clamp_(-self.settings.clip, self.settings.clip)

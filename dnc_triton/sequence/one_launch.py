@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.layout import Layout, kept_shapes
+from dnc_triton.sequence.cells import by_clip
 from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.product import Product
 
@@ -73,6 +73,7 @@ class OneLaunchSequence:
         last: not needed.
     """
 
+    overwrites = False
     chunk = 16  # as in `Sequence`; here memory and link are kept for all of them
 
     def __init__(
@@ -104,7 +105,7 @@ class OneLaunchSequence:
         )
         self.hidden_size = weight_hh.shape[1]
         self.from_inputs = Product(weight_ih[:, :input_size], dtype)
-        self.recurrent = Product(torch.cat([weight_hh, weight_ih[:, input_size:]], 1), dtype)
+        self.recurrent = [Product(weight, dtype) for weight in (weight_hh, weight_ih[:, input_size:])]
         self.interface = Product(interface_weight, dtype)
         self.output = Product(output_weight, dtype)
 
@@ -142,7 +143,7 @@ class OneLaunchSequence:
     def forward(self) -> tuple[Tensor, Carried]:
         """Returns the outputs [T, B, output_size] and the state after the last step."""
         history = self.history
-        self._launch_forward(self.from_inputs(self.inputs).add_(self.biases[0] + self.biases[1]))
+        self._launch_forward(self.from_inputs(self.inputs, self.biases[0] + self.biases[1]))
         outputs = self._project()
         if self.settings.clip is not None:
             outputs.clamp_(-self.settings.clip, self.settings.clip)
@@ -158,13 +159,15 @@ class OneLaunchSequence:
             copies = [trail[self.lengths, rows] for trail in history.trails()]
         return outputs, self._as_carried(copies)
 
-    def backward(self, d_outputs: Tensor, d_last: Carried) -> tuple[Tensor, Carried, list[Tensor]]:
-        """From gradients by what `forward` returned to those by inputs, state and parameters."""
+    def backward(
+        self, d_outputs: Tensor, d_last: Carried, *, wants_inputs: bool = True, wants_state: bool = True
+    ) -> tuple[Tensor | None, Carried | None, list[Tensor]]:
+        """As that of `Sequence`, but that nothing is overwritten."""
         history = self.history
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
         if self.settings.clip is not None:
-            d_outputs = d_outputs * (self._project().abs() <= self.settings.clip)
+            d_outputs = by_clip(d_outputs, self._project(), self.settings.clip)
 
         d_sent_back = self.output.all_backward(d_outputs)
         last = self._carried_on(d_last)
@@ -184,23 +187,26 @@ class OneLaunchSequence:
             torch._foreach_zero_([d_gates, d_vectors])
         self._launch_backward([d_sent_back, d_gates, d_vectors, *d_carried])
 
-        d_state = self._as_carried([d[0] for d in d_carried])
-        if self.reset is not None:
-            for d in d_state.flatten():
-                d.masked_fill_(self.reset[0].view(-1, *[1] * (d.dim() - 1)), 0)
+        d_state = None
+        if wants_state:
+            d_state = self._as_carried([d[0] for d in d_carried])
+            if self.reset is not None:
+                for d in d_state.flatten():
+                    d.masked_fill_(self.reset[0].view(-1, *[1] * (d.dim() - 1)), 0)
         d_parameters = self._weight_gradients(d_outputs, d_vectors, d_gates)
-        return self.from_inputs.all_backward(d_gates), d_state, d_parameters
+        return self.from_inputs.all_backward(d_gates) if wants_inputs else None, d_state, d_parameters
 
     def _project(self) -> Tensor:
         """The output layer over all steps, before the clip."""
-        return self.output(self.history.features[1 : self.steps + 1]).add_(self.output_bias)
+        return self.output(self.history.features[1 : self.steps + 1], self.output_bias)
 
     def _weight_gradients(self, d_outputs: Tensor, d_vectors: Tensor, d_gates: Tensor) -> list[Tensor]:
         """One product each, in the order of the parameters."""
         before, after = self.history.features[: self.steps], self.history.features[1 : self.steps + 1]
         if self.reset is not None:
             before = before.masked_fill(self.reset.unsqueeze(-1), 0)
-        by_hidden, by_words = self.recurrent.weight_gradient(d_gates, before).tensor_split([self.hidden_size], 1)
+        by_both = self.recurrent[0].weight_gradient(d_gates, before)  # of both in one product
+        by_hidden, by_words = by_both.tensor_split([self.hidden_size], 1)
         by_inputs = self.from_inputs.weight_gradient(d_gates, self.inputs)
         by_bias = d_gates.sum((0, 1))
         return [
@@ -236,14 +242,17 @@ class OneLaunchSequence:
 
         if self.batch == 0:
             return
+        by_unit = [product.weight.unflatten(0, (4, -1)).permute(2, 1, 0) for product in self.recurrent]
+        interface = self.interface.weight.T
+        padding = interface[:, : -len(self.interface_bias) % 4]  # whatever numbers: nobody looks at what they make
         launch_or_compile(
             sequence_forward_kernel,
             (self.batch,),
             pre.contiguous(),
             *self.history,
             forward_scratch(self.history.memory[0], self.reads, self._layout),
-            self.recurrent.weight.unflatten(0, (4, -1)).permute(2, 1, 0).contiguous(),
-            F.pad(self.interface.weight, (0, 0, 0, -len(self.interface_bias) % 4)).T.contiguous(),
+            torch.cat(by_unit),
+            torch.cat([interface, padding], 1),
             self.interface_bias,
             **self._arguments(backward=False),
         )
@@ -262,7 +271,7 @@ class OneLaunchSequence:
             *others,
             *gradients,
             backward_scratch(self.history.memory[0], self.reads, self._layout),
-            self.recurrent.weight,
+            torch.cat([product.weight for product in self.recurrent], 1),
             self.interface.weight.contiguous(),
             **self._arguments(backward=True),
         )

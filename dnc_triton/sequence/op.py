@@ -196,9 +196,9 @@ def _sequence_backward(
         compiled,
         layout,
     )
-    return _run_backward(
-        settings, list(gradients), inputs, state, parameters, lengths, reset, dropout, (last[0], last[1]), history, None
-    )
+    given = inputs, state, parameters, lengths, reset, dropout
+    everything = [True] * (1 + len(state) + len(parameters))
+    return _run_backward(settings, list(gradients), *given, (last[0], last[1]), history, everything)
 
 
 def _run_backward(
@@ -212,20 +212,25 @@ def _run_backward(
     dropout: list[Tensor],
     last: tuple[Tensor, Tensor],
     history: list[Tensor],
-    wanted: list[bool] | None,
+    wanted: list[bool],
 ) -> list[Any]:
     """What the operator's backward computes. A gradient that is None is zero; what is not wanted may be None."""
     given = _given(inputs, state, parameters, lengths, reset, dropout)
 
     def run(
-        gradients: list[Tensor | None], tensors: list[Tensor], handed: list[Tensor], history: list[Tensor]
-    ) -> list[Tensor]:
-        return _backward_through_time(settings, gradients, given.replace(tensors), (handed[1], handed[3]), history)
+        gradients: list[Tensor | None],
+        tensors: list[Tensor],
+        handed: list[Tensor],
+        history: list[Tensor],
+        wanted: list[bool],
+    ) -> list[Tensor | None]:
+        last = handed[1], handed[3]
+        return _backward_through_time(settings, gradients, given.replace(tensors), last, history, wanted)
 
     with on_device(inputs):
         replayed = None if settings.compiled else graphs.backward(gradients, history, run, wanted)
         if replayed is None:
-            return _backward_through_time(settings, gradients, given, last, history)
+            return _backward_through_time(settings, gradients, given, last, history, wanted)
         return replayed
 
 
@@ -235,7 +240,8 @@ def _backward_through_time(
     given: Given,
     last: tuple[Tensor, Tensor],
     history: list[Tensor],
-) -> list[Tensor]:
+    wanted: list[bool],
+) -> list[Tensor | None]:
     kind = _kind(settings)
     inputs, state, parameters, dropout, running, reset = given
     sequence = kind(
@@ -253,21 +259,25 @@ def _backward_through_time(
     if d_outputs is None:
         d_outputs = inputs.new_zeros(*inputs.shape[:2], parameters[-1].shape[0])
     d_outputs = d_outputs.contiguous()
-    d_carried = Carried.unflatten(_copies(d_last, state), settings.num_layers)
-    d_inputs, d_state, d_parameters = sequence.backward(d_outputs, d_carried)
-    return [d_inputs, *d_state.flatten()[: len(state)], *d_parameters]
+    d_carried = Carried.unflatten(_filled(d_last, state, copied=kind.overwrites), settings.num_layers)
+    by_state = wanted[1 : 1 + len(state)]
+    d_inputs, d_state, d_parameters = sequence.backward(
+        d_outputs, d_carried, wants_inputs=wanted[0], wants_state=any(by_state)
+    )
+    d_states = [None] * len(state) if d_state is None else d_state.flatten()[: len(state)]
+    return [d_inputs, *d_states, *d_parameters]
 
 
-def _copies(tensors: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
-    """To be overwritten; zeros for what is None."""
-    copies = zeros([x.shape for x, tensor in zip(like, tensors, strict=True) if tensor is None], like[0])
-    remaining = iter(copies)
+def _filled(tensors: list[Tensor | None], like: list[Tensor], *, copied: bool) -> list[Tensor]:
+    """Zeros for what is None; and copies of the others, if they are to be overwritten."""
+    empty = iter(zeros([x.shape for x, tensor in zip(like, tensors, strict=True) if tensor is None], like[0]))
     given = [tensor for tensor in tensors if tensor is not None]
-    copied = [pool.empty_like(tensor) for tensor in given]
-    if given:
-        torch._foreach_copy_(copied, given)
-    others = iter(copied)
-    return [next(remaining) if tensor is None else next(others) for tensor in tensors]
+    if given and copied:
+        copies = [pool.empty_like(tensor) for tensor in given]
+        torch._foreach_copy_(copies, given)
+        given = copies
+    others = iter(given)
+    return [next(empty) if tensor is None else next(others) for tensor in tensors]
 
 
 @_sequence_backward.register_fake

@@ -20,9 +20,13 @@ class Product:
         self.narrow, self.dtype = weight.dtype != dtype, dtype
         self.weight = weight.to(dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., I] → [..., O], in the dtype of x."""
-        return self._multiply(x, self.weight.T)
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] → [..., O], in the dtype of x, and with the bias [O], if there is one."""
+        if bias is None:
+            return self._multiply(x, self.weight.T)
+        if self.narrow:
+            return self._multiply(x, self.weight.T).add_(bias)
+        return torch.addmm(bias, x.flatten(0, -2), self.weight.T).unflatten(0, x.shape[:-1])
 
     def add_to(self, base: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """out = base + x weightᵀ, x [B, I]; base may be out."""
