@@ -25,7 +25,7 @@ import dnc_reference
 from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_triton import tuning
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
-from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
+from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step, is_transformed
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
 from dnc_triton.sequence.unroll import is_plain, unroll_sequence
@@ -99,7 +99,7 @@ def _stepwise_unroll(
 
 def _fused_unroll(cell: DNCCell, *arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
     """As one operation with the kernels for the memory's part; step by step where the layer's parts must be called."""
-    if is_plain(cell):
+    if is_plain(cell, resets=keywords.get("reset") is not None):
         return unroll_sequence(cell, *arguments, layout=layout, **keywords)
     step = partial(fused_interface_step, layout=layout)
     return _stepwise_unroll(cell, *arguments, interface_step=step, **keywords)
@@ -166,8 +166,8 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
 
 
 def _is_transformed() -> bool:
-    """Whether vmap, grad or their like look into what is called, which an operator of its own does not let them."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform looks into what is called, which an operator of its own does not let it."""
+    return not torch.compiler.is_compiling() and is_transformed()
 
 
 def _fused_supports(problem: Problem) -> tuple[bool, str]:
@@ -243,7 +243,7 @@ BACKENDS: dict[str, Backend] = {
     ),
 }
 
-_in_use: list[str] = []
+_in_use: list[list[str]] = []  # a list each, to be told apart
 _settled: dict[tuple[Problem, str, str | None] | None, Backend] = {}
 
 
@@ -260,11 +260,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no backend has that name.
     """
     check_backend("name", name)
-    _in_use.append(name)
+    entry = [name]
+    _in_use.append(entry)
     try:
         yield
     finally:
-        _in_use.pop()
+        _in_use[:] = [other for other in _in_use if other is not entry]  # blocks of several threads may overlap
 
 
 def choose(problem: Problem, backend: str = "auto") -> Backend:
@@ -317,6 +318,8 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
             f"{'*' if name == chosen else ' '} {name:<15} {'serves' if supported else 'declines'}: {reason}"
             + (f"; measured per step: {'; '.join(measured)}" if measured else "")
         )
+    if chosen is None:
+        lines.append("nothing runs: the call raises, for it is asked for by name")
     return "\n".join(lines)
 
 
@@ -332,7 +335,7 @@ def _asked(backend: str) -> tuple[str, str]:
         check_backend("backend", backend)
         return backend, "the argument backend"
     if _in_use:
-        return _in_use[-1], "use_backend"
+        return _in_use[-1][0], "use_backend"
     name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     check_backend(ENVIRONMENT_VARIABLE, name)
     return name, f"the environment variable {ENVIRONMENT_VARIABLE}" if name != "auto" else "default"

@@ -13,13 +13,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_flatten
 
 from dnc_reference import DNCCell, DNCState, MemoryState
-from dnc_reference.controller import CONTROLLERS, Controller
+from dnc_reference.controller import CONTROLLERS
 from dnc_reference.memory import check_memory_state, check_tensor
 from dnc_triton.dispatch import check_backend, choose, explain_problem
 from dnc_triton.ops.fused_step import is_eager
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.history import zeros
-from dnc_triton.sequence.unroll import is_plain
+from dnc_triton.sequence.unroll import begins_with_zeros, is_plain
 from dnc_triton.trace import Trace, traced_unroll
 
 
@@ -173,7 +173,9 @@ class DNC(DNCCell):
         Raises:
             as `forward`.
         """
-        if isinstance(inputs, Tensor) and inputs.dim() != 2:
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs: expected a tensor [B, input_size], got {type(inputs).__name__}")
+        if inputs.dim() != 2:
             raise ValueError(f"inputs: expected 2 dimensions [B, input_size], got shape {list(inputs.shape)}")
         time = 1 if self.batch_first else 0
         outputs, state = self._run(inputs.unsqueeze(time), state, None, None, trace=False)
@@ -198,6 +200,8 @@ class DNC(DNCCell):
         if reset is not None:
             shape = (batch, steps) if self.batch_first else (steps, batch)
             check_tensor("reset", reset, shape, dtype=torch.bool, device=inputs.device)
+            if not is_plain(self, resets=True):
+                problem = replace(problem, controller="custom")
         if self.batch_first:
             inputs, reset = inputs.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
         if trace:
@@ -249,9 +253,8 @@ class DNC(DNCCell):
     def _begin(self, problem: Problem) -> DNCState:
         """`initial_state`, for a call that hands it to nobody: in one buffer."""
         weight, batch = self.output.weight, problem.batch
-        methods = (self, DNCCell), (self.controller, Controller)  # a user's own, of a class or of one object, is called
-        ours = all(getattr(x.initial_state, "__func__", None) is kind.initial_state for x, kind in methods)
-        if not ours or problem.controller == "custom" or problem.steps == 0 or not is_eager([weight]):
+        ours = begins_with_zeros(self) and problem.controller != "custom"
+        if not ours or problem.steps == 0 or not is_eager([weight]):
             return self.initial_state(batch)
         shapes = MemoryState.shapes(batch, self.memory_size, self.word_size, self.num_reads, self.num_writes)
         per_layer = CONTROLLERS[self.controller_kind].states

@@ -102,7 +102,11 @@ def cache_directory() -> Path:
     named = os.environ.get("DNC_TRITON_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dnc_triton"
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(caches) if caches else Path.home() / ".cache") / "dnc_triton"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / "dnc_triton"
 
 
 def _bucket(problem: Problem) -> str:
@@ -148,12 +152,13 @@ def _read(path: Path, bucket: str) -> dict[Candidate, float]:
         record = json.loads(path.read_text())
         if record["bucket"] != bucket:
             return {}
-        return {
+        times = {
             (str(name), None if layout is None else Layout(*layout)): float(microseconds)
             for name, layout, microseconds in record["times"]
         }
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measure again
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there, or damaged: measure again
         return {}
+    return times if all(microseconds > 0 for microseconds in times.values()) else {}
 
 
 def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
@@ -164,9 +169,14 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            rows = [(name, layout, microseconds) for (name, layout), microseconds in _known[bucket].items()]
-            json.dump({"bucket": bucket, "times": rows}, file)
-        os.replace(file.name, path)
+            try:
+                rows = [(name, layout, microseconds) for (name, layout), microseconds in _known[bucket].items()]
+                json.dump({"bucket": bucket, "times": rows}, file)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as error:  # a read-only home, a full disk: the process still remembers
         logger.warning("cannot keep the measured times in %s: %s", path.parent, error)
 

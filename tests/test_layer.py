@@ -105,6 +105,38 @@ def test_an_initial_state_of_ones_own(whose):
     assert (actual[0] != dnc(inputs, DNC.initial_state(dnc, 2).map(torch.zeros_like))[0]).any()
 
 
+@pytest.mark.parametrize("whose", ["class", "layer", "controller"])
+def test_a_reset_to_an_initial_state_of_ones_own(whose):
+    """One that learns, too."""
+    start = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    class Own(DNC):
+        def initial_state(self, batch_size):
+            return begin(self, batch_size)
+
+    def begin(dnc, batch_size):
+        state = DNC.initial_state(dnc, batch_size)
+        return state._replace(read_words=state.read_words + start)
+
+    torch.manual_seed(0)
+    sizes = dict(memory_size=5, word_size=4, num_reads=2, dtype=torch.float64)
+    dnc = (Own if whose == "class" else DNC)(3, 6, 2, **sizes)
+    if whose == "layer":
+        dnc.initial_state = lambda batch_size: begin(dnc, batch_size)
+    elif whose == "controller":
+        zeros = dnc.controller.initial_state
+        dnc.controller.initial_state = lambda *sizes, **options: tree_map(
+            lambda x: x + start.mean(), zeros(*sizes, **options)
+        )
+    inputs, reset = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0]]).bool()
+    given, computed = warm_state(DNC(3, 6, 2, **sizes), 2).detach(), []
+    for dnc.backend in ("auto", "reference"):
+        outputs, _ = dnc(inputs, given, reset=reset)
+        computed.append((outputs, *torch.autograd.grad(outputs.square().sum(), [start, *dnc.parameters()])))
+    assert computed[0][1].any()
+    assert_close(*computed, **CLOSE)
+
+
 def test_strided_inputs_and_nothing_is_written_to():
     dnc, inputs = make(), make_inputs()
     state = warm_state(dnc)

@@ -34,7 +34,6 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from dnc_reference import DNCState, MemoryState, addressing
 from dnc_triton import DNC
 from dnc_triton.sequence import op
-from dnc_triton.sequence.cells import by_clip
 
 # --- float64, all that the constructor chooses
 
@@ -222,22 +221,6 @@ def test_a_gradient_by_one_thing(backend, wanted):
     (expected,) = torch.autograd.grad(total(oracle(dnc, inputs, given)), leaf)
     assert_close(leaf.grad, expected, **GRADIENT)
     assert all(x.grad is None for x in leaves.values() if x is not leaf)
-
-
-@pytest.mark.parametrize("clip", [20.0, 0.1, 1e-3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_gradient_at_the_bounds_of_a_clip(dtype, clip):
-    """As PyTorch's own: what is not changed passes its gradient on, the bounds themselves included."""
-    bound = torch.tensor(clip, dtype=dtype)
-    beyond, below = (bound.nextafter(torch.tensor(end, dtype=dtype)) for end in (torch.inf, 0.0))
-    positive = torch.stack([bound, beyond, below, bound / 2, bound * 2, bound * 0, bound / 0])
-    x = torch.cat([positive, -positive]).requires_grad_()
-    d_clipped = torch.arange(1, len(x) + 1, dtype=dtype)
-    (expected,) = torch.autograd.grad(x.clamp(-clip, clip), x, d_clipped)
-    assert expected[0] == 1
-    assert expected[1] == 0
-    assert_same_bits(by_clip(d_clipped, x.detach(), clip), expected)
-    assert_same_bits(by_clip(d_clipped, x.detach(), clip, out=d_clipped), expected)
 
 
 @each_backend

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_same_bits
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import DNC, explain, use_backend
@@ -158,6 +159,22 @@ def test_the_gradient_of_dropout():
     assert slope == pytest.approx((loss(1e-6) - loss(-1e-6)) / 2e-6, rel=1e-5)
 
 
+def test_forward_mode_is_served_by_the_reference():
+    dnc = make().requires_grad_(False)
+    inputs, direction = torch.randn(2, *INPUTS, dtype=torch.float64)
+
+    def slope() -> torch.Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(dnc(forward_ad.make_dual(inputs, direction))[0]).tangent
+
+    step = 1e-6
+    expected = (dnc(inputs + step * direction)[0] - dnc(inputs - step * direction)[0]) / (2 * step)
+    torch.testing.assert_close(slope(), expected, rtol=1e-6, atol=1e-9)
+    dnc.backend = "torch_sequence"
+    with pytest.raises(RuntimeError, match="a transform"):
+        slope()
+
+
 def test_second_derivatives_are_refused_with_the_remedy():
     dnc = make()
     inputs = torch.randn(INPUTS, dtype=torch.float64, requires_grad=True)
@@ -201,15 +218,42 @@ def parametrized(dnc: DNC) -> DNC:
     return dnc
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, parametrized])
+def rewritten(dnc: DNC) -> DNC:
+    linear = dnc.output.forward
+    dnc.output.forward = lambda features: 2 * linear(features)
+    return dnc
+
+
+def advised(dnc: DNC) -> DNC:
+    control = dnc.control
+    dnc.control = lambda *arguments: control(*arguments)
+    return dnc
+
+
+def without_bias(dnc: DNC) -> DNC:
+    dnc.interface.register_parameter("bias", None)
+    return dnc
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, parametrized, rewritten, advised, without_bias])
 def test_parts_of_the_users_own_are_called(change):
     dnc = make()
     inputs = torch.randn(INPUTS, dtype=torch.float64)
     assert "* torch_sequence" in explain(dnc, inputs)
     dnc = change(dnc)
     assert "* reference" in explain(dnc, inputs)
-    dnc(inputs)
+    actual = dnc(inputs)
     assert len(getattr(dnc, "heard", INPUTS[1] * [1])) == INPUTS[1]
+    dnc.backend = "reference"
+    assert_same_bits(actual, dnc(inputs))
+
+
+def test_hooks_on_all_modules_are_called():
+    dnc, heard = make(), []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module)):
+        dnc(torch.randn(INPUTS, dtype=torch.float64))
+    assert heard.count(dnc.interface) == INPUTS[1]
+    assert "* torch_sequence" in explain(dnc, torch.randn(INPUTS, dtype=torch.float64))
 
 
 def test_an_overridden_method_is_called():

@@ -76,7 +76,9 @@ def test_more_is_wanted(without: Any) -> None:
         captures.append(engine().captures)
     assert captures == [0, 2, 2, 3, 3, 3, 4, 4, 4, 4]
     (instance,) = cache().instances
-    tensors = [*instance.given, *instance.forward.results, *instance.gradients, *instance.backward.results]  # type: ignore[union-attr]
+    states = [*state.memory, state.read_words, *state.controller[0]]
+    backwards = [*parameters, *parameters, inputs, *parameters, inputs, *states]  # also what was replaced
+    tensors = [*instance.given, *instance.forward.results, *instance.gradients, *backwards]
     assert instance.size == sum(x.numel() * x.element_size() for x in tensors)
 
 

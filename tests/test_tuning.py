@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -222,7 +223,19 @@ def test_without_cuda_graphs_it_is_measured_again(clock: Clock, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "null", "[]", "{}", '{"bucket": "another", "times": []}', "\x00\xff", None], ids=repr
+    "content",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "{}",
+        '{"bucket": "another", "times": []}',
+        "\x00\xff",
+        pytest.param("[" * 10**5, id="deep"),
+        None,
+    ],
+    ids=repr,
 )
 def test_a_damaged_file_is_measured_again_and_replaced(clock: Clock, content: str | None) -> None:
     tuning.fastest(PROBLEM, STEPS)
@@ -236,6 +249,28 @@ def test_a_damaged_file_is_measured_again_and_replaced(clock: Clock, content: st
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
     assert len(clock.asked) == 6
     assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("time", [float("nan"), -1.0, 0.0, "soon"], ids=str)
+def test_times_that_cannot_be_are_measured_again(clock: Clock, time: object) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    (path,) = files()
+    whole = path.read_text()
+    record = json.loads(whole)
+    record["times"][0][-1] = time
+    path.write_text(json.dumps(record))
+    forget()
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert path.read_text() == whole
+
+
+def test_a_file_that_cannot_be_put_in_its_place_leaves_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert not list(tuning.cache_directory().iterdir())
 
 
 def test_new_candidates_are_measured_beside_the_old(clock: Clock) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dnc_reference import Interface, MemoryState
@@ -239,11 +240,16 @@ def is_eager(tensors: list[Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()  # first: a compiler follows nothing of the rest
         and not is_in_torch_dispatch_mode()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and not torch.jit.is_tracing()
         and not tensors[0].is_meta
         and all(type(tensor) in _ORDINARY for tensor in tensors)
     )
+
+
+def is_transformed() -> bool:
+    """Whether vmap, grad or their like of `torch.func`, or forward-mode differentiation, are at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 _ORDINARY = (Tensor, nn.Parameter)

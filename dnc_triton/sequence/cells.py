@@ -10,33 +10,10 @@ Letters in every shape: T steps, B batch, H hidden size, G the size of all gates
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dnc_triton.sequence.product import Product
-
-
-def by_clip(d_clipped: Tensor, x: Tensor, clip: float, out: Tensor | None = None) -> Tensor:
-    """The gradient by x from that by x.clamp(-clip, clip): the same where |x| ≤ clip, elsewhere 0; `out` may be either.
-
-    In one pass: PyTorch has that of `hardtanh`, which is 0 at the bounds as well, so these are the numbers beyond them.
-    """
-    bound = _beyond(clip, x.dtype)
-    if out is None:
-        return torch.ops.aten.hardtanh_backward(d_clipped, x, -bound, bound)
-    return torch.ops.aten.hardtanh_backward.grad_input(d_clipped, x, -bound, bound, grad_input=out)
-
-
-@lru_cache(maxsize=64)
-def _beyond(number: float, dtype: torch.dtype) -> float:
-    """The next number of a dtype, away from zero."""
-    with _disable_current_modes():  # this is no part of what is traced
-        here, end = (torch.tensor(x, dtype=dtype, device="cpu") for x in (number, math.inf))
-        return here.nextafter(end).item()
 
 
 class Cell:
@@ -168,7 +145,7 @@ class Cell:
         """The gradient by the unclipped hidden vector, with that of the layer above, which was given it; bounded."""
         if self.clip is not None:
             for gradient, unclipped in zip(d, self.unclipped, strict=True):
-                by_clip(gradient, unclipped[step], self.clip, out=gradient)
+                gradient.mul_(unclipped[step].abs() <= self.clip)
         if d_above is not None:
             d[0].add_(d_above)
         if self.max_gradient is not None:

@@ -318,9 +318,11 @@ class Graphs:
         signature = instance.signature
         if signature.failed:
             return False
+        kept = 0
         if instance.backward is not None:
             wanted = list(map(operator.or_, wanted, instance.made))
-            instance.size -= _size(instance.gradients) + instance.backward.size
+            kept = instance.backward.size  # the pool keeps it, and how much of it the new one takes is not known
+            instance.size -= _size(instance.gradients) + kept
             instance.backward, instance.gradients, instance.filled = None, [], set()
         handed = instance.forward.results[: instance.handed]
 
@@ -336,6 +338,7 @@ class Graphs:
         except Exception as error:
             self._give_up(signature, error)
             return False
+        captured = captured._replace(size=captured.size + kept)
         instance.gradients, instance.backward = copies, captured
         instance.size += _size(copies) + captured.size
         signature.size = max(signature.size, instance.size)
@@ -457,6 +460,7 @@ def _numerics() -> tuple[Any, ...]:
         products.fp32_precision,
         products.allow_bf16_reduced_precision_reduction,
         products.allow_fp16_reduced_precision_reduction,
+        products.allow_fp16_accumulation,
     )
 
 

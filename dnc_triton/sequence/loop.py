@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
-from dnc_triton.sequence.cells import Cell, by_clip
+from dnc_triton.sequence.cells import Cell
 from dnc_triton.sequence.history import Carried, Checkpoints, Plan, Settings
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
@@ -137,7 +137,7 @@ class Sequence:
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
         if settings.clip is not None:
-            d_outputs = by_clip(d_outputs, self._project(*self._before_output()), settings.clip)
+            d_outputs = d_outputs * (self._project(*self._before_output()).abs() <= settings.clip)
         self.d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
         d_words_out = self.from_words.all_backward(d_outputs)
         self.d_words_out = d_words_out.unflatten(-1, d_last.words.shape[1:]).unbind(0)
@@ -235,7 +235,7 @@ class Sequence:
         """The parameters as the products they are used in."""
         recurs = self.settings.cell.states > 0
         dtype = self.settings.product_dtype
-        remaining = list(parameters)
+        remaining = [tensor if tensor.dim() > 1 else tensor.contiguous() for tensor in parameters]
         self.below: list[Product] = []
         self.recurrent: list[Product | None] = []
         by_step = self._product_by_step(parameters, input_size)

@@ -18,7 +18,6 @@ from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.layout import Layout, kept_shapes
-from dnc_triton.sequence.cells import by_clip
 from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.product import Product
 
@@ -100,9 +99,8 @@ class OneLaunchSequence:
         self.reads = state.words.shape[1]
 
         dtype = settings.product_dtype
-        weight_ih, weight_hh, *self.biases, interface_weight, self.interface_bias, output_weight, self.output_bias = (
-            parameters
-        )
+        weight_ih, weight_hh, *self.biases, interface_weight, bias, output_weight, self.output_bias = parameters
+        self.interface_bias = bias.contiguous()
         self.hidden_size = weight_hh.shape[1]
         self.from_inputs = Product(weight_ih[:, :input_size], dtype)
         self.recurrent = [Product(weight, dtype) for weight in (weight_hh, weight_ih[:, input_size:])]
@@ -167,7 +165,7 @@ class OneLaunchSequence:
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
         if self.settings.clip is not None:
-            d_outputs = by_clip(d_outputs, self._project(), self.settings.clip)
+            d_outputs = d_outputs * (self._project().abs() <= self.settings.clip)
 
         d_sent_back = self.output.all_backward(d_outputs)
         last = self._carried_on(d_last)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dnc_reference.controller import CONTROLLERS, Controller
@@ -21,6 +22,7 @@ from dnc_triton.sequence import pool
 from dnc_triton.sequence.history import Settings
 from dnc_triton.sequence.op import run_sequence
 
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 SHARE = 4  # all of the history is kept while it takes at most this part of a GPU's memory
 
 
@@ -95,11 +97,12 @@ def _unflatten(tensors: list[Tensor], structure: Any) -> Any:
     return tuple(tuple(islice(remaining, count)) for count in structure)
 
 
-def is_plain(cell: DNCCell) -> bool:
+def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     """Whether the layer is made of the parts it was built with and nothing else, so that its weights say it all.
 
-    A controller of the user's, a part that was replaced or parametrized, a hook on a part or a method that a subclass
-    overrides: all of these must be called, step by step.
+    A controller of the user's, a part that was replaced or parametrized, or has no bias, a hook on a part or on all
+    modules, a method that a subclass or an object overrides: all of these must be called, step by step. With `resets`
+    the initial state is asked for on the way, and has to be zeros as well.
     """
     # At every call: a hook may come at any time. `nn.Module` answers by name what its dictionaries answer at once.
     interface, output, controller = (cell._modules.get(name) for name in ("interface", "output", "controller"))
@@ -115,14 +118,27 @@ def is_plain(cell: DNCCell) -> bool:
     for part in (interface, output, controller, *layers):
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return False
+        if "forward" in part.__dict__ or None in part._parameters.values():
+            return False
+    if any(getattr(torch_module, f"_global_{name}_hooks") for name in _HOOKS):
+        return False
     overridden = type(cell)
-    if any(getattr(overridden, name) is not getattr(DNCCell, name) for name in ("advance", "control", "project")):
+    for name in ("advance", "control", "project"):
+        if getattr(overridden, name) is not getattr(DNCCell, name) or name in cell.__dict__:
+            return False
+    if resets and not begins_with_zeros(cell):
         return False
     weight = output._parameters.get("weight")
     if weight is None:
         return False
     dtype, device = weight.dtype, weight.device
     return all(x.dtype == dtype and x.device == device for x in parameters_of(cell))
+
+
+def begins_with_zeros(cell: DNCCell) -> bool:
+    """Whether nobody has an initial state of his own: of a class or of one object."""
+    methods = (cell, DNCCell), (cell.controller, Controller)
+    return all(getattr(x.initial_state, "__func__", None) is kind.initial_state for x, kind in methods)
 
 
 def parameters_of(cell: DNCCell) -> list[Tensor]:
