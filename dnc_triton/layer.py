@@ -88,11 +88,7 @@ class DNC(DNCCell):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_backend("backend", backend)
-        if checkpoint is not None and checkpoint != "auto":
-            if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
-                raise TypeError(f"checkpoint: expected 'auto', None or an integer, got {checkpoint!r}")
-            if checkpoint < 1:
-                raise ValueError(f"checkpoint: expected at least 1 step, got {checkpoint}")
+        _check_checkpoint(checkpoint)
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first: expected a bool, got {batch_first!r}")
         super().__init__(
@@ -189,6 +185,7 @@ class DNC(DNCCell):
         reset: Tensor | None,
         trace: bool,
     ) -> Any:
+        _check_checkpoint(self.checkpoint)  # it may have been set since
         problem = self.problem(inputs)
         batch, steps = problem.batch, problem.steps
         if state is None:
@@ -293,9 +290,10 @@ class DNC(DNCCell):
         expected = self.controller.initial_state(batch, device=weight.device, dtype=weight.dtype)  # type: ignore[operator]
         expected_tensors, expected_structure = tree_flatten(expected)
         if structure != expected_structure:
+            count = CONTROLLERS[self.controller_kind].states
             raise ValueError(
-                f"state.controller: expected the state of {self.num_layers} layer(s) of {self.controller_kind!r}, "
-                f"{expected_structure}, got {structure}"
+                f"state.controller: expected a tuple of {self.num_layers} layer(s) of {self.controller_kind!r}, each a "
+                f"tuple of {count} tensor(s) [B, hidden_size], got {_outline(state)}"
             )
         for tensor, like in zip(tensors, expected_tensors, strict=True):
             check_tensor("state.controller", tensor, like.shape, dtype=like.dtype, device=like.device)
@@ -334,6 +332,24 @@ def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
         a table, one line per backend, to be printed; the chosen one is starred.
     """
     return explain_problem(dnc.problem(inputs), dnc.backend)
+
+
+def _check_checkpoint(checkpoint: Any) -> None:
+    if checkpoint is None or checkpoint == "auto":
+        return
+    if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
+        raise TypeError(f"checkpoint: expected 'auto', None or an integer, got {checkpoint!r}")
+    if checkpoint < 1:
+        raise ValueError(f"checkpoint: expected at least 1 step, got {checkpoint}")
+
+
+def _outline(nest: Any) -> str:
+    """A nest in one line: its containers, and each tensor's shape."""
+    if isinstance(nest, Tensor):
+        return str(list(nest.shape))
+    if isinstance(nest, (tuple, list)):
+        return f"{type(nest).__name__}({', '.join(map(_outline, nest))})"
+    return type(nest).__name__
 
 
 def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tensor:

@@ -223,3 +223,9 @@ def test_reset(reset, error, expected, came):
 def test_reset_of_a_time_first_layer_is_time_first():
     with refuses(ValueError, "reset", "shape [7, 4]", "[4, 7]"):
         make(batch_first=False)(INPUTS.transpose(0, 1), reset=RESET)
+
+
+@pytest.mark.parametrize("inputs", [None, [[1.0]], pack_padded_sequence(INPUTS, [7] * 4, batch_first=True)], ids=type)
+def test_inputs_of_a_single_step_that_are_no_tensor(inputs):
+    with refuses(TypeError, "inputs", "a tensor [B, input_size]", type(inputs).__name__):
+        make().step(inputs)

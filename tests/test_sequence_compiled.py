@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import test_sequence_goldens
 import torch
@@ -46,6 +48,20 @@ def test_parity_of_all_that_the_layer_can_be_told(choice):
     inputs, state = draw(dnc)
     assert_parity(dnc, inputs, state)
     assert_parity(dnc, inputs, state, **masks(inputs))
+
+
+@pytest.mark.slow
+def test_threads_that_compile_at_once():
+    dnc = make(BACKEND)
+    drawn = [draw(dnc, batch=batch) for batch in (1, 2)]
+
+    def run(given):
+        with torch.no_grad():
+            return dnc(*given)
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, drawn))
+    assert_same_bits(together, [run(given) for given in drawn])
 
 
 @pytest.mark.slow

@@ -191,6 +191,26 @@ def test_second_derivatives_are_refused_with_the_remedy():
     assert inputs.grad.any()
 
 
+def test_gradients_in_batches_are_refused_with_the_remedy():
+    dnc = make()
+    outputs, _ = dnc(torch.randn(INPUTS, dtype=torch.float64))
+    many, weight = torch.randn(3, *outputs.shape, dtype=torch.float64), dnc.output.weight
+    with pytest.raises(RuntimeError, match=r"is_grads_batched.*backend='reference'"):
+        torch.autograd.grad(outputs, weight, many, is_grads_batched=True)
+
+
+def test_only_the_output_layer_learns():
+    """Then nothing goes back through the state, which may be carried on without `detach`."""
+    dnc = make().requires_grad_(False)
+    dnc.output.requires_grad_()
+    state = None
+    for _ in range(3):
+        outputs, state = dnc(torch.randn(INPUTS, dtype=torch.float64), state)
+        assert not any(x.requires_grad for x in tree_leaves(state))
+        outputs.sum().backward()
+    assert dnc.output.weight.grad.any()
+
+
 class Loud(nn.Linear):
     """A part of the user's own."""
 
@@ -281,6 +301,10 @@ def test_checkpoints_step_by_step(options):
 def test_bad_checkpoints(checkpoint, error):
     with pytest.raises(error, match=r"^checkpoint: expected .*got"):
         make(checkpoint=checkpoint)
+    dnc = make()
+    dnc.checkpoint = checkpoint
+    with pytest.raises(error, match=r"^checkpoint: expected .*got"):
+        dnc(torch.randn(INPUTS, dtype=torch.float64))
 
 
 def test_it_is_kept_by_copies():

@@ -180,6 +180,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         interface, *saved = ctx.saved_tensors
         raw, strength_offset, stop_usage_gradient, layout = ctx.arguments
+        refuse_batched([gradient for gradient in gradients if gradient is not None])
         given = interface, saved[:6], saved[6:], _zero_filled(gradients, saved[:6]), raw, strength_offset
         # Who wants more than numbers asks the operator.
         if torch.is_grad_enabled() or not is_eager([interface, *saved]):
@@ -250,6 +251,15 @@ def is_eager(tensors: list[Tensor]) -> bool:
 def is_transformed() -> bool:
     """Whether vmap, grad or their like of `torch.func`, or forward-mode differentiation, are at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_batched(gradients: list[Tensor]) -> None:
+    """Raise RuntimeError if gradients are many in one, which a backward written by hand cannot take apart."""
+    if any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
+        raise RuntimeError(
+            "is_grads_batched, vectorize: expected backend='reference', whose backward takes gradients in batches, got "
+            "an operation whose backward is written by hand"
+        )
 
 
 _ORDINARY = (Tensor, nn.Parameter)

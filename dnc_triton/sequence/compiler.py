@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from threading import RLock
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ def like_of(tensor: Tensor) -> Like:
     return tensor.shape, strides, tensor.dtype
 
 
+_one_at_a_time = RLock()  # PyTorch's compiler does not serve two threads at once
+
+
 def machine_code(
     traced: Callable[..., Any], likes: tuple[Like, ...], memory: Like, *, returns: bool = False
 ) -> Callable[..., Any]:
@@ -40,36 +44,37 @@ def machine_code(
         memory: of the memory among them.
         returns: whether it returns tensors.
     """
-    # Both take a second.
-    from torch._inductor.compile_fx import compile_fx_inner
+    with _one_at_a_time:
+        # Both take a second.
+        from torch._inductor.compile_fx import compile_fx_inner
 
-    from dnc_triton.sequence.write_once import WriteOnce
+        from dnc_triton.sequence.write_once import WriteOnce
 
-    examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
-    (batch, slots, word), _, dtype = memory
-    # To ask for the memory of a small tensor takes longer than to fill it. A stack has room for small ones alone; and a
-    # tensor there that is returned is the next call's too.
-    on_stack = not returns and batch * slots * (slots + word) * dtype.itemsize <= SMALL
-    numbers = torch.arange(slots, dtype=torch.promote_types(dtype, torch.float32))
-    examples = [numbers, *examples]
-    graph = make_fx(traced, decomposition_table=_DECOMPOSITIONS)(*examples)
-    patches = {
-        "cpp_wrapper": True,  # C++ between the kernels too
-        "cpp.min_chunk_size": 4096,  # threads only for what takes longer than to wake them
-        "aot_inductor.allow_stack_allocation": on_stack,
-        "realize_acc_reads_threshold": 64,  # a sum of many outer products is one pass
-        "post_grad_custom_post_pass": WriteOnce(),
-    }
-    made: list[Any] = []
+        examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
+        (batch, slots, word), _, dtype = memory
+        # To ask for the memory of a small tensor takes longer than to fill it. A stack has room for small ones alone;
+        # and a tensor there that is returned is the next call's too.
+        on_stack = not returns and batch * slots * (slots + word) * dtype.itemsize <= SMALL
+        numbers = torch.arange(slots, dtype=torch.promote_types(dtype, torch.float32))
+        examples = [numbers, *examples]
+        graph = make_fx(traced, decomposition_table=_DECOMPOSITIONS)(*examples)
+        patches = {
+            "cpp_wrapper": True,  # C++ between the kernels too
+            "cpp.min_chunk_size": 4096,  # threads only for what takes longer than to wake them
+            "aot_inductor.allow_stack_allocation": on_stack,
+            "realize_acc_reads_threshold": 64,  # a sum of many outer products is one pass
+            "post_grad_custom_post_pass": WriteOnce(),
+        }
+        made: list[Any] = []
 
-    def compile_inner(*arguments: Any, **options: Any) -> Any:
-        made.append(compile_fx_inner(*arguments, **options))
-        return made[0]
+        def compile_inner(*arguments: Any, **options: Any) -> Any:
+            made.append(compile_fx_inner(*arguments, **options))
+            return made[0]
 
-    options = {"config_patches": patches, "inner_compile": compile_inner}
-    # What is around the machine code, as for gradients that nobody wants here, takes as long as a small network.
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
+        options = {"config_patches": patches, "inner_compile": compile_inner}
+        # What is around the machine code, as for gradients that nobody wants here, takes as long as a small network.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
     call = made[0].current_callable
     return lambda *tensors: call([numbers, *tensors])
 

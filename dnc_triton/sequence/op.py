@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dnc_triton.ops.fused_step import as_layout, is_eager, on_device
+from dnc_triton.ops.fused_step import as_layout, is_eager, on_device, refuse_batched
 from dnc_triton.sequence import graphs, pool
 from dnc_triton.sequence.compiled import CompiledSequence, step_alone
 from dnc_triton.sequence.history import Carried, Settings, zeros
@@ -351,6 +351,8 @@ class _Sequence(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():  # as in an operator
             results = _run(settings, inputs, state, parameters, lengths, reset, dropout, True)
         handed, history = results[: 1 + len(state)], results[1 + len(state) :]
+        if not any(ctx.needs_input_grad[4 : 3 + len(state) + len(parameters)]):  # only the output layer learns
+            ctx.mark_non_differentiable(*handed[1:])
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.counts = settings, (*counts, len(dropout))
         ctx.save_for_backward(inputs, lengths, reset, handed[1], handed[3], *others, *history)
@@ -362,6 +364,7 @@ class _Sequence(torch.autograd.Function):
         state, parameters, dropout, history = _divide(others, ctx.counts)
         given = inputs, state, parameters, lengths, reset, dropout
         sent_back = [gradient for gradient in gradients if gradient is not None]
+        refuse_batched(sent_back)
         # Who wants more than numbers asks the operator.
         if torch.is_grad_enabled() or not is_eager([inputs, *others, *sent_back]):
             zero_filled = _zero_filled(gradients, inputs, state, parameters)
