@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.__main__ import main as benchmark
 from benchmarks.configurations import CONFIGURATIONS
 from benchmarks.machine import describe_machine
 
@@ -54,18 +55,22 @@ MOST_COMPILERS = 4  # beside them, which take cores from what is tested
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns its exit status: 0 if all of parity ran and nothing failed, 2 without a GPU."""
+    """Run the command line. Returns its exit status: 0 if all of parity ran and nothing failed.
+
+    Without a GPU what is left is the comparison on this CPU, and its status.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing after this time (%(default)g)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
-            "There is no GPU here: nothing was run. `make bench` measures on this CPU, `make test` interprets the "
-            "kernels.",
+            "There is no GPU here: no parity on one, and no times of the kernels; `make test` interprets them. What "
+            "follows is the comparison on this CPU.",
             file=sys.stderr,
         )
-        return 2
+        seconds, output = str(options.seconds), str(options.output)
+        return benchmark(["run", "--device", "cpu", "--seconds", seconds, "--output", output])
     started = time.monotonic()
 
     def left(share: float) -> float:

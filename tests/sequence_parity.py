@@ -5,7 +5,9 @@ A problem starts from a memory in which no two slots are used equally, and the l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from dnc_reference import DNCState, MemoryState, unroll
 from dnc_reference.dnc import interface_step
 from dnc_triton import DNC
+from dnc_triton.sequence import pool
 
 BACKENDS = ["torch_sequence"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -110,3 +113,16 @@ def least_gap(dnc: DNC, inputs: Tensor, given: DNCState) -> float:
 
     unroll(dnc, inputs, given, interface_step=watched)
     return min(gaps)
+
+
+def most_allocated(run: Callable[[], Any]) -> int:
+    """The most bytes that a run has at once, of what it allocates; on the CPU, whose profiler counts that.
+
+    It does not see what comes from `pool`: without it all of it is PyTorch's.
+    """
+    with pytest.MonkeyPatch.context() as patch, torch.profiler.profile(profile_memory=True) as profile:
+        patch.setattr(pool, "SMALLEST", sys.maxsize)
+        results = run()
+    del results
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))

@@ -159,13 +159,6 @@ def test_cores_are_shared_between_tests_and_compilers(tmp_path, monkeypatch, cor
     assert sorted(",".join(names).split(",")) == sorted(on_gpu.CONFIGURATIONS)
 
 
-def test_without_a_gpu_it_says_what_to_run(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert on_gpu.main([]) == 2
-    assert "There is no GPU here" in (message := capsys.readouterr().err)
-    assert "`make bench`" in message
-
-
 def test_what_it_runs_is_there():
     """The options that it passes are those that the programs take; no more than nine minutes, whatever happens."""
     from benchmarks.__main__ import _parser
@@ -175,3 +168,12 @@ def test_what_it_runs_is_there():
         module, *arguments = on_gpu.fill_in(command, 7.6, folder="here", names="adnc_babi,sam_scaling")
         options = _parser().parse_args(arguments)
         assert (module, options.seconds, options.output) == ("benchmarks", 8.0, Path("here"))
+
+
+def test_without_a_gpu_the_cpus_are_compared(tmp_path, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(on_gpu, "benchmark", lambda arguments: called.append(arguments) or 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert on_gpu.main(["--seconds", "7", "--output", str(tmp_path)]) == 3
+    assert called == [["run", "--device", "cpu", "--seconds", "7.0", "--output", str(tmp_path)]]
+    assert "There is no GPU here" in capsys.readouterr().err

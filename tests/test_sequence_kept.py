@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, assert_same_bits
-from sequence_parity import BATCH, FORWARD, draw, each_backend, make, operation, outcome
+from sequence_parity import BATCH, FORWARD, draw, each_backend, make, most_allocated, operation, outcome
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -157,19 +157,12 @@ def test_nothing_is_kept_without_gradients(backend):
 
 
 def test_memory_without_gradients_does_not_grow_with_the_sequence():
-    """On the CPU, whose profiler counts what is allocated and freed."""
     dnc = make("torch_sequence", memory_size=32)
 
     def most(steps: int) -> int:
         inputs, given = draw(dnc, steps)
-        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-            outputs, _ = dnc(inputs, given)
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held, peak = 0, 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        return peak - 2 * outputs.nbytes  # the pieces, and the whole
+        with torch.no_grad():
+            return most_allocated(lambda: dnc(inputs, given)) - 2 * steps * BATCH * dnc.output_size * 8  # pieces, whole
 
     short, long = most(192), most(512)
     assert short > 64 * BATCH * 32 * 8  # it did count

@@ -7,6 +7,7 @@ import pytest
 import test_kernel_goldens
 import test_kernel_parity
 import test_kernel_products
+import test_kernel_sequence
 import torch
 from helpers import load_golden
 from parity import Case
@@ -64,6 +65,11 @@ def test_products(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: 
 
 def test_products_of_a_row_alone(device: torch.device) -> None:
     test_kernel_products.test_a_row_alone_is_the_row_in_a_batch((2, 19, 13, 3), device)
+
+
+def test_a_sequence_of_several_tiles(device: torch.device) -> None:
+    """Of units, of interface numbers and of features, in one launch; in float32, where products and sums are fused."""
+    test_kernel_sequence.test_float32((4, 64, 3), 66, 2, device)
 
 
 def test_random_problems() -> None:

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_reference import Interface, MemoryState, addressing, interface_step, memory_step
 from dnc_reference.interface import activate_interface, interface_sizes
-from dnc_triton.kernels import launch
+from dnc_triton.kernels import launch, lstm, products
 from dnc_triton.kernels.layout import Layout, layouts
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
+from dnc_triton.sequence import one_launch
 
 # --- what surrounds a buffer ------------------------------------------------------------------------------------------
 
@@ -92,6 +93,65 @@ def margins() -> Iterator[Margins]:
             patch.setattr(launch, name, allocating_in_margins(getattr(launch, name)))
         yield around
     around.check()
+
+
+class LaunchesInMargins:
+    """In the place of `launch_or_compile`: what a kernel is given lies in larger buffers while it runs.
+
+    For launches into buffers that the caller has made. Arguments that share storage share a buffer, and lie in it as
+    they did. What surrounds them, or lies between them, is 0xFF in every byte: NaN, or −1. A kernel that writes there
+    fails at once; of what it reads there its results tell.
+    """
+
+    SIZE = 1024  # bytes on either side
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()  # names of the kernels
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        tensors = {name: x for name, x in enumerate(arguments) if isinstance(x, Tensor)}
+        tensors |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
+        storages: dict[int, list[int | str]] = {}
+        for name, x in tensors.items():
+            assert x.is_contiguous()
+            storages.setdefault(x.untyped_storage().data_ptr(), []).append(name)
+        moved: dict[int | str, Tensor] = {}
+        buffers = []
+        for names in storages.values():
+            own = {name: _bytes_of(tensors[name]) for name in names}
+            first = min(x.storage_offset() for x in own.values())
+            first -= first % 16 + self.SIZE  # what is aligned stays so
+            last = max(x.storage_offset() + x.numel() for x in own.values())
+            buffer = torch.full((last - first + self.SIZE,), 0xFF, dtype=torch.uint8, device=own[names[0]].device)
+            beside = torch.ones_like(buffer, dtype=torch.bool)
+            for name, x in own.items():
+                place = slice(x.storage_offset() - first, x.storage_offset() - first + x.numel())
+                moved[name] = buffer[place].copy_(x).view(tensors[name].dtype).view(tensors[name].shape)
+                beside[place] = False
+            buffers.append((buffer, beside))
+        arguments = tuple(moved.get(index, x) for index, x in enumerate(arguments))
+        kernel[grid](*arguments, **{name: moved.get(name, x) for name, x in options.items()})
+        self.seen.add(kernel.__name__)
+        for buffer, beside in buffers:
+            assert (buffer[beside] == 0xFF).all(), f"{kernel.__name__} wrote beside a tensor"
+        for name, x in tensors.items():
+            _bytes_of(x).copy_(_bytes_of(moved[name]))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The same memory. To write to it is none of autograd's business."""
+    size, offset = tensor.nbytes, tensor.storage_offset() * tensor.itemsize
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), offset, (size,))
+
+
+@contextmanager
+def launches_in_margins() -> Iterator[LaunchesInMargins]:
+    """`LaunchesInMargins` around all launches meanwhile; not for three launches of a step, which read earlier steps."""
+    around = LaunchesInMargins()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (launch, lstm, one_launch, products):
+            patch.setattr(module, "launch_or_compile", around)
+        yield around
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------

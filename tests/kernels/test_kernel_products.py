@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import assert_close, assert_same_bits
+from parity import launches_in_margins
 from test_kernel_layer import CLOSE, LAYERS, OTHER_LAYERS, make, make_inputs, run, start
 from torch import Tensor
 
 from dnc_triton.kernels import products
+from dnc_triton.kernels.lstm import lstm_backward, lstm_forward
 from dnc_triton.kernels.products import (
     LSTM_BACKWARD,
     LSTM_FORWARD,
@@ -125,6 +127,27 @@ def test_parity(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: to
         **TOLERANCE[dtype],
         name="",
     )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_nothing_beside_a_tensor_is_touched(dtype: torch.dtype, device: torch.device) -> None:
+    given, clips = draw((5, 9, 4, 3), dtype, device), (0.3, 0.5)
+    with launches_in_margins() as around:
+        actual = {name: x.double() for name, x in outcome(given, *clips).items()}
+    assert around.seen == {"product_kernel", "lstm_product_forward_kernel", "lstm_product_backward_kernel"}
+    assert_close(actual, expected(given, *clips), **TOLERANCE[dtype], name="")
+
+
+def test_what_is_touched_beside_a_tensor_is_seen(device: torch.device) -> None:
+    """Were one given that is too small, or a part of another: a write fails, a read makes NaN."""
+    gates, cell, d_gates = (torch.ones(2, columns, device=device) for columns in (16, 4, 16))
+    for hidden in (torch.ones(1, 4, device=device), torch.ones(2, 5, device=device)[:1, :4]):
+        with launches_in_margins(), pytest.raises(AssertionError, match="lstm_forward_kernel wrote beside a tensor"):
+            lstm_forward(gates, cell, hidden, cell.clone(), None, None)
+        with launches_in_margins():
+            lstm_backward(gates, cell, hidden, None, cell.clone(), d_gates, None, None)
+        assert d_gates[0].isfinite().all()
+        assert d_gates[1].isnan().all()
 
 
 @pytest.mark.parametrize("sizes", [(5, 6, 4, 3), (2, 19, 13, 3)], ids=str)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import pytest
 import test_sequence_goldens
+import test_sequence_kept
 import torch
-from helpers import assert_close, assert_same_bits
-from parity import pick_layout
-from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, start, weighted
+from helpers import as_leaves, assert_close, assert_same_bits
+from parity import Margins, launches_in_margins, pick_layout
+from sequence_parity import most_allocated
+from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend, start, weighted
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import DNC, DNCState, MemoryState, explain, use_backend
 from dnc_triton.dispatch import BACKENDS
+from dnc_triton.kernels import launch, lstm, products
 from dnc_triton.kernels.layout import default_layout, kept_shapes, sequence_layouts
-from dnc_triton.sequence import op
+from dnc_triton.sequence import one_launch, op, small_product
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 from dnc_triton.sequence.triton_memory import TritonMemory
 
@@ -126,17 +131,17 @@ def test_marks_are_aligned_at_each_step(batch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "steps"),
+    ("sizes", "hidden", "steps"),
     [
-        ((16, 8, 2), 5),
-        ((5, 6, 3), 3),
-        pytest.param((48, 20, 8), 2, marks=pytest.mark.slow),  # in the interpreter
-        pytest.param((100, 32, 4), 2, marks=pytest.mark.slow),
+        ((16, 8, 2), 16, 5),
+        ((5, 6, 3), 16, 3),
+        pytest.param((48, 20, 8), 16, 2, marks=pytest.mark.slow),  # in the interpreter
+        pytest.param((100, 32, 4), 16, 2, marks=pytest.mark.slow),
     ],
 )
-def test_float32(sizes: tuple[int, int, int], steps: int, device: torch.device) -> None:
+def test_float32(sizes: tuple[int, int, int], hidden: int, steps: int, device: torch.device) -> None:
     """At most twice as far from the oracle in float64 as the oracle in float32 is."""
-    exact, dnc = make(device, sizes=sizes, hidden=16), make(device, sizes=sizes, hidden=16).float()
+    exact, dnc = make(device, sizes=sizes, hidden=hidden), make(device, sizes=sizes, hidden=hidden).float()
     (inputs, state), (inputs32, state32) = draw(exact, steps), draw(dnc, steps)
     expected = run(exact, inputs, state, "reference")
     by_oracle, actual = (run(dnc, inputs32, state32, backend) for backend in ("reference", BACKEND))
@@ -164,6 +169,30 @@ def test_a_long_sequence_without_gradients_keeps_little(device: torch.device, mo
     with torch.no_grad():
         outputs, state = dnc.step(inputs[:, 0], state)
     assert_close(outputs, whole[0][:, 0], **CLOSE)
+
+
+@pytest.fixture
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are not launched. What they are launched on is allocated all the same."""
+    for module in (launch, lstm, one_launch, products):
+        monkeypatch.setattr(module, "launch_or_compile", lambda *arguments, **options: None)
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+@each_backend
+def test_memory_without_gradients_does_not_grow_with_the_sequence(backend: str, device: torch.device) -> None:
+    dnc = make(device, sizes=(32, 4, 2), backend=backend)
+
+    def most(steps: int, *, keep: bool = False) -> int:
+        """But for the outputs: the pieces, and the whole."""
+        inputs, state = draw(dnc, steps)
+        with torch.set_grad_enabled(keep):
+            return most_allocated(lambda: dnc(inputs, state)) - 2 * inputs.numel() // INPUTS * OUTPUTS * 8
+
+    short, long = most(192), most(512)
+    assert long < 1.1 * short
+    assert most(192, keep=True) > 2 * short  # it does count
+    test_sequence_kept.test_nothing_is_kept_without_gradients(backend)
 
 
 def test_checkpoints_are_for_the_kernels_of_a_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +229,115 @@ def test_a_lean_backward_twice(device: torch.device) -> None:
         torch.autograd.grad(weighted((outputs, final)), list(dnc.parameters()), retain_graph=True) for _ in range(2)
     )
     assert_same_bits((first, final), (second, before))
+
+
+@pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
+def test_lean_is_full_in_float64(backend: str, device: torch.device) -> None:
+    """With stretches that end with the sequence and that do not."""
+    dnc = make(device)
+    inputs, state = draw(dnc, 3, batch=1)
+    expected = run(dnc, inputs, state, backend)
+    for dnc.checkpoint in (2, 3):
+        assert_same_bits(run(dnc, inputs, state, backend), expected)
+
+
+@each_backend
+@pytest.mark.parametrize("steps", [0, 1, 2, 7, pytest.param(50, marks=pytest.mark.slow)])
+def test_every_length(steps: int, backend: str, device: torch.device) -> None:
+    dnc = make(device)
+    inputs, state = draw(dnc, steps, batch=2 if steps < 7 else 1)  # in the interpreter
+    with poisoned():
+        actual = run(dnc, inputs, state, backend)
+    assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
+
+
+STRIDES = ["transposed", "gaps", "expanded"]
+
+
+@each_backend
+@pytest.mark.parametrize("turn", range(3))
+def test_strided_inputs_and_nothing_is_written_to(turn: int, backend: str, device: torch.device) -> None:
+    """Inputs and each part of the state lie one way or another, among NaN; in three turns every way."""
+    dnc = make(device)
+    around, strides = Margins(), cycle(STRIDES[turn:] + STRIDES[:turn])
+    with torch.no_grad():
+        drawn = draw(dnc, 2 if STRIDES[turn] == "gaps" else 1)
+        inputs, state = tree_map(lambda x: around.copy(x, next(strides)), drawn)
+    inputs, state = tree_map(torch.Tensor.requires_grad_, (inputs, state))
+    contiguous, before = as_leaves((inputs, state)), copy.deepcopy(dnc.state_dict())
+    actual = run(dnc, inputs, state, backend)
+    assert_close(actual, run(dnc, *contiguous, "reference"), **CLOSE, name="")
+    around.check()
+    assert_same_bits((inputs, state, dnc.state_dict()), (*contiguous, before))
+    given = {x.untyped_storage().data_ptr() for x in (inputs, *tree_leaves(state), *dnc.parameters())}
+    assert not given & {x.untyped_storage().data_ptr() for x in tree_leaves((actual["outputs"], actual["final"]))}
+
+
+@pytest.mark.parametrize(("backend", "small"), [(BACKEND, False), ("triton_fused", True), ("triton_split", False)])
+def test_strided_parameters(backend: str, small: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the kernels take the places where they lie."""
+    monkeypatch.setattr(small_product, "MOST_WORK", {device.type: 2**20 * small})
+    dnc = make(device)
+    inputs, state = draw(dnc, 2)
+    expected = run(dnc, inputs, state, "reference")
+    for module in dnc.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            wide = torch.full((*parameter.shape, 2), torch.nan, dtype=parameter.dtype, device=device)
+            wide[..., 1] = parameter.detach()
+            setattr(module, name, torch.nn.Parameter(wide[..., 1]))
+    assert not any(parameter.is_contiguous() for parameter in dnc.parameters())
+    assert_close(run(dnc, inputs, state, backend), expected, **CLOSE, name="")
+
+
+@each_backend
+def test_a_reset_to_an_initial_state_of_ones_own(backend: str, device: torch.device) -> None:
+    """The kernels know of zeros only: those of a step go step by step, and one launch declines."""
+    dnc = make(device)
+    inputs, state = draw(dnc, 2)
+    begin = dnc.initial_state
+    dnc.initial_state = lambda batch: begin(batch).map(torch.ones_like)  # type: ignore[method-assign]
+    call = {"reset": torch.tensor([[False, True], [True, False]], device=device)}
+    if backend == BACKEND:
+        with pytest.raises(RuntimeError, match="user's own"):
+            run(dnc, inputs, state, backend, **call)
+    else:
+        assert_close(run(dnc, inputs, state, backend, **call), run(dnc, inputs, state, "reference", **call), **CLOSE)
+
+
+SEQUENCE = {"sequence_forward_kernel", "sequence_backward_kernel"}
+STEP = {"step_forward_kernel", "step_backward_kernel", "lstm_backward_kernel"}
+PRODUCTS = {"product_kernel", "lstm_product_forward_kernel", "lstm_product_backward_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "small", "kernels", "dtype"),
+    [
+        pytest.param(
+            *case, dtype, id=f"{name}-{dtype}", marks=pytest.mark.slow if case[1] and dtype.itemsize > 4 else ()
+        )
+        for name, case in {
+            "one launch": (BACKEND, False, SEQUENCE),
+            "LSTM": ("triton_fused", False, STEP | {"lstm_forward_kernel"}),
+            "products": ("triton_fused", True, STEP | PRODUCTS),
+        }.items()
+        for dtype in (torch.float32, torch.float64)
+    ],
+)
+def test_nothing_beside_a_buffer_is_touched(
+    backend: str, small: bool, kernels: set[str], dtype: torch.dtype, device: torch.device
+) -> None:
+    """In float32 with a row that ends, and rows that begin anew. Of two layers only the highest has the interface."""
+    dnc = make(device, dtype=dtype, clip=0.4, num_layers=1 if backend == BACKEND else 2)
+    inputs, state = draw(dnc, 2)
+    call: dict[str, Any] = {}
+    if dtype == torch.float32:
+        call = {"lengths": [2, 1], "reset": torch.tensor([[False, True], [True, False]], device=device)}
+    with poisoned(), launches_in_margins() as around, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_product, "MOST_WORK", {device.type: 2**20 * small})
+        actual = run(dnc, inputs, state, backend, **call)
+    assert around.seen == kernels
+    close = CLOSE if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-6)
+    assert_close(actual, run(dnc, inputs, state, "reference", **call), **close, name="")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6])
