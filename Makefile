@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow test-oldest emulate fuzz bench gpu sanitize lint format clean help
 
 help:
-	@echo "make demo       train a DNC on the copy task (about half a minute on two CPU cores); ARGS='--help' shows what it takes"
+	@echo "make demo       train a DNC on the copy task (about a minute on two CPU cores); ARGS='--help' shows what it takes"
 	@echo "make test       the tests (under 10 minutes on two CPU cores)"
 	@echo "make test-slow  the tests that take longer: trainings, and every kernel for every target"
 	@echo "make test-oldest  the tests with the oldest supported versions, in .venv-oldest"

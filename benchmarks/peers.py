@@ -202,7 +202,7 @@ def _check_compiler(device: torch.device) -> None:
     names = ["g++", "clang++", "cl"] if device.type == "cpu" else ["gcc", "cc", "clang"]
     variable = "CXX" if device.type == "cpu" else "CC"
     if not os.environ.get(variable) and not any(map(shutil.which, names)):
-        raise MissingPeerError(f"torch.compile needs a C++ compiler, none of {', '.join(names)} is installed")
+        raise MissingPeerError(f"torch.compile needs a compiler of C or C++, none of {', '.join(names)} is installed")
     if device.type == "cuda" and not find_spec("triton"):
         raise MissingPeerError("torch.compile needs Triton on a GPU, which is not installed")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,51 @@ CONTENTS: dict[str, type] = {
     "learners": dict,
 }
 
+# Any of these says that a folder is a run's.
+OF_A_RUN = ("checkpoint.pt", "best.pt", "failure.pt", "settings.toml")
+
+
+def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
+    """Make a folder that of one run, however many ask for it at once: by its settings.toml, which only one can create.
+
+    Args:
+        folder: of the run; made if it is not there.
+        settings: what settings.toml holds.
+        new: whether a folder that is there already will not do, be it empty.
+
+    Returns:
+        whether the folder is the caller's; False: it is another run's, or, if it has to be new, there already.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if new or any((folder / name).exists() for name in OF_A_RUN):
+            return False
+        folder.mkdir(exist_ok=True)  # raises where it is a file
+    path = folder / "settings.toml"
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(settings.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        _remove(path)
+        raise
+    return True
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room, on the disk or within somebody's quota."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota's
+
 
 def write(path: Path, content: bytes) -> None:
     """Write a file that takes the place of the old one when all of it is on the disk: nobody ever sees half a file.
@@ -40,11 +87,17 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise OSError(error.errno, f"{error.strerror} while writing {len(content)} bytes", str(path)) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a file if that can be done; what went wrong before is what the caller has to hear of."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

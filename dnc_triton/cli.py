@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dnc_triton.settings import Settings
     from dnc_triton.tasks import Task
+    from dnc_triton.train import Run
 
 NEEDED = ("lightning_fabric", "matplotlib", "tensorboard", "tqdm")
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
@@ -23,11 +25,11 @@ OWN = ("command", "task", "act", "run", "resume", "config", "device", "workers",
 
 EPILOG = """\
 first steps:
-  python -m dnc_triton train copy                 train on a task; half a minute on two CPU cores
+  python -m dnc_triton train copy                 train on a task; about a minute on two CPU cores
   python -m dnc_triton train copy --resume        go on with the latest run, after Ctrl-C or a crash
   python -m dnc_triton evaluate RUN               the run's table again
   python -m dnc_triton trace RUN --size 5         pictures of its memory at work
-A run is a folder, runs/TASK-DATE-TIME unless --run names another.
+A run is a folder of its own, runs/TASK-DATE-TIME unless --run names another.
 """
 
 
@@ -35,11 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the return value is the exit status."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        print(f"{', '.join(missing)} not installed; training needs: pip install 'dnc_triton[train]'", file=sys.stderr)
+        print(
+            f"{', '.join(missing)} not installed; training needs, in a clone of the repository: pip install '.[train]'",
+            file=sys.stderr,
+        )
         return 2
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         status: int = options.act(options)
+    except KeyboardInterrupt:  # the first one in training ends the step and saves the run, and does not come by here
+        print("dnc_triton: interrupted", file=sys.stderr)
+        status = INTERRUPTED
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"dnc_triton: {error}", file=sys.stderr)
         status = 2
@@ -74,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = add("evaluate", _evaluate, "say how many sequences a run's models solve, which it was not trained on")
     _add_run(evaluate)
-    evaluate.add_argument("--sequences", type=int, default=1000, help="per row of the table (default: 1000)")
+    text = "at least so many per row of the table, of each size equally many (default: 1000)"
+    evaluate.add_argument("--sequences", type=int, default=1000, help=text)
 
     trace = add("trace", _trace, "draw what a run's DNC does with its memory: memory.png, and memory.html to play with")
     _add_run(trace)
@@ -186,11 +195,10 @@ def _train(options: argparse.Namespace) -> int:
         run = Run.resume(options.resume or _latest(task), **where)
         _check_same(run.settings, options)
     else:
-        settings = _settings(options)
-        folder = getattr(options, "run", Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (folder / "checkpoint.pt").exists():
-            raise ValueError(f"--run: {folder} holds a run; go on with it by --resume {folder}, or name another folder")
-        run = Run(settings, folder, **where)
+        run = Run(_settings(options), getattr(options, "run", Path("runs")), **where)
+    run.check_backend()
+    if not hasattr(options, "resume"):
+        _claim(run, named=hasattr(options, "run"))
 
     processes = f", {run.fabric.world_size} processes" if run.fabric.world_size > 1 else ""
     say = print if run.fabric.is_global_zero else lambda text: None
@@ -201,6 +209,49 @@ def _train(options: argparse.Namespace) -> int:
         return INTERRUPTED
     say(report(run))
     return 0
+
+
+def _claim(run: Run, *, named: bool) -> None:
+    """Make the run's folder its own, or, if it was not named, one in it that is not there yet; all processes' the same.
+
+    Raises:
+        ValueError: it is another run's, or cannot be made; in every process.
+    """
+    refused = ""
+    if run.fabric.is_global_zero:
+        try:
+            if named:
+                refused = _claim_named(run)
+            else:
+                _claim_new(run)
+        except OSError as error:
+            refused = f"--run: expected a folder that can be made and written to, got {run.folder}: {error}"
+    run.folder, refused = run.fabric.broadcast((run.folder, refused))
+    if refused:
+        raise ValueError(refused)
+
+
+def _claim_named(run: Run) -> str:
+    """Why the folder cannot be the run's, if it cannot."""
+    from dnc_triton import checkpoint
+
+    folder = run.folder
+    if checkpoint.claim(folder, run.settings.toml()):
+        return ""
+    if (folder / "checkpoint.pt").exists():
+        return f"--run: {folder} holds a run; go on with it by --resume {folder}, or name another folder"
+    return (f"--run: {folder} is another run's, which has saved no checkpoint so far; name another folder, or remove "
+            "that one if nothing is training there")  # fmt: skip
+
+
+def _claim_new(run: Run) -> None:
+    from dnc_triton import checkpoint
+
+    first = run.folder / f"{run.settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):  # others may have started in the same second
+        run.folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        if checkpoint.claim(run.folder, run.settings.toml(), new=True):
+            return
 
 
 def _check_same(settings: Settings, options: argparse.Namespace) -> None:
@@ -230,6 +281,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.sequences < 1:
         raise ValueError(f"--sequences: expected at least 1, got {options.sequences}")
     run = _load(options)
+    run.check_backend()
     print(f"{run.settings.task}, step {run.step} of {run.settings.steps}")
     print(table(run, evaluate(run, options.sequences)))
     return 0
@@ -246,8 +298,11 @@ def _trace(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from dnc_triton.timing import bench
+    from dnc_triton.train import Run
 
-    print(bench(_settings(options), options.device))
+    settings = _settings(options)
+    Run(settings, Path(), device=options.device).check_backend()
+    print(bench(settings, options.device))
     return 0
 
 

@@ -61,7 +61,7 @@ def draw_learning_curve(
         figure.savefig(path, dpi=150)
 
 
-def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path) -> None:
+def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str) -> None:
     """The memory at work on one sequence: what came in and went out, where it wrote and read, when.
 
     Args:
@@ -69,11 +69,11 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path) -> No
         inputs, targets: of the sequence, [T, channels].
         path: of the PNG.
     """
-    first = {name: tensor[0].float().cpu().numpy() for name, tensor in trace._asdict().items()}
+    first = {name: tensor[0].detach().float().cpu().numpy() for name, tensor in trace._asdict().items()}
     steps = len(first["usage"])
     panels: list[tuple[str, np.ndarray, float]] = [
-        ("input", inputs.cpu().numpy().T, 1.0),
-        ("target", targets.float().cpu().numpy().T, 1.0),
+        ("input", inputs.detach().float().cpu().numpy().T, 1.0),
+        ("target", targets.detach().float().cpu().numpy().T, 1.0),
     ]
     for kind in ("write", "read"):
         heads = first[f"{kind}_weights"]  # [T, heads, N]

@@ -4,7 +4,7 @@ A run lives in a folder:
 
     checkpoint.pt     all that the run is, as it was last written; it goes on from this file alone
     best.pt           the same at the step with the most sequences right in validation
-    settings.toml     what it was started with
+    settings.toml     what it was started with; its first file, by which the folder is this run's and no other's
     metrics.csv       means over each 50 steps of training; validation.csv, tensorboard/
     failure.pt        if a number was not finite: the batch and all that the run was before it
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import signal
 import sys
@@ -38,6 +39,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dnc_triton import checkpoint
+from dnc_triton.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, check_backend
+from dnc_triton.layer import DNC
 from dnc_triton.learner import Learner, make_fabric
 from dnc_triton.settings import Settings
 from dnc_triton.tasks import Batch
@@ -136,6 +139,23 @@ class Run:
             "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
         }
 
+    def check_backend(self) -> None:
+        """See that the DNC can run: on the backend that the environment asks for, if it does.
+
+        Raises:
+            ValueError: no backend has that name, or it does not serve this DNC on this device.
+        """
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        check_backend(ENVIRONMENT_VARIABLE, name)
+        dnc = self.learners["dnc"].model
+        assert isinstance(dnc, DNC)
+        if name != "auto":
+            problem = dnc.problem(dnc.output.weight.new_empty(1, 2, dnc.input_size))
+            supported, reason = BACKENDS[name].supports(problem)
+            if not supported:
+                raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected 'auto' or a backend that serves this run, "
+                                 f"got {name!r}: {reason}")  # fmt: skip
+
     def train(self) -> bool:
         """Train to the last step, or until SIGINT or SIGTERM; the run is saved either way.
 
@@ -144,9 +164,12 @@ class Run:
 
         Raises:
             FloatingPointError: a number is not finite; `failure.pt` holds the batch and the run before it.
-            OSError: the end of the run could not be saved, for a full disk say; it says where it was saved instead.
+            OSError: the folder cannot be made, before the first step; or the end of the run could not be saved, for a
+                full disk say: it says where it was saved instead.
         """
         settings = self.settings
+        if self.fabric.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stop = stack.enter_context(_asked_to_stop())
             progress = stack.enter_context(self._progress())
@@ -382,7 +405,11 @@ class Run:
             try:
                 self.save(name)
             except OSError as error:
-                _say(f"{error}. The old file is whole, training goes on and tries again in a while: make room")
+                whole = "The old file is whole, training" if os.path.exists(error.filename) else "Training"
+                _say(
+                    f"{error}. {whole} goes on and tries again in a while"
+                    + (": make room" if checkpoint.is_full(error) else "")
+                )
                 return False
         return True
 
@@ -397,12 +424,17 @@ class Run:
             try:
                 checkpoint.save(rescued, self.state_dict())
             except OSError as second:
-                raise OSError(
-                    f"{error}; {second}. What was trained since the last checkpoint is lost. Make room, then "
-                    f"--resume {self.folder} does it again"
-                ) from error
+                lost = "All that was trained is lost"
+                if (self.folder / "checkpoint.pt").exists():
+                    first = "Make room, then" if checkpoint.is_full(error) else "When it can be written to again,"
+                    lost = (
+                        f"What was trained since the last checkpoint is lost. {first} "
+                        f"--resume {self.folder} does it again"
+                    )
+                raise OSError(f"{error}; {second}. {lost}") from error
+            first = "make room" if checkpoint.is_full(error) else f"see that {self.folder} can be written to"
             raise OSError(
-                f"{error}. The run as it is now, at step {self.step}, is in {rescued}: make room, move it to "
+                f"{error}. The run as it is now, at step {self.step}, is in {rescued}: {first}, move it to "
                 f"{self.folder}/checkpoint.pt, then --resume {self.folder}"
             ) from error
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, assert_same_run
+from runs import SMALL, assert_same_run, start
 
 from dnc_triton import checkpoint
 from dnc_triton.cli import main
 from dnc_triton.settings import Settings
+from dnc_triton.tasks import CopyTask
 from dnc_triton.train import PARTS, Run
 
 SHORT = ["train", "copy", *SMALL, "--steps", "20", "--validate-every", "10"]
@@ -28,9 +31,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["train", "evaluate", "trace", "bench", "info", "--resume", "first steps"]),
+        ([], ["train", "evaluate", "trace", "bench", "info", "--resume", "first steps", "about a minute"]),
         (["train", "copy"], ["--resume", "--config", "--precision", "--max-length", "default: 10", "--workers"]),
-        (["evaluate"], ["--checkpoint", "best", "--sequences"]),
+        (["evaluate"], ["--checkpoint", "best", "--sequences", "at least"]),
         (["trace"], ["--size", "--index", "memory.html"]),
         (["bench", "copy"], ["--memory-size", "--device"]),
         (["info"], ["whose DNC", "--device"]),
@@ -44,6 +47,121 @@ def test_help_says_what_there_is(arguments: list[str], words: list[str], capsys:
     printed = " ".join(capsys.readouterr().out.split())
     for word in words:
         assert word in printed
+
+
+def test_runs_that_start_in_one_second_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr("dnc_triton.report.report", lambda run: "")
+    for seed in range(3):
+        assert main([*SHORT, "--no-baseline", "--seed", str(seed)]) == 0
+    names = ["copy-20260101-000000", "copy-20260101-000000-2", "copy-20260101-000000-3"]
+    printed = capsys.readouterr().out
+    for seed, name in enumerate(names):
+        assert f"Training copy in runs/{name}/" in printed
+        assert checkpoint.load(tmp_path / "runs" / name / "checkpoint.pt")["settings"]["seed"] == seed
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == names
+    assert main(["train", "copy", "--resume"]) == 0
+    assert f"Going on with copy in runs/{names[-1]}/" in capsys.readouterr().out
+
+
+def test_a_folder_is_one_runs(tmp_path: Path) -> None:
+    """Of several processes that ask for it at once one gets it; the others are told, and change nothing."""
+    processes = [start(*SHORT, "--run", str(tmp_path), "--seed", str(seed)) for seed in range(3)]
+    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert sorted(status for _, status in ended) == [0, 2, 2]
+    for errors, status in ended:
+        assert status == 0 or f"--run: {tmp_path} " in errors.splitlines()[-1]
+    (seed,) = (seed for seed, (_, status) in enumerate(ended) if status == 0)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["settings"]["seed"] == seed
+    assert Settings.read("copy", tmp_path / "settings.toml").seed == seed
+
+
+def test_a_folder_that_a_run_has_claimed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One that has saved nothing so far, too."""
+    assert checkpoint.claim(tmp_path / "run", "seed = 1")
+    assert not checkpoint.claim(tmp_path / "run", "seed = 2")
+    assert main([*SHORT, "--run", str(tmp_path / "run")]) == 2
+    assert "is another run's, which has saved no checkpoint so far" in capsys.readouterr().err
+    assert (tmp_path / "run" / "settings.toml").read_text() == "seed = 1"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.toml"]
+
+
+@pytest.mark.parametrize("folder", ["/proc/no_such", "file", "file/sub", "file/sub/sub"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if folder.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("there is no /proc here")
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("precious")
+    monkeypatch.setattr(Run, "train", lambda run: pytest.fail("it trained"))
+    assert main([*SHORT, "--run", folder]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--run: expected a folder that can be made and written to, got {folder}" in line
+    assert Path("file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["triton_fused", "nope"])
+@pytest.mark.parametrize("command", ["train", "bench", "evaluate"])
+def test_a_backend_that_cannot_serve_gets_a_clear_word(
+    command: str, name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DNC_TRITON_BACKEND", name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main([command, str(run)] if command == "evaluate" else [command, "copy", *SMALL]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dnc_triton: DNC_TRITON_BACKEND: expected 'auto' or ")
+    assert f"got {name!r}" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_of_the_run_time_are_not_hidden(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Run, "score", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["evaluate", str(run)])
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        ("train", "dnc_triton.train.make_fabric"),
+        ("train", "dnc_triton.report.evaluate"),
+        ("evaluate", "dnc_triton.report.evaluate"),
+        ("bench", "dnc_triton.timing.bench"),
+    ],
+)
+def test_ctrl_c_ends_any_command_with_a_word(
+    command: str, where: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(where, lambda *arguments, **named: os.kill(os.getpid(), signal.SIGINT))
+    arguments = {
+        "train": [*SHORT, "--run", str(tmp_path / "run")],
+        "evaluate": ["evaluate", str(run)],
+        "bench": ["bench", "copy", *SMALL],
+    }
+    assert main(arguments[command]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "dnc_triton: interrupted"
+
+
+def test_a_second_ctrl_c_in_training_ends_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupt_twice(*arguments: object) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(CopyTask, "sample_training", interrupt_twice)
+    assert main([*SHORT, "--run", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "dnc_triton: interrupted"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_evaluate_prints_the_table_of_the_training(run: Path, capsys: pytest.CaptureFixture) -> None:

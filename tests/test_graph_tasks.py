@@ -174,7 +174,7 @@ def test_any_shortest_path_is_right_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", ["planning_steps", "one_way"])
 def test_counts_of_a_shortest_path_below_zero_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match=f"{name}: expected an integer, at least 0, got -1"):
         ShortestPathTask(**{name: -1})
 
 

@@ -144,7 +144,7 @@ def test_without_babel_only_translation_is_missing() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "babel is not installed" in done.stderr
-    assert "dnc_triton[train]" in done.stderr
+    assert "pip install '.[train]'" in done.stderr
 
 
 # --- stories ----------------------------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def test_long_stories_are_left_out_of_training_only(encoding: str, tmp_path: Pat
         ({"path": "nowhere", "kinds": "21"}, "kinds: expected numbers from 1 to 20 .* got '21'"),
         ({"min_facts": 2}, "min_facts, max_facts: expected 3 ≤ min_facts .* got 2, 8"),
         ({"min_facts": 9}, "min_facts, max_facts: .* got 9, 8"),
-        ({"questions": 0}, "questions: expected at least 1, got 0"),
+        ({"questions": 0}, "questions: expected an integer, at least 1, got 0"),
         ({"encoding": "letters"}, "encoding: expected one of words, sentences, got 'letters'"),
         ({"path": "nowhere"}, r"path: expected the folder en-10k of bAbI .* 40 files .* got nowhere: no such folder"),
     ],

@@ -127,7 +127,7 @@ def test_the_product_imports_no_extras(tmp_path):
     """Progress bars and pictures are for the command line: neither is needed to use the layer."""
     new = imported("dnc_triton", tmp_path)
     assert {"dnc_triton", "dnc_reference"} <= new
-    assert not new & {"lightning_fabric", "matplotlib", "tensorboard", "tqdm"}
+    assert not new & {"lightning_fabric", "matplotlib", "tensorboard", "tqdm", "plotly", "babel"}
 
 
 def test_an_import_compiles_nothing_and_touches_no_gpu(tmp_path):

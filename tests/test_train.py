@@ -238,4 +238,4 @@ def test_training_without_its_extra_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "tqdm not installed" in done.stderr
-    assert "dnc_triton[train]" in done.stderr
+    assert "pip install '.[train]'" in done.stderr  # on PyPI there is no such package

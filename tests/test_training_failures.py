@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -223,6 +224,56 @@ def test_a_full_disk_with_nowhere_else_to_write(
     assert resumed.step == LOG_EVERY
     assert resumed.train()
     assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_failed_write_is_told_as_what_it_is(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Room is asked for where there is none, and an old file is called whole where there is one."""
+    folder, rescue, full = tmp_path / "run", tmp_path / "rescue", number != errno.EIO
+    monkeypatch.setattr("tempfile.tempdir", str(rescue))
+    monkeypatch.setattr("dnc_triton.train.CHECKPOINT_SECONDS", 0.0)
+    replace, broken = os.replace, [folder, rescue]
+
+    def fail(source: Path, target: Path) -> None:
+        if target.parent in broken:
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    settings = small(steps=LOG_EVERY + 7, validate_every=LOG_EVERY, baseline=False)
+    with pytest.raises(OSError, match=f"{os.strerror(number)} while writing.*All that was trained is lost") as error:
+        Run(settings, folder).train()
+    assert "Make room" not in str(error.value)
+    said = capsys.readouterr().err
+    assert "Training goes on and tries again in a while" in said
+    assert "old file" not in said
+    assert ("make room" in said) == full
+
+    broken.clear()
+    run = Run(settings, folder)
+    run.save()
+    broken += [folder, rescue]
+    with pytest.raises(OSError, match=f"since the last checkpoint is lost.*--resume {folder} does it again") as error:
+        run.train()
+    assert ("Make room" in str(error.value)) == full
+    assert "The old file is whole, training goes on" in capsys.readouterr().err
+
+    broken.remove(rescue)
+    with pytest.raises(OSError, match=r"The run as it is now.*move it to") as error:
+        Run.resume(folder).train()
+    assert ("make room" in str(error.value)) == full
+    (rescued,) = rescue.glob("*.pt")
+    assert checkpoint.load(rescued)["step"] == settings.steps
+
+
+def test_a_run_whose_folder_cannot_be_made_does_not_train(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = Run(small(), tmp_path / "file" / "run")
+    before_step(run, 1, lambda: pytest.fail("it trained"))
+    with pytest.raises(OSError, match="file"):
+        run.train()
 
 
 # --- checkpoints that are not what they should be ---------------------------------------------------------------------

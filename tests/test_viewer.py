@@ -46,6 +46,22 @@ def test_bit_symbols_are_columns():
     assert bit_symbols(torch.zeros(0, 3)) == []
 
 
+def test_a_trace_with_its_graph_is_drawn(tmp_path):
+    """As a training's own call gives it, in whatever dtype, inputs and targets too."""
+    pytest.importorskip("matplotlib", reason="Matplotlib draws the picture")
+    from dnc_triton.pictures import draw_memory
+
+    dnc = DNC(3, 8, 2, memory_size=SLOTS, word_size=4)
+    inputs, targets = torch.rand(2, STEPS, 3, requires_grad=True), torch.rand(STEPS, 2, requires_grad=True)
+    _, _, trace = dnc(inputs, trace=True)
+    assert trace.write_weights.requires_grad
+    draw_memory(trace, inputs[0], targets, tmp_path / "memory.png")
+    draw_memory(trace, inputs[0].bfloat16(), targets.bfloat16(), str(tmp_path / "again.png"))
+    for name in ("memory.png", "again.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    write_page(trace, tmp_path / "memory.html", **SYMBOLS, title=TITLE)
+
+
 def test_a_long_sequence_in_a_large_memory_stays_small(tmp_path):
     """T = 100, N = 128, four read heads, and a link that is nowhere zero but in its diagonal."""
     steps, slots, reads = 100, 128, 4

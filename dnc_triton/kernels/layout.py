@@ -78,7 +78,7 @@ def _block(memory_size: int) -> int:
 
 
 def default_layout(memory_size: int, word_size: int) -> Layout:
-    """The layout that is taken where nothing was measured."""
+    """The layout that a step's kernels take where nothing was measured."""
     return layouts(memory_size, word_size)[0]
 
 

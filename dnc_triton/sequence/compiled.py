@@ -27,8 +27,8 @@ class CompiledSequence(Sequence):
 
     def _by_step(self, state: Carried) -> None:
         history = self.history
-        self.rows = history.carried_rows.unbind(0)
-        states = [(*self.checkpoints[step], row) for step, row in enumerate(self.rows)]
+        rows = history.carried_rows.unbind(0)
+        states = [(*self.checkpoints[step], row) for step, row in enumerate(rows)]
         over_steps = [*history.gates, history.vectors, history.kept_rows, history.memory[-1]]
         kept = zip(*(tensor.unbind(0) for tensor in over_steps), strict=True)
         self.of_step = [
@@ -37,10 +37,6 @@ class CompiledSequence(Sequence):
         ]
         self.kept = len(over_steps)
         self.compiled: dict[tuple[bool, bool], Callable[..., Any]] = {}
-
-    def _at(self, step: int) -> Carried:
-        light = self.plan.carried.cut(self.rows[step])
-        return Carried.of(*self.checkpoints[step], light, self.settings.num_layers)
 
     def _begin_forward(self) -> None:
         """Nothing."""

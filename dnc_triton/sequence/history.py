@@ -34,7 +34,7 @@ class Settings(NamedTuple):
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
         checkpoint: memory and link are kept every so many steps; 1 keeps all, of links every `link_every`-th.
-        compiled: whether the memory's step is made by PyTorch's compiler.
+        compiled: whether a step, controller and all, is made by PyTorch's compiler.
         layout: of the kernels; None for plain PyTorch.
     """
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dnc_triton.tasks.base import Batch, SymbolTask
+from dnc_triton.tasks.base import Batch, SymbolTask, check_at_least
 from dnc_triton.tasks.stories import ANSWER, KINDS, VOCABULARY, Line, generate_story, read_stories, words
 
 FAILED = 0.05  # a kind with more wrong words counts as failed
@@ -81,8 +81,7 @@ class BabiTask(SymbolTask):
         self.encoding = encoding
         numbers = _kinds(kinds, PUBLISHED_KINDS if path is not None else KINDS)
         if path is None:
-            if questions < 1:
-                raise ValueError(f"questions: expected at least 1, got {questions}")
+            check_at_least("questions", questions, 1)
             if not max(numbers) <= min_facts <= max_facts:
                 raise ValueError(
                     f"min_facts, max_facts: expected {max(numbers)} ≤ min_facts ≤ max_facts with kind {max(numbers)}, "

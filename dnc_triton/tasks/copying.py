@@ -32,12 +32,8 @@ class CopyTask(BitTask):
     }
 
     def __init__(self, min_length: int = 1, max_length: int = 10, num_bits: int = 8) -> None:
-        if not 1 <= min_length <= max_length:
-            raise ValueError(
-                f"min_length, max_length: expected 1 ≤ min_length ≤ max_length, got {min_length}, {max_length}"
-            )
-        if num_bits < 1:
-            raise ValueError(f"num_bits: expected at least 1, got {num_bits}")
+        check_range("min_length", min_length, "max_length", max_length)
+        check_at_least("num_bits", num_bits, 1)
         self.num_bits = num_bits
         self.input_size, self.output_size = num_bits + 1, num_bits
         trained = range(min_length, max_length + 1)
@@ -155,10 +151,8 @@ class DelayedCopyTask(SymbolTask):
     }
 
     def __init__(self, delay: int = 4, num_symbols: int = 10) -> None:
-        if delay < 1:
-            raise ValueError(f"delay: expected at least 1, got {delay}")
-        if num_symbols < 2:
-            raise ValueError(f"num_symbols: expected at least 2, got {num_symbols}")
+        check_at_least("delay", delay, 1)
+        check_at_least("num_symbols", num_symbols, 2)
         self.num_symbols = num_symbols
         self.vocabulary = self.input_vocabulary = [*map(str, range(num_symbols)), "_"]
         self.input_size = self.output_size = num_symbols + 1

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnc_triton.tasks.base import Batch, SymbolTask
+from dnc_triton.tasks.base import Batch, SymbolTask, check_at_least
 from dnc_triton.tasks.curriculum import Span, describe, integers, read_curriculum, with_earlier
 from dnc_triton.tasks.planning import Judged, PlanningTask, first_answer, log_sum
 
@@ -260,10 +260,8 @@ class ShortestPathTask(PlanningTask, GraphTask):
         one_way: int = 0,
     ) -> None:
         super().__init__(curriculum, base, num_digits)
-        if planning_steps < 0:
-            raise ValueError(f"planning_steps: expected at least 0, got {planning_steps}")
-        if one_way < 0:
-            raise ValueError(f"one_way: expected at least 0, got {one_way}")
+        check_at_least("planning_steps", planning_steps, 0)
+        check_at_least("one_way", one_way, 0)
         self.planning_steps, self.one_way = planning_steps, one_way
         self.lessons = [[size] for size in range(1, len(self.curriculum) + 1)]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnc_triton.tasks.base import Batch, SymbolTask
+from dnc_triton.tasks.base import Batch, SymbolTask, check_range
 
 if TYPE_CHECKING:
     from babel import Locale
@@ -58,6 +58,7 @@ class DatesTask(SymbolTask):
     def __init__(
         self, locales: str = "en,de,fr,es,it,pt,nl,sv,da,fi,pl,tr", first_year: int = 1950, last_year: int = 2049
     ) -> None:
+        check_range("first_year", first_year, "last_year", last_year)
         if not 1000 <= first_year <= last_year <= 9999:
             raise ValueError(
                 f"first_year, last_year: expected 1000 ≤ first_year ≤ last_year ≤ 9999, got {first_year}, {last_year}"
@@ -117,7 +118,7 @@ def _formats(locales: str) -> dict[int, list[tuple[str, Locale]]]:
         from babel import Locale, UnknownLocaleError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "babel is not installed; the task translation needs: pip install 'dnc_triton[train]'", name="babel"
+            "babel is not installed; the task translation needs, in a clone: pip install '.[train]'", name="babel"
         ) from error
     known = []
     for name in locales.split(","):

@@ -155,6 +155,7 @@ def test_a_row_alone_is_the_row_in_a_batch(sizes: tuple[int, int, int, int], dev
     """Whatever the other rows hold, and however many there are."""
     given = draw(sizes, torch.float32, device)
     together, weights = outcome(given, 0.3), given[:4]
+    assert all(x.isfinite().all() for x in together.values())
     poisoned = Problem(*weights, *(x.clone() for x in given[4:]))
     row = sizes[1] - 2
     for x in poisoned[4:]:

@@ -29,12 +29,19 @@ def rows(nest: Any, which: Any) -> Any:
     return tree_map(lambda x: x[which], nest)
 
 
+def assert_finite(nest: Any) -> None:
+    """What was never written would be NaN, and equal to itself."""
+    assert all(tensor.isfinite().all() for tensor in tree_leaves(nest))
+
+
 @each_layout
 @pytest.mark.parametrize(("dtype", "interface"), [("float32", "oneplus"), ("bfloat16", "activated")])
 def test_same_call_same_bits(dtype: str, interface: str, layout: str, device: torch.device) -> None:
     case = Case(2, 20, 5, 3, dtype, layout, interface)
     problem = draw(case)
-    assert_same_bits(run(case, problem, device), run(case, problem, device))
+    once = run(case, problem, device)
+    assert_finite(once)
+    assert_same_bits(run(case, problem, device), once)
 
 
 @each_layout
@@ -43,6 +50,7 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype: str, layout: str, device: torc
     case = Case(3, 18, 5, 2, dtype, layout, "activated" if dtype == "float32" else "softplus")
     problem = draw(case)
     together = run(case, problem, device)
+    assert_finite(together)
     for row in range(case.batch):
         one = slice(row, row + 1)
         assert_same_bits(run(case, rows(problem, one), device), rows(together, one), name=f"row {row}")
@@ -58,6 +66,7 @@ def test_a_nan_stays_in_its_row(interface: str, value: float, layout: str, devic
     case = Case(3, 18, 3, 2, "float32", layout, interface)
     problem = draw(case)
     clean = run(case, problem, device)
+    assert_finite(clean)
     for spoilt in (0, 1):  # rows on either side of the spoilt one
         inputs = tree_map(torch.clone, problem)
         for tensor in tree_leaves(inputs):
@@ -84,8 +93,11 @@ def test_a_nan_is_not_lost(dtype: str, nan: float, device: torch.device) -> None
     result = run(case, spoilt, device)
     expected = outcome(run_reference, spoilt)
     for name, want in expected.forward.items():
-        missing = want.isnan() & ~result.forward[name].cpu().isnan()
+        actual = result.forward[name].cpu()
+        missing = want.isnan() & ~actual.isnan()
         assert not missing.any(), f"{name}: {missing.nonzero().tolist()}"
+        clean = torch.tensor([not row.isnan().any() for row in want])
+        assert actual[clean].isfinite().all(), f"{name}: in rows that the oracle leaves clean"
 
 
 @each_layout
