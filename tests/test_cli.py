@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, assert_same_run, start
+from small_runs import SMALL, assert_same_run, start
 
 from dnc_triton import checkpoint
 from dnc_triton.cli import main

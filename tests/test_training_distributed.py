@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, start
+from small_runs import SMALL, start
 
 from dnc_triton import checkpoint
 from dnc_triton.cli import main

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SMALL, assert_same_run, small, start
+from small_runs import SMALL, assert_same_run, small, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dnc_triton import checkpoint
