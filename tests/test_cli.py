@@ -68,10 +68,10 @@ def test_runs_that_start_in_one_second_have_a_folder_each(
 
 
 def test_a_folder_is_one_runs(tmp_path: Path) -> None:
-    """Of several processes that ask for it at once one gets it; the others are told, and change nothing."""
-    processes = [start(*SHORT, "--run", str(tmp_path), "--seed", str(seed)) for seed in range(3)]
+    """Of two processes that ask for it at once one gets it; the other is told, and changes nothing."""
+    processes = [start(*SHORT, "--run", str(tmp_path), "--seed", str(seed)) for seed in range(2)]
     ended = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-    assert sorted(status for _, status in ended) == [0, 2, 2]
+    assert sorted(status for _, status in ended) == [0, 2]
     for errors, status in ended:
         assert status == 0 or f"--run: {tmp_path} " in errors.splitlines()[-1]
     (seed,) = (seed for seed, (_, status) in enumerate(ended) if status == 0)
@@ -223,7 +223,7 @@ def test_a_file_of_settings_that_is_none_is_refused(
         assert word in error
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("64-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_a_run_in_another_precision(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*SHORT, "--precision", precision, "--run", str(tmp_path)]) == 0
     weights = checkpoint.load(tmp_path / "checkpoint.pt")["learners"]["dnc"]["model"]["output.weight"]

@@ -195,7 +195,7 @@ def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path) -> None:
         (["copy", "--learning-rate", "0"], ["learning_rate", "above 0", "got 0"]),
         (["copy", "--controller", "transformer"], ["controller", "'lstm'", "'transformer'"]),
         (["copy", "--memory-size", "0"], ["memory_size", "at least 1", "got 0"]),
-        (["copy", "--max-length", "0"], ["max_length", "got 1, 0"]),
+        (["copy", "--max-length", "0"], ["max_length: expected an integer, at least 1, got 0"]),
         (["copy", "--warmup", "1000"], ["warmup", "less than the 1000 steps", "got 1000"]),
         (["copy", "--optimizer", "sgd"], ["optimizer", "adam, rmsprop", "got 'sgd'"]),
         (["copy", "--schedule", "linear"], ["schedule", "cosine, constant", "got 'linear'"]),

@@ -226,7 +226,7 @@ def test_a_full_disk_with_nowhere_else_to_write(
     assert_same_run(tmp_path / "whole", folder)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, pytest.param(errno.EDQUOT, marks=pytest.mark.slow), errno.EIO])
 def test_a_failed_write_is_told_as_what_it_is(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -215,9 +215,9 @@ def test_checkpoints_are_for_the_kernels_of_a_step(device: torch.device, monkeyp
 def test_lean_is_full_to_the_last_bit(backend: str, checkpoint: int, dtype: torch.dtype, device: torch.device) -> None:
     """In three launches links are made again in registers, a few steps of them or, lean, other steps."""
     full, lean = (make(device, checkpoint=every, dtype=dtype) for every in (None, checkpoint))
-    inputs, state = draw(full, 6, batch=3)
-    reset = torch.tensor([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0], [0] * 6], dtype=torch.bool, device=device)
-    call = {"lengths": [6, 4, 6], "reset": reset}
+    inputs, state = draw(full, 6)
+    reset = torch.tensor([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool, device=device)
+    call = {"lengths": [6, 4], "reset": reset}
     assert_same_bits(*(run(dnc, inputs, state, backend, **call) for dnc in (lean, full)))
 
 
@@ -231,14 +231,13 @@ def test_a_lean_backward_twice(device: torch.device) -> None:
     assert_same_bits((first, final), (second, before))
 
 
-@pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
-def test_lean_is_full_in_float64(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("checkpoint", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["triton_fused", pytest.param("triton_split", marks=pytest.mark.slow)])
+def test_lean_is_full_in_float64(backend: str, checkpoint: int, device: torch.device) -> None:
     """With stretches that end with the sequence and that do not."""
-    dnc = make(device)
-    inputs, state = draw(dnc, 3, batch=1)
-    expected = run(dnc, inputs, state, backend)
-    for dnc.checkpoint in (2, 3):
-        assert_same_bits(run(dnc, inputs, state, backend), expected)
+    full, lean = (make(device, checkpoint=every) for every in (None, checkpoint))
+    inputs, state = draw(full, 3, batch=1)
+    assert_same_bits(*(run(dnc, inputs, state, backend) for dnc in (lean, full)))
 
 
 @each_backend
@@ -312,9 +311,7 @@ PRODUCTS = {"product_kernel", "lstm_product_forward_kernel", "lstm_product_backw
 @pytest.mark.parametrize(
     ("backend", "small", "kernels", "dtype"),
     [
-        pytest.param(
-            *case, dtype, id=f"{name}-{dtype}", marks=pytest.mark.slow if case[1] and dtype.itemsize > 4 else ()
-        )
+        pytest.param(*case, dtype, id=f"{name}-{dtype}", marks=pytest.mark.slow if dtype.itemsize > 4 else ())
         for name, case in {
             "one launch": (BACKEND, False, SEQUENCE),
             "LSTM": ("triton_fused", False, STEP | {"lstm_forward_kernel"}),
@@ -340,7 +337,7 @@ def test_nothing_beside_a_buffer_is_touched(
     assert_close(actual, run(dnc, inputs, state, "reference", **call), **close, name="")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize("steps", [*(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 2)), 6])
 def test_links_that_are_not_kept(steps: int, device: torch.device) -> None:
     """The first, the last and any number of steps after one that is kept."""
     dnc = make(device, sizes=(20, 4, 1))
