@@ -319,7 +319,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
             + (f"; measured per step: {'; '.join(measured)}" if measured else "")
         )
     if chosen is None:
-        lines.append("nothing runs: the call raises, for it is asked for by name")
+        lines.append("nothing runs: what is asked for by name does not serve, and the call raises")
     return "\n".join(lines)
 
 

@@ -361,3 +361,12 @@ def test_the_compiled_layer_follows_use_backend(add_backends):
     with use_backend("spy"):
         compiled(inputs)
     assert spy.problems
+
+
+def test_explain_says_where_nothing_runs():
+    dnc, inputs = DNC(3, 6, 2, memory_size=5, word_size=4, num_writes=2, backend="torch_sequence"), torch.randn(1, 2, 3)
+    assert explain(dnc, inputs).endswith("does not serve, and the call raises")
+    with pytest.raises(RuntimeError, match="num_writes"):
+        dnc(inputs)
+    dnc.backend = "auto"
+    assert "raises" not in explain(dnc, inputs)
