@@ -154,7 +154,7 @@ def jobs(
 
     for bucket in buckets:
         _, slots, word, _ = bucket
-        for layout in layouts(slots, word):
+        for layout in layouts(slots):
             row = row_of(bucket, f"{'fused' if layout.fused else 'split'} {layout.describe()}")
             yield row, partial(step_row, device=device, layout=layout, clock=kernel_time)
         for layout in sequence_layouts(slots, word) if slots <= SEQUENCE_SLOTS else []:

@@ -33,6 +33,7 @@ CASES: list[Case] = [
     ("reference", 100, None, LARGE),
     ("auto", 100, None, LARGE),
     ("auto", 100, "auto", LARGE),
+    ("torch_compiled", 100, "auto", LARGE),  # the compiler itself, and what it compiles, counts
     ("auto", 1000, "auto", LONG),
 ]
 GPU_CASES: list[Case] = [

@@ -297,8 +297,10 @@ def _with_peak(row: Row, network: Network, call: Callable[[], Any], session: Ses
     if session.over:
         return row
     try:
+        if peer.hides_memory:
+            return row
         if session.device.type == "cuda":
-            return row if peer.hides_memory else replace(row, peak_bytes=gpu_peak(call, network.module))
+            return replace(row, peak_bytes=gpu_peak(call, network.module))
         if peer.compiles or row.mode != "training":  # the compiler's memory would count; and a process takes its time
             return row
         return replace(row, peak_bytes=cpu_peak(row.case, row.peer, row.mode, torch.get_num_threads()))

@@ -76,7 +76,8 @@ class Peer:
         compiles: whether its first call compiles for a minute or so, which has a budget of its own.
         gpu_only: whether it makes no sense on a CPU.
         sweeps: whether it takes part in the sweeps.
-        hides_memory: whether it allocates where PyTorch's count of a call does not see it.
+        hides_memory: whether what is counted of a call is not what it takes: PyTorch does not see all of it, or a
+            compiler's own memory counts.
         has_memory: whether it is a DNC, and so has a floor.
         captured: whether it is trained in a CUDA graph of the user's as well. The eager reference cannot be: in the
             backward of `cumprod` PyTorch waits for the device.
@@ -262,7 +263,12 @@ def all_peers() -> dict[str, Peer]:
     return {
         OURS: Peer("dnc_triton", partial(make_layer, backend="auto"), sweeps=True, captured=True),
         **{
-            name: Peer(f"dnc_triton, {name}", partial(make_layer, backend=name), captured=True)
+            name: Peer(
+                f"dnc_triton, {name}",
+                partial(make_layer, backend=name),
+                captured=True,
+                hides_memory=name == "torch_compiled",
+            )
             for name in BACKENDS
             if name != EAGER
         },

@@ -6,8 +6,8 @@ from dnc_triton.dispatch import use_backend
 from dnc_triton.layer import DNC, explain
 from dnc_triton.ops.memory_step import memory_step
 from dnc_triton.pytorch_dnc import from_pytorch_dnc
+from dnc_triton.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "DNC",
     "DNCState",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dnc_triton.tasks import Task
     from dnc_triton.train import Run
 
-NEEDED = ("lightning_fabric", "matplotlib", "tensorboard", "tqdm")
+NEEDED = ("lightning_fabric", "matplotlib", "plotly", "tensorboard", "tqdm")
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
 OWN = ("command", "task", "act", "run", "resume", "config", "device", "workers", "output")  # options, not settings
 

@@ -25,7 +25,8 @@ import dnc_reference
 from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_triton import tuning
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
-from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step, is_transformed
+from dnc_triton.ops.eager import is_transformed
+from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
 from dnc_triton.sequence.unroll import is_plain, unroll_sequence
@@ -116,7 +117,7 @@ def _sequence_supports(problem: Problem) -> tuple[bool, str]:
         return False, f"num_writes is {problem.num_writes}, its backward is written for 1"
     if problem.dtype not in (torch.float32, torch.float64):
         return False, f"dtype is {problem.dtype}, it takes float32 and float64"
-    if _is_transformed():
+    if is_transformed():
         return False, "a transform of torch.func is at work"
     return True, "plain PyTorch, a backward written by hand, which is not differentiable again"
 
@@ -147,7 +148,7 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
             return False, f"{name} is {value}, the kernels go up to {limit}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return False, f"dtype is {problem.dtype}, the kernels take float32, bfloat16, float16 and float64"
-    if _is_transformed():
+    if is_transformed():
         return False, "a transform of torch.func is at work"
     if not HAS_TRITON:
         return False, "Triton is not installed"
@@ -163,11 +164,6 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
         if capability < LEAST_CAPABILITY:
             return False, f"compute capability is {capability}, the kernels need {LEAST_CAPABILITY}"
     return True, "Triton kernels"
-
-
-def _is_transformed() -> bool:
-    """Whether a transform looks into what is called, which an operator of its own does not let it."""
-    return not torch.compiler.is_compiling() and is_transformed()
 
 
 def _fused_supports(problem: Problem) -> tuple[bool, str]:
@@ -212,14 +208,14 @@ BACKENDS: dict[str, Backend] = {
         memory_step=fused_memory_step,
         unroll=_fused_unroll,
         rank=lambda problem: _kernels_rank(problem, 1 if problem.memory_size <= 64 else 3),
-        layouts=lambda problem: [x for x in layouts(problem.memory_size, problem.word_size) if x.fused],
+        layouts=lambda problem: [x for x in layouts(problem.memory_size) if x.fused],
     ),
     "triton_split": Backend(
         supports=_kernels_support,
         memory_step=fused_memory_step,
         unroll=_fused_unroll,
         rank=lambda problem: _kernels_rank(problem, 2),
-        layouts=lambda problem: [x for x in layouts(problem.memory_size, problem.word_size) if not x.fused],
+        layouts=lambda problem: [x for x in layouts(problem.memory_size) if not x.fused],
     ),
     "torch_sequence": Backend(
         supports=_sequence_supports,
@@ -344,7 +340,7 @@ def _asked(backend: str) -> tuple[str, str]:
 def _clock_decides(problem: Problem) -> bool:
     """Whether what is chosen is what was measured."""
     # Tracing comes first: a traced function may look neither at a file nor at a clock.
-    if torch.compiler.is_compiling() or problem.device.type != "cuda" or _is_transformed():
+    if torch.compiler.is_compiling() or problem.device.type != "cuda" or is_transformed():
         return False
     return not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
 

@@ -16,7 +16,7 @@ from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_reference.controller import CONTROLLERS
 from dnc_reference.memory import check_memory_state, check_tensor
 from dnc_triton.dispatch import check_backend, choose, explain_problem
-from dnc_triton.ops.fused_step import is_eager
+from dnc_triton.ops.eager import is_eager
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.history import zeros
 from dnc_triton.sequence.unroll import begins_with_zeros, is_plain

@@ -35,6 +35,7 @@ from dnc_triton.kernels import ahead
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
+from dnc_triton.version import __version__
 
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
@@ -111,13 +112,11 @@ def cache_directory() -> Path:
 
 def _bucket(problem: Problem) -> str:
     """The key under which a problem is remembered."""
-    import dnc_triton
-
     key = {
         "device": torch.cuda.get_device_name(problem.device),
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "dnc_triton": dnc_triton.__version__,
+        "dnc_triton": __version__,
         "format": FORMAT,
         "dtype": str(problem.dtype),
         "batch": _power_of_two(problem.batch),

@@ -119,7 +119,7 @@ def clock(call):
 def measure():
     print(gpu.markdown([gpu.measure_one(*job) for job in gpu.jobs([(2, 4, 3, 2)], torch.device("cpu"), clock, clock)]))
 
-gpu.layouts = lambda *sizes: [layouts(*sizes)[0], layouts(*sizes)[-1]]
+gpu.layouts = lambda slots: [layouts(slots)[0], layouts(slots)[-1]]
 resets = []
 gpu.torch.compiler.reset = lambda: resets.append(1)
 gpu.torch.compile = lambda step: step if resets else None

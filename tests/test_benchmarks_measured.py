@@ -100,9 +100,9 @@ def test_what_training_took_of_memory(monkeypatch):
     for row, (backend, steps, checkpoint, sizes) in zip(rows, lean.CASES, strict=True):
         assert {"backend": backend, "steps": steps, "checkpoint": checkpoint, **sizes}.items() <= row.items()
         assert row["finite"]
-    eager, *_, large, long = (row["grown_bytes"] for row in rows)
+    eager, _, large, compiled, long = (row["grown_bytes"] for row in rows)
     assert long < 8e9
-    assert large < eager / 2
+    assert max(large, compiled) < eager / 2
     assert {"date", "cpu", "torch", "commit", "command"} <= content["machine"].keys()
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)

@@ -8,7 +8,7 @@ import pytest
 import test_sequence_goldens
 import torch
 from helpers import assert_same_bits
-from sequence_parity import assert_equal_outcomes, assert_parity, draw, make, operation, outcome
+from sequence_parity import assert_parity, draw, make, operation, outcome
 from torch.utils._pytree import tree_map
 
 from dnc_triton import dispatch, explain
@@ -157,14 +157,34 @@ def test_a_nan_stays_in_its_row_and_is_not_lost():
     assert_same_bits(of_spoilt.memory.link[2], last.memory.link[2])
 
 
-def test_with_checkpoints_it_does_not_compile(monkeypatch):
-    def compile_nothing(*arguments):
-        raise AssertionError("a step was compiled")
+def check_lean(choice, *, masked):
+    """What is made again of memory and link is what they were, to the last bit."""
+    full, *lean = (make(BACKEND, checkpoint=every, **choice) for every in (None, 2, 3))
+    inputs, state = draw(full)
+    given = masks(inputs) if masked else {}
+    expected = outcome(operation, full, inputs, state, **given)
+    for dnc in lean:
+        assert_same_bits(outcome(operation, dnc, inputs, state, **given), expected)
 
-    monkeypatch.setattr("dnc_triton.sequence.compiled._compile", compile_nothing)
-    dnc = make(BACKEND, checkpoint=2, word_size=3)
-    plain = make("torch_sequence", checkpoint=2, word_size=3)
-    assert_equal_outcomes(outcome(operation, dnc, *draw(dnc)), outcome(operation, plain, *draw(plain)))
+
+def test_lean_and_full(monkeypatch):
+    made_again = []
+    run = CompiledSequence._run
+
+    def record(sequence, part, step, *gradients):
+        made_again.extend([step] if part == "replay" else [])
+        run(sequence, part, step, *gradients)
+
+    monkeypatch.setattr(CompiledSequence, "_run", record)
+    check_lean(dict(clip=0.1, stop_usage_gradient=True), masked=False)
+    assert made_again == [2, 0, 3, 0, 1]  # of five steps: every second kept, every third
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("choice", [*CHOICES, dict(memory_size=64, word_size=20, num_reads=3)], ids=[*NAMES, "larger"])
+def test_lean_and_full_of_all_that_the_layer_can_be_told(choice, masked):
+    check_lean(choice, masked=masked)
 
 
 def test_who_is_served(monkeypatch):

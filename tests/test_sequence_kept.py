@@ -74,7 +74,7 @@ def test_a_thousand_steps_train_within_8_gb(backend):
     limit, every, batch = 8e9, 32, 32
     dnc = DNC(64, 256, 64, memory_size=256, word_size=64, num_reads=4, device="meta")
     inputs = torch.empty(1000, batch, 64, device="meta")
-    layout = {"layout": layouts(256, 64)[0]} if backend.startswith("triton") else {}
+    layout = {"layout": layouts(256)[0]} if backend.startswith("triton") else {}
     unroll = dispatch.BACKENDS[backend].unroll
 
     def kept(checkpoint: int | str | None) -> int:

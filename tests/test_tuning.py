@@ -201,15 +201,13 @@ def test_another_device_or_version_is_measured_again(
 ) -> None:
     import triton
 
-    import dnc_triton
-
     tuning.fastest(PROBLEM, STEPS)
     forget()
     if changed == "device":
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Straw 9001")
     else:
-        packages = {"torch": torch, "triton": triton, "dnc_triton": dnc_triton}
-        monkeypatch.setattr(packages[changed], "__version__", "99.0")
+        says_so = {"torch": torch, "triton": triton, "dnc_triton": tuning}
+        monkeypatch.setattr(says_so[changed], "__version__", "99.0")
     tuning.fastest(PROBLEM, STEPS)
     assert len(clock.asked) == 6
     assert len(files()) == 2
@@ -461,7 +459,7 @@ def fake_times(microseconds: Callable[[Layout | None], float]) -> Callable[[Prob
 
 
 def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = layouts(16, 8)[-1]
+    wanted = layouts(16)[-1]
     monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0 if layout == wanted else 50.0))
     chosen = dispatch.choose(PROBLEM)
     assert chosen.unroll.keywords["layout"] == wanted
@@ -482,7 +480,7 @@ def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.M
 def test_without_measuring_the_default_is_taken(slots: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     problem = replace(PROBLEM, memory_size=slots)
-    default = sequence_layouts(16, 8)[0] if name == "triton_sequence" else default_layout(slots, 8)
+    default = sequence_layouts(16, 8)[0] if name == "triton_sequence" else default_layout(slots)
     assert dispatch.choose(problem).unroll.keywords["layout"] == default
     assert f"* {name}" in dispatch.explain_problem(problem)
 

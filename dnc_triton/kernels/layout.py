@@ -38,14 +38,24 @@ class Layout(NamedTuple):
         """
         return 1 if self.fused else LINK_EVERY
 
+    def as_operand(self) -> list[int]:
+        """As an operator takes it."""
+        return [int(value) for value in self]
+
+    @classmethod
+    def from_operand(cls, values: list[int]) -> Layout:
+        """The inverse."""
+        fused, rows, columns, num_warps, whole, backward_rows = values
+        return cls(bool(fused), rows, columns, num_warps, bool(whole), backward_rows)
+
     def describe(self) -> str:
         """Of layouts of one kind, which."""
         tiles = " and ".join(f"{rows}×{self.columns}" for rows in (self.rows, self.backward_rows) if rows)
         return f"{tiles}, {self.num_warps} warp{'s' if self.num_warps > 1 else ''}"
 
 
-def layouts(memory_size: int, word_size: int) -> list[Layout]:
-    """The layouts worth measuring for a memory of N slots of W numbers, the default one first.
+def layouts(memory_size: int) -> list[Layout]:
+    """The layouts worth measuring for a memory of N slots, the default one first.
 
     The order and the choice are from times on an H200, at B = 16 and 64: one warp with 32 numbers of a tile in each
     thread's registers, which needs no shared memory, was the fastest in three launches, forward as fast with 64, which
@@ -77,9 +87,9 @@ def _block(memory_size: int) -> int:
     return max(16, 1 << (memory_size - 1).bit_length())
 
 
-def default_layout(memory_size: int, word_size: int) -> Layout:
+def default_layout(memory_size: int) -> Layout:
     """The layout that a step's kernels take where nothing was measured."""
-    return layouts(memory_size, word_size)[0]
+    return layouts(memory_size)[0]
 
 
 def kept_shapes(batch: int, slots: int, reads: int) -> tuple[tuple[int, int], tuple[int, int]]:

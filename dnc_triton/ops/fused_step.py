@@ -9,17 +9,15 @@ What PyTorch does around such an operator takes longer than the launches. So whe
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch import Tensor
 
 from dnc_reference import Interface, MemoryState
 from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels.layout import Layout, kept_shapes
+from dnc_triton.ops.eager import is_eager, on_device, refuse_batched
 
 
 @torch.library.custom_op("dnc_triton::step", mutates_args=())
@@ -38,7 +36,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`step_forward`: the words read, the new memory state, and what the backward needs (`kept`, `free_list`)."""
     state = [memory, usage, link, precedence, read_weights, write_weights]
-    return _forward(interface, state, raw, strength_offset, as_layout(layout))
+    return _forward(interface, state, raw, strength_offset, Layout.from_operand(layout))
 
 
 def _forward(
@@ -84,7 +82,7 @@ def _step_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`step_backward`: gradients of the interface vector and of the fields of the state."""
     return _run_backward(
-        interface, state, result, gradients, raw, strength_offset, stop_usage_gradient, as_layout(layout)
+        interface, state, result, gradients, raw, strength_offset, stop_usage_gradient, Layout.from_operand(layout)
     )
 
 
@@ -184,7 +182,7 @@ class _Step(torch.autograd.Function):
         given = interface, saved[:6], saved[6:], _zero_filled(gradients, saved[:6]), raw, strength_offset
         # Who wants more than numbers asks the operator.
         if torch.is_grad_enabled() or not is_eager([interface, *saved]):
-            d_given = _step_backward(*given, stop_usage_gradient, [int(value) for value in layout])
+            d_given = _step_backward(*given, stop_usage_gradient, layout.as_operand())
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 d_given = _run_backward(*given, stop_usage_gradient, layout)
@@ -220,51 +218,10 @@ def _run(
 ) -> tuple[Tensor, MemoryState]:
     tensors = [vector, *state]
     if not is_eager(tensors):
-        layout_values = [int(value) for value in layout]
-        result = _step(*tensors, raw, strength_offset, stop_usage_gradient, layout_values)
+        result = _step(*tensors, raw, strength_offset, stop_usage_gradient, layout.as_operand())
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         result = _Step.apply(vector, raw, strength_offset, stop_usage_gradient, layout, *state)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             result = _forward(vector, list(state), raw, strength_offset, layout)
     return result[0], MemoryState(*result[1:7])
-
-
-def as_layout(values: list[int]) -> Layout:
-    """From how an operator takes it."""
-    fused, rows, columns, num_warps, whole, backward_rows = values
-    return Layout(bool(fused), rows, columns, num_warps, bool(whole), backward_rows)
-
-
-def is_eager(tensors: list[Tensor]) -> bool:
-    """Whether nobody looks at what is called, as compilers, modes, transforms and other kinds of tensors do."""
-    return (
-        not torch.compiler.is_compiling()  # first: a compiler follows nothing of the rest
-        and not is_in_torch_dispatch_mode()
-        and not is_transformed()
-        and not torch.jit.is_tracing()
-        and not tensors[0].is_meta
-        and all(type(tensor) in _ORDINARY for tensor in tensors)
-    )
-
-
-def is_transformed() -> bool:
-    """Whether vmap, grad or their like of `torch.func`, or forward-mode differentiation, are at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def refuse_batched(gradients: list[Tensor]) -> None:
-    """Raise RuntimeError if gradients are many in one, which a backward written by hand cannot take apart."""
-    if any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
-        raise RuntimeError(
-            "is_grads_batched, vectorize: expected backend='reference', whose backward takes gradients in batches, got "
-            "an operation whose backward is written by hand"
-        )
-
-
-_ORDINARY = (Tensor, nn.Parameter)
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,8 +1,9 @@
 """A sequence whose step, and the adjoint of it, is compiled by PyTorch's compiler for a CPU, controller and all.
 
 Where the network is small the time goes into the number of calls, and compiled a step and its adjoint are two of them
-instead of some 150. Nothing is written a second time: what is compiled is a step of `Sequence` itself. A step that is
-taken by itself is one call, with what a sequence does before its loop and after it.
+instead of some 150; to make memory and link of a step again is a third. Nothing is written a second time: what is
+compiled is a step of `Sequence` itself. A step that is taken by itself is one call, with what a sequence does before
+its loop and after it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, reduce
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from dnc_triton.sequence.history import Carried, History, Plan, Settings
 from dnc_triton.sequence.loop import Before, Sequence
 from dnc_triton.sequence.torch_memory import TorchMemory
 
+Part = Literal["forward", "backward", "replay"]  # the last makes memory and link again
+
 
 class CompiledSequence(Sequence):
-    """As `Sequence`, with compiled steps. It keeps memory and link of every step."""
+    """As `Sequence`, with compiled steps."""
 
     def _by_step(self, state: Carried) -> None:
         history = self.history
@@ -36,13 +39,13 @@ class CompiledSequence(Sequence):
             for step, of_step in enumerate(kept)
         ]
         self.kept = len(over_steps)
-        self.compiled: dict[tuple[bool, bool], Callable[..., Any]] = {}
+        self.compiled: dict[tuple[Part, bool, bool], Callable[..., Any]] = {}
 
     def _begin_forward(self) -> None:
         """Nothing."""
 
     def _forward_step(self, step: int) -> None:
-        self._run(step, ())
+        self._run("forward", step)
 
     def _begin_backward(self, before: Before, d: Carried) -> None:
         for cell in self.cells:
@@ -53,20 +56,25 @@ class CompiledSequence(Sequence):
         self.carried_back = tuple(d.flatten())
 
     def _backward_step(self, step: int, d: Carried) -> Carried:
-        self._run(step, self.carried_back + self.gradients[step])
+        self._run("backward", step, self.carried_back + self.gradients[step])
         return d
 
-    def _run(self, step: int, gradients: tuple[Tensor, ...]) -> None:
+    def _replay(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            self._run("replay", step)
+
+    def _run(self, part: Part, step: int, gradients: tuple[Tensor, ...] = ()) -> None:
         masked = self.stops[step], self.resets[step]
+        key = part, *masked
         masks = [mask[step] for mask, used in zip((self.running, self.reset), masked, strict=True) if used]  # type: ignore[index]
         tensors = (*self.parameters, *masks, *self.of_step[step], *gradients)
-        compiled = self.compiled.get(masked)
+        compiled = self.compiled.get(key)
         if compiled is None:
             likes = tuple(map(like_of, tensors))
             counts = (len(self.parameters), *map(int, masked), len(self.dropout), 3, 3, self.kept, len(gradients))
             settings, sizes = self.settings._replace(checkpoint=1), (self.inputs.shape[-1], self.plan.reads)
-            compiled = _compile(settings, *sizes, counts, likes, torch.get_num_threads())
-            self.compiled[masked] = compiled
+            compiled = _compile(part, settings, *sizes, counts, likes, torch.get_num_threads())
+            self.compiled[key] = compiled
         compiled(*tensors)
 
 
@@ -190,6 +198,10 @@ class _Step(Sequence):
         after = self.states[1]
         return self._clip(self._project(after.layers[-1][0], after.words.flatten(1)))
 
+    def run_replay(self) -> None:
+        """Memory and link alone, from the write weights."""
+        self._replay(0, 1)
+
     def run_backward(self, d: Carried, d_hidden_out: Tensor, d_words_out: Tensor) -> list[Tensor]:
         """Overwrites d; returns the gradients by the interface vector and by the gates before their activation."""
         self.d_hidden_out, self.d_words_out = (d_hidden_out,), (d_words_out,)
@@ -204,9 +216,15 @@ class _Step(Sequence):
 
 @lru_cache(maxsize=256)
 def _compile(
-    settings: Settings, input_size: int, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
+    part: Part,
+    settings: Settings,
+    input_size: int,
+    reads: int,
+    counts: tuple[int, ...],
+    likes: tuple[Like, ...],
+    threads: int,
 ) -> Callable[..., Any]:
-    """A step of a sequence, or its adjoint: see `machine_code`."""
+    """A part of a step of a sequence: see `machine_code`."""
     layers = settings.num_layers
 
     def traced(numbers: Tensor, *tensors: Tensor) -> tuple[()]:
@@ -219,17 +237,10 @@ def _compile(
         plan = Plan(settings, memory, reads, hidden_size)
         of_network = settings, parameters, input_size, running, reset, dropout
         prev = Carried.of(memory, link, plan.carried.cut(row), layers)
-        if gradients:
-            new = Carried.of(after[0], after[1], plan.carried.cut(after[2]), layers)
-            *gates, vector, kept_row, free_list = kept
-            cells, of_memory = plan.split(plan.kept.cut(kept_row))
-            d, (d_hidden, d_words, *made) = gradients[: len(prev.flatten())], gradients[len(prev.flatten()) :]
-            step = _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers)
-            results = step.run_backward(Carried.unflatten(d, layers), d_hidden, d_words)
-        else:
-            # What is written goes to tensors of its own, which are copied at the end, each buffer as a whole: of writes
-            # to parts of what it is given the compiler loses the order.
-            own_memory, own_link = torch.empty_like(memory), torch.empty_like(link)
+        # What is written forward goes to tensors of its own, which are copied at the end, each buffer as a whole: of
+        # writes to parts of what it is given the compiler loses the order.
+        own_memory, own_link = after[:2] if part == "backward" else map(torch.empty_like, (memory, link))
+        if part == "forward":
             light, own = ([row.new_empty(shape) for shape in parts.shapes] for parts in (plan.carried, plan.kept))
             gates, others = [tensor.clone() for tensor in kept[:layers]], list(map(torch.empty_like, kept[layers:]))
             vector, _, free_list = others
@@ -238,6 +249,17 @@ def _compile(
             _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers).run_forward()
             made = [*after, *kept]
             results = [own_memory, own_link, plan.carried.join(light), *gates, vector, plan.kept.join(own), free_list]
+        else:
+            new = Carried.of(own_memory, own_link, plan.carried.cut(after[2]), layers)
+            *gates, vector, kept_row, free_list = kept
+            cells, of_memory = plan.split(plan.kept.cut(kept_row))
+            step = _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers)
+            if part == "replay":
+                step.run_replay()
+                made, results = after[:2], [own_memory, own_link]
+            else:
+                d, (d_hidden, d_words, *made) = gradients[: len(prev.flatten())], gradients[len(prev.flatten()) :]
+                results = step.run_backward(Carried.unflatten(d, layers), d_hidden, d_words)
         for buffer, result in zip(made, results, strict=True):
             buffer.copy_(result)
         return ()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dnc_triton.ops.fused_step import as_layout, is_eager, on_device, refuse_batched
+from dnc_triton.kernels.layout import Layout
+from dnc_triton.ops.eager import is_eager, on_device, refuse_batched
 from dnc_triton.sequence import graphs, pool
 from dnc_triton.sequence.compiled import CompiledSequence, step_alone
 from dnc_triton.sequence.history import Carried, Settings, zeros
@@ -414,13 +415,13 @@ def _kind(settings: Settings) -> Any:
 
 def _settings(*arguments: Any) -> Settings:
     settings = Settings(*arguments)
-    return settings if settings.layout is None else settings._replace(layout=as_layout(list(settings.layout)))
+    return settings if settings.layout is None else settings._replace(layout=Layout.from_operand(list(settings.layout)))
 
 
 def _as_operands(settings: Settings) -> list[Any]:
     """The inverse: as the operators take them."""
     *others, layout = settings
-    return [*others, None if layout is None else [int(value) for value in layout]]
+    return [*others, None if layout is None else layout.as_operand()]
 
 
 def _given(

@@ -46,7 +46,7 @@ def unroll_sequence(
             quarter of a GPU's memory, or 256 MiB on a CPU, and else takes the square root of T.
         layout: of the kernels for the memory's part, or for all of it, which keeps every step: a step at a time where
             that takes too much; None for plain PyTorch.
-        compiled: whether a step of that is compiled, for a CPU; not where steps are to be made again.
+        compiled: whether a step of that is compiled, for a CPU.
     """
     steps, batch = inputs.shape[:2]
     if steps == 0:
@@ -74,7 +74,7 @@ def unroll_sequence(
         stop_usage_gradient=cell.stop_usage_gradient,
         product_dtype=product_dtype,
         checkpoint=every,
-        compiled=compiled and (not keep or every == 1),
+        compiled=compiled,
         layout=layout,
     )
     with without_autocast(inputs.device) if autocast else nullcontext():

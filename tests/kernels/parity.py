@@ -193,7 +193,7 @@ class Case(NamedTuple):
 
 def pick_layout(name: str, slots: int, word: int) -> Layout:
     """The first layout that may be taken for this size, of those that are "fused", "split", or "split16"."""
-    candidates = [layout for layout in layouts(slots, word) if layout.fused == (name == "fused")]
+    candidates = [layout for layout in layouts(slots) if layout.fused == (name == "fused")]
     return candidates[0]._replace(columns=16) if name == "split16" else candidates[0]  # several tiles beside each other
 
 

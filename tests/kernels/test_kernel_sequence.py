@@ -122,7 +122,7 @@ def test_marks_are_aligned_at_each_step(batch: int) -> None:
     options: dict[str, Any] = dict(reads=2, strength_offset=1.0, stop_usage_gradient=False)
     running = torch.arange(3).unsqueeze(1) < torch.arange(batch) % 4
     reset = (torch.arange(batch * 3) % 5 == 0).view(batch, 3).T & running
-    memory_part = TritonMemory(vectors, kept, memory, running, reset, **options, layout=default_layout(5, 4))
+    memory_part = TritonMemory(vectors, kept, memory, running, reset, **options, layout=default_layout(5))
     marks = memory_part.marks
     assert marks is not None
     assert all(step.is_contiguous() and step.data_ptr() % 16 == 0 for step in marks)

@@ -1,0 +1,50 @@
+"""Who looks at what is called: nobody, and much can be spared; or somebody who cannot be served, and is told so."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def is_eager(tensors: list[Tensor]) -> bool:
+    """Whether nobody looks at what is called, as compilers, modes, transforms and other kinds of tensors do."""
+    return (
+        not torch.compiler.is_compiling()  # first: a compiler follows nothing of the rest
+        and not is_in_torch_dispatch_mode()
+        and not is_transformed()
+        and not torch.jit.is_tracing()
+        and not tensors[0].is_meta
+        and all(type(tensor) in _ORDINARY for tensor in tensors)
+    )
+
+
+def is_transformed() -> bool:
+    """Whether vmap, grad or their like of `torch.func`, or forward-mode differentiation, are at work.
+
+    They look into what is called, which an operator of its own does not let them. Not while a compiler traces, which
+    could not follow.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_batched(gradients: list[Tensor]) -> None:
+    """Raise RuntimeError if gradients are many in one, which a backward written by hand cannot take apart."""
+    if any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
+        raise RuntimeError(
+            "is_grads_batched, vectorize: expected backend='reference', whose backward takes gradients in batches, got "
+            "an operation whose backward is written by hand"
+        )
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
