@@ -10,6 +10,8 @@ Letters in every shape: T steps, B batch, H hidden size, G the size of all gates
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -144,13 +146,19 @@ class Cell:
     def _unclip(self, step: int, d: list[Tensor], d_above: Tensor | None) -> Tensor:
         """The gradient by the unclipped hidden vector, with that of the layer above, which was given it; bounded."""
         if self.clip is not None:
-            for gradient, unclipped in zip(d, self.unclipped, strict=True):
-                gradient.mul_(unclipped[step].abs() <= self.clip)
+            for gradient, within in zip(d, self._within, strict=True):
+                gradient.mul_(within[step])
         if d_above is not None:
             d[0].add_(d_above)
         if self.max_gradient is not None:
             d[0].clamp_(-self.max_gradient, self.max_gradient)
         return d[0]
+
+    @cached_property
+    def _within(self) -> list[Tensor]:
+        """Where a clip lets gradients through, for all steps at once."""
+        assert self.clip is not None
+        return [tensor.abs() <= self.clip for tensor in self.unclipped]
 
 
 class RNN(Cell):
@@ -221,13 +229,18 @@ class GRU(Cell):
         assert self.recurrent is not None
         assert self.hidden_bias is not None
         self.below.add_to(gates, below, gates)
-        from_hidden = self.recurrent.add_to(self.hidden_bias, prev[0], torch.empty_like(gates))
+        from_hidden = self.recurrent.add_to(self.hidden_bias, prev[0], self._from_hidden)
         reset_update, n = gates[:, : 2 * size], gates[:, 2 * size :]
         reset_update.add_(from_hidden[:, : 2 * size]).sigmoid_()
         self.kept[0][step].copy_(from_hidden[:, 2 * size :])
         n.addcmul_(gates[:, :size], from_hidden[:, 2 * size :]).tanh_()
         torch.lerp(n, prev[0], gates[:, size : 2 * size], out=hidden)
         self._clip(step, new)
+
+    @cached_property
+    def _from_hidden(self) -> Tensor:
+        """Work space."""
+        return torch.empty_like(self.pre[0])
 
     def make_d_pre(self) -> None:
         super().make_d_pre()
@@ -244,6 +257,7 @@ class GRU(Cell):
         by = [by_n * self.kept[0] * r * (1 - r), (prev[0] - n) * z * (1 - z), by_n]
         self.by = torch.stack(by, dim=2).unbind(0)  # [B, 3, H]
         self.reset, self.update = r.unbind(0), z.unbind(0)
+        self.d_kept = torch.empty_like(self.kept[0][0])
         self.d_gates = self.d_pre.unflatten(-1, (3, -1)).unbind(0)
 
     def backward(
@@ -255,9 +269,9 @@ class GRU(Cell):
         self.below.backward(self.d_pre_steps[step], d_below, addend)
         d_from_hidden = self.d_hidden_steps[step].copy_(self.d_pre_steps[step])
         d_from_hidden[:, 2 * self.hidden_size :].mul_(self.reset[step])
-        kept = d_hidden * self.update[step]
+        torch.mul(d_hidden, self.update[step], out=self.d_kept)
         self.recurrent.backward(d_from_hidden, d_hidden)
-        d_hidden.add_(kept)
+        d_hidden.add_(self.d_kept)
 
 
 CELLS: dict[str, type[Cell]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN, "feedforward": Cell}

@@ -12,6 +12,7 @@ interface vector. K = 1.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,6 @@ class Sequence:
 
     torch_memory = TorchMemory
     overwrites = True  # whether `backward` does the gradient that it is given
-    _fresh: tuple[Tensor, ...] = ()  # work space, made when it is wanted: a state with rows that begin from zeros
     chunk = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
 
     def __init__(
@@ -185,7 +185,7 @@ class Sequence:
         below = before.words.flatten(1)
         for layer, cell in enumerate(self.cells):
             if layer and self.dropout:
-                below = below * self.dropout[layer - 1][step]
+                below = torch.mul(below, self.dropout[layer - 1][step], out=self._dropped)
             cell.forward(step, below, before.layers[layer], after.layers[layer])
             below = cell.above(step, after.layers[layer])
         self.interface.add_to(self.interface_bias, after.layers[-1][0], self.vectors[step])
@@ -302,12 +302,25 @@ class Sequence:
         if not self.resets[step]:
             return state
         rows, tensors = self.reset[step], state.flatten()  # type: ignore[index]
-        tensors, own = tensors[: self.by_kernel], tensors[self.by_kernel :]
-        zero = own[0].new_zeros(())
-        self._fresh = self._fresh or tuple(map(pool.empty_like, own))
-        for tensor, fresh in zip(own, self._fresh, strict=True):
-            torch.where(_rows(rows, tensor), zero, tensor, out=fresh)
-        return Carried.unflatten([*tensors, *self._fresh], len(state.layers))
+        for tensor, fresh in zip(tensors[self.by_kernel :], self._fresh, strict=True):
+            torch.where(_rows(rows, tensor), self._zero, tensor, out=fresh)
+        return Carried.unflatten([*tensors[: self.by_kernel], *self._fresh], len(state.layers))
+
+    # Work space, made when it is wanted.
+
+    @cached_property
+    def _fresh(self) -> list[Tensor]:
+        """A state with rows that begin from zeros, but for what the kernels reset."""
+        return [pool.empty_like(tensor) for tensor in self._at(0).flatten()[self.by_kernel :]]
+
+    @cached_property
+    def _zero(self) -> Tensor:
+        return self.history.vectors.new_zeros(())
+
+    @cached_property
+    def _dropped(self) -> Tensor:
+        """What a layer but the first is given, [B, H]."""
+        return torch.empty_like(self.dropout[0][0])
 
     def _after(self, step: int) -> Carried:
         return self._at(step + 1)

@@ -1,0 +1,96 @@
+"""What the sequences of the kernels allocate: nothing in a step. Nothing is launched: it is no matter of numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from sequence_parity import draw, make
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dnc_triton.kernels import ahead
+from dnc_triton.sequence import op
+
+CHOICES = {
+    "lstm": {},
+    "checkpoint": dict(checkpoint=2),
+    "layers, clip": dict(num_layers=2, clip=0.1, max_activation_gradient=0.5),
+    "dropout": dict(num_layers=2, dropout=0.5),
+    "gru": dict(controller="gru", clip=0.1),
+    "rnn": dict(controller="rnn"),
+    "feedforward": dict(controller="feedforward"),
+    "masks": {},
+}
+
+
+class Allocations(TorchDispatchMode):
+    """Counts what returns a tensor of a storage that it was not given, by operator."""
+
+    def __init__(self, made: Counter[str]) -> None:
+        super().__init__()
+        self.made = made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        given, returned = (
+            {tensor.untyped_storage()._cdata for tensor in tree_leaves(nest) if isinstance(tensor, Tensor)}
+            for nest in ((args, kwargs), results)
+        )
+        self.made[str(func)] += len(returned - given)
+        return results
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """What a sequence has allocated, forward and backward. Launches run nothing."""
+    made: Counter[str] = Counter()
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            with Allocations(made):
+                return function(*arguments)
+
+        return run
+
+    for name in ("_forward", "_backward_through_time"):
+        monkeypatch.setattr(op, name, counting(getattr(op, name)))
+
+    class Nothing:
+        def add(self, *launch: Any) -> None:
+            made["launches"] += 1
+
+    token = ahead._compiling.set(Nothing())  # type: ignore[arg-type]
+    yield made
+    ahead._compiling.reset(token)
+
+
+@pytest.mark.parametrize("batch", [2, 100])  # products by kernels of our own, and by a library
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("triton_sequence", name) for name in ("lstm", "checkpoint", "masks")]
+    + [(backend, name) for backend in ("triton_fused", "triton_split") for name in CHOICES],
+)
+def test_no_step_allocates(backend, name, batch, allocated):
+    choice = CHOICES[name]
+
+    def count(steps: int) -> Counter[str]:
+        dnc = make(backend, dtype=torch.float32, **choice)
+        inputs, state = draw(dnc, steps, batch)
+        masks = {}
+        if name == "masks":
+            masks = dict(lengths=[steps - 1] * batch, reset=torch.ones(steps, batch, dtype=torch.bool))
+        allocated.clear()
+        outputs, last = dnc(inputs.requires_grad_(), state, **masks)
+        sum(x.sum() for x in tree_leaves((outputs, last))).backward()
+        return allocated.copy()
+
+    short, long = count(5), count(9)  # of three launches four steps more are one link more
+    launches = short.pop("launches"), long.pop("launches")
+    assert short == long
+    assert short.total() > 10
+    assert (launches[1] > launches[0]) == (backend != "triton_sequence" or "checkpoint" in choice)
