@@ -40,9 +40,12 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton_fused", marks=pytest.mark.slow)])
+SLOW = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("reference", "triton_fused")]
+
+
+@pytest.mark.parametrize("backend", ["auto", *SLOW])
 def test_two_processes_have_the_gradients_of_one(backend: str, tmp_path: Path) -> None:
-    if backend != "reference":
+    if backend == "triton_fused":
         pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     workers = [

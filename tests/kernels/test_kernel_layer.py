@@ -119,12 +119,16 @@ def run_on_reference(dnc: DNC, inputs: Tensor) -> Tensor:
     return outputs
 
 
+each_compiler = pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
+@each_compiler
 @each_backend
-def test_compile(backend: str, device: torch.device) -> None:
+def test_compile(backend: str, compiler: str, device: torch.device) -> None:
     torch._dynamo.reset()
     dnc = make(device)
     inputs, state = make_inputs(dnc), start(dnc)
-    compiled = torch.compile(dnc, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(dnc, fullgraph=True, backend=compiler)
     actual = run(dnc, inputs, state, backend, module=compiled)
     assert_close(actual, run(dnc, inputs, state, backend), **CLOSE, name="")
 

@@ -165,15 +165,21 @@ def test_checkpoint(backend: str, device: torch.device) -> None:
     assert_same_bits(gradients(again, (interface, state)), gradients(plain, (interface, state)))
 
 
-@pytest.mark.parametrize("backend", [pytest.param("triton_fused", marks=pytest.mark.slow), "triton_split"])
-def test_compile(backend: str, device: torch.device) -> None:
+SLOW = [("triton_fused", "aot_eager"), ("triton_fused", "inductor"), ("triton_split", "inductor")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [("triton_split", "aot_eager"), *(pytest.param(*which, marks=pytest.mark.slow) for which in SLOW)],
+)
+def test_compile(backend: str, compiler: str, device: torch.device) -> None:
     torch._dynamo.reset()
 
     def two_steps(interface: Interface, state: MemoryState) -> Any:
         read_words, state = memory_step(interface, state, backend=backend)
         return read_words.tanh(), memory_step(interface, state, stop_usage_gradient=True, backend=backend)
 
-    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(two_steps, fullgraph=True, backend=compiler)
     for batch in (2, 3):  # the second time with a batch size that is not a constant
         given = leaves(device, batch)
         actual, expected = compiled(*given), two_steps(*given)
