@@ -366,14 +366,14 @@ def test_an_empty_batch(device: torch.device) -> None:
     assert outputs.shape == (0, 3, OUTPUTS)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", [BACKEND, "triton_split", pytest.param("triton_fused", marks=pytest.mark.slow)])
 def test_opcheck(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator is registered as torch wants it: schema, fake, autograd, all through `torch.compile`."""
     calls: list[tuple[Any, ...]] = []
     sequence = op._sequence
     monkeypatch.setattr(op, "_sequence", lambda *arguments: calls.append(arguments) or sequence(*arguments))
     monkeypatch.setattr(op, "is_eager", lambda tensors: False)
-    # What is never written would not compare in two runs: past lengths the history, and what fills buffers up to 16 bytes.
+    # What is never written would not compare in two runs: the history past lengths, what fills buffers to 16 bytes.
     dnc = make(device, hidden=4, sizes=(8, 4, 2), backend=backend)
     inputs, state = draw(dnc, 2)
     dnc(inputs, state, reset=torch.eye(2, dtype=torch.bool, device=device))
