@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dnc_triton.kernels import ahead
+from dnc_triton.kernels.launch import backward_scratch, forward_scratch
+from dnc_triton.kernels.layout import default_layout, layouts
 from dnc_triton.sequence import op
 
 CHOICES = {
@@ -94,3 +96,17 @@ def test_no_step_allocates(backend, name, batch, allocated):
     assert short == long
     assert short.total() > 10
     assert (launches[1] > launches[0]) == (backend != "triton_sequence" or "checkpoint" in choice)
+
+
+@pytest.mark.parametrize(
+    ("slots", "word", "reads", "forward", "backward"), [(256, 64, 4, 0.28, 1.04), (512, 64, 8, 0.56, 1.54)]
+)
+def test_what_the_phases_of_a_step_hand_on(slots, word, reads, forward, backward):
+    """In links, for a batch element: docs/kernels.md has these figures. The floor leaves them out."""
+    memory = torch.empty(3, slots, word, device="meta")
+    for layout in layouts(slots):
+        for make_scratch, expected in ((forward_scratch, forward), (backward_scratch, backward)):
+            handed_on = make_scratch(memory, reads, layout).numel() / memory.shape[0] / slots**2
+            if layout == default_layout(slots):
+                assert handed_on == pytest.approx(expected, abs=0.005)
+            assert handed_on < 2
