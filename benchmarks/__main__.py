@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import apart, compare, files, report
 from benchmarks.configurations import CONFIGURATIONS, SWEEPS, Case, LeftOutError, case_of, sweep_cases
-from benchmarks.floors import bytes_per_second
+from benchmarks.floors import bytes_per_second, product_speed
 from benchmarks.machine import describe_machine
 from benchmarks.measure import WRONG, Row, Session, measure
 from benchmarks.modes import CAPTURED, MODES, TRAINING, modes_on
@@ -80,6 +80,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
     if device.type == "cpu" and machine["load"] > BUSY:
         print(f"Other programs are running (load {machine['load']:.1f}): expect times far too long", file=sys.stderr)
     machine["bytes_per_second"] = bytes_per_second(device)
+    machine["operations_per_second"] = product_speed(device)
 
     cases, notes = _cases(options, device.type)
     modes = [mode for mode in options.modes or MODES if mode in modes_on(device.type)]

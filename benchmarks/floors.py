@@ -1,20 +1,23 @@
-"""The least a time step can take: the bytes that must move, at the speed of a copy."""
+"""The least a time step can take: the bytes that must move, at the speed of a copy; and what it computes."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
 from benchmarks.configurations import Case
 from benchmarks.modes import TRAINS
+from dnc_reference.interface import interface_sizes
 
 # Copying device memory, as measured; of other devices the copy's speed is measured in the run itself.
 KNOWN_BYTES_PER_SECOND = {"NVIDIA H200": 4.3e12}
 L2_BYTES_PER_SECOND = {"NVIDIA H200": 6e12}  # about; the least for what fits into that cache
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}  # larger than any cache
-COPIES = 7
+MULTIPLIED = {"cpu": 2048, "cuda": 8192}  # rows and columns of square matrices
+REPEATS = 7
 
 
 def floor_bytes(case: Case, mode: str) -> int:
@@ -28,18 +31,47 @@ def floor_bytes(case: Case, mode: str) -> int:
     return case.batch * (forward + backward if mode in TRAINS else forward)
 
 
+def operations(case: Case, mode: str) -> int:
+    """Additions and multiplications of a time step for the whole batch, those that grow with N², N W or the weights.
+
+    An adjoint has two products for each one forward.
+    """
+    slots, words, reads, hidden = case.memory_size, case.word_size, case.num_reads, case.hidden_size
+    read = reads * words
+    interface = sum(interface_sizes(reads, 1, words).values())
+    controller = 4 * hidden * (case.input_size + read + hidden) + (case.num_layers - 1) * 8 * hidden**2
+    weights = controller + hidden * interface + (hidden + read) * case.output_size
+    # Forward and backward weighting; content lookups and reading; each a multiplication and an addition.
+    products = 2 * (2 * reads * slots**2 + (2 * reads + 1) * slots * words + weights)
+    forward, backward = products + 4 * slots**2 + 4 * slots * words, 2 * products + 9 * slots**2 + 8 * slots * words
+    return case.batch * (forward + backward if mode in TRAINS else forward)
+
+
 def copy_speed(device: torch.device) -> float:
     """Bytes per second, read and written, of one tensor copied onto another; the median of a few."""
     source = torch.zeros(COPIED_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
+    return 2 * COPIED_BYTES[device.type] / _seconds(lambda: target.copy_(source), device)
+
+
+def product_speed(device: torch.device) -> float:
+    """Additions and multiplications per second of a product of large matrices in float32; the median of a few."""
+    size = MULTIPLIED[device.type]
+    a, b = torch.randn(2, size, size, device=device)
+    product = torch.empty_like(a)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=product), device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median of a few calls."""
     seconds = []
-    for _ in range(COPIES + 1):
+    for _ in range(REPEATS + 1):
         synchronize(device)
         start = time.perf_counter()
-        target.copy_(source)
+        call()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * COPIED_BYTES[device.type] / statistics.median(seconds[1:])  # the first one maps the pages
+    return statistics.median(seconds[1:])  # the first one maps the pages
 
 
 def bytes_per_second(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of a result: bars against the peers, scaling over B, N and T, and the bytes moved beside the floor."""
+"""Pictures of a result: bars against the peers, scaling over B, N and T, and a roofline."""
 
 from __future__ import annotations
 
@@ -120,26 +120,41 @@ def _draw_scaling(rows: list[Record], machine: Record, styles: dict[str, Any]) -
 
 
 def _draw_roofline(rows: list[Record], machine: Record, styles: dict[str, Any]) -> Figure | None:
-    """Of the bytes of link and memory that a step must move, how many per second; the roof is the speed of a copy."""
-    rows = [row for row in rows if row.get("bytes_per_second")]
-    roof = machine.get("bytes_per_second")
-    if not rows or not roof:
+    """What a step computes per second, over how much of it there is to each byte of link and memory that must move.
+
+    The roof is the speed of a copy, and that of a large product. A panel of its own has the bytes per second, over how
+    many there are: how far small networks are from any roof.
+    """
+    rows = [row for row in rows if row.get("operations")]
+    copied, computed = machine.get("bytes_per_second"), machine.get("operations_per_second")
+    if not rows or not copied or not computed:
         return None
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    intensities = [row["operations"] / row["floor_bytes"] for row in rows]
     for peer in dict.fromkeys(row["peer"] for row in rows):
         found = [row for row in rows if row["peer"] == peer]
+        style: dict[str, Any] = dict(linestyle="none", markersize=5, alpha=0.8, label=label_of(peer), **styles[peer])
+        intensity = [row["operations"] / row["floor_bytes"] for row in found]
+        left.plot(intensity, [row["operations"] / row["ms_per_step_p50"] / 1e6 for row in found], **style)
         moved = [row["floor_bytes"] / 1e6 for row in found]
-        speed = [row["bytes_per_second"] / 1e9 for row in found]
-        axes.plot(moved, speed, linestyle="none", markersize=5, alpha=0.8, label=label_of(peer), **styles[peer])
-    axes.axhline(roof / 1e9, color="#444444", linewidth=1)
-    axes.annotate(
-        f"a copy: {roof / 1e9:.0f} GB/s", (0.01, roof / 1e9), (0, 3), ("axes fraction", "data"), "offset points"
-    )
-    _logarithmic(axes)
-    axes.set_xlabel("MB that a time step must move")
-    axes.set_ylabel("GB/s of them")
-    _legend(figure, [axes])
+        right.plot(moved, [row["bytes_per_second"] / 1e9 for row in found], **style)
+    ends = np.array([min(intensities) / 1.5, computed / copied, max(*intensities, computed / copied) * 1.5])
+    left.plot(ends, np.minimum(ends * copied, computed) / 1e9, color="#444444", linewidth=1)
+    right.axhline(copied / 1e9, color="#444444", linewidth=1)
+    for axes, height, text in (
+        (left, computed, f"a large product: {computed / 1e9:,.0f} GFLOP/s"),
+        (right, copied, f"a copy: {copied / 1e9:,.0f} GB/s"),
+    ):
+        axes.annotate(text, (0.01, height / 1e9), (0, 3), ("axes fraction", "data"), "offset points")
+        _logarithmic(axes)
+    left.set_xlabel("floating-point operations per byte of link and memory")
+    left.set_ylabel("GFLOP/s")
+    left.set_title("all of a time step")
+    right.set_xlabel("MB of link and memory that a time step must move")
+    right.set_ylabel("GB/s of them")
+    right.set_title("beside the floor")
+    _legend(figure, [left, right])
     return figure
 
 

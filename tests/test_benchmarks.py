@@ -23,7 +23,7 @@ COLUMNS = [
     *("configuration", "sweep", "source", "batch", "steps", "memory_size", "word_size", "num_reads", "hidden_size"),
     *("num_layers", "input_size", "output_size", "dtype", "mode", "peer", "status", "backend", "error"),
     *("allowed_error", "rounds", "ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80", "ratio", "peak_bytes"),
-    *("floor_bytes", "bytes_per_second", "floor_share", "note"),
+    *("floor_bytes", "bytes_per_second", "floor_share", "operations", "note"),
     *("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date"),
 ]
 
@@ -51,7 +51,7 @@ def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys)
     machine = content["machine"]
     assert list(machine) == [
         *("device", "date", "command", "commit", "cpu", "cores", "threads", "load", "system", "python"),
-        *("torch", "triton", "gpu", "cuda", "cudnn", "dnc_triton", "bytes_per_second"),
+        *("torch", "triton", "gpu", "cuda", "cudnn", "dnc_triton", "bytes_per_second", "operations_per_second"),
     ]
     assert machine["command"].startswith("python -m benchmarks run --configurations tiny")
     assert (machine["device"], machine["threads"], machine["gpu"]) == ("cpu", 1, None)

@@ -129,7 +129,8 @@ def test_what_was_measured_apart_stands_among_the_others(tmp_path, monkeypatch, 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # put back
     monkeypatch.setattr(apart, "measure_apart", measure_apart)
     monkeypatch.setattr("benchmarks.__main__.measure", measured)
-    monkeypatch.setattr("benchmarks.__main__.bytes_per_second", lambda device: 1e9)
+    for speed in ("bytes_per_second", "product_speed"):
+        monkeypatch.setattr(f"benchmarks.__main__.{speed}", lambda device: 1e9)
     machine = {"date": "2026-01-02T03", **dict.fromkeys(apart.files.MEANS[1:-1])}
     monkeypatch.setattr("benchmarks.__main__.describe_machine", lambda command: {**machine, "device": "cuda"})
     arguments = ["--device", "cuda", "--configurations", "tiny", "--sweeps", "T", "--modes", "step,training,forward"]

@@ -64,6 +64,7 @@ def test_the_floor_knows_an_h200_and_measures_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert floors.bytes_per_second(torch.device("cuda")) == 4.3e12
     assert 1e8 < floors.bytes_per_second(CPU) < 1e13
+    assert 1e8 < floors.product_speed(CPU) < 1e14
 
 
 # --- captured ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from functools import partial
 import pytest
 import torch
 from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, session  # noqa: F401
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import lean, measure, memory, peers
+from benchmarks import floors, lean, measure, memory, peers
 from benchmarks.modes import draw_inputs
 from benchmarks.peers import EAGER, OURS, Network
 from dnc_triton.sequence import graphs
@@ -66,8 +67,24 @@ def test_percentiles_and_what_follows_from_them():
     assert timed.floor_bytes == 2 * (8 * 36 + 8 * 24 + 12 * 36 + 8 * 24)
     assert timed.bytes_per_second == pytest.approx(timed.floor_bytes / 0.006)
     assert timed.floor_share == pytest.approx(timed.bytes_per_second / 1e6)
+    assert timed.operations == floors.operations(CASE, "training")
     step = measure._timed(replace(row, mode="step"), seconds, None, session())
     assert (step.ms_per_step_p50, step.ratio, step.floor_bytes) == (pytest.approx(18), None, 2 * (8 * 36 + 8 * 24))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_what_a_step_computes(num_layers):
+    """Its products, as PyTorch counts those of the reference; and what goes over link and memory element by element."""
+    case = replace(CASE, num_layers=num_layers)
+    dnc = peers.dnc_layer(case, CPU, EAGER)
+    inputs = torch.randn(case.batch, case.input_size)
+    with FlopCounterMode(display=False) as counter:
+        dnc.step(inputs, dnc.initial_state(case.batch))
+    links, words = case.memory_size**2, case.memory_size * case.word_size
+    # It adds up w vᵀ, and the three ways to read, by products as well.
+    products = counter.get_total_flops() - case.batch * (2 * words + 6 * case.num_reads * case.memory_size)
+    assert floors.operations(case, "step") == products + case.batch * (4 * links + 4 * words)
+    assert floors.operations(case, "training") == 3 * products + case.batch * (13 * links + 12 * words)
 
 
 def test_compiling_has_a_budget(monkeypatch):
