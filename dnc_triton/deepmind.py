@@ -55,7 +55,8 @@ def from_deepmind(
         the layer, on the CPU.
 
     Raises:
-        ValueError: a variable is missing, or has a shape that does not go with the sizes given.
+        ValueError: a variable is missing, is there twice, or has a shape that does not go with the sizes given.
+        TypeError: no mapping of names to arrays of numbers; a size that is no integer.
     """
     if not isinstance(variables, Mapping):
         raise TypeError(f"variables: expected a mapping of names to arrays, got {type(variables).__name__}")

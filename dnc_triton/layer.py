@@ -53,8 +53,10 @@ class DNC(DNCCell):
     Parameters are initialised as torch initialises its own recurrent cells and linear layers.
 
     Raises:
-        ValueError: a size below 1; an unknown controller, strength or backend; dropout or clip out of range.
-        TypeError: a size that is no integer; a factory that does not make a controller.
+        ValueError: a size or checkpoint below 1; an unknown controller, strength or backend; dropout, clip or
+            max_activation_gradient out of range.
+        TypeError: a size or checkpoint that is no integer, a flag that is no bool; a factory that does not make a
+            controller.
 
     Example:
         >>> dnc = DNC(input_size=8, hidden_size=64, output_size=8, memory_size=16, word_size=16)
@@ -330,6 +332,9 @@ def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
 
     Returns:
         a table, one line per backend, to be printed; the chosen one is starred.
+
+    Raises:
+        ValueError, TypeError: as the forward for `inputs`.
     """
     return explain_problem(dnc.problem(inputs), dnc.backend)
 

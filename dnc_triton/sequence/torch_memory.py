@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference.addressing import NORM_EPSILON, SIMILARITY_EPSILON, USAGE_EPSILON
-from dnc_reference.backward import _product_of_others
+from dnc_reference.backward import product_of_others
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
@@ -245,7 +245,7 @@ class TorchMemory:
         kept, reads, word = self.all_kept, self.reads, self.word
         steps, batch, slots = usage.shape
         _, free_gates, allocation_gate, write_gate = self._gates(kept.squashed)
-        others = _product_of_others(kept.factors.flatten(0, 1)).unflatten(0, (steps, batch)).neg_()
+        others = product_of_others(kept.factors.flatten(0, 1)).unflatten(0, (steps, batch)).neg_()
         by_allocation = write_gate * allocation_gate
         norms = torch.cat([kept.new_norms.unsqueeze(2).expand(-1, -1, reads, -1), kept.norms.unsqueeze(2)], 2)
         products = norms.mul_(kept.key_norms.unsqueeze(-1)).add_(SIMILARITY_EPSILON)

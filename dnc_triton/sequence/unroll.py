@@ -118,7 +118,7 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     for part in (interface, output, controller, *layers):
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return False
-        if "forward" in part.__dict__ or None in part._parameters.values():
+        if "forward" in part.__dict__ or any(x is None for x in part._parameters.values()):
             return False
     if any(getattr(torch_module, f"_global_{name}_hooks") for name in _HOOKS):
         return False

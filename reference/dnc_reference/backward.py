@@ -171,7 +171,7 @@ def retention_backward(d_retention: Tensor, free_gates: Tensor, read_weights: Te
     Returns:
         d_free_gates [B, R], d_read_weights [B, R, N].
     """
-    d_factor = d_retention.unsqueeze(1) * _product_of_others(1 - free_gates.unsqueeze(-1) * read_weights)
+    d_factor = d_retention.unsqueeze(1) * product_of_others(1 - free_gates.unsqueeze(-1) * read_weights)
     return -(d_factor * read_weights).sum(-1), -d_factor * free_gates.unsqueeze(-1)
 
 
@@ -193,7 +193,7 @@ def update_usage_backward(
     d_kept = d_usage * retention
     d_written = d_kept * (1 - prev_usage)
     d_retention = d_usage * (prev_usage + (1 - prev_usage) * (1 - unwritten))
-    return d_kept * unwritten, d_written.unsqueeze(1) * _product_of_others(1 - prev_write_weights), d_retention
+    return d_kept * unwritten, d_written.unsqueeze(1) * product_of_others(1 - prev_write_weights), d_retention
 
 
 def allocation_weights_backward(d_allocation: Tensor, usage: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ def update_memory_backward(
         d_prev_memory [B, N, W], d_write_weights [B, K, N], d_erase_vectors [B, K, W], d_write_vectors [B, K, W].
     """
     factors = 1 - write_weights.unsqueeze(-1) * erase_vectors.unsqueeze(-2)  # [B, K, N, W]
-    d_factors = (d_memory * prev_memory).unsqueeze(1) * _product_of_others(factors)
+    d_factors = (d_memory * prev_memory).unsqueeze(1) * product_of_others(factors)
     d_prev_memory = d_memory * factors.prod(1)
     d_write_weights = write_vectors @ d_memory.mT - (d_factors @ erase_vectors.unsqueeze(-1)).squeeze(-1)
     d_erase_vectors = -(write_weights.unsqueeze(-2) @ d_factors).squeeze(-2)
@@ -457,7 +457,7 @@ def read_words_backward(d_read_words: Tensor, memory: Tensor, read_weights: Tens
     return read_weights.mT @ d_read_words, d_read_words @ memory.mT
 
 
-def _product_of_others(factors: Tensor) -> Tensor:
+def product_of_others(factors: Tensor) -> Tensor:
     """∏_{l≠k} factors[:, l] for each k along axis 1, without dividing by a factor, which may be 0."""
     ones = torch.ones_like(factors[:, :1])
     if factors.shape[1] == 1:
