@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.configurations import Case
 from benchmarks.measure import Row
 
 # What stands in every row of the CSV, that it may be read by itself.
@@ -19,6 +20,11 @@ def record_of(row: Row) -> dict[str, Any]:
     """A row as it is written: flat."""
     record = asdict(row)
     return {**record.pop("case"), "dtype": "float32", **record}
+
+
+def case_of_record(record: dict[str, Any]) -> Case:
+    """The case of such a row."""
+    return Case(**{field.name: record[field.name] for field in fields(Case)})
 
 
 def write_results(stem: Path, machine: dict[str, Any], rows: list[dict[str, Any]], left_out: list[str]) -> None:

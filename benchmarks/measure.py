@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import verify
 from benchmarks.configurations import Case
-from benchmarks.floors import floor_bytes, operations, synchronize
+from benchmarks.floors import floor_bytes, synchronize
 from benchmarks.memory import cpu_peak, gpu_peak
 from benchmarks.modes import CAPTURED, TRAINS, call_of, draw_inputs, inputs_of
 from benchmarks.peers import EAGER, OURS, DeclinedError, MissingPeerError, Network, all_peers
@@ -49,7 +49,6 @@ class Row:
         floor_bytes: that a step must move; None for networks without a memory.
         bytes_per_second: those bytes over the median.
         floor_share: the floor over the median, at most 1 unless caches serve it.
-        operations: the additions and multiplications of a step, as `floors.operations` has it; None likewise.
         note: why it, or its memory, was not measured; empty if it was.
     """
 
@@ -69,7 +68,6 @@ class Row:
     floor_bytes: int | None = None
     bytes_per_second: float | None = None
     floor_share: float | None = None
-    operations: int | None = None
     note: str = ""
 
 
@@ -289,8 +287,8 @@ def _timed(row: Row, seconds: list[float] | None, ours: list[float] | None, sess
         return row
     moved = floor_bytes(row.case, row.mode)
     achieved = moved / (p50 / 1000)
-    row = replace(row, floor_bytes=moved, bytes_per_second=achieved, operations=operations(row.case, row.mode))
-    return replace(row, floor_share=achieved / session.bytes_per_second)
+    share = achieved / session.bytes_per_second
+    return replace(row, floor_bytes=moved, bytes_per_second=achieved, floor_share=share)
 
 
 def _with_peak(row: Row, network: Network, call: Callable[[], Any], session: Session) -> Row:

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.configurations import SWEPT
+from benchmarks.files import case_of_record
+from benchmarks.floors import operations
 from benchmarks.measure import MEASURED
 from benchmarks.report import Record, label_of, milliseconds
 
@@ -122,31 +124,36 @@ def _draw_scaling(rows: list[Record], machine: Record, styles: dict[str, Any]) -
 def _draw_roofline(rows: list[Record], machine: Record, styles: dict[str, Any]) -> Figure | None:
     """What a step computes per second, over how much of it there is to each byte of link and memory that must move.
 
-    The roof is the speed of a copy, and that of a large product. A panel of its own has the bytes per second, over how
-    many there are: how far small networks are from any roof.
+    The roof is the speed of a copy, and that of a large product where it was measured. A panel of its own has the bytes
+    per second, over how many there are: how far small networks are from any roof.
     """
-    rows = [row for row in rows if row.get("operations")]
+    rows = [row for row in rows if row.get("bytes_per_second")]
+    rows = [{**row, "operations": operations(case_of_record(row), row["mode"])} for row in rows]
     copied, computed = machine.get("bytes_per_second"), machine.get("operations_per_second")
-    if not rows or not copied or not computed:
+    if not rows or not copied:
         return None
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    intensities = [row["operations"] / row["floor_bytes"] for row in rows]
     for peer in dict.fromkeys(row["peer"] for row in rows):
         found = [row for row in rows if row["peer"] == peer]
         style: dict[str, Any] = dict(linestyle="none", markersize=5, alpha=0.8, label=label_of(peer), **styles[peer])
-        intensity = [row["operations"] / row["floor_bytes"] for row in found]
-        left.plot(intensity, [row["operations"] / row["ms_per_step_p50"] / 1e6 for row in found], **style)
+        speed = [row["operations"] / row["ms_per_step_p50"] / 1e6 for row in found]
+        left.plot([row["operations"] / row["floor_bytes"] for row in found], speed, **style)
         moved = [row["floor_bytes"] / 1e6 for row in found]
         right.plot(moved, [row["bytes_per_second"] / 1e9 for row in found], **style)
-    ends = np.array([min(intensities) / 1.5, computed / copied, max(*intensities, computed / copied) * 1.5])
-    left.plot(ends, np.minimum(ends * copied, computed) / 1e9, color="#444444", linewidth=1)
+    intensities = [row["operations"] / row["floor_bytes"] for row in rows]
+    least, most = min(intensities) / 1.5, max(intensities) * 1.5
+    ends = np.array([least, most] if computed is None else [least, computed / copied, max(most, 3 * computed / copied)])
+    roof = ends * copied if computed is None else np.minimum(ends * copied, computed)
+    left.plot(ends, roof / 1e9, color="#444444", linewidth=1)
     right.axhline(copied / 1e9, color="#444444", linewidth=1)
-    for axes, height, text in (
-        (left, computed, f"a large product: {computed / 1e9:,.0f} GFLOP/s"),
-        (right, copied, f"a copy: {copied / 1e9:,.0f} GB/s"),
-    ):
-        axes.annotate(text, (0.01, height / 1e9), (0, 3), ("axes fraction", "data"), "offset points")
+    copy, above = f"a copy: {copied / 1e9:,.0f} GB/s", dict(textcoords="offset points", xytext=(0, 3))
+    left.annotate(copy, (ends[0], roof[0] / 1e9), **above)
+    right.annotate(copy, (0.01, copied / 1e9), xycoords=("axes fraction", "data"), **above)
+    if computed is not None:
+        product = f"a large product: {computed / 1e9:,.0f} GFLOP/s"
+        left.annotate(product, (ends[-1], computed / 1e9), horizontalalignment="right", **above)
+    for axes in (left, right):
         _logarithmic(axes)
     left.set_xlabel("floating-point operations per byte of link and memory")
     left.set_ylabel("GFLOP/s")

@@ -55,8 +55,8 @@ class DNC(DNCCell):
     Raises:
         ValueError: a size or checkpoint below 1; an unknown controller, strength or backend; dropout, clip or
             max_activation_gradient out of range.
-        TypeError: a size or checkpoint that is no integer, a flag that is no bool; a factory that does not make a
-            controller.
+        TypeError: a size or checkpoint that is no integer, a flag that is no bool, dropout or a bound that is no
+            number; a factory that does not make a controller.
 
     Example:
         >>> dnc = DNC(input_size=8, hidden_size=64, output_size=8, memory_size=16, word_size=16)

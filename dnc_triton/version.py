@@ -1,3 +1,3 @@
-"""Which this is: declared here alone."""
+"""The version of the package: the wheel takes it from here."""
 
 __version__ = "0.1.0"

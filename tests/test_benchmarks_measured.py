@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, session  # noqa: F401
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floors, lean, measure, memory, peers
@@ -67,24 +68,28 @@ def test_percentiles_and_what_follows_from_them():
     assert timed.floor_bytes == 2 * (8 * 36 + 8 * 24 + 12 * 36 + 8 * 24)
     assert timed.bytes_per_second == pytest.approx(timed.floor_bytes / 0.006)
     assert timed.floor_share == pytest.approx(timed.bytes_per_second / 1e6)
-    assert timed.operations == floors.operations(CASE, "training")
     step = measure._timed(replace(row, mode="step"), seconds, None, session())
     assert (step.ms_per_step_p50, step.ratio, step.floor_bytes) == (pytest.approx(18), None, 2 * (8 * 36 + 8 * 24))
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_what_a_step_computes(num_layers):
-    """Its products, as PyTorch counts those of the reference; and what goes over link and memory element by element."""
+    """Its products, as PyTorch counts those of the reference; and what goes over link and memory number by number."""
     case = replace(CASE, num_layers=num_layers)
     dnc = peers.dnc_layer(case, CPU, EAGER)
-    inputs = torch.randn(case.batch, case.input_size)
+    state = tree_map(lambda x: x.requires_grad_(), dnc.initial_state(case.batch))
+    inputs = torch.randn(case.batch, case.input_size, requires_grad=True)
+    links, words, row = case.memory_size**2, case.memory_size * case.word_size, case.num_reads * case.memory_size
+    by_product_as_well = case.batch * (2 * words + 6 * row)  # w vᵀ, and to add up the three ways to read
     with FlopCounterMode(display=False) as counter:
-        dnc.step(inputs, dnc.initial_state(case.batch))
-    links, words = case.memory_size**2, case.memory_size * case.word_size
-    # It adds up w vᵀ, and the three ways to read, by products as well.
-    products = counter.get_total_flops() - case.batch * (2 * words + 6 * case.num_reads * case.memory_size)
-    assert floors.operations(case, "step") == products + case.batch * (4 * links + 4 * words)
-    assert floors.operations(case, "training") == 3 * products + case.batch * (13 * links + 12 * words)
+        loss = sum(x.sum() for x in tree_leaves(dnc.step(inputs, state)))
+    assert floors.products(case) == counter.get_total_flops() - by_product_as_well
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert 2 * floors.products(case) == counter.get_total_flops() - 2 * by_product_as_well
+    passes = case.batch * (4 * links + 6 * words), case.batch * (13 * links + 18 * words)
+    assert floors.operations(case, "forward") == floors.products(case) + passes[0]
+    assert floors.operations(case, "training") == 3 * floors.products(case) + passes[1]
 
 
 def test_compiling_has_a_budget(monkeypatch):
@@ -207,3 +212,11 @@ def test_cuda_graphs_hide_their_memory_and_everybody_else_is_counted(monkeypatch
     for name, peak in ((OURS, 7), ("lstm", 7), ("compiled", 7), ("compiled_cuda_graphs", None)):
         row = measure.Row(CASE, "training", name, "measured")
         assert measure._with_peak(row, network, lambda: None, cuda).peak_bytes == peak
+
+
+def test_on_a_cpu_the_memory_of_a_compiler_does_not_count(monkeypatch):
+    monkeypatch.setattr(measure, "cpu_peak", lambda *arguments: 7)
+    network = Network(torch.nn.Linear(1, 1), lambda inputs, state: (inputs, state))
+    for name, peak in ((OURS, 7), ("torch_sequence", 7), ("torch_compiled", None), ("compiled", None)):
+        row = measure.Row(CASE, "training", name, "measured")
+        assert measure._with_peak(row, network, lambda: None, session()).peak_bytes == peak

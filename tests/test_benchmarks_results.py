@@ -35,15 +35,9 @@ def row(configuration, mode, peer, median=None, *, spread=0.1, sweep="", status=
     if median is not None:
         low, high = median * (1 - spread / 2), median * (1 + spread / 2)
         times = dict(ms_per_step_p20=low, ms_per_step_p50=median, ms_per_step_p80=high, ratio=median / 2)
-        times |= dict(
-            bytes_per_second=1e9,
-            floor_bytes=10**6,
-            floor_share=0.05,
-            operations=10**7,
-            peak_bytes=12_345_678,
-            error=3e-7,
-        )
+        times |= dict(bytes_per_second=1e9, floor_bytes=10**6, floor_share=0.05, peak_bytes=12_345_678, error=3e-7)
     usual = dict(batch=2, steps=3, memory_size=16, word_size=8, num_reads=4, hidden_size=32, num_layers=1)
+    usual |= dict(source="tests", input_size=3, output_size=2)
     return {
         **dict(configuration=configuration, sweep=sweep, mode=mode, peer=peer, status=status, note=note),
         **usual,

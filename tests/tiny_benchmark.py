@@ -43,6 +43,7 @@ def _tiny_configuration_without_peer(monkeypatch):
     monkeypatch.setitem(sys.modules, "dnc", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(floors, "COPIED_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(floors, "MULTIPLIED", {"cpu": 128})
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Who looks at what is called: nobody, and much can be spared; or somebody who cannot be served, and is told so."""
+"""Around the operators: whether a compiler, a mode or a transform is at work, who is not served, on which device."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ class GRU(Cell):
         by = [by_n * self.kept[0] * r * (1 - r), (prev[0] - n) * z * (1 - z), by_n]
         self.by = torch.stack(by, dim=2).unbind(0)  # [B, 3, H]
         self.reset, self.update = r.unbind(0), z.unbind(0)
-        self.d_kept = torch.empty_like(self.kept[0][0])
+        self.passed_on = torch.empty_like(self.kept[0][0])
         self.d_gates = self.d_pre.unflatten(-1, (3, -1)).unbind(0)
 
     def backward(
@@ -269,9 +269,9 @@ class GRU(Cell):
         self.below.backward(self.d_pre_steps[step], d_below, addend)
         d_from_hidden = self.d_hidden_steps[step].copy_(self.d_pre_steps[step])
         d_from_hidden[:, 2 * self.hidden_size :].mul_(self.reset[step])
-        torch.mul(d_hidden, self.update[step], out=self.d_kept)
+        torch.mul(d_hidden, self.update[step], out=self.passed_on)
         self.recurrent.backward(d_from_hidden, d_hidden)
-        d_hidden.add_(self.d_kept)
+        d_hidden.add_(self.passed_on)
 
 
 CELLS: dict[str, type[Cell]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN, "feedforward": Cell}

@@ -147,7 +147,7 @@ class Language:
     """What the kernels use of `triton.language`."""
 
     program_ids: tuple[Any, ...] = ()
-    float32, float64, int32, int64 = torch.float32, torch.float64, torch.int32, torch.int64
+    float64, int32, int64 = torch.float64, torch.int32, torch.int64
 
     @staticmethod
     def program_id(axis: int) -> Any:
