@@ -43,15 +43,15 @@ SMALL = Problem(
     hidden_size=6,
     num_layers=1,
 )
-# Of different sizes, each of which is compiled for.
+# Of different sizes, for each of which all compiles: where two problems come to one process, nothing compiles twice.
 PROBLEMS = {
     "lstm": SMALL,
     "step": replace(SMALL, controller=None, memory_size=6),
     "gru": replace(SMALL, controller="gru", memory_size=7),
-    "two layers": replace(SMALL, num_layers=2, memory_size=9),
+    "two layers": replace(SMALL, num_layers=2, hidden_size=8, memory_size=9),
     "no products of ours": replace(SMALL, batch=65, hidden_size=7, memory_size=10),
     "own controller, bfloat16": replace(SMALL, controller="custom", dtype=torch.bfloat16, memory_size=11),
-    "without gradients": replace(SMALL, needs_gradient=False, memory_size=12),
+    "without gradients": replace(SMALL, needs_gradient=False, hidden_size=9, memory_size=12),
     "float64": replace(SMALL, dtype=torch.float64, memory_size=13),
 }
 
