@@ -19,7 +19,8 @@ from benchmarks.measure import MEASURED
 from benchmarks.report import Record, label_of, milliseconds
 
 COLORS = ["#1f6f8b", "#e08e45", "#7a9e7e", "#8c5e8a", "#c9525b", "#b8a24a", "#5f6b78", "#4a90c2", "#a0765b"]
-MARKERS = "osv^Dd<>P"
+COLORS += ["#2f2f2f", "#d98cb3", "#3f7f4f", "#9fb8d0"]
+MARKERS = "osv^Dd<>PXh*p"  # as many: on a GPU all peers are told apart
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -148,7 +149,7 @@ def _draw_roofline(rows: list[Record], machine: Record, styles: dict[str, Any]) 
     left.plot(ends, roof / 1e9, color="#444444", linewidth=1)
     right.axhline(copied / 1e9, color="#444444", linewidth=1)
     copy, above = f"a copy: {copied / 1e9:,.0f} GB/s", dict(textcoords="offset points", xytext=(0, 3))
-    left.annotate(copy, (ends[0], roof[0] / 1e9), **above)
+    left.annotate(copy, (ends[0], roof[0] / 1e9), xytext=(14, 0), textcoords="offset points", verticalalignment="top")
     right.annotate(copy, (0.01, copied / 1e9), xycoords=("axes fraction", "data"), **above)
     if computed is not None:
         product = f"a large product: {computed / 1e9:,.0f} GFLOP/s"

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from benchmarks import goals, report
+from benchmarks import goals, pictures, report
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.files import read_results
+from benchmarks.peers import all_peers
 
 MACHINE = {
     "device": "cpu",
@@ -276,3 +277,7 @@ def test_another_machine_is_a_caution(results):
     new = copy.deepcopy(results)
     new["machine"] |= {"gpu": "a GPU", "torch": "2.13.0"}
     assert compare(results, new).cautions == ["gpu: None before, a GPU now", "torch: 2.11.0 before, 2.13.0 now"]
+
+
+def test_every_peer_has_a_look_of_its_own():
+    assert len(set(pictures.COLORS)) == len(set(pictures.MARKERS)) >= len(all_peers())
