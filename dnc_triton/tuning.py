@@ -40,7 +40,7 @@ from dnc_triton.version import __version__
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-FORMAT = 7  # of what is remembered; another one where kernels changed so much that old times mislead
+FORMAT = 8  # of what is remembered; another one where kernels changed so much that old times mislead
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15

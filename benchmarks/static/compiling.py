@@ -56,6 +56,7 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
         options=compile_options(
             case.layout,
             case.num_warps,
+            phase=-1 if case.phase in CONTROLLER else case.launch.phase,
             backward=case.direction == "backward",
             hip=case.target.startswith("gfx"),
         ),

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dnc_triton.kernels.layout import Layout
 
 MOST_THREADS = 8  # what is gained beyond is little: the longest kernel takes a fifth of the time of all
 
@@ -39,15 +41,44 @@ class Compiling:
 
 
 _compiling: ContextVar[Compiling | None] = ContextVar("dnc_triton_compiling_ahead", default=None)
+_overlapping: ContextVar[bool] = ContextVar("dnc_triton_overlapping", default=False)
 
 
 def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options), or what `compiling_ahead` makes of it."""
     compiling = _compiling.get()
+    if _overlapping.get():
+        options |= {"OVERLAPS": True, "launch_pdl": True}
     if compiling is None:
         kernel[grid](*arguments, **options)
     else:
         compiling.add(kernel, grid, arguments, options)
+
+
+@contextmanager
+def overlapping(layout: Layout | None, device: torch.device) -> Iterator[None]:
+    """In the block a launch begins while the one before it ends, if the layout says so and the device can.
+
+    It waits for that one's end before it touches memory (`common.begin`): what is saved is the time until its programs
+    have started. NVIDIA calls it programmatic dependent launch, and has it from Hopper on.
+
+    Args:
+        layout: of a step, or None.
+        device: where the block launches.
+    """
+    token = _overlapping.set(layout is not None and layout.overlaps and can_overlap(device))
+    try:
+        yield
+    finally:
+        _overlapping.reset(token)
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether there is such a thing on a device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def is_compiling_ahead() -> bool:

@@ -2,12 +2,25 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dnc_reference import addressing
 
 NORM_EPSILON = tl.constexpr(addressing.NORM_EPSILON)
 SIMILARITY_EPSILON = tl.constexpr(addressing.SIMILARITY_EPSILON)
 USAGE_EPSILON = tl.constexpr(addressing.USAGE_EPSILON)
+
+
+@triton.jit
+def begin(OVERLAPS: tl.constexpr):
+    """The first statement of a kernel. A launch that OVERLAPS the one before it waits here until that has ended.
+
+    The next one may begin from here on, and not before: so of three at most two are there at once, and nothing is
+    written that one further back might still read.
+    """
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.ahead import launch_or_compile
+from dnc_triton.kernels.ahead import launch_or_compile, overlapping
 from dnc_triton.kernels.layout import Layout, kept_shapes
 from dnc_triton.kernels.sizes import Sizes, compute_dtype
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
@@ -70,15 +70,16 @@ def step_forward(
         kept=memory.new_empty(kept, dtype=compute_dtype(memory)),
         free_list=memory.new_empty(free_list, dtype=torch.int32),
     )
-    launch_forward(
-        interface,
-        state,
-        result,
-        forward_scratch(memory, num_reads, layout),
-        raw=raw,
-        strength_offset=strength_offset,
-        layout=layout,
-    )
+    with overlapping(layout, memory.device):
+        launch_forward(
+            interface,
+            state,
+            result,
+            forward_scratch(memory, num_reads, layout),
+            raw=raw,
+            strength_offset=strength_offset,
+            layout=layout,
+        )
     return result
 
 
@@ -126,7 +127,7 @@ def launch_forward(
             zeros,
             PHASE=launch.phase,
             sizes=launch.sizes,
-            **compile_options(layout, launch.num_warps),
+            **compile_options(layout, launch.num_warps, phase=launch.phase),
         )
 
 
@@ -160,18 +161,19 @@ def step_backward(
         stop_usage_gradient: as in `memory_step`.
     """
     gradient = StepGradient(torch.empty_like(interface), *(torch.empty_like(tensor) for tensor in state))
-    launch_backward(
-        interface,
-        state,
-        (memory, usage, read_weights, write_weights, kept, free_list),
-        gradients,
-        gradient,
-        backward_scratch(memory, read_weights.shape[1], layout),
-        raw=raw,
-        strength_offset=strength_offset,
-        stop_usage_gradient=stop_usage_gradient,
-        layout=layout,
-    )
+    with overlapping(layout, memory.device):
+        launch_backward(
+            interface,
+            state,
+            (memory, usage, read_weights, write_weights, kept, free_list),
+            gradients,
+            gradient,
+            backward_scratch(memory, read_weights.shape[1], layout),
+            raw=raw,
+            strength_offset=strength_offset,
+            stop_usage_gradient=stop_usage_gradient,
+            layout=layout,
+        )
     return gradient
 
 
@@ -239,7 +241,7 @@ def launch_backward(
             row * state[0].element_size() // 16,
             PHASE=launch.phase,
             sizes=launch.sizes,
-            **compile_options(layout, launch.num_warps, backward=True),
+            **compile_options(layout, launch.num_warps, phase=launch.phase, backward=True),
         )
 
 
@@ -275,29 +277,39 @@ def launches(
         return ()
 
     def launch(phase: tl.constexpr, num_warps: int, count: Callable[[Sizes], int]) -> Launch:
-        sizes = Sizes.of(slots, word, num_reads, layout, num_warps, **options)
+        sizes = Sizes.of(slots, word, num_reads, layout, num_warps, backward=backward, **options)
         return Launch(phase.value, (batch, count(sizes)), num_warps, sizes)
 
     if layout.fused:
         return (launch(WHOLE, layout.num_warps, lambda sizes: 1),)
     middle = launch(MIDDLE, layout.num_warps, lambda sizes: sizes.TILES + sizes.SLOT_BLOCKS)
     # Of the phases around it, which wait for memory more than they compute.
-    first = launch(FIRST, 8, lambda sizes: 1)
+    first = launch(FIRST, 8 if slots < 1024 else 16, lambda sizes: 1)
     warps = min(16, max(4, triton.next_power_of_2(slots) // 64))
     last = launch(LAST, warps, lambda sizes: sizes.PARTS + backward * num_reads)
     return first, middle, last
 
 
 def compile_options(
-    layout: Layout, num_warps: int, *, backward: bool = False, hip: bool = torch.version.hip is not None
+    layout: Layout,
+    num_warps: int,
+    *,
+    phase: int = WHOLE.value,
+    backward: bool = False,
+    hip: bool = torch.version.hip is not None,
 ) -> dict[str, int]:
     """What Triton is told of how to compile a kernel.
 
     A whole sequence may have every register: NVIDIA's assembler would rather spill than give up room for a second
     program beside this one, which there seldom is. So may the backward of a step in one launch. Not a backward with 8
-    warps, where being told so makes it spill.
+    warps, where being told so makes it spill. The middle phase of three back takes them all where it may, but is the
+    faster for a few less, with ten programs in a multiprocessor instead of eight.
     """
     options = {"num_warps": num_warps}
-    if (layout.whole or (layout.fused and backward)) and not hip and not (backward and num_warps == 8):
+    if hip:
+        return options
+    if backward and phase == MIDDLE.value:
+        options["maxnreg"] = 200
+    elif (layout.whole or (layout.fused and backward)) and not (backward and num_warps == 8):
         options["maxnreg"] = 255
     return options

@@ -16,6 +16,7 @@ class Layout(NamedTuple):
         num_warps: per program; of three launches of the middle one.
         whole: all steps of a sequence in one launch, the controller's too; else a step at a time. Only if fused.
         backward_rows: of the backward's tiles, where they are not as many; else 0.
+        overlaps: a launch begins while the one before it ends, where the device can (`ahead.overlapping`).
     """
 
     fused: bool
@@ -24,6 +25,7 @@ class Layout(NamedTuple):
     num_warps: int
     whole: bool = False
     backward_rows: int = 0
+    overlaps: bool = False
 
     @property
     def of_backward(self) -> Layout:
@@ -45,8 +47,8 @@ class Layout(NamedTuple):
     @classmethod
     def from_operand(cls, values: list[int]) -> Layout:
         """The inverse."""
-        fused, rows, columns, num_warps, whole, backward_rows = values
-        return cls(bool(fused), rows, columns, num_warps, bool(whole), backward_rows)
+        fused, rows, columns, num_warps, whole, backward_rows, overlaps = values
+        return cls(bool(fused), rows, columns, num_warps, bool(whole), backward_rows, bool(overlaps))
 
     def describe(self) -> str:
         """Of layouts of one kind, which."""
@@ -63,23 +65,23 @@ def layouts(memory_size: int) -> list[Layout]:
     at N = 128.
     """
     block = _block(memory_size)
-    split = Layout(False, 8, min(block, 128), 1)
-    taller = split._replace(rows=16, backward_rows=8)
+    split = Layout(False, 16, min(block, 128), 1, overlaps=memory_size <= 512)
     if memory_size > 256:  # of many rows, lest there be too many parts to add up
-        return [taller, split, Layout(False, 32, 64, 2)]
+        return [split._replace(rows=64), split._replace(rows=32)]
     if memory_size > 128:
-        return [taller, split]
+        return [split, split._replace(backward_rows=32)]
     if memory_size > 64:
-        return [taller, split, Layout(True, 16, block, 8)]
+        return [split, split._replace(backward_rows=32), Layout(True, 16, block, 8)]
     warps = (4, 1) if memory_size <= 16 else (4, 8)
-    return [*(Layout(True, block, block, num_warps) for num_warps in warps), split]
+    return [*(Layout(True, block, block, num_warps) for num_warps in warps), split._replace(rows=8)]
 
 
 def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a whole sequence in one launch, the default one first."""
     block = _block(memory_size)
     rows = min(block, 32)  # with more or fewer its backward spills more at N = 128
-    return [Layout(True, rows, block, 4 if memory_size <= 32 and word_size <= 32 else 8, whole=True)]
+    warps = (8,) if memory_size > 32 or word_size > 32 else (4, 1) if memory_size <= 16 else (4,)
+    return [Layout(True, rows, block, num_warps, whole=True) for num_warps in warps]
 
 
 def _block(memory_size: int) -> int:

@@ -8,6 +8,10 @@ Products with the read heads' vectors are made by multiplying and adding up, for
 columns]. As products of matrices, a few heads wide, they go through shared memory, which took several times as long.
 """
 
+# Device functions grow tuples, as the only kind of list that Triton has: without unpacking, and of any length.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
+
 import triton
 import triton.language as tl
 
@@ -70,6 +74,60 @@ def link_tile(tile, old, new, scratch, runs, sizes: tl.constexpr):
         tl.store(scratch.forward + column_block * R * N + at_rows, forward, mask=mask_at_rows)
         tl.store(scratch.backward + row_block * R * N + at_columns, backward, mask=mask_at_columns)
     tl.store(new.link + at_link, link, mask=mask)
+
+
+@triton.jit
+def link_strips(tile, old, new, scratch, runs, sizes: tl.constexpr):
+    """As `link_tile`, a strip of the tile's rows after the other, the next one's link loaded meanwhile.
+
+    What goes to the columns is added up over the strips in registers, and leaves them once.
+    """
+    N: tl.constexpr = sizes.N
+    R: tl.constexpr = sizes.R
+    HEADS: tl.constexpr = sizes.HEADS
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    row_block, column_block = tile // sizes.COLUMN_BLOCKS, tile % sizes.COLUMN_BLOCKS
+    by_column = column_block * sizes.COLUMNS + tl.arange(0, sizes.COLUMNS)[None, :]
+    mask_columns, columns = by_column < N, by_column[:, None, :]
+    write_columns = tl.load(new.write_weights + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
+    precedence = tl.load(old.precedence + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
+    totals = ()
+    for _ in tl.static_range(0, R, HEADS):
+        totals = totals + (tl.full([HEADS, sizes.COLUMNS], 0.0, COMPUTE),)
+    end = tl.minimum((row_block + 1) * sizes.ROWS, N)
+    by_row = row_block * sizes.ROWS + tl.arange(0, sizes.STRIP)[None, :]
+    at_link, mask = by_row[:, :, None] * N + columns, (by_row < end)[:, :, None] & mask_columns[:, None, :]
+    next_link = tl.load(old.link + at_link, mask=mask, other=0.0)
+    for _ in range(0, sizes.ROWS, sizes.STRIP):
+        rows, mask_rows, link = by_row[:, :, None], by_row < end, next_link.to(COMPUTE)
+        at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
+        if sizes.ROWS > sizes.STRIP:
+            at_next = at_link + sizes.STRIP * N
+            mask_next = (rows + sizes.STRIP < end) & mask_columns[:, None, :]
+            next_link = tl.load(old.link + at_next, mask=mask_next, other=0.0)
+        write_rows = tl.load(new.write_weights + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
+        new_link = linked(link, rows, columns, write_rows, write_columns, precedence)
+        link = rounded(tl.where(runs, new_link, link), new.link)
+        forward, added = (), ()
+        for group in tl.static_range(0, R, HEADS):
+            heads = group + tl.arange(0, HEADS)[:, None]
+            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
+            at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+            read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
+            read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
+            forward = forward + (tl.sum(link * read_columns[:, None, :], 2),)
+            added = added + (totals[group // HEADS] + tl.sum(link * read_rows[:, :, None], 1),)
+        totals = added
+        tl.store(new.link + at_link, link, mask=mask)
+        for group in tl.static_range(0, R, HEADS):
+            heads = group + tl.arange(0, HEADS)[:, None]
+            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
+            tl.store(scratch.forward + column_block * R * N + at_rows, forward[group // HEADS], mask=mask_at_rows)
+        by_row += sizes.STRIP
+    for group in tl.static_range(0, R, HEADS):
+        heads = group + tl.arange(0, HEADS)[:, None]
+        at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+        tl.store(scratch.backward + row_block * R * N + at_columns, totals[group // HEADS], mask=mask_at_columns)
 
 
 @triton.jit
@@ -158,6 +216,79 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
         d_rows, d_columns = tl.sum(link * d_backward[:, None, :], 2), tl.sum(link * d_forward[:, :, None], 1)
         tl.store(scratch.d_read_rows + column_block * R * N + at_rows, d_rows, mask=mask_at_rows)
         tl.store(scratch.d_read_columns + row_block * R * N + at_columns, d_columns, mask=mask_at_columns)
+
+
+@triton.jit
+def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, sizes: tl.constexpr):
+    """As `link_tile_backward`, in strips as `link_strips`; the old link may lie `behind`."""
+    N: tl.constexpr = sizes.N
+    R: tl.constexpr = sizes.R
+    HEADS: tl.constexpr = sizes.HEADS
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    row_block, column_block = tile // sizes.COLUMN_BLOCKS, tile % sizes.COLUMN_BLOCKS
+    by_column = column_block * sizes.COLUMNS + tl.arange(0, sizes.COLUMNS)[None, :]
+    mask_columns, columns = by_column < N, by_column[:, None, :]
+    write_columns = tl.load(new.write_weights + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
+    precedence = tl.load(old.precedence + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
+    d_write_columns, d_precedence = tl.full([1, sizes.COLUMNS], 0.0, COMPUTE), tl.full([1, sizes.COLUMNS], 0.0, COMPUTE)
+    totals = ()
+    for _ in tl.static_range(0, R, HEADS):
+        totals = totals + (tl.full([HEADS, sizes.COLUMNS], 0.0, COMPUTE),)
+    end = tl.where(runs, tl.minimum((row_block + 1) * sizes.ROWS, N), 0)
+    by_row = row_block * sizes.ROWS + tl.arange(0, sizes.STRIP)[None, :]
+    at_link, mask = by_row[:, :, None] * N + columns, (by_row < end)[:, :, None] & mask_columns[:, None, :]
+    next_link = tl.load(old.link + at_link, mask=mask, other=0.0)
+    next_d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0)
+    for _ in range(0, sizes.ROWS, sizes.STRIP):
+        rows, mask_rows = by_row[:, :, None], by_row < end
+        link, d_link = next_link.to(COMPUTE), next_d_link.to(COMPUTE)
+        at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
+        if sizes.ROWS > sizes.STRIP:
+            at_next = at_link + sizes.STRIP * N
+            mask_next = (rows + sizes.STRIP < end) & mask_columns[:, None, :]
+            next_link = tl.load(old.link + at_next, mask=mask_next, other=0.0)
+            next_d_link = tl.load(d_new.link + at_next, mask=mask_next, other=0.0)
+        link = made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes)
+        write_rows = tl.load(new.write_weights + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
+        for group in tl.static_range(0, R, HEADS):
+            heads = group + tl.arange(0, HEADS)[:, None]
+            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
+            at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+            read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
+            read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
+            d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
+            d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
+            d_link += tl.sum(d_forward[:, :, None] * read_columns[:, None, :], 0, keep_dims=True)
+            d_link += tl.sum(read_rows[:, :, None] * d_backward[:, None, :], 0, keep_dims=True)
+        d_link = tl.where(rows == columns, 0.0, d_link)
+        d_write_rows = tl.sum(d_link * (precedence - link), 2)
+        d_write_columns -= tl.sum(d_link * link, 1)
+        d_precedence += tl.sum(d_link * write_rows, 1)
+        link = linked(link, rows, columns, write_rows, write_columns, precedence)
+        d_rows, added = (), ()
+        for group in tl.static_range(0, R, HEADS):
+            heads = group + tl.arange(0, HEADS)[:, None]
+            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
+            at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+            d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
+            d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
+            d_rows = d_rows + (tl.sum(link * d_backward[:, None, :], 2),)
+            added = added + (totals[group // HEADS] + tl.sum(link * d_forward[:, :, None], 1),)
+        totals = added
+        tl.store(d_old.link + at_link, (1.0 - write_rows - write_columns) * d_link, mask=mask)
+        tl.store(scratch.d_write_rows + column_block * N + by_row, d_write_rows, mask=mask_rows)
+        for group in tl.static_range(0, R, HEADS):
+            heads = group + tl.arange(0, HEADS)[:, None]
+            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
+            tl.store(scratch.d_read_rows + column_block * R * N + at_rows, d_rows[group // HEADS], mask=mask_at_rows)
+        by_row += sizes.STRIP
+    at_partial = row_block * N + by_column
+    tl.store(scratch.d_write_columns + at_partial, d_write_columns, mask=mask_columns)
+    tl.store(scratch.d_precedence + at_partial, d_precedence, mask=mask_columns)
+    for group in tl.static_range(0, R, HEADS):
+        heads = group + tl.arange(0, HEADS)[:, None]
+        at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+        tl.store(scratch.d_read_columns + row_block * R * N + at_columns, totals[group // HEADS], mask=mask_at_columns)
 
 
 @triton.jit

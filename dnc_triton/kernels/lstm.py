@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_triton.kernels.ahead import launch_or_compile
-from dnc_triton.kernels.common import clipped, d_clipped, sigmoid, tanh
+from dnc_triton.kernels.common import begin, clipped, d_clipped, sigmoid, tanh
 from dnc_triton.kernels.sizes import TRITON_DTYPES, compute_dtype
 
 BLOCK = 256  # elements of a program
@@ -25,8 +25,10 @@ def lstm_forward_kernel(
     BLOCK: tl.constexpr,
     CLIP: tl.constexpr,
     COMPUTE: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Grid: over the [B, H] elements, `size` of them. Gates [B, 4H] are activated in place."""
+    begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
     gate_ptr = gates_ptr + element // H * 4 * H + element % H
@@ -60,11 +62,13 @@ def lstm_backward_kernel(
     CLIP: tl.constexpr,
     MAX_GRADIENT: tl.constexpr,
     COMPUTE: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Grid: as forward. From the activated gates; the gradient of the cell is overwritten by that of the one before.
 
     `d_above` is by the hidden vector before it was clipped, which a layer above was given.
     """
+    begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
     at_gates = element // H * 4 * H + element % H

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_triton.kernels.ahead import launch_or_compile
-from dnc_triton.kernels.common import clipped, d_clipped, sigmoid, tanh
+from dnc_triton.kernels.common import begin, clipped, d_clipped, sigmoid, tanh
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 
 
@@ -49,7 +49,7 @@ class Tiles(NamedTuple):
 ROWS = 8  # packed weights have a multiple of so many
 LANES = 32  # of a warp, for which packed weights are laid out; with another number they are as right
 # Of a dozen cuts each the fastest, or nearly so, on an H200 at all of B, H = 16, 256; 32, 256; 64, 256; 16, 64; 8, 100.
-PRODUCT = Tiles(rows=2, block=1024, batch=8, at_once=2)
+PRODUCT = Tiles(rows=4, block=1024, batch=8, at_once=2)
 LSTM_FORWARD = Tiles(rows=1, block=256, batch=8, at_once=4)
 LSTM_BACKWARD = Tiles(rows=1, block=512, batch=4, at_once=4)
 
@@ -70,9 +70,9 @@ def add_products(
 ):
     """totals + [first second] weightᵀ: for each of COUNT packed rows of the weight [BATCH], as a tuple.
 
-    `first` [B, FIRST] and `second` [B, SECOND] or None are contiguous. The batch's rows are those of program axis 1.
+    `first` [B, FIRST] and `second` [B, SECOND] or None are contiguous. The batch's rows are those of program axis 0.
     """
-    start = tl.program_id(1) * BATCH
+    start = tl.program_id(0) * BATCH
     offs_b = tl.arange(0, BATCH)
     LONGER: tl.constexpr = FIRST if FIRST > SECOND else SECOND
     CHUNKS: tl.constexpr = (LONGER + BLOCK - 1) // BLOCK
@@ -132,13 +132,15 @@ def product_kernel(
     BLOCK: tl.constexpr,
     BATCH: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
-    """Grid: (rows of the weight, batch), both in blocks. x [B, K] → [out second_out], [B, OUT] and [B, SECOND_OUT].
+    """Grid: (batch, rows of the weight), both in blocks. x [B, K] → [out second_out], [B, OUT] and [B, SECOND_OUT].
 
     To `out` a bias [OUT] is added and an addend [B, OUT], or what stands there: all of them may not be there.
     """
-    first_row = tl.program_id(0) * ROWS
-    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    begin(OVERLAPS)
+    first_row = tl.program_id(1) * ROWS
+    rows = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
     totals = ()
     for row in tl.static_range(ROWS):
         at = first_row + row
@@ -182,13 +184,15 @@ def lstm_product_forward_kernel(
     AT_ONCE: tl.constexpr,
     CLIP: tl.constexpr,
     COMPUTE: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
-    """Grid: (hidden units, batch), both in blocks. What `lstm_forward_kernel` does, with the products before it.
+    """Grid: (batch, hidden units), both in blocks. What `lstm_forward_kernel` does, with the products before it.
 
     Gates [B, 4H] hold what was added up before. The weight's rows are the four gates of each unit in turn.
     """
-    first_unit = tl.program_id(0) * ROWS
-    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    begin(OVERLAPS)
+    first_unit = tl.program_id(1) * ROWS
+    rows = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
     totals = ()
     for row in tl.static_range(4 * ROWS):
         unit = first_unit + row // 4
@@ -242,13 +246,15 @@ def lstm_product_backward_kernel(
     CLIP: tl.constexpr,
     MAX_GRADIENT: tl.constexpr,
     COMPUTE: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Grid: as forward. What `lstm_backward_kernel` does for the highest layer, with the product before it.
 
     The gradient by the new hidden vector is that of the state, of the output (`d_out`) and of the interface vector.
     """
-    first_unit = tl.program_id(0) * ROWS
-    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    begin(OVERLAPS)
+    first_unit = tl.program_id(1) * ROWS
+    rows = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
     # All that is loaded is loaded before the product, and waited for together with its weights.
     totals, gates, cells, d_cells = (), (), (), ()
     for row in tl.static_range(ROWS):
@@ -415,7 +421,7 @@ def _grid(rows: int, batch: int, tiles: Tiles) -> tuple[int, int] | None:
     """None where there is nothing to do."""
     if rows == 0 or batch == 0:
         return None
-    return triton.cdiv(rows, tiles.rows), triton.cdiv(batch, _batch(batch, tiles))
+    return triton.cdiv(batch, _batch(batch, tiles)), triton.cdiv(rows, tiles.rows)
 
 
 def _batch(batch: int, tiles: Tiles) -> int:

@@ -26,6 +26,7 @@ class Sizes(NamedTuple):
         N, W, R: slots, word size, read heads.
         BLOCK_N, BLOCK_W, BLOCK_R: the next powers of two, the first two at least 16.
         ROWS, COLUMNS: of a tile of the link.
+        STRIP: of its rows, how many are in registers at a time, in three launches.
         ROW_BLOCKS, COLUMN_BLOCKS, TILES: how many that makes, one below the other, side by side, and together.
         SLOTS: of a block of memory; all phases agree on it.
         SLOT_BLOCKS: how many.
@@ -51,6 +52,7 @@ class Sizes(NamedTuple):
     BLOCK_R: int
     ROWS: int
     COLUMNS: int
+    STRIP: int
     ROW_BLOCKS: int
     COLUMN_BLOCKS: int
     TILES: int
@@ -83,6 +85,7 @@ class Sizes(NamedTuple):
         strength_offset: float = 1.0,
         stop_usage_gradient: bool = False,
         compute: torch.dtype = torch.float32,
+        backward: bool = False,
     ) -> Sizes:
         """Those of a step cut up so, for a kernel whose programs have so many warps.
 
@@ -100,6 +103,10 @@ class Sizes(NamedTuple):
         chunk = min(most, max(1, 2 * numbers // block_w))
         by_slot = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
         fields = interface_sizes(num_reads, 1, word)
+        if backward:
+            strip = 16 if num_reads <= 4 else 8
+        else:  # all of a tile that has no more
+            strip = 64 if rows * columns <= 64 * 32 * layout.num_warps else 32
         *offsets, interface = accumulate(fields.values(), initial=0)
         return cls(
             N=slots,
@@ -110,6 +117,7 @@ class Sizes(NamedTuple):
             BLOCK_R=block_r,
             ROWS=rows,
             COLUMNS=columns,
+            STRIP=min(rows, max(1, strip * 32 * layout.num_warps // columns)),
             ROW_BLOCKS=row_blocks,
             COLUMN_BLOCKS=column_blocks,
             TILES=row_blocks * column_blocks,

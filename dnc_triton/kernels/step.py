@@ -25,7 +25,15 @@ from dnc_triton.kernels.buffers import (
     state_at,
     zeros_or_state,
 )
-from dnc_triton.kernels.linking import link_tile, link_tile_backward, write, write_backward
+from dnc_triton.kernels.common import begin
+from dnc_triton.kernels.linking import (
+    link_strips,
+    link_strips_backward,
+    link_tile,
+    link_tile_backward,
+    write,
+    write_backward,
+)
 from dnc_triton.kernels.reading import read, read_backward
 
 # The phases of a direction, and all of them in one launch.
@@ -40,7 +48,7 @@ def memory_step(interface, old, new, kept, scratch, read_words_ptr, runs, PHASE:
     elif PHASE == MIDDLE:
         piece = tl.program_id(1)
         if piece < sizes.TILES:
-            link_tile(piece, old, new, scratch, runs, sizes)
+            link_strips(piece, old, new, scratch, runs, sizes)
         else:
             write(piece - sizes.TILES, interface, old, new, kept, runs, sizes)
     elif PHASE == LAST:
@@ -82,7 +90,7 @@ def memory_step_backward(
     if PHASE == MIDDLE:
         piece = tl.program_id(1)
         if piece < sizes.TILES:
-            link_tile_backward(piece, old, new, d_new, d_old, scratch, runs, behind, True, sizes)
+            link_strips_backward(piece, old, new, d_new, d_old, scratch, runs, behind, sizes)
         else:
             block = piece - sizes.TILES
             write_backward(block, interface, old, new, kept, d_read_words_ptr, d_new, d_old, scratch, runs, sizes)
@@ -160,11 +168,13 @@ def step_forward_kernel(
     zeros_ptr,
     PHASE: tl.constexpr,
     sizes: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
     With marks [B] come zeros, as many as the largest field of a state has numbers for a batch element.
     """
+    begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64)
     old = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)
     old = state_at(old, element, sizes)
@@ -226,6 +236,7 @@ def step_backward_kernel(
     row,
     PHASE: tl.constexpr,
     sizes: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
@@ -233,6 +244,7 @@ def step_backward_kernel(
     launches the link may lie `behind` so many steps; precedence and write weights of these lie before those of the
     step, `row` units of 16 bytes apart, and their marks before its marks, B apart, rounded up to 16.
     """
+    begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64)
     old = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)
     old = state_at(old, element, sizes)

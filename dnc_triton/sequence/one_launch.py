@@ -21,6 +21,10 @@ from dnc_triton.kernels.layout import Layout, kept_shapes
 from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.product import Product
 
+# Of all steps together, up to which one launch makes all gradients by weights: a library takes a launch or two for each
+# of eight, and as long for few rows as for many. On a CPU it would be interpreted.
+MOST_ROWS = {"cuda": 1024}
+
 
 class OneLaunchHistory(NamedTuple):
     """The buffers, contiguous, in the order in which the forward kernel takes them.
@@ -199,10 +203,15 @@ class OneLaunchSequence:
         return self.output(self.history.features[1 : self.steps + 1], self.output_bias)
 
     def _weight_gradients(self, d_outputs: Tensor, d_vectors: Tensor, d_gates: Tensor) -> list[Tensor]:
-        """One product each, in the order of the parameters."""
+        """In the order of the parameters: by one launch where that is the faster, else a product each."""
         before, after = self.history.features[: self.steps], self.history.features[1 : self.steps + 1]
         if self.reset is not None:
             before = before.masked_fill(self.reset.unsqueeze(-1), 0)
+        rows, dtypes = self.steps * self.batch, {d_gates.dtype, self.settings.product_dtype}
+        if dtypes == {torch.float32} and 0 < rows <= MOST_ROWS.get(d_gates.device.type, 0):
+            from dnc_triton.kernels.gradients import weight_gradients
+
+            return list(weight_gradients(d_gates, d_vectors, d_outputs.contiguous(), self.inputs, before, after))
         by_both = self.recurrent[0].weight_gradient(d_gates, before)  # of both in one product
         by_hidden, by_words = by_both.tensor_split([self.hidden_size], 1)
         by_inputs = self.from_inputs.weight_gradient(d_gates, self.inputs)

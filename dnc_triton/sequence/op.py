@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dnc_triton.kernels.ahead import overlapping
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.ops.eager import is_eager, on_device, refuse_batched
 from dnc_triton.sequence import graphs, pool
@@ -112,6 +113,11 @@ def _run(
 
 
 def _forward(settings: Settings, given: Given, keep: bool) -> list[Tensor]:
+    with overlapping(settings.layout, given.inputs.device):
+        return _unroll(settings, given, keep)
+
+
+def _unroll(settings: Settings, given: Given, keep: bool) -> list[Tensor]:
     kind = _kind(settings)
     inputs, state, parameters, dropout, running, reset = given
     carried = Carried.unflatten(state, settings.num_layers)
@@ -262,9 +268,10 @@ def _backward_through_time(
     d_outputs = d_outputs.contiguous()
     d_carried = Carried.unflatten(_filled(d_last, state, copied=kind.overwrites), settings.num_layers)
     by_state = wanted[1 : 1 + len(state)]
-    d_inputs, d_state, d_parameters = sequence.backward(
-        d_outputs, d_carried, wants_inputs=wanted[0], wants_state=any(by_state)
-    )
+    with overlapping(settings.layout, inputs.device):
+        d_inputs, d_state, d_parameters = sequence.backward(
+            d_outputs, d_carried, wants_inputs=wanted[0], wants_state=any(by_state)
+        )
     d_states = [None] * len(state) if d_state is None else d_state.flatten()[: len(state)]
     return [d_inputs, *d_states, *d_parameters]
 

@@ -61,6 +61,7 @@ from test_kernel_products import test_a_row_alone_is_the_row_in_a_batch as test_
 from test_kernel_products import (
     test_a_sum_of_several_blocks,
     test_the_cut_changes_no_sum,
+    test_weight_gradients,
     test_what_is_added,
 )
 from test_kernel_products import test_parity as test_products

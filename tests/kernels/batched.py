@@ -191,6 +191,8 @@ class Language:
         """Of a number and NaN the number, as compiled; so in `max`."""
         return Value(torch.fmax(*(torch.as_tensor(x, dtype=a.dtype) for x in _aligned(a, b))))
 
+    minimum = min  # of numbers that all elements share
+
     static_range = range
 
     @staticmethod

@@ -26,12 +26,14 @@ def _import_interpreted() -> None:
         import triton.language as tl
         from triton.runtime.interpreter import InterpretedFunction
 
+        from dnc_triton.kernels.gradients import weight_gradients_kernel
         from dnc_triton.kernels.lstm import lstm_forward_kernel
         from dnc_triton.kernels.products import product_kernel
         from dnc_triton.kernels.sequence import sequence_forward_kernel
         from dnc_triton.kernels.step import step_forward_kernel
 
-    functions = (step_forward_kernel, sequence_forward_kernel, lstm_forward_kernel, product_kernel, tl.sort)
+    of_steps = step_forward_kernel, sequence_forward_kernel, lstm_forward_kernel, product_kernel
+    functions = (*of_steps, weight_gradients_kernel, tl.sort)
     if not all(isinstance(function, InterpretedFunction) for function in functions):
         raise pytest.UsageError(f"Triton was imported without {VARIABLE}=1, by {sys.argv[0]} or one of its plugins")
 

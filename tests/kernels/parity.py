@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_reference import Interface, MemoryState, addressing, interface_step, memory_step
 from dnc_reference.interface import activate_interface, interface_sizes
-from dnc_triton.kernels import launch, lstm, products
+from dnc_triton.kernels import gradients, launch, lstm, products
 from dnc_triton.kernels.layout import Layout, layouts
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.sequence import one_launch
@@ -113,7 +113,7 @@ class LaunchesInMargins:
         tensors |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
         storages: dict[int, list[int | str]] = {}
         for name, x in tensors.items():
-            assert x.is_contiguous()
+            assert sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) == x.numel() - 1  # no gaps
             storages.setdefault(x.untyped_storage().data_ptr(), []).append(name)
         moved: dict[int | str, Tensor] = {}
         buffers = []
@@ -126,7 +126,8 @@ class LaunchesInMargins:
             beside = torch.ones_like(buffer, dtype=torch.bool)
             for name, x in own.items():
                 place = slice(x.storage_offset() - first, x.storage_offset() - first + x.numel())
-                moved[name] = buffer[place].copy_(x).view(tensors[name].dtype).view(tensors[name].shape)
+                like = tensors[name]
+                moved[name] = torch.as_strided(buffer[place].copy_(x).view(like.dtype), like.shape, like.stride())
                 beside[place] = False
             buffers.append((buffer, beside))
         arguments = tuple(moved.get(index, x) for index, x in enumerate(arguments))
@@ -149,7 +150,7 @@ def launches_in_margins() -> Iterator[LaunchesInMargins]:
     """`LaunchesInMargins` around all launches meanwhile; not for three launches of a step, which read earlier steps."""
     around = LaunchesInMargins()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (launch, lstm, one_launch, products):
+        for module in (gradients, launch, lstm, one_launch, products):
             patch.setattr(module, "launch_or_compile", around)
         yield around
 

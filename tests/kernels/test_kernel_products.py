@@ -12,6 +12,7 @@ from test_kernel_layer import CLOSE, LAYERS, OTHER_LAYERS, make, make_inputs, ru
 from torch import Tensor
 
 from dnc_triton.kernels import products
+from dnc_triton.kernels.gradients import WeightGradients, weight_gradients
 from dnc_triton.kernels.lstm import lstm_backward, lstm_forward
 from dnc_triton.kernels.products import (
     LSTM_BACKWARD,
@@ -226,6 +227,7 @@ def test_the_layer(name: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         call = {**call, "reset": reset if dnc.batch_first else reset.T}
     inputs, state = make_inputs(dnc), start(dnc)
     torch.manual_seed(2)
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", "0")  # on a GPU an earlier test may have left a graph that serves this one
     wanted = run(dnc, inputs, state, "torch_sequence" if name == "dropout" else "reference", **call)
     monkeypatch.setattr(small_product, "MOST_WORK", {device.type: 2**20})
     packings = []
@@ -233,6 +235,40 @@ def test_the_layer(name: str, device: torch.device, monkeypatch: pytest.MonkeyPa
     torch.manual_seed(2)
     assert_close(run(dnc, inputs, state, "triton_fused", **call), wanted, **CLOSE, name="")
     assert packings
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "size", "hidden", "words", "vector", "out"),
+    [(3, 5, 6, 8, 12, 21, 5), (2, 1, 1, 1, 1, 8, 1), (7, 16, 9, 33, 16, 40, 35)],
+)
+def test_weight_gradients(
+    steps: int, batch: int, size: int, hidden: int, words: int, vector: int, out: int, device: torch.device
+) -> None:
+    """Of sums of part of a block and of several, tiles as well; inputs with the batch first, as a user has them."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    d_gates, d_vectors, d_outputs = (draw(steps, batch, n) for n in (4 * hidden, vector, out))
+    inputs, features = draw(batch, steps, size).transpose(0, 1), draw(steps + 1, batch, hidden + words)
+    given = d_gates, d_vectors, d_outputs, inputs, features[:-1], features[1:]
+    with launches_in_margins() as around:
+        actual = weight_gradients(*given)
+    assert around.seen == {"weight_gradients_kernel"}
+    d_gates, d_vectors, d_outputs, inputs, before, after = (x.double().flatten(0, 1) for x in given)
+    expected = WeightGradients(
+        torch.cat([d_gates.T @ inputs, d_gates.T @ before[:, hidden:]], 1),
+        d_gates.T @ before[:, :hidden],
+        d_gates.sum(0),
+        d_gates.sum(0),
+        d_vectors.T @ after[:, :hidden],
+        d_vectors.sum(0),
+        d_outputs.T @ after,
+        d_outputs.sum(0),
+    )
+    assert_close(actual, expected, rtol=2e-6, atol=2e-5, name="")
+    assert_same_bits(weight_gradients(*given), actual)
 
 
 def test_what_is_small() -> None:

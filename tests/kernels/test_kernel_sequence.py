@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import DNC, DNCState, MemoryState, explain, use_backend
 from dnc_triton.dispatch import BACKENDS
-from dnc_triton.kernels import launch, lstm, products
+from dnc_triton.kernels import gradients, launch, lstm, products
 from dnc_triton.kernels.layout import default_layout, kept_shapes, sequence_layouts
 from dnc_triton.sequence import one_launch, op, small_product
 from dnc_triton.sequence.one_launch import OneLaunchSequence
@@ -174,7 +174,7 @@ def test_a_long_sequence_without_gradients_keeps_little(device: torch.device, mo
 @pytest.fixture
 def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are not launched. What they are launched on is allocated all the same."""
-    for module in (launch, lstm, one_launch, products):
+    for module in (gradients, launch, lstm, one_launch, products):
         monkeypatch.setattr(module, "launch_or_compile", lambda *arguments, **options: None)
 
 
@@ -314,10 +314,12 @@ PRODUCTS = {"product_kernel", "lstm_product_forward_kernel", "lstm_product_backw
         pytest.param(*case, dtype, id=f"{name}-{dtype}", marks=pytest.mark.slow if dtype.itemsize > 4 else ())
         for name, case in {
             "one launch": (BACKEND, False, SEQUENCE),
+            "one launch, weights": (BACKEND, True, SEQUENCE | {"weight_gradients_kernel"}),
             "LSTM": ("triton_fused", False, STEP | {"lstm_forward_kernel"}),
             "products": ("triton_fused", True, STEP | PRODUCTS),
         }.items()
         for dtype in (torch.float32, torch.float64)
+        if name != "one launch, weights" or dtype == torch.float32
     ],
 )
 def test_nothing_beside_a_buffer_is_touched(
@@ -331,6 +333,7 @@ def test_nothing_beside_a_buffer_is_touched(
         call = {"lengths": [2, 1], "reset": torch.tensor([[False, True], [True, False]], device=device)}
     with poisoned(), launches_in_margins() as around, pytest.MonkeyPatch.context() as patch:
         patch.setattr(small_product, "MOST_WORK", {device.type: 2**20 * small})
+        patch.setattr(one_launch, "MOST_ROWS", {device.type: 2**10 * small})
         actual = run(dnc, inputs, state, backend, **call)
     assert around.seen == kernels
     close = CLOSE if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-6)
