@@ -66,7 +66,7 @@ sanitize:
 		echo "--- $$tool"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 DNC_TRITON_GRAPHS=0 compute-sanitizer --tool $$tool --error-exitcode 1 \
 			--target-processes all \
-			$(PYTHON) -m pytest -m gpu -q tests/gpu/test_gpu.py -k '(test_the_layer and (plain or lstm_all)) or weight_gradients' $(ARGS) \
+			$(PYTHON) -m pytest -m gpu -q tests/gpu/test_gpu.py -k '(test_the_layer and (plain or lstm_all)) or test_float32' $(ARGS) \
 			|| status=1; \
 	done; exit $$status
 

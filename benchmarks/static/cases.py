@@ -9,6 +9,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from dnc_reference.interface import interface_sizes
+from dnc_triton.kernels.gradients import NUM_WARPS, tiles_of_products
 from dnc_triton.kernels.launch import Launch, launches
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.products import LSTM_BACKWARD, LSTM_FORWARD, PRODUCT, Tiles
@@ -28,6 +30,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+FEATURES = 8  # of inputs and outputs, where they are in the kernel
 DIRECTIONS = ("forward", "backward")
 LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4)  # of which it takes the warps
 SMALL = LSTM._replace(num_warps=PRODUCT.num_warps)
@@ -37,7 +40,8 @@ PRODUCTS = [
     (32, 4, 100),
     (16, 1, 101),
 ]  # W, R, H: with whole vectors in all rows and without
-CONTROLLER = ("lstm", "lstm product", "product")  # phases that know no memory
+PRODUCTS_OF_A_STEP = ("lstm product", "product")
+CONTROLLER = ("lstm", *PRODUCTS_OF_A_STEP, "weights")  # phases that know no memory
 PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
 # What kernels are compiled as beside the plain ones: a step whose interface is activated already, one with rows that
 # have ended or are reset; and sequences with such rows, without a clip, with weights in bfloat16.
@@ -91,8 +95,10 @@ class Case:
     @property
     def grid(self) -> tuple[int, ...]:
         """Of two batch elements."""
-        if self.phase in CONTROLLER[1:]:
-            return (triton.cdiv(self.hidden_size, tiles_of(self).rows), 1)
+        if self.phase == "weights":
+            return (weight_tiles(self)[-1],)
+        if self.phase in PRODUCTS_OF_A_STEP:
+            return (1, triton.cdiv(self.hidden_size, tiles_of(self).rows))
         return (2,) if self.phase == "lstm" else self.launch.grid
 
     @property
@@ -104,6 +110,13 @@ class Case:
         return self.phase not in CONTROLLER and (
             self.target != "sm_90" or self.dtype == "float64" or self.shape in (LARGEST, LONGEST)
         )
+
+
+def weight_tiles(case: Case) -> tuple[int, ...]:
+    """Of the gradients by all weights; of inputs and outputs there are `FEATURES`."""
+    _, word, reads = case.shape
+    vector = sum(interface_sizes(reads, 1, word).values())
+    return tiles_of_products(FEATURES, case.hidden_size, case.hidden_size + word * reads, vector, FEATURES)
 
 
 def tiles_of(case: Case) -> Tiles:
@@ -132,6 +145,7 @@ def cases(complete: bool = False) -> list[Case]:
         found += sequence(tuple(shape), hidden_size, target)
     found += sequence(tuple(shape), hidden_size, "sm_90", variant="lengths reset")
     found += _lstm("sm_90")
+    found += _weights(SEQUENCES[1], "sm_90")
     for shape in PRODUCTS:
         found += _small_products(shape, "sm_90")
     return list(dict.fromkeys(found + _everything() if complete else found))
@@ -161,6 +175,8 @@ def _everything() -> list[Case]:
         found += sequence(tuple(shape), hidden_size, "sm_90", dtype="float64")
     for target in TARGETS:
         found += _lstm(target)
+        for sequence_sizes in SEQUENCES:
+            found += _weights(sequence_sizes, target)
         for size in PRODUCTS:
             found += _small_products(size, target)
     return found
@@ -216,5 +232,12 @@ def _small_products(sizes: tuple[int, int, int], target: str) -> list[Case]:
     return [
         Case(direction, phase, (1, word, reads), SMALL, "float32", target, hidden_size)
         for direction in DIRECTIONS
-        for phase in CONTROLLER[1:]
+        for phase in PRODUCTS_OF_A_STEP
     ]
+
+
+def _weights(sizes: tuple[int, int, int, int], target: str) -> list[Case]:
+    """The gradients by all weights of a network whose sequences take one launch."""
+    *shape, hidden_size = sizes
+    layout = LSTM._replace(num_warps=NUM_WARPS)
+    return [Case("backward", "weights", tuple(shape), layout, "float32", target, hidden_size)]  # type: ignore[arg-type]

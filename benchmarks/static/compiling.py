@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 import triton
 from triton.compiler import ASTSource
 
-from benchmarks.static.cases import CONTROLLER, TARGETS, TRITON_TYPES, Case, tiles_of
+from benchmarks.static.cases import CONTROLLER, FEATURES, TARGETS, TRITON_TYPES, Case, tiles_of, weight_tiles
 from dnc_reference.interface import interface_sizes
+from dnc_triton.kernels import gradients
+from dnc_triton.kernels.gradients import weight_gradients_kernel
 from dnc_triton.kernels.launch import compile_options
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.products import (
@@ -59,7 +61,8 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
             phase=-1 if case.phase in CONTROLLER else case.launch.phase,
             backward=case.direction == "backward",
             hip=case.target.startswith("gfx"),
-        ),
+        )
+        | ({"launch_pdl": True} if _overlaps(case) else {}),
     )
     return compiled.asm, compiled.metadata.shared
 
@@ -79,7 +82,9 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
     if case.phase not in CONTROLLER:
         kernel, launch = step_forward_kernel if forward else step_backward_kernel, case.launch
         constants = {} if case.variant == "marked" else dict(marks_ptr=None, zeros_ptr=None)
-        return kernel, dict(constants, PHASE=launch.phase, sizes=launch.sizes)
+        return kernel, dict(constants, PHASE=launch.phase, sizes=launch.sizes, OVERLAPS=_overlaps(case))
+    if case.phase == "weights":
+        return weight_gradients_kernel, _weights(case)
     if case.phase == "lstm":
         kernel = lstm_forward_kernel if forward else lstm_backward_kernel
         constants = dict(H=case.hidden_size, BLOCK=BLOCK)
@@ -89,6 +94,16 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
         constants |= dict(COMPUTE=TRITON_DTYPES[case.compute], CLIP=clip)
         constants |= {} if forward else dict(MAX_GRADIENT=max_gradient)
     return kernel, constants
+
+
+def _overlaps(case: Case) -> bool:
+    return case.layout.overlaps and case.target in ("sm_90", "sm_100")
+
+
+def _weights(case: Case) -> dict[str, Any]:
+    _, word, reads = case.shape
+    sizes = dict(H=case.hidden_size, F=case.hidden_size + word * reads, S=sum(interface_sizes(reads, 1, word).values()))
+    return dict(sizes, INPUTS=FEATURES, OUTPUTS=FEATURES, BLOCK=gradients.BLOCK, ENDS=weight_tiles(case))
 
 
 def _small_product(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:

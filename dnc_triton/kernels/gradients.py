@@ -139,7 +139,7 @@ def weight_gradients(
             )
         )
     )  # fmt: skip
-    ends = tiles_of(size, hidden, features, vector, out)
+    ends = tiles_of_products(size, hidden, features, vector, out)
     launch_or_compile(
         weight_gradients_kernel, (ends[-1],),
         d_gates, d_vectors, d_outputs, inputs, before, after, *results, steps * batch, batch, *inputs.stride()[:2],
@@ -148,7 +148,7 @@ def weight_gradients(
     return results
 
 
-def tiles_of(size: int, hidden: int, features: int, vector: int, out: int) -> tuple[int, ...]:
+def tiles_of_products(size: int, hidden: int, features: int, vector: int, out: int) -> tuple[int, ...]:
     """Where the tiles of each product end."""
     gates = 4 * hidden
     products = (gates, size), (gates, features - hidden), (gates, hidden), (vector, hidden), (out, features)

@@ -284,7 +284,7 @@ def launches(
         return (launch(WHOLE, layout.num_warps, lambda sizes: 1),)
     middle = launch(MIDDLE, layout.num_warps, lambda sizes: sizes.TILES + sizes.SLOT_BLOCKS)
     # Of the phases around it, which wait for memory more than they compute.
-    first = launch(FIRST, 8 if slots < 1024 else 16, lambda sizes: 1)
+    first = launch(FIRST, 8 if slots <= 256 else 16, lambda sizes: 1)
     warps = min(16, max(4, triton.next_power_of_2(slots) // 64))
     last = launch(LAST, warps, lambda sizes: sizes.PARTS + backward * num_reads)
     return first, middle, last

@@ -65,13 +65,12 @@ def layouts(memory_size: int) -> list[Layout]:
     at N = 128.
     """
     block = _block(memory_size)
-    split = Layout(False, 16, min(block, 128), 1, overlaps=memory_size <= 512)
-    if memory_size > 256:  # of many rows, lest there be too many parts to add up
-        return [split._replace(rows=64), split._replace(rows=32)]
-    if memory_size > 128:
-        return [split, split._replace(backward_rows=32)]
+    split = Layout(False, 16, min(block, 128), 1, overlaps=True)
+    if memory_size > 256:
+        return [split._replace(rows=rows) for rows in (32, 64, 16)]
     if memory_size > 64:
-        return [split, split._replace(backward_rows=32), Layout(True, 16, block, 8)]
+        fused = [] if memory_size > 128 else [Layout(True, 16, block, 8)]
+        return [split, split._replace(backward_rows=32), split._replace(rows=8), *fused]
     warps = (4, 1) if memory_size <= 16 else (4, 8)
     return [*(Layout(True, block, block, num_warps) for num_warps in warps), split._replace(rows=8)]
 

@@ -331,12 +331,12 @@ def write_backward(
         key_norms = tl.sqrt(tl.sum(keys * keys, 1, keep_dims=True) + NORM_EPSILON)
         d_dot = d_dot / (norm * key_norms + SIMILARITY_EPSILON)
         d_norms = -d_dot * similarity
-        by_norm = tl.sum(d_norms * key_norms, 0, keep_dims=True) / norm
+        # Over heads of one thread: added up across threads, each would fuse a product of its own with the sum, and of
+        # their results, which then differ in the last bit, any one would be taken.
+        by_norm = tl.sum((d_norms * key_norms)[:, :, None], 0, keep_dims=True) / norm[:, :, None]
         by_key_norm = tl.sum(d_norms * norm, 1, keep_dims=True) / key_norms
         d_new_memory += tl.sum(read_weights[:, :, None] * d_words[:, None, :], 0, keep_dims=True)
-        d_new_memory += (
-            tl.sum(d_dot[:, :, None] * keys[:, None, :], 0, keep_dims=True) + by_norm[:, :, None] * new_memory
-        )
+        d_new_memory += tl.sum(d_dot[:, :, None] * keys[:, None, :], 0, keep_dims=True) + by_norm * new_memory
         d_keys = tl.sum(d_dot[:, :, None] * new_memory, 1) + by_key_norm * keys
         tl.store(partial_ptr + heads * W, d_keys, mask=mask_words)
 

@@ -49,7 +49,7 @@ class Tiles(NamedTuple):
 ROWS = 8  # packed weights have a multiple of so many
 LANES = 32  # of a warp, for which packed weights are laid out; with another number they are as right
 # Of a dozen cuts each the fastest, or nearly so, on an H200 at all of B, H = 16, 256; 32, 256; 64, 256; 16, 64; 8, 100.
-PRODUCT = Tiles(rows=4, block=1024, batch=8, at_once=2)
+PRODUCT = Tiles(rows=4, block=1024, batch=8, at_once=4)
 LSTM_FORWARD = Tiles(rows=1, block=256, batch=8, at_once=4)
 LSTM_BACKWARD = Tiles(rows=1, block=512, batch=4, at_once=4)
 
