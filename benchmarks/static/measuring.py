@@ -17,6 +17,7 @@ from triton.errors import TritonError
 from benchmarks.static.barriers import races
 from benchmarks.static.cases import Case
 from benchmarks.static.compiling import compile_case
+from benchmarks.static.sums import uneven_sums
 from benchmarks.static.ttgir import Unchecked, without_barriers
 from dnc_triton.kernels.buffers import ENDED, FRESH, LOST
 
@@ -84,15 +85,17 @@ def measure(case: Case) -> Measurement:
         return Measurement(case, None, [f"does not compile: {error}"], {})
     counts = _count_amd(asm["amdgcn"]) if case.target.startswith("gfx") else _count_nvidia(asm["cubin"])
     numbers, ttgir = Numbers(shared=shared, **counts), asm["ttgir"]
+    uneven = [] if case.target.startswith("gfx") else uneven_sums(asm["ptx"])
+    errors = [f"{site} adds to a product of its own, unrounded, what another thread has" for site in uneven]
     try:
         # Which barriers are needed does not hang on the target; to find out takes a walk for each of them.
         without = without_barriers(ttgir) if case.target == "sm_90" else []
         behind = (case.direction, case.phase) == ("backward", "middle")
         arguments = ARGUMENTS | BEHIND if behind else ARGUMENTS
         needed = {place: bool(races(code, arguments=arguments)) for place, code in without}
-        return Measurement(case, numbers, races(ttgir, case.grid, arguments), needed)
+        return Measurement(case, numbers, errors + races(ttgir, case.grid, arguments), needed)
     except Unchecked as error:
-        return Measurement(case, numbers, [f"barriers cannot be checked: {error}"], {})
+        return Measurement(case, numbers, [*errors, f"barriers cannot be checked: {error}"], {})
 
 
 def _count_nvidia(cubin: bytes) -> dict[str, int]:

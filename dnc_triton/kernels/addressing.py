@@ -17,6 +17,8 @@ from dnc_triton.kernels.common import (
     rounded,
     softmax,
     strength,
+    term,
+    tile_term,
 )
 
 
@@ -87,13 +89,13 @@ def address(interface, old, new, kept, sizes: tl.constexpr):
     SLOTS: tl.constexpr = 1023 if COMPUTE == tl.float64 else 2047
     tl.store(kept.free_list + offs_n, (key & SLOTS).to(tl.int32), mask=mask_n)
 
-    key_norm = tl.sqrt(tl.sum(write_key * write_key) + NORM_EPSILON)
+    key_norm = tl.sqrt(tl.sum(term(write_key, write_key)) + NORM_EPSILON)
     for start in range(0, N, sizes.CHUNK):
         rows = start + tl.arange(0, sizes.CHUNK)
         mask = (rows < N)[:, None] & mask_w[None, :]
         memory = tl.load(old.memory + rows[:, None] * W + offs_w[None, :], mask=mask, other=0.0).to(COMPUTE)
-        norm = tl.sqrt(tl.sum(memory * memory, 1) + NORM_EPSILON)
-        similarity = tl.sum(memory * write_key[None, :], 1) / (norm * key_norm + SIMILARITY_EPSILON)
+        norm = tl.sqrt(tl.sum(tile_term(memory, memory, sizes), 1) + NORM_EPSILON)
+        similarity = tl.sum(tile_term(memory, write_key[None, :], sizes), 1) / (norm * key_norm + SIMILARITY_EPSILON)
         tl.store(kept.write_similarity + rows, similarity, mask=rows < N)
         tl.store(kept.norms + rows, norm, mask=rows < N)
 
@@ -106,7 +108,7 @@ def address(interface, old, new, kept, sizes: tl.constexpr):
     similarities = tl.load(kept.write_similarity + offs_n, mask=mask_n, other=0.0)
     content = softmax(similarities * write_strength, mask_n, 0)
     mixed = allocation_gate * allocation + (1.0 - allocation_gate) * content
-    write_weights = rounded(write_gate * mixed, new.write_weights)
+    write_weights = rounded(term(write_gate, mixed), new.write_weights)
     tl.store(new.write_weights + offs_n, write_weights, mask=mask_n)
 
     precedence = (1.0 - tl.sum(write_weights)) * precedence + write_weights
@@ -123,7 +125,7 @@ def by_write_weights(old, new, d_new, scratch, offs_n, mask_n, sizes: tl.constex
     d_weights = tl.load(d_new.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
     d_weights = add_parts(d_weights, scratch.d_write_rows + offs_n, mask_n, N, sizes.COLUMN_BLOCKS + 1)
     d_weights = add_parts(d_weights, scratch.d_write_columns + offs_n, mask_n, N, sizes.ROW_BLOCKS)
-    d_weights += d_new_precedence - tl.sum(d_new_precedence * precedence)
+    d_weights += d_new_precedence - tl.sum(term(d_new_precedence, precedence))
     return tl.where(mask_n, d_weights, 0.0)
 
 
@@ -139,7 +141,7 @@ def by_scaled_similarity(interface, kept, d_weights, offs_n, mask_n, sizes: tl.c
     write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
     similarity = tl.load(kept.write_similarity + offs_n, mask=mask_n, other=0.0)
     content = softmax(similarity * write_strength, mask_n, 0)
-    d_scaled = write_gate * (1.0 - allocation_gate) * content * (d_weights - tl.sum(d_weights * content))
+    d_scaled = write_gate * (1.0 - allocation_gate) * content * (d_weights - tl.sum(term(d_weights, content)))
     return content, d_scaled
 
 
@@ -177,13 +179,13 @@ def lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface,
     )
     tl.store(d_interface.read_keys + place[:, None] + offs_p[None, :], d_vectors, mask=mask_vectors)
 
-    key_norm = tl.sqrt(tl.sum(whole_key * whole_key) + NORM_EPSILON)
+    key_norm = tl.sqrt(tl.sum(term(whole_key, whole_key)) + NORM_EPSILON)
     _, d_scaled = by_scaled_similarity(interface, kept, d_weights, offs_n, mask_n, sizes)
     d_dot = d_scaled * write_strength / (norm * key_norm + SIMILARITY_EPSILON)
     d_norms = -d_dot * similarity
     d_memory += d_dot[:, None] * key[None, :] + (d_norms * key_norm / norm)[:, None] * memory
     tl.store(d_old.memory + offsets, d_memory, mask=mask)
-    d_key = tl.sum(d_dot[:, None] * memory, 0) + tl.sum(d_norms * norm) / key_norm * key
+    d_key = tl.sum(tile_term(d_dot[:, None], memory, sizes), 0) + tl.sum(term(d_norms, norm)) / key_norm * key
     tl.store(d_interface.write_keys + offs_p, d_key, mask=mask_p)
 
 
@@ -272,12 +274,13 @@ def address_backward(
         content, d_scaled = by_scaled_similarity(interface, kept, d_weights, offs_n, mask_n, sizes)
         allocation = tl.load(kept.allocation + offs_n, mask=mask_n, other=0.0)
         similarity = tl.load(kept.write_similarity + offs_n, mask=mask_n, other=0.0)
-        d_allocation_gate = tl.sum(d_mixed * (allocation - content))
-        d_write_gate = tl.sum(d_weights * (allocation_gate * allocation + (1.0 - allocation_gate) * content))
+        d_allocation_gate = tl.sum(term(d_mixed, allocation - content))
+        mixed = allocation_gate * allocation + (1.0 - allocation_gate) * content
+        d_write_gate = tl.sum(term(d_weights, mixed))
         tl.store(d_interface.allocation_gates, d_gate(d_allocation_gate, allocation_gate, sizes))
         tl.store(d_interface.write_gates, d_gate(d_write_gate, write_gate, sizes))
         raw_strength = tl.load(interface.write_strengths).to(COMPUTE)
-        d_write_strength = d_strength(tl.sum(d_scaled * similarity), raw_strength, sizes)
+        d_write_strength = d_strength(tl.sum(term(d_scaled, similarity)), raw_strength, sizes)
         tl.store(d_interface.write_strengths, d_write_strength)
 
         # precedence: p' = (1 − Σ w) p + w
@@ -288,6 +291,6 @@ def address_backward(
         tl.store(d_old.precedence + offs_n, d_precedence, mask=mask_n)
     d_retention = d_usage * (usage + (1.0 - usage) * written)
     d_factors = d_retention[None, :] * others
-    d_free_gates = d_gate(-tl.sum(d_factors * weights, 1), free_gates, sizes)
+    d_free_gates = d_gate(-tl.sum(term(d_factors, weights), 1), free_gates, sizes)
     tl.store(d_interface.free_gates + heads, d_free_gates, mask=mask_heads)
     tl.store(d_old.read_weights + at_heads, d_read - d_factors * free_gates[:, None], mask=mask)

@@ -24,6 +24,27 @@ def begin(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
+def term(a, b):
+    """a b, rounded, as a term of a sum across threads.
+
+    A plain product the compiler fuses with what comes from another thread, where the other one's was rounded: the
+    threads then have sums that differ in the last bit, and which one is taken where several hold the same element hangs
+    on which is the last to write it.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def tile_term(a, b, sizes: tl.constexpr):
+    """`term` where a thread may have a single element of a tile's row or column: of few slots, of short or long words.
+
+    Where it has several it adds up its own first, and nothing of that is fused with another thread's.
+    """
+    ALONE: tl.constexpr = sizes.BLOCK_N <= 64 or sizes.BLOCK_W <= 16 or sizes.BLOCK_W >= 256
+    return term(a, b) if ALONE else a * b
+
+
+@triton.jit
 def exp(x):
     """eˣ to about two units in the last place, as PyTorch has it.
 
@@ -35,7 +56,7 @@ def exp(x):
         x = tl.where(x < -128.0, -128.0, tl.where(x > 128.0, 128.0, x))  # 0 and infinity; a NaN stays one
         n = tl.floor(x * 1.4426950408889634 + 0.5)
         # log 2 in two parts, of which the first has so few bits that n times it is exact.
-        y = tl.exp((x - n * 0.693359375) - n * -2.12194440054690583e-4) * tl.exp2(n)
+        y = term(tl.exp((x - n * 0.693359375) - n * -2.12194440054690583e-4), tl.exp2(n))
     return y
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dnc_triton.kernels.buffers import FRESH
-from dnc_triton.kernels.common import NORM_EPSILON, SIMILARITY_EPSILON, d_gate, gate, rounded
+from dnc_triton.kernels.common import NORM_EPSILON, SIMILARITY_EPSILON, d_gate, gate, rounded, term, tile_term
 
 
 @triton.jit
@@ -70,7 +70,8 @@ def link_tile(tile, old, new, scratch, runs, sizes: tl.constexpr):
         at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
         read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
         read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
-        forward, backward = tl.sum(link * read_columns[:, None, :], 2), tl.sum(link * read_rows[:, :, None], 1)
+        forward = tl.sum(tile_term(link, read_columns[:, None, :], sizes), 2)
+        backward = tl.sum(tile_term(link, read_rows[:, :, None], sizes), 1)
         tl.store(scratch.forward + column_block * R * N + at_rows, forward, mask=mask_at_rows)
         tl.store(scratch.backward + row_block * R * N + at_columns, backward, mask=mask_at_columns)
     tl.store(new.link + at_link, link, mask=mask)
@@ -115,8 +116,8 @@ def link_strips(tile, old, new, scratch, runs, sizes: tl.constexpr):
             at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
             read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
             read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
-            forward = forward + (tl.sum(link * read_columns[:, None, :], 2),)
-            added = added + (totals[group // HEADS] + tl.sum(link * read_rows[:, :, None], 1),)
+            forward = forward + (tl.sum(tile_term(link, read_columns[:, None, :], sizes), 2),)
+            added = added + (totals[group // HEADS] + tl.sum(tile_term(link, read_rows[:, :, None], sizes), 1),)
         totals = added
         tl.store(new.link + at_link, link, mask=mask)
         for group in tl.static_range(0, R, HEADS):
@@ -151,13 +152,13 @@ def write(block, interface, old, new, kept, runs, sizes: tl.constexpr):
     written = memory * (1.0 - weights * erase[:, None, :]) + weights * word[:, None, :]
     memory = rounded(tl.where(runs, written, memory), new.memory)
 
-    norm = tl.sqrt(tl.sum(memory * memory, 2) + NORM_EPSILON)
+    norm = tl.sqrt(tl.sum(tile_term(memory, memory, sizes), 2) + NORM_EPSILON)
     for head in range(0, R, sizes.HEADS):
         heads = head + tl.arange(0, sizes.HEADS)[:, None]
         mask_keys = (heads < R) & mask_places
         keys = tl.load(interface.read_keys + heads * W + by_place, mask=mask_keys, other=0.0).to(COMPUTE)
-        norms = norm * tl.sqrt(tl.sum(keys * keys, 1, keep_dims=True) + NORM_EPSILON)
-        similarity = tl.sum(memory * keys[:, None, :], 2) / (norms + SIMILARITY_EPSILON)
+        norms = norm * tl.sqrt(tl.sum(term(keys, keys), 1, keep_dims=True) + NORM_EPSILON)
+        similarity = tl.sum(tile_term(memory, keys[:, None, :], sizes), 2) / (norms + SIMILARITY_EPSILON)
         tl.store(kept.read_similarity + heads * N + by_slot, similarity, mask=(heads < R) & mask_slots)
     tl.store(new.memory + offsets, memory, mask=mask)
 
@@ -196,15 +197,15 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
         read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
         d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
         d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
-        d_link += tl.sum(d_forward[:, :, None] * read_columns[:, None, :], 0, keep_dims=True)
-        d_link += tl.sum(read_rows[:, :, None] * d_backward[:, None, :], 0, keep_dims=True)
+        d_link += tl.sum(tile_term(d_forward[:, :, None], read_columns[:, None, :], sizes), 0, keep_dims=True)
+        d_link += tl.sum(tile_term(read_rows[:, :, None], d_backward[:, None, :], sizes), 0, keep_dims=True)
     d_link = tl.where(rows == columns, 0.0, d_link)
     tl.store(d_old.link + at_link, (1.0 - write_rows - write_columns) * d_link, mask=mask)
-    d_write_rows = tl.sum(d_link * (precedence - link), 2)
+    d_write_rows = tl.sum(tile_term(d_link, precedence - link, sizes), 2)
     tl.store(scratch.d_write_rows + column_block * N + by_row, d_write_rows, mask=mask_rows)
     at_partial = row_block * N + by_column
-    tl.store(scratch.d_write_columns + at_partial, -tl.sum(d_link * link, 1), mask=mask_columns)
-    tl.store(scratch.d_precedence + at_partial, tl.sum(d_link * write_rows, 1), mask=mask_columns)
+    tl.store(scratch.d_write_columns + at_partial, -tl.sum(tile_term(d_link, link, sizes), 1), mask=mask_columns)
+    tl.store(scratch.d_precedence + at_partial, tl.sum(tile_term(d_link, write_rows, sizes), 1), mask=mask_columns)
 
     link = linked(link, rows, columns, write_rows, write_columns, precedence)
     for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=UNROLLED):
@@ -213,7 +214,8 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
         at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
         d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
         d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
-        d_rows, d_columns = tl.sum(link * d_backward[:, None, :], 2), tl.sum(link * d_forward[:, :, None], 1)
+        d_rows = tl.sum(tile_term(link, d_backward[:, None, :], sizes), 2)
+        d_columns = tl.sum(tile_term(link, d_forward[:, :, None], sizes), 1)
         tl.store(scratch.d_read_rows + column_block * R * N + at_rows, d_rows, mask=mask_at_rows)
         tl.store(scratch.d_read_columns + row_block * R * N + at_columns, d_columns, mask=mask_at_columns)
 
@@ -258,12 +260,12 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
             read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
             d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
             d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
-            d_link += tl.sum(d_forward[:, :, None] * read_columns[:, None, :], 0, keep_dims=True)
-            d_link += tl.sum(read_rows[:, :, None] * d_backward[:, None, :], 0, keep_dims=True)
+            d_link += tl.sum(tile_term(d_forward[:, :, None], read_columns[:, None, :], sizes), 0, keep_dims=True)
+            d_link += tl.sum(tile_term(read_rows[:, :, None], d_backward[:, None, :], sizes), 0, keep_dims=True)
         d_link = tl.where(rows == columns, 0.0, d_link)
-        d_write_rows = tl.sum(d_link * (precedence - link), 2)
-        d_write_columns -= tl.sum(d_link * link, 1)
-        d_precedence += tl.sum(d_link * write_rows, 1)
+        d_write_rows = tl.sum(tile_term(d_link, precedence - link, sizes), 2)
+        d_write_columns -= tl.sum(tile_term(d_link, link, sizes), 1)
+        d_precedence += tl.sum(tile_term(d_link, write_rows, sizes), 1)
         link = linked(link, rows, columns, write_rows, write_columns, precedence)
         d_rows, added = (), ()
         for group in tl.static_range(0, R, HEADS):
@@ -272,8 +274,8 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
             at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
             d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
             d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
-            d_rows = d_rows + (tl.sum(link * d_backward[:, None, :], 2),)
-            added = added + (totals[group // HEADS] + tl.sum(link * d_forward[:, :, None], 1),)
+            d_rows = d_rows + (tl.sum(tile_term(link, d_backward[:, None, :], sizes), 2),)
+            added = added + (totals[group // HEADS] + tl.sum(tile_term(link, d_forward[:, :, None], sizes), 1),)
         totals = added
         tl.store(d_old.link + at_link, (1.0 - write_rows - write_columns) * d_link, mask=mask)
         tl.store(scratch.d_write_rows + column_block * N + by_row, d_write_rows, mask=mask_rows)
@@ -318,7 +320,7 @@ def write_backward(
     weights = tl.load(new.write_weights + by_slot, mask=mask_slots, other=0.0).to(COMPUTE)[:, :, None]
     erase = gate(tl.load(interface.erase_vectors + by_place, mask=mask_places, other=0.0).to(COMPUTE), sizes)
     word = tl.load(interface.write_vectors + by_place, mask=mask_places, other=0.0).to(COMPUTE)
-    norm = tl.sqrt(tl.sum(new_memory * new_memory, 2) + NORM_EPSILON)
+    norm = tl.sqrt(tl.sum(tile_term(new_memory, new_memory, sizes), 2) + NORM_EPSILON)
     for head in range(0, R, sizes.HEADS):
         heads = head + tl.arange(0, sizes.HEADS)[:, None]
         at_slots, mask_at_slots = heads * N + by_slot, (heads < R) & mask_slots
@@ -328,22 +330,21 @@ def write_backward(
         keys = tl.load(interface.read_keys + at_words, mask=mask_words, other=0.0).to(COMPUTE)
         similarity = tl.load(kept.read_similarity + at_slots, mask=mask_at_slots, other=0.0)
         d_dot = tl.load(scratch.d_similarity + at_slots, mask=mask_at_slots, other=0.0)
-        key_norms = tl.sqrt(tl.sum(keys * keys, 1, keep_dims=True) + NORM_EPSILON)
+        key_norms = tl.sqrt(tl.sum(term(keys, keys), 1, keep_dims=True) + NORM_EPSILON)
         d_dot = d_dot / (norm * key_norms + SIMILARITY_EPSILON)
         d_norms = -d_dot * similarity
-        # Over heads of one thread: added up across threads, each would fuse a product of its own with the sum, and of
-        # their results, which then differ in the last bit, any one would be taken.
-        by_norm = tl.sum((d_norms * key_norms)[:, :, None], 0, keep_dims=True) / norm[:, :, None]
-        by_key_norm = tl.sum(d_norms * norm, 1, keep_dims=True) / key_norms
-        d_new_memory += tl.sum(read_weights[:, :, None] * d_words[:, None, :], 0, keep_dims=True)
-        d_new_memory += tl.sum(d_dot[:, :, None] * keys[:, None, :], 0, keep_dims=True) + by_norm * new_memory
-        d_keys = tl.sum(d_dot[:, :, None] * new_memory, 1) + by_key_norm * keys
+        by_norm = tl.sum(term(d_norms, key_norms), 0, keep_dims=True) / norm
+        by_key_norm = tl.sum(term(d_norms, norm), 1, keep_dims=True) / key_norms
+        d_new_memory += tl.sum(tile_term(read_weights[:, :, None], d_words[:, None, :], sizes), 0, keep_dims=True)
+        by_keys = tl.sum(tile_term(d_dot[:, :, None], keys[:, None, :], sizes), 0, keep_dims=True)
+        d_new_memory += by_keys + by_norm[:, :, None] * new_memory
+        d_keys = tl.sum(tile_term(d_dot[:, :, None], new_memory, sizes), 1) + by_key_norm * keys
         tl.store(partial_ptr + heads * W, d_keys, mask=mask_words)
 
     # the write: M' = M (1 − w eᵀ) + w vᵀ
     tl.store(d_old.memory + offsets, d_new_memory * (1.0 - weights * erase[:, None, :]), mask=mask)
-    d_write = tl.sum(d_new_memory * (word[:, None, :] - memory * erase[:, None, :]), 2)
+    d_write = tl.sum(tile_term(d_new_memory, word[:, None, :] - memory * erase[:, None, :], sizes), 2)
     tl.store(scratch.d_write_rows + sizes.COLUMN_BLOCKS * N + by_slot, d_write, mask=mask_slots)
-    d_erase = d_gate(-tl.sum(d_new_memory * memory * weights, 1), erase, sizes)
+    d_erase = d_gate(-tl.sum(tile_term(d_new_memory * memory, weights, sizes), 1), erase, sizes)
     tl.store(partial_ptr + R * W, d_erase, mask=mask_places)
-    tl.store(partial_ptr + (R + 1) * W, tl.sum(d_new_memory * weights, 1), mask=mask_places)
+    tl.store(partial_ptr + (R + 1) * W, tl.sum(tile_term(d_new_memory, weights, sizes), 1), mask=mask_places)

@@ -6,7 +6,7 @@ Its adjoint is the first phase of the backward. The tuples of pointers are those
 import triton
 import triton.language as tl
 
-from dnc_triton.kernels.common import add_parts, d_strength, read_modes, rounded, softmax, strength
+from dnc_triton.kernels.common import add_parts, d_strength, read_modes, rounded, softmax, strength, term, tile_term
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def read(part, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexp
         tl.store(kept.forward + offsets, forward, mask=mask)
         tl.store(kept.backward + offsets, backward, mask=mask)
         tl.store(new.read_weights + offsets, weights, mask=mask)
-    words = tl.sum(tl.where(mask, weights, 0.0)[:, None, :] * memory, 2)
+    words = tl.sum(tile_term(tl.where(mask, weights, 0.0)[:, None, :], memory, sizes), 2)
     at_words, mask_words = offs_r[:, None] * W + offs_p[None, :], mask_r[:, None] & mask_p[None, :]
     tl.store(read_words_ptr + at_words, words, mask=mask_words)
 
@@ -72,7 +72,8 @@ def read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, sc
             mask_words, mask_heads = (heads < R) & mask_w[None, None, :], (offs_h < R) & (by_slot < N)
             d_words = tl.load(d_read_words_ptr + heads * W + places, mask=mask_words, other=0.0).to(COMPUTE)
             given = tl.load(d_new.read_weights + at_heads, mask=mask_heads, other=0.0).to(COMPUTE)
-            tl.store(scratch.d_similarity + at_heads, given + tl.sum(memory * d_words, 2), mask=mask_heads)
+            d_weights = given + tl.sum(tile_term(memory, d_words, sizes), 2)
+            tl.store(scratch.d_similarity + at_heads, d_weights, mask=mask_heads)
     tl.debug_barrier()
 
     offsets = offs_r[:, None] * N + offs_n[None, :]
@@ -86,9 +87,9 @@ def read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, sc
     content = softmax(similarity * strengths[:, None], mask, 1)
 
     mode_b, mode_f, mode_c = read_modes(interface.read_modes, offs_r, mask_r, sizes)
-    d_mode_b = tl.sum(d_weights * backward, 1)
-    d_mode_f = tl.sum(d_weights * forward, 1)
-    d_mode_c = tl.sum(d_weights * content, 1)
+    d_mode_b = tl.sum(term(d_weights, backward), 1)
+    d_mode_f = tl.sum(term(d_weights, forward), 1)
+    d_mode_c = tl.sum(term(d_weights, content), 1)
     if sizes.RAW:
         mean = mode_b * d_mode_b + mode_f * d_mode_f + mode_c * d_mode_c
         d_mode_b, d_mode_f, d_mode_c = (
@@ -105,8 +106,8 @@ def read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, sc
     tl.store(scratch.d_backward + offsets, mode_b[:, None] * d_weights, mask=mask)
     # The mode stays outside the difference: of a one-hot content that is zero, but for a product's rounding, which a
     # compiler that fuses it with the subtraction would leave over, to be multiplied by the strength.
-    d_scaled = mode_c[:, None] * content * (d_weights - tl.sum(d_weights * content, 1, keep_dims=True))
-    d_strengths = d_strength(tl.sum(d_scaled * similarity, 1), raw_strengths, sizes)
+    d_scaled = mode_c[:, None] * content * (d_weights - tl.sum(term(d_weights, content), 1, keep_dims=True))
+    d_strengths = d_strength(tl.sum(term(d_scaled, similarity), 1), raw_strengths, sizes)
     tl.store(d_interface.read_strengths + offs_r, d_strengths, mask=mask_r)
     tl.debug_barrier()  # all have read the gradient of the weights, whose place is taken
     tl.store(scratch.d_similarity + offsets, d_scaled * strengths[:, None], mask=mask)

@@ -191,6 +191,10 @@ class Language:
         """Of a number and NaN the number, as compiled; so in `max`."""
         return Value(torch.fmax(*(torch.as_tensor(x, dtype=a.dtype) for x in _aligned(a, b))))
 
+    @staticmethod
+    def fma(a: Value, b: Value, c: float) -> Value:
+        return a * b + c
+
     minimum = min  # of numbers that all elements share
 
     static_range = range

@@ -1,0 +1,63 @@
+"""Sums across threads that come out differently in each of them, found in a kernel's PTX.
+
+To add up across a warp a thread adds what another one has to what it has itself. If that is a product, the compiler
+fuses the thread's own with the addition, and rounds once where the other's was rounded as well: so the threads' sums
+differ in the last bit. Where several threads hold the same element, which sum is taken then hangs on which of them is
+the last to write it, and the same call might give other bits. `dnc_triton.kernels.common.product` is not fused.
+"""
+
+from __future__ import annotations
+
+import re
+
+_LINE = re.compile(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);")
+_SITE = re.compile(r"\s*\.loc\s+\d+ \d+ \d+.*//\s*(.*)")
+_REGISTER = re.compile(r"%\w+")
+
+
+def uneven_sums(ptx: str) -> list[str]:
+    """Where a kernel adds to a product of its own what came from another thread, each place once."""
+    made: dict[str, tuple[str, list[str]]] = {}  # by what, and from which registers
+    additions: list[tuple[str, str]] = []
+    site = "an unknown place"
+    for line in ptx.splitlines():
+        if located := _SITE.match(line):
+            site = _ours(located[1])
+        elif statement := _LINE.match(line):
+            operation, operands = statement.groups()
+            results, given = _divide(operands)
+            if not operation.startswith(("st.", "bar", "bra")):
+                made.update((result, (operation, given)) for result in results)
+            if operation.startswith("fma.rn.f") and len(given) == 3:
+                additions.append((given[2], site))
+    return sorted({site for addend, site in additions if _comes_from_another_thread(addend, made)})
+
+
+def _divide(operands: str) -> tuple[list[str], list[str]]:
+    """The registers that a statement writes, and those that it reads."""
+    if operands.startswith("{"):
+        written, _, read = operands.partition("}")
+    else:
+        written, _, read = operands.partition(",")
+        written = written.partition("|")[0]  # of a shuffle's two results the one with the number
+    return _REGISTER.findall(written), _REGISTER.findall(read)
+
+
+def _comes_from_another_thread(register: str, made: dict[str, tuple[str, list[str]]]) -> bool:
+    """Through moves, which put the halves of a float64 together."""
+    seen = set()
+    while register in made and register not in seen:
+        seen.add(register)
+        operation, given = made[register]
+        if operation.startswith("shfl."):
+            return True
+        if not operation.startswith("mov.b") or not given:
+            return False
+        register = given[0]
+    return False
+
+
+def _ours(inlined: str) -> str:
+    """Of a place and where it was inlined, the innermost that is ours."""
+    places = re.findall(r"(\w+\.py:\d+):\d+", inlined)
+    return next((place for place in places if not place.startswith("standard.py")), inlined)
