@@ -13,6 +13,7 @@ import re
 _LINE = re.compile(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);")
 _SITE = re.compile(r"\s*\.loc\s+\d+ \d+ \d+.*//\s*(.*)")
 _REGISTER = re.compile(r"%\w+")
+_MOVES = ("mov.b", "cvt.u", "shl.b64", "or.b64")
 
 
 def uneven_sums(ptx: str) -> list[str]:
@@ -44,14 +45,14 @@ def _divide(operands: str) -> tuple[list[str], list[str]]:
 
 
 def _comes_from_another_thread(register: str, made: dict[str, tuple[str, list[str]]]) -> bool:
-    """Through moves, which put the halves of a float64 together."""
+    """Through moves, and what puts the halves of a float64 together."""
     seen = set()
     while register in made and register not in seen:
         seen.add(register)
         operation, given = made[register]
         if operation.startswith("shfl."):
             return True
-        if not operation.startswith("mov.b") or not given:
+        if not operation.startswith(_MOVES) or not given:
             return False
         register = given[0]
     return False

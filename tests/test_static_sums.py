@@ -1,0 +1,69 @@
+"""The check for sums across threads that come out differently in each of them, on kernels made for it."""
+
+from __future__ import annotations
+
+import pytest
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from benchmarks.static.cases import TARGETS  # noqa: E402
+from benchmarks.static.compiling import compiling_map  # noqa: E402
+from benchmarks.static.sums import uneven_sums  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("_compiled_once")
+
+
+@triton.jit
+def adding_up(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr, HOW: tl.constexpr):
+    """In one warp, so that 32 numbers are one for each thread."""
+    here = tl.arange(0, SIZE)
+    x, y = tl.load(x_ptr + here), tl.load(y_ptr + here)
+    if HOW == "product":
+        z = x * y
+    elif HOW == "rounded":
+        z = tl.fma(x, y, 0.0)
+    else:
+        z = x + y
+    tl.store(out_ptr + here, tl.sum(z) * x)
+
+
+@triton.jit
+def running_up(x_ptr, y_ptr, out_ptr):
+    """Of rounded products, each thread's own to what comes from the one before."""
+    here = tl.arange(0, 32)
+    tl.store(out_ptr + here, tl.cumsum(tl.fma(tl.load(x_ptr + here), tl.load(y_ptr + here), 0.0), 0))
+
+
+CASES = {  # kernel, constants, dtype; whether it is found
+    "product": ("adding_up", dict(SIZE=32, HOW="product"), "fp32", True),
+    "product, float64": ("adding_up", dict(SIZE=32, HOW="product"), "fp64", True),
+    "fewer than threads": ("adding_up", dict(SIZE=8, HOW="product"), "fp32", True),
+    "rounded": ("adding_up", dict(SIZE=32, HOW="rounded"), "fp32", False),
+    "rounded, float64": ("adding_up", dict(SIZE=32, HOW="rounded"), "fp64", False),
+    "no product": ("adding_up", dict(SIZE=32, HOW="sum"), "fp32", False),
+    "several in a thread": ("adding_up", dict(SIZE=128, HOW="product"), "fp32", False),
+    "running, rounded": ("running_up", {}, "fp32", False),
+}
+
+
+def find(name):
+    """Compile a kernel and check it, in another process."""
+    kernel, constants, dtype, _ = CASES[name]
+    function = globals()[kernel]
+    arguments = {argument: "constexpr" if argument in constants else f"*{dtype}" for argument in function.arg_names}
+    source = ASTSource(function, arguments, constants)
+    return uneven_sums(triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 1}).asm["ptx"])
+
+
+@pytest.fixture(scope="module")
+def found():
+    return dict(zip(CASES, compiling_map(find, CASES), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_that_are_fused_with_what_another_thread_has(found, name):
+    places = found[name]
+    assert bool(places) == CASES[name][3]
+    assert all(place.startswith("test_static_sums.py:") for place in places)
