@@ -123,6 +123,12 @@ def random_like(nest: Any, *, seed: int = 0) -> Any:
     )
 
 
+def has_no_gaps(tensor: Tensor) -> bool:
+    """Whether its numbers lie one after the other, in whatever order."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == 0 or last == tensor.numel() - 1
+
+
 def _generator(seed: int | torch.Generator) -> torch.Generator:
     return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 

@@ -52,8 +52,8 @@ class Emulated:
         return lambda *args, **kwargs: self.launch(grid, *args, **kwargs)
 
     def launch(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-        names = self.kernel.arg_names
-        given = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names[len(args) :]}
+        others = {param.name: kwargs.pop(param.name, param.default) for param in self.kernel.params[len(args) :]}
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | others
         tensors = [x for x in given.values() if isinstance(x, Tensor)]
         extents = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors)
         assert all(x.is_contiguous() for x in tensors), "an argument has gaps"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import assert_close, gradient_floor, random_like, random_problem
+from helpers import assert_close, gradient_floor, has_no_gaps, random_like, random_problem
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -113,7 +113,7 @@ class LaunchesInMargins:
         tensors |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
         storages: dict[int, list[int | str]] = {}
         for name, x in tensors.items():
-            assert sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) == x.numel() - 1  # no gaps
+            assert has_no_gaps(x)
             storages.setdefault(x.untyped_storage().data_ptr(), []).append(name)
         moved: dict[int | str, Tensor] = {}
         buffers = []
