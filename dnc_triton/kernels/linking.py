@@ -1,5 +1,9 @@
 """Phase two of a step: update the link, a program per tile of it, and write to memory, a program per block of rows.
 
+Where a launch has all phases a tile is small and goes through registers whole (`link_tile`). Where the phase is a
+launch of its own it goes in strips (`link_strips`): the more rows a tile has the fewer parts are left, and while a
+strip is computed the next one is on its way.
+
 Their adjoints are the middle phase of the backward. What a tile has to say about its rows and columns, which other
 tiles have a say in as well, it leaves as a partial sum: nothing is added atomically, so the same call gives the same
 bits. The tuples of pointers are those of `buffers`, of one batch element.
@@ -164,8 +168,8 @@ def write(block, interface, old, new, kept, runs, sizes: tl.constexpr):
 
 
 @triton.jit
-def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAIN: tl.constexpr, sizes: tl.constexpr):
-    """The adjoint of `link_tile`, after that of reading. If AGAIN the old link may lie `behind`.
+def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.constexpr):
+    """The adjoint of `link_tile`, after that of reading.
 
     Writes the gradient of the tile before the step; leaves parts of the gradients of the write weights, the precedence
     and the previous read weights. Of an element that has ended (not `runs`) it reads and writes no rows.
@@ -173,8 +177,6 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
     COMPUTE: tl.constexpr = sizes.COMPUTE
-    # Times HEADS heads; with all phases, or many heads, there are no registers for more.
-    UNROLLED: tl.constexpr = (4 if R <= 4 else 2) if AGAIN else 1
     row_block, column_block = tile // sizes.COLUMN_BLOCKS, tile % sizes.COLUMN_BLOCKS
     by_row = row_block * sizes.ROWS + tl.arange(0, sizes.ROWS)[None, :]
     by_column = column_block * sizes.COLUMNS + tl.arange(0, sizes.COLUMNS)[None, :]
@@ -182,14 +184,12 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
     rows, columns = by_row[:, :, None], by_column[:, None, :]
     at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
     link = tl.load(old.link + at_link, mask=mask, other=0.0).to(COMPUTE)
-    if AGAIN:
-        link = made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes)
     d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0).to(COMPUTE)
     write_rows = tl.load(new.write_weights + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
     write_columns = tl.load(new.write_weights + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
     precedence = tl.load(old.precedence + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
     # S, the gradient of L' after adding what its two readers give back, 0 on the diagonal
-    for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=UNROLLED):
+    for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=1):  # for more there are no registers
         heads = head + tl.arange(0, sizes.HEADS)[:, None]
         at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
         at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
@@ -208,7 +208,7 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, AGAI
     tl.store(scratch.d_precedence + at_partial, tl.sum(tile_term(d_link, write_rows, sizes), 1), mask=mask_columns)
 
     link = linked(link, rows, columns, write_rows, write_columns, precedence)
-    for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=UNROLLED):
+    for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=1):
         heads = head + tl.arange(0, sizes.HEADS)[:, None]
         at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
         at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns

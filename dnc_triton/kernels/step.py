@@ -97,7 +97,7 @@ def memory_step_backward(
     if PHASE == WHOLE:
         tl.debug_barrier()
         for tile in range(sizes.TILES):
-            link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, behind, False, sizes)
+            link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes)
         for block in range(sizes.SLOT_BLOCKS):
             write_backward(block, interface, old, new, kept, d_read_words_ptr, d_new, d_old, scratch, runs, sizes)
         tl.debug_barrier()
