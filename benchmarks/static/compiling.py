@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 import triton
 from triton.compiler import ASTSource
 
@@ -15,7 +16,7 @@ from benchmarks.static.cases import CONTROLLER, FEATURES, TARGETS, TRITON_TYPES,
 from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels import gradients
 from dnc_triton.kernels.gradients import weight_gradients_kernel
-from dnc_triton.kernels.launch import compile_options
+from dnc_triton.kernels.launch import compile_options, is_capped
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.products import (
     block_of,
@@ -38,6 +39,9 @@ WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interfac
 def compile_case(case: Case) -> tuple[dict[str, Any], int]:
     """The code at each stage of the compilation, and the bytes of shared memory."""
     kernel, constants = _kernel(case)
+    overlaps = case.layout.overlaps and case.target in ("sm_90", "sm_100")  # where the kernel knows of that
+    if "OVERLAPS" in kernel.arg_names:
+        constants["OVERLAPS"] = overlaps
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -58,11 +62,13 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
         options=compile_options(
             case.layout,
             case.num_warps,
-            phase=-1 if case.phase in CONTROLLER else case.launch.phase,
             backward=case.direction == "backward",
+            capped=case.direction == "backward"
+            and case.phase == "middle"
+            and is_capped(case.launch.phase, case.shape[2], getattr(torch, case.dtype)),
             hip=case.target.startswith("gfx"),
         )
-        | ({"launch_pdl": True} if _overlaps(case) else {}),
+        | ({"launch_pdl": True} if overlaps else {}),
     )
     return compiled.asm, compiled.metadata.shared
 
@@ -82,7 +88,7 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
     if case.phase not in CONTROLLER:
         kernel, launch = step_forward_kernel if forward else step_backward_kernel, case.launch
         constants = {} if case.variant == "marked" else dict(marks_ptr=None, zeros_ptr=None)
-        return kernel, dict(constants, PHASE=launch.phase, sizes=launch.sizes, OVERLAPS=_overlaps(case))
+        return kernel, dict(constants, PHASE=launch.phase, sizes=launch.sizes)
     if case.phase == "weights":
         return weight_gradients_kernel, _weights(case)
     if case.phase == "lstm":
@@ -94,10 +100,6 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
         constants |= dict(COMPUTE=TRITON_DTYPES[case.compute], CLIP=clip)
         constants |= {} if forward else dict(MAX_GRADIENT=max_gradient)
     return kernel, constants
-
-
-def _overlaps(case: Case) -> bool:
-    return case.layout.overlaps and case.target in ("sm_90", "sm_100")
 
 
 def _weights(case: Case) -> dict[str, Any]:

@@ -36,12 +36,11 @@ def term(a, b):
 
 @triton.jit
 def tile_term(a, b, sizes: tl.constexpr):
-    """`term` where a thread may have a single element of a tile's row or column: of few slots, of short or long words.
+    """`term` where a thread may have a single element of a tile's row or column.
 
     Where it has several it adds up its own first, and nothing of that is fused with another thread's.
     """
-    ALONE: tl.constexpr = sizes.BLOCK_N <= 64 or sizes.BLOCK_W <= 16 or sizes.BLOCK_W >= 256
-    return term(a, b) if ALONE else a * b
+    return term(a, b) if sizes.ALONE else a * b
 
 
 @triton.jit

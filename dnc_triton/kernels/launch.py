@@ -127,7 +127,7 @@ def launch_forward(
             zeros,
             PHASE=launch.phase,
             sizes=launch.sizes,
-            **compile_options(layout, launch.num_warps, phase=launch.phase),
+            **compile_options(layout, launch.num_warps),
         )
 
 
@@ -241,7 +241,12 @@ def launch_backward(
             row * state[0].element_size() // 16,
             PHASE=launch.phase,
             sizes=launch.sizes,
-            **compile_options(layout, launch.num_warps, phase=launch.phase, backward=True),
+            **compile_options(
+                layout,
+                launch.num_warps,
+                backward=True,
+                capped=is_capped(launch.phase, num_reads, state[0].dtype),
+            ),
         )
 
 
@@ -290,25 +295,32 @@ def launches(
     return first, middle, last
 
 
+def is_capped(phase: int, num_reads: int, dtype: torch.dtype) -> bool:
+    """Whether a phase of the backward is the faster for fewer registers, with ten programs in a multiprocessor.
+
+    The middle one of three takes them all where it may, and eight programs. With many heads, or other types, it spills.
+    """
+    return phase == MIDDLE.value and num_reads <= 4 and dtype == torch.float32
+
+
 def compile_options(
     layout: Layout,
     num_warps: int,
     *,
-    phase: int = WHOLE.value,
     backward: bool = False,
+    capped: bool = False,
     hip: bool = torch.version.hip is not None,
 ) -> dict[str, int]:
     """What Triton is told of how to compile a kernel.
 
     A whole sequence may have every register: NVIDIA's assembler would rather spill than give up room for a second
     program beside this one, which there seldom is. So may the backward of a step in one launch. Not a backward with 8
-    warps, where being told so makes it spill. The middle phase of three back takes them all where it may, but is the
-    faster for a few less, with ten programs in a multiprocessor instead of eight.
+    warps, where being told so makes it spill. What is `is_capped` may not have all that it would take.
     """
     options = {"num_warps": num_warps}
     if hip:
         return options
-    if backward and phase == MIDDLE.value:
+    if capped:
         options["maxnreg"] = 200
     elif (layout.whole or (layout.fused and backward)) and not (backward and num_warps == 8):
         options["maxnreg"] = 255

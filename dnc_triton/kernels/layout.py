@@ -79,8 +79,7 @@ def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a whole sequence in one launch, the default one first."""
     block = _block(memory_size)
     rows = min(block, 32)  # with more or fewer its backward spills more at N = 128
-    warps = (8,) if memory_size > 32 or word_size > 32 else (4, 1) if memory_size <= 16 else (4,)
-    return [Layout(True, rows, block, num_warps, whole=True) for num_warps in warps]
+    return [Layout(True, rows, block, 4 if memory_size <= 32 and word_size <= 32 else 8, whole=True)]
 
 
 def _block(memory_size: int) -> int:
