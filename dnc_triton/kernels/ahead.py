@@ -1,4 +1,4 @@
-"""Where every kernel is launched, and how kernels that are about to be launched compile first, several at once."""
+"""Where every kernel is launched: one after the other or overlapping, or not yet, to compile first, several at once."""
 
 from __future__ import annotations
 
