@@ -106,10 +106,7 @@ class Case:
         """Held to spill nothing, on the target that they were chosen for, is every layout that may be taken.
 
         Not in float64, which is there to check gradients with: what fits in registers in float32 needs twice as many.
-        In float16 eight heads are one too many for the middle phase back, by 8 bytes.
         """
-        if (self.direction, self.phase, self.shape[2], self.dtype) == ("backward", "middle", 8, "float16"):
-            return True
         return self.phase not in CONTROLLER and (
             self.target != "sm_90" or self.dtype == "float64" or self.shape in (LARGEST, LONGEST)
         )

@@ -240,16 +240,22 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
     by_row = row_block * sizes.ROWS + tl.arange(0, sizes.STRIP)[None, :]
     at_link, mask = by_row[:, :, None] * N + columns, (by_row < end)[:, :, None] & mask_columns[:, None, :]
     next_link = tl.load(old.link + at_link, mask=mask, other=0.0)
-    next_d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0)
+    if R <= 4:
+        next_d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0)
     for _ in range(0, sizes.ROWS, sizes.STRIP):
         rows, mask_rows = by_row[:, :, None], by_row < end
-        link, d_link = next_link.to(COMPUTE), next_d_link.to(COMPUTE)
+        link = next_link.to(COMPUTE)
         at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
+        if R <= 4:
+            d_link = next_d_link.to(COMPUTE)
+        else:  # for which there are no registers ahead
+            d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0).to(COMPUTE)
         if sizes.ROWS > sizes.STRIP:
             at_next = at_link + sizes.STRIP * N
             mask_next = (rows + sizes.STRIP < end) & mask_columns[:, None, :]
             next_link = tl.load(old.link + at_next, mask=mask_next, other=0.0)
-            next_d_link = tl.load(d_new.link + at_next, mask=mask_next, other=0.0)
+            if R <= 4:
+                next_d_link = tl.load(d_new.link + at_next, mask=mask_next, other=0.0)
         link = made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes)
         write_rows = tl.load(new.write_weights + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
         for group in tl.static_range(0, R, HEADS):
