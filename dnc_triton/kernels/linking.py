@@ -246,7 +246,7 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
         rows, mask_rows = by_row[:, :, None], by_row < end
         link = next_link.to(COMPUTE)
         at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
-        if R <= 4:
+        if R <= 4:  # noqa: SIM108
             d_link = next_d_link.to(COMPUTE)
         else:  # for which there are no registers ahead
             d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0).to(COMPUTE)
