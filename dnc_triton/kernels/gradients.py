@@ -124,12 +124,15 @@ def weight_gradients(
 
     Args:
         d_gates, d_vectors, d_outputs: by the gates, the interface vectors and the outputs, [T, B, ·], contiguous.
-        inputs: [T, B, I], numbers of a row side by side.
+        inputs: [T, B, I], of any strides.
         before, after: the features that a step begins with and those that it leaves, [T, B, F], contiguous.
     """
     steps, batch, size = inputs.shape
     gates, features, vector, out = (x.shape[-1] for x in (d_gates, before, d_vectors, d_outputs))
     hidden = gates // 4
+    reach = sum((n - 1) * stride for n, stride in zip(inputs.shape, inputs.stride(), strict=True))
+    if inputs.stride(2) != 1 or reach >= 2**31:  # the kernel takes a row's numbers side by side, and counts in 32 bits
+        inputs = inputs.contiguous()
     results = WeightGradients(
         *(
             inputs.new_empty(shape)

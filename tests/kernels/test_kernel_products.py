@@ -268,7 +268,10 @@ def test_weight_gradients(
         d_outputs.sum(0),
     )
     assert_close(actual, expected, rtol=2e-6, atol=2e-5, name="")
-    assert_same_bits(weight_gradients(*given), actual)
+    d_gates, d_vectors, d_outputs, inputs, before, after = given
+    wide = torch.full((*inputs.shape, 2), torch.nan, device=device)
+    wide[..., 1] = inputs
+    assert_same_bits(weight_gradients(d_gates, d_vectors, d_outputs, wide[..., 1], before, after), actual)
 
 
 def test_what_is_small() -> None:
