@@ -8,8 +8,9 @@ tests/kernels/test_kernel_graphs.py.
 from __future__ import annotations
 
 import copy
+from functools import cache as cached
 from typing import Any
-from unittest.mock import Mock, create_autospec
+from unittest.mock import MagicMock, Mock, create_autospec
 from unittest.mock import call as call_of
 
 import pytest
@@ -161,16 +162,30 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     for name, mock in cuda.items():
         monkeypatch.setattr(torch.cuda, name, mock)
     cuda["memory_reserved"].side_effect = [100, 150]
+    cuda["memory_allocated"].side_effect = [100, 100, 100, 132]  # the first stream has a workspace, which is elsewhere
+    streams = cuda["Stream"].side_effect = [Mock(), Mock()]
     result, begun = torch.zeros(3), []
+    ones = MagicMock()
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones)
+    monkeypatch.setattr(torch, "addmm", products := Mock())
+    monkeypatch.setattr(graphs, "_workspaces", cached(graphs._workspaces.__wrapped__))
 
     def call() -> list[Tensor]:
-        begun.append(cuda["graph"].return_value.__enter__.called)
+        begun.append((cuda["graph"].return_value.__enter__.called, products.call_count))
         return [result]
 
     engine = graphs.Engine(torch.device("cuda", 1))
     captured = engine.capture(call, pool=(0, 7))
-    assert begun == [False, True]
-    stream, graph = cuda["Stream"].return_value, cuda["CUDAGraph"].return_value
+    assert begun == [(False, 0), (True, 3)]  # products on both streams, and once more on the one that is taken
+    stream, graph = streams[1], cuda["CUDAGraph"].return_value
+    pool = cuda["MemPool"].return_value
+    assert cuda["use_mem_pool"].mock_calls[0] == call_of(pool, torch.device("cuda", 1))
+    assert cuda["use_mem_pool"].return_value.__exit__.call_count == 3
+    assert [x.args for x in cuda["stream"].mock_calls if x.args and x.args[0] in streams] == [
+        (streams[0],),
+        (stream,),
+        (stream,),
+    ]
     cuda["graph"].assert_called_once_with(graph, (0, 7), stream, capture_error_mode="thread_local")
     assert captured.results == [result]
     assert captured.size == 50
@@ -193,10 +208,12 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
         # Then one that succeeds, for the random generator's sake; if it does, the first error is the one that is told.
         assert cuda["graph"].call_args == call_of(graph, stream=stream, capture_error_mode="thread_local")
         number.zero_.assert_called_with()
-    assert cuda["stream"].return_value.__exit__.call_count == 1 + 2 * 2
+    assert cuda["stream"].return_value.__exit__.call_count == 2 + 2 + 2 * (1 + 2)
+    cuda["MemPool"].assert_called_once_with()
 
 
 CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "current_stream", "memory_reserved"]
+CALLED += ["memory_allocated", "MemPool", "use_mem_pool"]
 
 
 @pytest.mark.parametrize(("capturing", "side_stream"), [(False, False), (True, False), (False, True)])

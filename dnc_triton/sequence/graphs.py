@@ -18,7 +18,8 @@ Plain launches are right at any time, also for the backward of a forward that wa
 - for sequences of more than `LONGEST` steps, which have tens of thousands of launches.
 
 Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
-device, a quarter of its memory by default. What counts is memory for tensors; the graphs' own nodes do not.
+device, a quarter of its memory by default. What counts is memory for tensors; the graphs' own nodes do not, nor does
+what a library keeps for its products, of which all graphs of a thread share one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from threading import Lock
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY
 SHARE = 4  # the bound is this part of the device's memory
 SIGNATURES = 1024  # of calls are remembered
 LONGEST = 4096  # steps
+STREAMS = 32  # PyTorch has no more of them, and hands them round
 MEBIBYTE = 2**20
 
 logger = logging.getLogger("dnc_triton")
@@ -65,6 +67,12 @@ class Captured(NamedTuple):
     replay: Callable[[], None]
     size: int
     pool: Any
+
+
+@cache
+def _workspaces(device: torch.device) -> torch.cuda.MemPool:
+    """Memory of the device, the current one, for what `_provide_workspace` is about, until the process ends."""
+    return torch.cuda.MemPool()
 
 
 class Engine:
@@ -88,7 +96,9 @@ class Engine:
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         """A call as a graph. The device is the current one."""
         call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
-        self.stream = self.stream or torch.cuda.Stream(self.device)
+        if self.stream is None:
+            self.stream = self._own_stream()
+        self._provide_workspace(self.stream)
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle() if pool is None else pool
         try:
@@ -105,6 +115,32 @@ class Engine:
             self._release_generator()
             raise
         return Captured(results, graph.replay, max(size, _size(results)), pool)
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        """One on which nobody has multiplied: what `_provide_workspace` wants to provide would be there, elsewhere."""
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self._provide_workspace(stream)
+            if torch.cuda.memory_allocated(self.device) > before:
+                break
+        return stream
+
+    def _provide_workspace(self, stream: torch.cuda.Stream) -> None:
+        """Where the library that multiplies puts its partial sums, for this thread and stream, in memory for just that.
+
+        PyTorch makes it at a product if there is none, and all graphs have the place of the one that they meet. Made
+        during a capture it would be in the memory of that graph, on which the later ones would depend without knowing:
+        PyTorch forgets all such places when its compiler captures graphs, and since 2.12 those of a stream at the end
+        of any graph that was captured on it. Then the first graph's memory can be somebody else's, or nobody's. What
+        is forgotten in memory of its own is made again there, and nobody else is ever given it.
+
+        Source: https://github.com/pytorch/pytorch/issues/193402.
+        """
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(_workspaces(self.device), self.device):
+            ones = torch.ones(16, 16, device=self.device)
+            torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a place of its own
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         """Where the device refuses a capture PyTorch does not end its own part, and would ask the graph for ever."""

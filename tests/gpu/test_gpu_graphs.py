@@ -303,6 +303,24 @@ def test_memory_stays_within_the_bound(device: torch.device, monkeypatch: pytest
     assert torch.cuda.memory_reserved() - before < (256 + 64) * graphs.MEBIBYTE
 
 
+def test_what_a_library_keeps_for_its_products_may_be_forgotten(device: torch.device, without: Any) -> None:
+    """As PyTorch's compiler does, and since 2.12 the end of a graph: those that are there go on, without the first."""
+    first, second = make(device, dtype=torch.float32), make(device, "torch_sequence", dtype=torch.float32)
+    expected = without(train, second, 6, steps=100)
+    train(first, 3)
+    assert_same_bits(train(second, 3, steps=100), expected[:3])
+    (pool,) = map(graphs._workspaces, graphs._graphs)
+    assert sum(segment["allocated_size"] for segment in pool.snapshot()) > 0
+    captures = engine().captures
+    del cache().instances[0]
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((size * graphs.MEBIBYTE // 4,), torch.nan, device=device) for size in (1, 2, 8, 32, 64)]
+    assert_same_bits(train(second, 6, steps=100), expected)
+    assert engine().captures == captures
+    assert all(other.isnan().all() for other in others)
+
+
 def test_a_capture_that_the_device_refuses(
     device: torch.device,
     caplog: pytest.LogCaptureFixture,
