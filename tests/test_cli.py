@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ from dnc_triton.tasks import CopyTask
 from dnc_triton.train import PARTS, Run
 
 SHORT = ["train", "copy", *SMALL, "--steps", "20", "--validate-every", "10"]
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """What a shell runs in the background ignores Ctrl-C, unless it asks to be told."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ TARGETS = {
 }
 FEATURES = 8  # of inputs and outputs, where they are in the kernel
 DIRECTIONS = ("forward", "backward")
-LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4)  # of which it takes the warps
+LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4, overlaps=True)  # of which it takes these
 SMALL = LSTM._replace(num_warps=PRODUCT.num_warps)
 PRODUCTS = [
     (16, 4, 64),
@@ -86,6 +86,11 @@ class Case:
     def num_warps(self) -> int:
         """Of a program."""
         return self.layout.num_warps if self.phase in CONTROLLER else self.launch.num_warps
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it begins while the launch before it ends."""
+        return self.layout.overlaps and self.target in ("sm_90", "sm_100")
 
     @property
     def compute(self) -> torch.dtype:
@@ -239,5 +244,5 @@ def _small_products(sizes: tuple[int, int, int], target: str) -> list[Case]:
 def _weights(sizes: tuple[int, int, int, int], target: str) -> list[Case]:
     """The gradients by all weights of a network whose sequences take one launch."""
     *shape, hidden_size = sizes
-    layout = LSTM._replace(num_warps=NUM_WARPS)
+    layout = LSTM._replace(num_warps=NUM_WARPS, overlaps=False)
     return [Case("backward", "weights", tuple(shape), layout, "float32", target, hidden_size)]  # type: ignore[arg-type]

@@ -39,9 +39,8 @@ WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interfac
 def compile_case(case: Case) -> tuple[dict[str, Any], int]:
     """The code at each stage of the compilation, and the bytes of shared memory."""
     kernel, constants = _kernel(case)
-    overlaps = case.layout.overlaps and case.target in ("sm_90", "sm_100")  # where the kernel knows of that
     if "OVERLAPS" in kernel.arg_names:
-        constants["OVERLAPS"] = overlaps
+        constants["OVERLAPS"] = case.overlaps
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -64,11 +63,11 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
             case.num_warps,
             backward=case.direction == "backward",
             capped=case.direction == "backward"
-            and case.phase == "middle"
-            and is_capped(case.launch.phase, case.shape[2], getattr(torch, case.dtype)),
+            and case.phase not in CONTROLLER
+            and is_capped(case.launch, getattr(torch, case.dtype)),
             hip=case.target.startswith("gfx"),
         )
-        | ({"launch_pdl": True} if overlaps else {}),
+        | ({"launch_pdl": True} if case.overlaps else {}),
     )
     return compiled.asm, compiled.metadata.shared
 

@@ -17,7 +17,7 @@ from triton.errors import TritonError
 from benchmarks.static.barriers import races
 from benchmarks.static.cases import Case
 from benchmarks.static.compiling import compile_case
-from benchmarks.static.sums import uneven_sums
+from benchmarks.static.ptx import early_accesses, uneven_sums
 from benchmarks.static.ttgir import Unchecked, without_barriers
 from dnc_triton.kernels.buffers import ENDED, FRESH, LOST
 
@@ -87,6 +87,9 @@ def measure(case: Case) -> Measurement:
     numbers, ttgir = Numbers(shared=shared, **counts), asm["ttgir"]
     uneven = [] if case.target.startswith("gfx") else uneven_sums(asm["ptx"])
     errors = [f"{site} adds to a product of its own, unrounded, what another thread has" for site in uneven]
+    if case.overlaps:
+        early = early_accesses(asm["ptx"])
+        errors += [f"{site} accesses memory that the launch before it may still write to" for site in early]
     try:
         # Which barriers are needed does not hang on the target; to find out takes a walk for each of them.
         without = without_barriers(ttgir) if case.target == "sm_90" else []

@@ -245,7 +245,7 @@ def launch_backward(
                 layout,
                 launch.num_warps,
                 backward=True,
-                capped=is_capped(launch.phase, num_reads, state[0].dtype),
+                capped=is_capped(launch, state[0].dtype),
             ),
         )
 
@@ -295,12 +295,12 @@ def launches(
     return first, middle, last
 
 
-def is_capped(phase: int, num_reads: int, dtype: torch.dtype) -> bool:
-    """Whether a phase of the backward is the faster for fewer registers, with ten programs in a multiprocessor.
+def is_capped(launch: Launch, dtype: torch.dtype) -> bool:
+    """Whether a launch of the backward is the faster for fewer registers, with ten programs in a multiprocessor.
 
     The middle one of three takes them all where it may, and eight programs. With many heads, or other types, it spills.
     """
-    return phase == MIDDLE.value and num_reads <= 4 and dtype == torch.float32
+    return launch.phase == MIDDLE.value and launch.sizes.FEW and dtype == torch.float32
 
 
 def compile_options(

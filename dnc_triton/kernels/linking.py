@@ -24,6 +24,13 @@ from dnc_triton.kernels.common import NORM_EPSILON, SIMILARITY_EPSILON, d_gate, 
 
 
 @triton.jit
+def of_heads(first, by, mask, sizes: tl.constexpr):
+    """Where in [R, N] entries `by` of HEADS rows stand, from the first one on, and which of them there are."""
+    heads = first + tl.arange(0, sizes.HEADS)[:, None]
+    return heads * sizes.N + by, (heads < sizes.R) & mask
+
+
+@triton.jit
 def linked(link, rows, columns, write_rows, write_columns, precedence):
     """L' of a tile from L: (1 − w[i] − w[j]) L[i,j] + w[i] p[j], and 0 on the diagonal."""
     link = (1.0 - write_rows - write_columns) * link + write_rows * precedence
@@ -69,9 +76,8 @@ def link_tile(tile, old, new, scratch, runs, sizes: tl.constexpr):
     new_link = linked(link, rows, columns, write_rows, write_columns, precedence)
     link = rounded(tl.where(runs, new_link, link), new.link)
     for head in range(0, R, sizes.HEADS):
-        heads = head + tl.arange(0, sizes.HEADS)[:, None]
-        at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
-        at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+        at_rows, mask_at_rows = of_heads(head, by_row, mask_rows, sizes)
+        at_columns, mask_at_columns = of_heads(head, by_column, mask_columns, sizes)
         read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
         read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
         forward = tl.sum(tile_term(link, read_columns[:, None, :], sizes), 2)
@@ -115,9 +121,8 @@ def link_strips(tile, old, new, scratch, runs, sizes: tl.constexpr):
         link = rounded(tl.where(runs, new_link, link), new.link)
         forward, added = (), ()
         for group in tl.static_range(0, R, HEADS):
-            heads = group + tl.arange(0, HEADS)[:, None]
-            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
-            at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+            at_rows, mask_at_rows = of_heads(group, by_row, mask_rows, sizes)
+            at_columns, mask_at_columns = of_heads(group, by_column, mask_columns, sizes)
             read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
             read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
             forward = forward + (tl.sum(tile_term(link, read_columns[:, None, :], sizes), 2),)
@@ -125,13 +130,11 @@ def link_strips(tile, old, new, scratch, runs, sizes: tl.constexpr):
         totals = added
         tl.store(new.link + at_link, link, mask=mask)
         for group in tl.static_range(0, R, HEADS):
-            heads = group + tl.arange(0, HEADS)[:, None]
-            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
+            at_rows, mask_at_rows = of_heads(group, by_row, mask_rows, sizes)
             tl.store(scratch.forward + column_block * R * N + at_rows, forward[group // HEADS], mask=mask_at_rows)
         by_row += sizes.STRIP
     for group in tl.static_range(0, R, HEADS):
-        heads = group + tl.arange(0, HEADS)[:, None]
-        at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+        at_columns, mask_at_columns = of_heads(group, by_column, mask_columns, sizes)
         tl.store(scratch.backward + row_block * R * N + at_columns, totals[group // HEADS], mask=mask_at_columns)
 
 
@@ -190,9 +193,8 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.co
     precedence = tl.load(old.precedence + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
     # S, the gradient of L' after adding what its two readers give back, 0 on the diagonal
     for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=1):  # for more there are no registers
-        heads = head + tl.arange(0, sizes.HEADS)[:, None]
-        at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
-        at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+        at_rows, mask_at_rows = of_heads(head, by_row, mask_rows, sizes)
+        at_columns, mask_at_columns = of_heads(head, by_column, mask_columns, sizes)
         read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
         read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
         d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
@@ -209,9 +211,8 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.co
 
     link = linked(link, rows, columns, write_rows, write_columns, precedence)
     for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=1):
-        heads = head + tl.arange(0, sizes.HEADS)[:, None]
-        at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
-        at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+        at_rows, mask_at_rows = of_heads(head, by_row, mask_rows, sizes)
+        at_columns, mask_at_columns = of_heads(head, by_column, mask_columns, sizes)
         d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
         d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
         d_rows = tl.sum(tile_term(link, d_backward[:, None, :], sizes), 2)
@@ -240,13 +241,13 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
     by_row = row_block * sizes.ROWS + tl.arange(0, sizes.STRIP)[None, :]
     at_link, mask = by_row[:, :, None] * N + columns, (by_row < end)[:, :, None] & mask_columns[:, None, :]
     next_link = tl.load(old.link + at_link, mask=mask, other=0.0)
-    if R <= 4:
+    if sizes.FEW:
         next_d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0)
     for _ in range(0, sizes.ROWS, sizes.STRIP):
         rows, mask_rows = by_row[:, :, None], by_row < end
         link = next_link.to(COMPUTE)
         at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
-        if R <= 4:  # noqa: SIM108
+        if sizes.FEW:
             d_link = next_d_link.to(COMPUTE)
         else:  # for which there are no registers ahead
             d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0).to(COMPUTE)
@@ -254,14 +255,13 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
             at_next = at_link + sizes.STRIP * N
             mask_next = (rows + sizes.STRIP < end) & mask_columns[:, None, :]
             next_link = tl.load(old.link + at_next, mask=mask_next, other=0.0)
-            if R <= 4:
+            if sizes.FEW:
                 next_d_link = tl.load(d_new.link + at_next, mask=mask_next, other=0.0)
         link = made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes)
         write_rows = tl.load(new.write_weights + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
         for group in tl.static_range(0, R, HEADS):
-            heads = group + tl.arange(0, HEADS)[:, None]
-            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
-            at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+            at_rows, mask_at_rows = of_heads(group, by_row, mask_rows, sizes)
+            at_columns, mask_at_columns = of_heads(group, by_column, mask_columns, sizes)
             read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
             read_columns = tl.load(old.read_weights + at_columns, mask=mask_at_columns, other=0.0).to(COMPUTE)
             d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
@@ -275,9 +275,8 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
         link = linked(link, rows, columns, write_rows, write_columns, precedence)
         d_rows, added = (), ()
         for group in tl.static_range(0, R, HEADS):
-            heads = group + tl.arange(0, HEADS)[:, None]
-            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
-            at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+            at_rows, mask_at_rows = of_heads(group, by_row, mask_rows, sizes)
+            at_columns, mask_at_columns = of_heads(group, by_column, mask_columns, sizes)
             d_forward = tl.load(scratch.d_forward + at_rows, mask=mask_at_rows, other=0.0)
             d_backward = tl.load(scratch.d_backward + at_columns, mask=mask_at_columns, other=0.0)
             d_rows = d_rows + (tl.sum(tile_term(link, d_backward[:, None, :], sizes), 2),)
@@ -286,16 +285,14 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
         tl.store(d_old.link + at_link, (1.0 - write_rows - write_columns) * d_link, mask=mask)
         tl.store(scratch.d_write_rows + column_block * N + by_row, d_write_rows, mask=mask_rows)
         for group in tl.static_range(0, R, HEADS):
-            heads = group + tl.arange(0, HEADS)[:, None]
-            at_rows, mask_at_rows = heads * N + by_row, (heads < R) & mask_rows
+            at_rows, mask_at_rows = of_heads(group, by_row, mask_rows, sizes)
             tl.store(scratch.d_read_rows + column_block * R * N + at_rows, d_rows[group // HEADS], mask=mask_at_rows)
         by_row += sizes.STRIP
     at_partial = row_block * N + by_column
     tl.store(scratch.d_write_columns + at_partial, d_write_columns, mask=mask_columns)
     tl.store(scratch.d_precedence + at_partial, d_precedence, mask=mask_columns)
     for group in tl.static_range(0, R, HEADS):
-        heads = group + tl.arange(0, HEADS)[:, None]
-        at_columns, mask_at_columns = heads * N + by_column, (heads < R) & mask_columns
+        at_columns, mask_at_columns = of_heads(group, by_column, mask_columns, sizes)
         tl.store(scratch.d_read_columns + row_block * R * N + at_columns, totals[group // HEADS], mask=mask_at_columns)
 
 

@@ -35,6 +35,7 @@ class Sizes(NamedTuple):
         AT_ONCE: partial sums of read weights that are loaded at once.
         CHUNK: words that are taken at once elsewhere.
         HEADS: read heads at once where there are products with each.
+        FEW: read heads there are, at most four, which leave registers for more.
         ALONE: a thread may have a single element of a tile's row or column: of few slots, of short or long words, of
             many warps. `python -m benchmarks.static` fails where that is wrong.
         FORWARD_SCRATCH, BACKWARD_SCRATCH: numbers that the phases hand on within a step, of a batch element.
@@ -65,6 +66,7 @@ class Sizes(NamedTuple):
     AT_ONCE: int
     CHUNK: int
     HEADS: int
+    FEW: bool
     ALONE: bool
     FORWARD_SCRATCH: int
     BACKWARD_SCRATCH: int
@@ -106,7 +108,7 @@ class Sizes(NamedTuple):
         chunk = min(most, max(1, 2 * numbers // block_w))
         by_slot = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
         fields = interface_sizes(num_reads, 1, word)
-        few = num_reads <= 4  # heads, which leave registers for more
+        few = num_reads <= 4
         all_at_once = few and rows * columns <= 64 * 32 * layout.num_warps
         strip = (16 if few else 8) if backward else 64 if all_at_once else 32
         alone = block_n <= 64 or not 16 < block_w < 256 or rows * columns <= 8 * 32 * layout.num_warps or strip == 8
@@ -131,6 +133,7 @@ class Sizes(NamedTuple):
             AT_ONCE=min(16, max(1, 4 * numbers // (block_n * block_r))),
             CHUNK=chunk,
             HEADS=min(block_r, max(1, numbers // max(rows * columns, block_n * block_w))),
+            FEW=few,
             ALONE=alone,
             FORWARD_SCRATCH=(row_blocks + column_blocks) * num_reads * slots,
             BACKWARD_SCRATCH=by_slot * slots + slot_blocks * (2 + num_reads) * word,

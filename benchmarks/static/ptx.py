@@ -1,9 +1,12 @@
-"""Sums across threads that come out differently in each of them, found in a kernel's PTX.
+"""What is wrong in a kernel's PTX: sums that differ between threads, and memory that is accessed too early.
 
 To add up across a warp a thread adds what another one has to what it has itself. If that is a product, the compiler
 fuses the thread's own with the addition, and rounds once where the other's was rounded as well: so the threads' sums
 differ in the last bit. Where several threads hold the same element, which sum is taken then hangs on which of them is
 the last to write it, and the same call might give other bits. `dnc_triton.kernels.common.term` is not fused.
+
+A launch that overlaps the one before it waits for that one's end before it touches memory. What the source says first a
+compiler may put behind something else, as Triton 3.7.1 does with loads in a loop that waits.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import re
 _LINE = re.compile(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);")
 _SITE = re.compile(r"\s*\.loc\s+\d+ \d+ \d+.*//\s*(.*)")
 _REGISTER = re.compile(r"%\w+")
+_ACCESS = re.compile(r"\b((?:ld|st|atom|red)\.(?:[a-z]+\.)*?global|cp\.async|cp\.reduce)\b")
+_WAIT = "griddepcontrol.wait;"
 _MOVES = ("mov.b", "cvt.u", "shl.b64", "or.b64")
 
 
@@ -32,6 +37,17 @@ def uneven_sums(ptx: str) -> list[str]:
             if operation.startswith("fma.rn.f") and len(given) == 3:
                 additions.append((given[2], site))
     return sorted({site for addend, site in additions if _comes_from_another_thread(addend, made)})
+
+
+def early_accesses(ptx: str) -> list[str]:
+    """Where a kernel accesses memory before it waits for the launch before it, each place once."""
+    found, site = set(), "an unknown place"
+    for line in ptx.partition(_WAIT)[0].splitlines():
+        if located := _SITE.match(line):
+            site = _ours(located[1])
+        elif not line.lstrip().startswith("//") and _ACCESS.search(line):
+            found.add(site)
+    return sorted(found)
 
 
 def _divide(operands: str) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""The check for sums across threads that come out differently in each of them, on kernels made for it."""
+"""The checks of PTX, for sums that differ between threads and for early accesses, on kernels made for them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import pytest
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.language.extra.cuda import gdc_wait  # noqa: E402
 
 from benchmarks.static.cases import TARGETS  # noqa: E402
 from benchmarks.static.compiling import compiling_map  # noqa: E402
-from benchmarks.static.sums import uneven_sums  # noqa: E402
+from benchmarks.static.ptx import early_accesses, uneven_sums  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 
@@ -36,6 +37,21 @@ def running_up(x_ptr, y_ptr, out_ptr):
     tl.store(out_ptr + here, tl.cumsum(tl.fma(tl.load(x_ptr + here), tl.load(y_ptr + here), 0.0), 0))
 
 
+@triton.jit
+def waiting(x_ptr, y_ptr, out_ptr, HOW: tl.constexpr):
+    """For the launch before it, in time or not."""
+    here = tl.arange(0, 32)
+    if HOW == "first":
+        gdc_wait()
+    x = tl.load(x_ptr + here)
+    if HOW == "between":
+        gdc_wait()
+    y = tl.load(y_ptr + here)
+    if HOW == "before the store":
+        gdc_wait()
+    tl.store(out_ptr + here, x + y)
+
+
 CASES = {  # kernel, constants, dtype; whether it is found
     "product": ("adding_up", dict(SIZE=32, HOW="product"), "fp32", True),
     "product, float64": ("adding_up", dict(SIZE=32, HOW="product"), "fp64", True),
@@ -45,6 +61,10 @@ CASES = {  # kernel, constants, dtype; whether it is found
     "no product": ("adding_up", dict(SIZE=32, HOW="sum"), "fp32", False),
     "several in a thread": ("adding_up", dict(SIZE=128, HOW="product"), "fp32", False),
     "running, rounded": ("running_up", {}, "fp32", False),
+    "waits first": ("waiting", dict(HOW="first"), "fp32", False),
+    "waits between loads": ("waiting", dict(HOW="between"), "fp32", True),
+    "waits before it stores": ("waiting", dict(HOW="before the store"), "fp32", True),
+    "never waits": ("waiting", dict(HOW="never"), "fp32", True),
 }
 
 
@@ -54,7 +74,8 @@ def find(name):
     function = globals()[kernel]
     arguments = {argument: "constexpr" if argument in constants else f"*{dtype}" for argument in function.arg_names}
     source = ASTSource(function, arguments, constants)
-    return uneven_sums(triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 1}).asm["ptx"])
+    check = early_accesses if kernel == "waiting" else uneven_sums
+    return check(triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 1}).asm["ptx"])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +84,7 @@ def found():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_products_that_are_fused_with_what_another_thread_has(found, name):
+def test_what_is_wrong_is_found_and_nothing_else(found, name):
     places = found[name]
     assert bool(places) == CASES[name][3]
-    assert all(place.startswith("test_static_sums.py:") for place in places)
+    assert all(place.startswith("test_static_ptx.py:") for place in places)
