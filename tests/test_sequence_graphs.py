@@ -161,6 +161,7 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     cuda = {name: create_autospec(getattr(torch.cuda, name)) for name in CALLED}
     for name, mock in cuda.items():
         monkeypatch.setattr(torch.cuda, name, mock)
+    cuda["get_allocator_backend"].return_value = "native"
     cuda["memory_reserved"].side_effect = [100, 150]
     cuda["memory_allocated"].side_effect = [100, 100, 100, 132]  # the first stream has a workspace, which is elsewhere
     streams = cuda["Stream"].side_effect = [Mock(), Mock()]
@@ -211,9 +212,15 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     assert cuda["stream"].return_value.__exit__.call_count == 2 + 2 + 2 * (1 + 2)
     cuda["MemPool"].assert_called_once_with()
 
+    cuda["graph"].return_value.__exit__.side_effect = None
+    cuda["get_allocator_backend"].return_value, cuda["use_mem_pool"].side_effect = "cudaMallocAsync", RuntimeError
+    cuda["memory_reserved"].side_effect, before = [100, 150], products.call_count
+    engine.capture(call)
+    assert products.call_count == before + 1
+
 
 CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "current_stream", "memory_reserved"]
-CALLED += ["memory_allocated", "MemPool", "use_mem_pool"]
+CALLED += ["memory_allocated", "MemPool", "use_mem_pool", "get_allocator_backend"]
 
 
 @pytest.mark.parametrize(("capturing", "side_stream"), [(False, False), (True, False), (False, True)])

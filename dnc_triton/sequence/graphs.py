@@ -28,7 +28,7 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import count
@@ -138,7 +138,9 @@ class Engine:
         Source: https://github.com/pytorch/pytorch/issues/193402.
         """
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(_workspaces(self.device), self.device):
+        native = torch.cuda.get_allocator_backend() == "native"  # others know no pools
+        pool = torch.cuda.use_mem_pool(_workspaces(self.device), self.device) if native else nullcontext()
+        with torch.cuda.stream(stream), pool:
             ones = torch.ones(16, 16, device=self.device)
             torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a place of its own
 
