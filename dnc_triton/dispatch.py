@@ -357,4 +357,4 @@ def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tupl
     operation = "unroll" if tuning.measures_sequence(problem) else "memory_step"
     operations = {candidate: getattr(backend, operation) for candidate, backend in backends.items()}
     best = tuning.fastest(problem, operations, measure=measure)
-    return best, tuning.remembered(problem).keys() >= operations.keys()
+    return best, tuning.is_settled(problem, operations)

@@ -49,6 +49,7 @@ TOTAL_SECONDS = 60.0  # per call, compilation counted; candidates that are not r
 
 logger = logging.getLogger("dnc_triton")
 _known: dict[str, dict[Candidate, float]] = {}
+_no_room: dict[str, set[Candidate]] = {}  # what memory did not suffice for, which another day it may
 
 
 def measures_sequence(problem: Problem) -> bool:
@@ -57,7 +58,7 @@ def measures_sequence(problem: Problem) -> bool:
 
 
 def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, measure: bool = True) -> Candidate:
-    """The fastest candidate for a problem: remembered, else measured, else the first.
+    """The fastest candidate for a problem of those that were measured, now or before, else the first.
 
     Args:
         problem: the call.
@@ -66,23 +67,41 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
             DNC_TRITON_MEASURE=0.
 
     Returns:
-        one of the candidates.
+        one of the candidates; the first of those that memory did not suffice for, where none of the others works.
 
     Raises:
         Exception: every candidate failed, and this one the last; or CUDA can no longer be used.
     """
     times = remembered(problem)
-    missing = {candidate: operation for candidate, operation in operations.items() if candidate not in times}
-    if missing:
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if not measure or capturing or os.environ.get("DNC_TRITON_MEASURE") == "0":
-            return next(iter(operations))
+    missing = {candidate: operations[candidate] for candidate in operations if candidate not in _measured(problem)}
+    if missing and measure and os.environ.get("DNC_TRITON_MEASURE") != "0" and not _captures():
         works = any(times.get(candidate, math.inf) < math.inf for candidate in operations)
         # On the stream where sequences are replayed as graphs: this one may be about to be captured, by the user.
         with torch.cuda.stream(torch.cuda.default_stream(problem.device)):
-            _remember(problem, _measure_all(problem, missing, works))
+            if measured := _measure_all(problem, missing, works):
+                _remember(problem, measured)
         times = remembered(problem)
-    return min((candidate for candidate in operations if candidate in times), key=lambda candidate: times[candidate])
+    first = next(iter(operations))
+    if first not in _measured(problem):  # it may well be faster than what is remembered
+        return first
+    working = [candidate for candidate in operations if times.get(candidate, math.inf) < math.inf]
+    if working:
+        return min(working, key=lambda candidate: times[candidate])
+    without_room = [candidate for candidate in operations if candidate in _no_room.get(_bucket(problem), ())]
+    return next(iter(without_room), first)
+
+
+def _captures() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def is_settled(problem: Problem, operations: Mapping[Candidate, Operation]) -> bool:
+    """Whether `fastest` has nothing left to measure of these in this process."""
+    return _measured(problem) >= operations.keys()
+
+
+def _measured(problem: Problem) -> set[Candidate]:
+    return remembered(problem).keys() | _no_room.get(_bucket(problem), set())
 
 
 def remembered(problem: Problem) -> dict[Candidate, float]:
@@ -189,13 +208,19 @@ def _measured_steps(problem: Problem) -> int:
 
 
 def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], works: bool) -> dict[Candidate, float]:
-    """µs per step of each candidate that is reached, infinite for one that fails.
+    """µs per step of each candidate that is reached, infinite for one that fails, but for want of memory.
 
     If none of them works it raises the last one's error, unless another, not among these, `works`.
     """
     started = time.perf_counter()
-    with torch.inference_mode(False), torch.cuda.device(problem.device):
-        run = _random_sequence(problem) if measures_sequence(problem) else _random_step(problem)
+    no_room = _no_room.setdefault(_bucket(problem), set())
+    try:
+        with torch.inference_mode(False), torch.cuda.device(problem.device):
+            run = _random_sequence(problem) if measures_sequence(problem) else _random_step(problem)
+    except torch.OutOfMemoryError as error:
+        logger.warning("nothing is measured for %s: %s", problem, error)
+        no_room.update(operations)
+        return {}
     times: dict[Candidate, float] = {}
     at_once = ahead.threads()  # enough to keep them busy, and no more lest measuring begin late
     for index, ((name, layout), operation) in enumerate(operations.items()):
@@ -211,13 +236,16 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         except Exception as error:  # it does not compile, or does not fit: into memory, a block into a multiprocessor
             torch.cuda.synchronize(problem.device)  # raises if CUDA is of no more use
             logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, error)
+            if isinstance(error, torch.OutOfMemoryError):
+                no_room.add((name, layout))
+                continue
             failure, microseconds = error.with_traceback(None), math.inf  # its frames hold memory
         times[name, layout] = microseconds / _measured_steps(problem)
-    name, layout = min(times, key=lambda candidate: times[candidate])
-    if times[name, layout] == math.inf:
-        if not works:
+    if min(times.values(), default=math.inf) == math.inf:
+        if not (works or no_room):
             raise failure
         return times
+    name, layout = min(times, key=lambda candidate: times[candidate])
     logger.info(
         "measured %d candidates for %s in %.1f s: %s %s with %.1f µs per step",
         len(times),
@@ -295,7 +323,7 @@ def _random_sequence(problem: Problem) -> Callable[[Operation], None]:
     begin = cell.initial_state(state.memory.shape[0])._replace(memory=state)
 
     def run(unroll: Operation) -> None:
-        outputs, _ = unroll(cell, inputs, begin, checkpoint=None)
+        outputs, _ = unroll(cell, inputs, begin, checkpoint="auto")
         if problem.needs_gradient:
             _differentiate([outputs], given)
 

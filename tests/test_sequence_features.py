@@ -126,6 +126,23 @@ def test_autocast_rounds_products_and_not_the_memory():
         assert_close(x, want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_backward_within_autocast_rounds_what_its_forward_did_and_no_more(rounds, monkeypatch):
+    dnc = make(dtype=torch.float32)
+    state, inputs = warm(dnc), torch.randn(INPUTS)
+
+    def gradients(within):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounds):
+            outputs, _ = dnc(inputs, state)
+        loss = outputs.float().square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+            return torch.autograd.grad(loss, list(dnc.parameters()))
+
+    assert_same_bits(gradients(True), gradients(False))
+    monkeypatch.setattr(op, "is_eager", lambda tensors: False)
+    assert_same_bits(gradients(True), gradients(False))
+
+
 def test_dropout_is_drawn_anew_and_off_in_evaluation():
     dnc = make(num_layers=2, dropout=0.5)
     state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)

@@ -70,6 +70,7 @@ def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
     monkeypatch.setattr(ahead, "compiling_ahead", lambda device: nullcontext())
     monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_no_room", {})
     monkeypatch.setattr(dispatch, "_settled", {})
     monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DNC_TRITON_MEASURE", raising=False)
@@ -89,6 +90,7 @@ STEPS = {("split", SLOW): "slow", ("fused", FAST): "fast", ("reference", REFEREN
 def forget() -> None:
     """What a new process knows: nothing but the files."""
     tuning._known.clear()
+    tuning._no_room.clear()
 
 
 def files() -> list[Path]:
@@ -307,6 +309,20 @@ def test_measuring_can_be_switched_off(clock: Clock, monkeypatch: pytest.MonkeyP
     assert not files()
 
 
+def test_of_what_is_remembered_the_fastest_is_taken_if_the_first_is_among_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, others = {("split", SLOW): "slow"}, {("fused", FAST): "fast"}
+    tuning.fastest(PROBLEM, others)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "which may be faster"
+    monkeypatch.delenv("DNC_TRITON_MEASURE")
+    tuning.fastest(PROBLEM, first)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert clock.asked == ["fast", "slow"]
+
+
 def test_nothing_is_measured_during_capture_but_the_memory_is_used(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,7 +377,7 @@ def out_of(what: str) -> Exception:
     return RuntimeError(f"no {what}")
 
 
-@pytest.mark.parametrize("what", ["memory", "shared memory", "code for this"])
+@pytest.mark.parametrize("what", ["shared memory", "code for this"])
 def test_what_fails_is_not_chosen_and_said_once(
     what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -374,6 +390,54 @@ def test_what_fails_is_not_chosen_and_said_once(
     (message,) = caplog.messages
     assert message.startswith("fused (True, 16, 16, 4, ")
     assert message.endswith(str(out_of(what)))
+
+
+def test_what_finds_no_memory_is_not_chosen_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another one may have more, and the batch that is measured is up to twice as large."""
+    clock = Clock(fast=out_of("memory"), slow=30.0, reference=900.0)
+    monkeypatch.setattr(tuning, "_measure", clock)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+        assert tuning.is_settled(PROBLEM, STEPS)
+    (message,) = caplog.messages
+    assert message.endswith("CUDA out of memory")
+    forget()
+    assert not tuning.is_settled(PROBLEM, STEPS)
+    clock.microseconds["fast"] = 10.0
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert clock.asked == ["slow", "fast", "reference", "fast"]
+
+
+@pytest.mark.parametrize("what", ["nothing", "nothing but what does not compile"])
+def test_where_memory_suffices_for_nothing_the_first_is_taken(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call itself may still find room."""
+    failures = dict.fromkeys(("slow", "fast", "reference"), out_of("memory"))
+    if what != "nothing":
+        failures["slow"] = failures["reference"] = out_of("code for this")
+    clock = Clock(**failures)
+    monkeypatch.setattr(tuning, "_measure", clock)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == (("split", SLOW) if what == "nothing" else ("fused", FAST))
+    assert clock.asked == ["slow", "fast", "reference"]
+    assert tuning.is_settled(PROBLEM, STEPS)
+
+
+def test_where_there_is_no_memory_to_measure_in_the_first_is_taken(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(problem: Problem) -> None:
+        raise out_of("memory")
+
+    monkeypatch.setattr(tuning, "_random_sequence", fail)
+    monkeypatch.setattr(tuning, "_random_step", fail)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+    (message,) = caplog.messages
+    assert message.startswith("nothing is measured for")
+    assert not clock.asked
+    assert not files()
 
 
 def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

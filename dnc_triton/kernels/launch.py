@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_triton.kernels.ahead import launch_or_compile, overlapping
-from dnc_triton.kernels.layout import Layout, kept_shapes
-from dnc_triton.kernels.sizes import Sizes, compute_dtype
+from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
+from dnc_triton.kernels.sizes import Sizes
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
 
 
@@ -67,7 +67,7 @@ def step_forward(
         precedence=torch.empty_like(precedence),
         read_weights=torch.empty_like(read_weights),
         write_weights=torch.empty_like(write_weights),
-        kept=memory.new_empty(kept, dtype=compute_dtype(memory)),
+        kept=memory.new_empty(kept, dtype=compute_dtype(memory.dtype)),
         free_list=memory.new_empty(free_list, dtype=torch.int32),
     )
     with overlapping(layout, memory.device):
@@ -87,7 +87,7 @@ def forward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
     """Work space of `launch_forward`."""
     batch, slots, word = memory.shape
     sizes = Sizes.of(slots, word, num_reads, layout, layout.num_warps)
-    return memory.new_empty((batch, sizes.FORWARD_SCRATCH), dtype=compute_dtype(memory))
+    return memory.new_empty((batch, sizes.FORWARD_SCRATCH), dtype=compute_dtype(memory.dtype))
 
 
 def launch_forward(
@@ -182,7 +182,7 @@ def backward_scratch(memory: Tensor, num_reads: int, layout: Layout) -> Tensor:
     batch, slots, word = memory.shape
     layout = layout.of_backward
     sizes = Sizes.of(slots, word, num_reads, layout, layout.num_warps)
-    return memory.new_empty((batch, sizes.BACKWARD_SCRATCH), dtype=compute_dtype(memory))
+    return memory.new_empty((batch, sizes.BACKWARD_SCRATCH), dtype=compute_dtype(memory.dtype))
 
 
 def launch_backward(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 LINK_EVERY = 4  # with three launches; chosen for the memory: 1 and 8 took the same time on an H200
 
 
@@ -90,6 +92,11 @@ def _block(memory_size: int) -> int:
 def default_layout(memory_size: int) -> Layout:
     """The layout that a step's kernels take where nothing was measured."""
     return layouts(memory_size)[0]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the arithmetic, for tensors of a dtype."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def kept_shapes(batch: int, slots: int, reads: int) -> tuple[tuple[int, int], tuple[int, int]]:

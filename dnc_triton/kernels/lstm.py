@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.common import begin, clipped, d_clipped, sigmoid, tanh
-from dnc_triton.kernels.sizes import TRITON_DTYPES, compute_dtype
+from dnc_triton.kernels.layout import compute_dtype
+from dnc_triton.kernels.sizes import TRITON_DTYPES
 
 BLOCK = 256  # elements of a program
 
@@ -120,5 +121,5 @@ def _launch(
 ) -> None:
     size, constants = cell.numel(), dict(H=cell.shape[1], BLOCK=BLOCK, CLIP=clip, **more)
     if size:
-        grid, compute = (triton.cdiv(size, BLOCK),), TRITON_DTYPES[compute_dtype(cell)]
+        grid, compute = (triton.cdiv(size, BLOCK),), TRITON_DTYPES[compute_dtype(cell.dtype)]
         launch_or_compile(kernel, grid, *tensors, size, **constants, COMPUTE=compute)

@@ -144,8 +144,3 @@ class Sizes(NamedTuple):
             STOP_USAGE_GRADIENT=stop_usage_gradient,
             COMPUTE=TRITON_DTYPES[compute],
         )
-
-
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Of the arithmetic."""
-    return torch.promote_types(tensor.dtype, torch.float32)

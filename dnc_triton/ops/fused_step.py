@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dnc_reference import Interface, MemoryState
 from dnc_reference.interface import interface_sizes
-from dnc_triton.kernels.layout import Layout, kept_shapes
+from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
 from dnc_triton.ops.eager import is_eager, on_device, refuse_batched
 
 
@@ -64,7 +64,7 @@ def _(interface: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return (
         memory.new_empty(batch, reads, word),
         *(tensor.new_empty(tensor.shape) for tensor in state),
-        memory.new_empty(kept, dtype=torch.promote_types(memory.dtype, torch.float32)),
+        memory.new_empty(kept, dtype=compute_dtype(memory.dtype)),
         memory.new_empty(free_list, dtype=torch.int32),
     )
 

@@ -24,6 +24,7 @@ what a library keeps for its products, of which all graphs of a thread share one
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import operator
 import os
@@ -46,7 +47,6 @@ GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY
 SHARE = 4  # the bound is this part of the device's memory
 SIGNATURES = 1024  # of calls are remembered
 LONGEST = 4096  # steps
-STREAMS = 32  # PyTorch has no more of them, and hands them round
 MEBIBYTE = 2**20
 
 logger = logging.getLogger("dnc_triton")
@@ -72,7 +72,10 @@ class Captured(NamedTuple):
 @cache
 def _workspaces(device: torch.device) -> torch.cuda.MemPool:
     """Memory of the device, the current one, for what `_provide_workspace` is about, until the process ends."""
-    return torch.cuda.MemPool()
+    pool = torch.cuda.MemPool()
+    # Its end would free memory, and take the process with it where CUDA has failed.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+    return pool
 
 
 class Engine:
@@ -96,8 +99,8 @@ class Engine:
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         """A call as a graph. The device is the current one."""
         call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
-        if self.stream is None:
-            self.stream = self._own_stream()
+        # PyTorch hands its streams round, 32 of each priority. On one of these nobody else multiplies.
+        self.stream = self.stream or torch.cuda.Stream(self.device, priority=-1)
         self._provide_workspace(self.stream)
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle() if pool is None else pool
@@ -116,24 +119,14 @@ class Engine:
             raise
         return Captured(results, graph.replay, max(size, _size(results)), pool)
 
-    def _own_stream(self) -> torch.cuda.Stream:
-        """One on which nobody has multiplied: what `_provide_workspace` wants to provide would be there, elsewhere."""
-        for _ in range(STREAMS):
-            stream = torch.cuda.Stream(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            self._provide_workspace(stream)
-            if torch.cuda.memory_allocated(self.device) > before:
-                break
-        return stream
-
     def _provide_workspace(self, stream: torch.cuda.Stream) -> None:
         """Where the library that multiplies puts its partial sums, for this thread and stream, in memory for just that.
 
         PyTorch makes it at a product if there is none, and all graphs have the place of the one that they meet. Made
         during a capture it would be in the memory of that graph, on which the later ones would depend without knowing:
-        PyTorch forgets all such places when its compiler captures graphs, and since 2.12 those of a stream at the end
-        of any graph that was captured on it. Then the first graph's memory can be somebody else's, or nobody's. What
-        is forgotten in memory of its own is made again there, and nobody else is ever given it.
+        PyTorch forgets all such places when its compiler captures graphs, and since 2.12 those of a stream when any
+        graph that was captured on it is destroyed. Then the first graph's memory can be somebody else's, or nobody's.
+        What is forgotten in memory of its own is made again there, and nobody else is ever given it.
 
         Source: https://github.com/pytorch/pytorch/issues/193402.
         """

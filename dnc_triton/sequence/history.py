@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
-from dnc_triton.kernels.layout import Layout, kept_shapes
+from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
 from dnc_triton.sequence import pool
 from dnc_triton.sequence.cells import CELLS, Cell
 from dnc_triton.sequence.torch_memory import Kept
@@ -278,7 +278,7 @@ class Plan:
             others = [Parts(torch.int64, free_list)]
         else:
             work, free_list = kept_shapes(batch, slots, reads)
-            others = [Parts(torch.promote_types(dtype, torch.float32), work), Parts(torch.int32, free_list)]
+            others = [Parts(compute_dtype(dtype), work), Parts(torch.int32, free_list)]
         carried = [row, (batch, 1, slots), heads, (batch, 1, slots), (batch, reads, word)]
         self.carried = Parts(dtype, *carried, *[hidden] * (layers * self.states))
         self.kept = Parts(dtype, *[hidden] * (layers * self.cells), *kept)

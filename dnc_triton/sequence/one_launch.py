@@ -17,7 +17,7 @@ from torch import Tensor
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.ahead import launch_or_compile
-from dnc_triton.kernels.layout import Layout, kept_shapes
+from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
 from dnc_triton.sequence.history import Carried, Settings
 from dnc_triton.sequence.product import Product
 
@@ -131,7 +131,7 @@ class OneLaunchSequence:
         reads = state.words.shape[1]
         entries = steps + 2 if resets else steps + 1
         kept, free_list = kept_shapes(batch, slots, reads)
-        compute = torch.promote_types(memory.dtype, torch.float32)
+        compute = compute_dtype(memory.dtype)
         return [
             memory.new_empty(steps, batch, 4 * hidden_size),
             memory.new_empty(entries, batch, hidden_size + reads * word),
@@ -287,9 +287,9 @@ class OneLaunchSequence:
         """What both kernels take."""
         from dnc_triton.kernels.launch import compile_options
         from dnc_triton.kernels.sequence import Controller
-        from dnc_triton.kernels.sizes import Sizes, compute_dtype
+        from dnc_triton.kernels.sizes import Sizes
 
-        settings, num_warps, compute = self.settings, self._layout.num_warps, compute_dtype(self.history.memory)
+        settings, num_warps, compute = self.settings, self._layout.num_warps, compute_dtype(self.history.memory.dtype)
         sizes = Sizes.of(
             self.slots,
             self.word,

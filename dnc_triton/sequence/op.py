@@ -10,6 +10,7 @@ What PyTorch does around such an operator takes longer than a small network. So 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dnc_reference.memory import without_autocast
 from dnc_triton.kernels.ahead import overlapping
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.ops.eager import is_eager, on_device, refuse_batched
@@ -234,7 +236,9 @@ def _run_backward(
         last = handed[1], handed[3]
         return _backward_through_time(settings, gradients, given.replace(tensors), last, history, wanted)
 
-    with on_device(inputs):
+    # What is to be rounded the forward was told: a backward that is called within autocast does nothing else.
+    autocast = torch.is_autocast_enabled(inputs.device.type)
+    with on_device(inputs), without_autocast(inputs.device) if autocast else nullcontext():
         replayed = None if settings.compiled else graphs.backward(gradients, history, run, wanted)
         if replayed is None:
             return _backward_through_time(settings, gradients, given, last, history, wanted)
