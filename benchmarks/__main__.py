@@ -6,6 +6,7 @@ python -m benchmarks --configurations sam_scaling,adnc_babi --rounds 10
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -27,7 +28,7 @@ from benchmarks.progress import Progress
 
 HERE = Path(__file__).parent
 BUSY = 0.5  # processes running on average in the last minute; threads that wait for a core cost up to a hundredfold
-COMMANDS = ("run", "report", "compare")
+INTERRUPTED = 130  # as a shell has it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         its exit status. 1: this project's layer or a backend was wrong somewhere, the device stopped working, or
-        `compare` found a regression. 2: there was nothing to measure on, or a file could not be read.
+        `compare` found a regression. 2: nothing was measured, or a file could not be read. 130: it was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["run", *arguments]
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --output: {error}")
+    if not os.access(options.output, os.W_OK):
+        parser.error(f"argument --output: {options.output} cannot be written to")
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
     started = time.monotonic()
     statuses = []
@@ -103,12 +106,14 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
     records: list[dict[str, Any]] = []
     records_apart: list[dict[str, Any]] = []
     stem = options.output / f"{'gpu' if device.type == 'cuda' else 'cpu'}-{machine['date'][:10]}"
+    another = stem.with_suffix(".json").exists()  # run, whose results are worth more than none
     with Progress(sum(len(of_job) for _, of_job in jobs)) as progress:
         session.report = progress.describe
 
         def write() -> list[dict[str, Any]]:
             rows = apart.merge(records, records_apart, [case.configuration for case in cases], modes, named)
-            files.write_results(stem, machine, rows, session.left_out)
+            if rows or not another:
+                files.write_results(stem, machine, rows, session.left_out)
             return rows
 
         def done(of_a_mode: list[Row]) -> None:
@@ -116,7 +121,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
             write()  # who is killed later has this
             progress.advance()
 
-        now = "what is measured apart"
+        now, interrupted = "what is measured apart", False
         try:
             for name in alone:  # first, so that the others have what it leaves of its time
                 of_peer = [mode for mode in modes if mode != CAPTURED or all_peers()[name].captured]
@@ -130,10 +135,16 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
                 peers = [name for name in named if not case.sweep or all_peers()[name].sweeps or options.peers]
                 measure(case, [name for name in peers if name not in alone], of_job, session, done)
         except KeyboardInterrupt:
+            interrupted = True
             session.left_out.append(f"{now} and what follows: interrupted")
         rows = write()
+    if not rows:
+        print("Nothing was measured:", *session.left_out, sep="\n- ", file=sys.stderr)
+        return INTERRUPTED if interrupted else 2
     if not options.no_report:
         _write_report({"machine": machine, "left_out": session.left_out, "rows": rows}, stem)
+    if interrupted:
+        return INTERRUPTED
     return 1 if session.lost or any(row["status"] == WRONG for row in rows) else 0
 
 

@@ -20,6 +20,7 @@ from benchmarks.report import Record, label_of, milliseconds
 
 COLORS = ["#1f6f8b", "#e08e45", "#7a9e7e", "#8c5e8a", "#c9525b", "#b8a24a", "#5f6b78", "#4a90c2", "#a0765b"]
 COLORS += ["#2f2f2f", "#d98cb3", "#3f7f4f", "#9fb8d0"]
+MOST_LINEAR = 10  # times as long: more, and what is as fast as we are cannot be seen beside it
 MARKERS = "osv^Dd<>PXh*p"  # as many: on a GPU all peers are told apart
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -86,6 +87,9 @@ def _draw_bars(rows: list[Record], machine: Record, styles: dict[str, Any]) -> F
             axes.bar(at, middle, width, color=styles[peer]["color"], label=label_of(peer))
             axes.errorbar(at, middle, yerr=[middle - low, high - middle], fmt="none", ecolor="#444444", elinewidth=0.7)
         axes.axhline(1, color="#444444", linewidth=0.5)
+        if max(row["ratio"] for row in here) > MOST_LINEAR:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylabel("times dnc_triton's time")
         axes.set_title(f"{mode}; below, dnc_triton's milliseconds per time step")
         labels = [f"{name}\n{milliseconds(ours[name])} ms" if name in ours else name for name in names]
@@ -149,7 +153,7 @@ def _draw_roofline(rows: list[Record], machine: Record, styles: dict[str, Any]) 
     left.plot(ends, roof / 1e9, color="#444444", linewidth=1)
     right.axhline(copied / 1e9, color="#444444", linewidth=1)
     copy, above = f"a copy: {copied / 1e9:,.0f} GB/s", dict(textcoords="offset points", xytext=(0, 3))
-    left.annotate(copy, (ends[0], roof[0] / 1e9), xytext=(14, 0), textcoords="offset points", verticalalignment="top")
+    left.annotate(copy, (ends[0], roof[0] / 1e9), xytext=(-8, 36), textcoords="offset points")
     right.annotate(copy, (0.01, copied / 1e9), xycoords=("axes fraction", "data"), **above)
     if computed is not None:
         product = f"a large product: {computed / 1e9:,.0f} GFLOP/s"
@@ -160,7 +164,7 @@ def _draw_roofline(rows: list[Record], machine: Record, styles: dict[str, Any]) 
     left.set_ylabel("GFLOP/s")
     left.set_title("all of a time step")
     right.set_xlabel("MB of link and memory that a time step must move")
-    right.set_ylabel("GB/s of them")
+    right.set_ylabel("GB/s of link and memory")
     right.set_title("beside the floor")
     _legend(figure, [left, right])
     return figure

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dnc_triton.train import Run
 
 NEEDED = ("lightning_fabric", "matplotlib", "plotly", "tensorboard", "tqdm")
-INTERRUPTED = 130  # what a shell expects of a program that SIGINT ended
+INTERRUPTED, UNREAD = 130, 141  # what a shell expects of a program that SIGINT, or SIGPIPE, ended
 OWN = ("command", "task", "act", "run", "resume", "config", "device", "workers", "output")  # options, not settings
 
 EPILOG = """\
@@ -48,8 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # the first one in training ends the step and saves the run, and does not come by here
         print("dnc_triton: interrupted", file=sys.stderr)
         status = INTERRUPTED
+    except BrokenPipeError:  # whoever reads what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        status = UNREAD
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"dnc_triton: {error}", file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"dnc_triton: {str(error).splitlines()[0]}", file=sys.stderr)
         status = 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Without the interpreter's own end: in it, a thread of gloo now and then aborts the process.
@@ -57,6 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU, or on a CPU, which has no type of error for it."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

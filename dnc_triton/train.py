@@ -18,6 +18,7 @@ of it; what they learn is what one process would. The first one alone writes and
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import re
@@ -168,6 +169,8 @@ class Run:
                 full disk say: it says where it was saved instead.
         """
         settings = self.settings
+        if self.step >= settings.steps:  # the end is saved
+            return True
         if self.fabric.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -447,6 +450,9 @@ class _Journal:
 
         self._writer: Any = None
         with self._harmless():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):  # a thread of the writer's would tell of it, at length
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
             # What an interrupted run wrote after its last checkpoint comes again.
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 

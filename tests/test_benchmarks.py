@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -107,10 +108,10 @@ def test_a_sweep_is_trained_by_few(tmp_path, monkeypatch):
 
 
 def test_a_configuration_for_gpus_is_said_to_be_left_out(tmp_path, capsys):
-    _, rows, content = run(tmp_path, "--configurations", "nature_babi_wide")
-    assert rows == []
+    status, rows, content = run(tmp_path, "--configurations", "nature_babi_wide")
+    assert (status, rows) == (2, [])
     assert content["left_out"] == ["nature_babi_wide: too large for a CPU, it is measured on a GPU"]
-    assert content["left_out"][0] in capsys.readouterr().out
+    assert content["left_out"][0] in capsys.readouterr().err
     case = case_of("tiny", TINY, "cuda")
     assert (case.batch, case.steps) == (4, 7)
     with pytest.raises(LeftOutError):
@@ -160,16 +161,24 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
         return exact(case, *arguments)
 
     monkeypatch.setattr(verify, "find_truth", interrupted)
-    _, rows, content = run(tmp_path, "--configurations", "tiny,tiny_too", "--modes", "step")
+    status, rows, content = run(tmp_path, "--configurations", "tiny,tiny_too", "--modes", "step")
+    assert status == 130
     assert {row["configuration"] for row in rows} == {"tiny"}
     assert content["left_out"] == ["tiny_too and what follows: interrupted"]
 
 
 def test_after_the_time_is_up_nothing_is_started(tmp_path, capsys):
     status, rows, content = run(tmp_path, "--seconds", "0")
-    assert (status, rows) == (0, [])
+    assert (status, rows) == (2, [])
     assert content["left_out"] == [f"tiny, {mode}: the time is up" for mode in modes_on("cpu")]
-    assert "- tiny, training: the time is up" in capsys.readouterr().out
+    assert "- tiny, training: the time is up" in capsys.readouterr().err
+
+
+def test_a_run_that_measures_nothing_leaves_the_results_of_another(tmp_path):
+    run(tmp_path, "--modes", "step", "--peers", "lstm")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run(tmp_path, "--seconds", "0")[0] == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_without_a_gpu_its_benchmark_says_so_and_the_cpu_is_measured(tmp_path, capsys):
@@ -206,6 +215,7 @@ def test_without_tqdm_there_are_lines(tmp_path, monkeypatch, capsys):
         (["--seconds", "-1"], "argument --seconds: expected a number of at least 0, got '-1'"),
         (["--output", __file__], "argument --output"),
         (["compare", "one.json"], "the following arguments are required: NEW"),
+        (["list"], "invalid choice: 'list'"),
     ],
 )
 def test_bad_arguments_are_explained(arguments, message, capsys):
@@ -213,6 +223,13 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    assert f"argument --output: {tmp_path} cannot be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

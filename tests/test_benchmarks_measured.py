@@ -24,11 +24,14 @@ from dnc_triton.sequence import graphs
 # --- the clock --------------------------------------------------------------------------------------------------------
 
 
-def test_peers_take_turns():
+@pytest.mark.parametrize(("short", "order"), [(0.0, "abbaab"), (10.0, "abbbaaaabb")])
+def test_peers_take_turns(short, order, monkeypatch):
+    """Those whose calls are short make one before each that is timed."""
+    monkeypatch.setattr(measure, "SHORT_SECONDS", short)
     calls = []
     runs = {peer: partial(calls.append, peer) for peer in "ab"}
     seconds = measure._time_in_turns(runs, session(rounds=3))
-    assert "".join(calls) == "abbaab"
+    assert "".join(calls) == order
     assert {peer: len(times) for peer, times in seconds.items()} == {"a": 3, "b": 3}
 
 

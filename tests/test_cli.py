@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +137,21 @@ def test_other_errors_of_the_run_time_are_not_hidden(run: Path, monkeypatch: pyt
     monkeypatch.setattr(Run, "score", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         main(["evaluate", str(run)])
+
+
+def test_want_of_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([*SHORT, "--hidden-size", "99999999", "--run", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "can't allocate memory" in line
+
+
+def test_what_nobody_reads_any_more_is_no_error(run: Path) -> None:
+    command = [sys.executable, "-m", "dnc_triton", "evaluate", str(run), "--sequences", "10"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
 @pytest.mark.parametrize(
