@@ -65,6 +65,8 @@ def from_deepmind(
             raise TypeError(f"{name}: expected an integer, got {size!r}")
     arrays: dict[str, Any] = {}
     for full_name, value in variables.items():
+        if not isinstance(full_name, str):
+            raise TypeError(f"variables: expected names as keys, got {full_name!r}")
         name = full_name.removesuffix(":0")
         if name in arrays:
             raise ValueError(f"variables: expected {name!r} once, got it as {name!r} and as {name + ':0'!r}")
@@ -132,7 +134,7 @@ def from_deepmind(
 def as_tensor(argument: str, name: str, value: Any) -> Tensor:
     """A variable of that name in float64, whatever holds it; an error names the argument that it came with."""
     try:
-        array = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{argument}: expected {name!r} to be a floating array, got {type(value).__name__}") from error
     if not array.is_floating_point():

@@ -78,8 +78,9 @@ def _stepwise_unroll(
     checkpoint: int | str | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, DNCState]:
-    """The reference's unroll, with autograd's own checkpoints if they are asked for."""
-    if not isinstance(checkpoint, int) or not torch.is_grad_enabled():
+    """The reference's unroll, with autograd's own checkpoints if so many are asked for; "auto" keeps every step's."""
+    # A transform of torch.func takes none.
+    if not isinstance(checkpoint, int) or not torch.is_grad_enabled() or is_transformed():
         return dnc_reference.unroll(cell, inputs, state, lengths=lengths, reset=reset, **keywords)
     pieces = []
     for start in range(0, max(1, inputs.shape[0]), checkpoint):

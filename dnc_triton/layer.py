@@ -16,7 +16,7 @@ from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_reference.controller import CONTROLLERS
 from dnc_reference.memory import check_memory_state, check_tensor
 from dnc_triton.dispatch import check_backend, choose, explain_problem
-from dnc_triton.ops.eager import is_eager
+from dnc_triton.ops.eager import is_eager, is_transformed
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.history import zeros
 from dnc_triton.sequence.unroll import begins_with_zeros, is_plain
@@ -46,7 +46,8 @@ class DNC(DNCCell):
         checkpoint: what is kept of memory and link, by far the most of it, for the backward. None: every step's; an
             integer k: every k-th step's, the others are computed again on the way back, to the same bits, at the cost
             of that; "auto": every step's while they take at most 256 MiB on a CPU or a quarter of a GPU's memory, then
-            every √T-th. Of every step's links "triton_split" keeps each fourth.
+            every √T-th. Of every step's links "triton_split" keeps each fourth. Where the reference computes, as with
+            several write heads or parts of your own, "auto" keeps all that autograd does.
         backend: "auto", or the name of the one to use; see `explain`.
         device, dtype: of the parameters. The state has the same.
 
@@ -217,7 +218,7 @@ class DNC(DNCCell):
         if isinstance(inputs, PackedSequence):
             inputs, _ = pad_packed_sequence(inputs, batch_first=self.batch_first)
         order = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
-        weight = self.output.weight
+        weight = self.like()
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs: expected a tensor {order} or a PackedSequence, got {type(inputs).__name__}")
         if inputs.dim() != 3:
@@ -251,7 +252,7 @@ class DNC(DNCCell):
 
     def _begin(self, problem: Problem) -> DNCState:
         """`initial_state`, for a call that hands it to nobody: in one buffer."""
-        weight, batch = self.output.weight, problem.batch
+        weight, batch = self.like(), problem.batch
         ours = begins_with_zeros(self) and problem.controller != "custom"
         if not ours or problem.steps == 0 or not is_eager([weight]):
             return self.initial_state(batch)
@@ -270,7 +271,8 @@ class DNC(DNCCell):
         if not isinstance(state.memory, MemoryState):
             raise TypeError(f"state.memory: expected a MemoryState, got {type(state.memory).__name__}")
         shapes = MemoryState.shapes(batch, self.memory_size, self.word_size, self.num_reads, self.num_writes)
-        like: dict[str, Any] = {"dtype": self.output.weight.dtype, "device": self.output.weight.device}
+        weight = self.like()
+        like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         check_memory_state("state.memory", state.memory, shapes, **like)
         check_tensor("state.read_words", state.read_words, (batch, self.num_reads, self.word_size), **like)
         self._check_controller_state(state.controller, batch)
@@ -279,16 +281,16 @@ class DNC(DNCCell):
         if self._is_state_of_layers(state, batch):
             return
         tensors, structure = tree_flatten(state)
+        weight = self.like()
         if self.controller_kind == "custom":  # which may grow its state as it goes: only the batch is known of it
             for tensor in tensors:
                 if not isinstance(tensor, Tensor):
                     raise TypeError(f"state.controller: expected a nest of tensors, got {type(tensor).__name__} in it")
                 if tensor.shape[:1] != (batch,):
                     raise ValueError(f"state.controller: expected batch {batch} first, got shape {list(tensor.shape)}")
-                dtype = self.output.weight.dtype if tensor.is_floating_point() else tensor.dtype
-                check_tensor("state.controller", tensor, tensor.shape, dtype=dtype, device=self.output.weight.device)
+                dtype = weight.dtype if tensor.is_floating_point() else tensor.dtype
+                check_tensor("state.controller", tensor, tensor.shape, dtype=dtype, device=weight.device)
             return
-        weight = self.output.weight
         expected = self.controller.initial_state(batch, device=weight.device, dtype=weight.dtype)  # type: ignore[operator]
         expected_tensors, expected_structure = tree_flatten(expected)
         if structure != expected_structure:
@@ -304,7 +306,7 @@ class DNC(DNCCell):
         """Whether this is the state of a built-in controller, without making one to compare it with."""
         if self.controller_kind == "custom" or type(state) is not tuple or len(state) != self.num_layers:
             return False
-        count, weight = CONTROLLERS[self.controller_kind].states, self.output.weight
+        count, weight = CONTROLLERS[self.controller_kind].states, self.like()
         if any(type(layer) is not tuple or len(layer) != count for layer in state):
             return False
         shape, dtype, device = (batch, self.hidden_size), weight.dtype, weight.device
@@ -370,9 +372,10 @@ def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tenso
     lengths = lengths.long()
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape [{batch}], one per row of the batch, got {list(lengths.shape)}")
-    # While a graph is captured nobody may look at values.
-    capturing = torch.compiler.is_compiling() or (lengths.is_cuda and torch.cuda.is_current_stream_capturing())
-    if batch > 0 and not capturing:
+    # While a graph is captured, or a transform is at work, nobody may look at values.
+    hidden = torch.compiler.is_compiling() or is_transformed()
+    hidden = hidden or (lengths.is_cuda and torch.cuda.is_current_stream_capturing())
+    if batch > 0 and not hidden:
         shortest, longest = int(lengths.min()), int(lengths.max())
         if shortest < 0 or longest > steps:
             wrong = shortest if shortest < 0 else longest

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState, memory_step, unroll
 from dnc_reference.interface import activate_interface
@@ -38,6 +39,10 @@ class Trace(NamedTuple):
     read_modes: Tensor
     usage: Tensor
     link: Tensor
+
+
+# So that an exported program can be saved.
+_register_namedtuple(Trace, serialized_type_name="dnc_triton.Trace")
 
 
 def traced_unroll(

@@ -101,6 +101,7 @@ def test_deepmind_variable_missing(name):
         ),
         case(None, TypeError, "a mapping", "NoneType", id="no mapping"),
         case(list(deepmind_variables().items()), TypeError, "a mapping", "list", id="pairs"),
+        case({1: deepmind_variables()}, TypeError, "names as keys", "1", id="a number as a name"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")

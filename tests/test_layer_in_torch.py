@@ -110,12 +110,13 @@ def test_exports():
     assert_close((outputs, state), dnc(-inputs, given, **other), **CLOSE)
 
 
-def test_exported_program_survives_a_file():
+@pytest.mark.parametrize("options", [{}, {"trace": True}], ids=str)
+def test_exported_program_survives_a_file(options):
     dnc, inputs = make(), make_inputs(1, 1)
     file = io.BytesIO()
-    torch.export.save(torch.export.export(dnc, (inputs,)), file)
+    torch.export.save(torch.export.export(dnc, (inputs,), options), file)
     file.seek(0)
-    assert_close(torch.export.load(file).module()(inputs), dnc(inputs), **CLOSE)
+    assert_close(torch.export.load(file).module()(inputs, **options), dnc(inputs, **options), **CLOSE)
 
 
 def test_functional_calls():
@@ -142,6 +143,58 @@ def test_gradients_of_each_sample():
     for index in range(BATCH):
         alone = gradients(dnc(row(inputs, index))[0].square().sum(), dnc)
         assert_close([x[index] for x in each.values()], list(alone), **CLOSE)
+
+
+def test_gradients_of_each_padded_sample():
+    """Whose lengths nobody may look at."""
+    dnc, inputs, lengths = make(), make_inputs(), torch.tensor(LENGTHS)
+
+    def loss(sample, length):
+        return dnc(sample.unsqueeze(0), lengths=length.unsqueeze(0))[0].square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss))(inputs, lengths)
+    together = inputs.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(dnc(together, lengths=lengths)[0].square().sum(), together)
+    assert_close(each, expected, **CLOSE)
+
+
+def test_functional_calls_take_no_checkpoints():
+    parameters = {name: p.detach() for name, p in make().named_parameters()}
+    inputs = make_inputs()
+
+    def loss(parameters, dnc):
+        return torch.func.functional_call(dnc, parameters, (inputs,))[0].square().sum()
+
+    got, expected = (torch.func.grad(loss)(parameters, make(checkpoint=every)) for every in (2, None))
+    assert_close(got, expected, **EXACT)
+
+
+def test_forward_mode_through_a_bound_of_gradients():
+    """Which bounds what goes back, and nothing that goes forward."""
+    inputs = make_inputs()
+
+    def forward(dnc):
+        return torch.func.jvp(lambda x: dnc(x)[0], (inputs,), (inputs.flip(1),))
+
+    assert_close(forward(make(max_activation_gradient=0.1)), forward(make()), **EXACT)
+
+
+@pytest.mark.parametrize("what", ["jvp", "grad", "vmap of grad"])
+def test_transforms_compile(what):
+    dnc, inputs = make(), make_inputs(2, 2)
+
+    def loss(x):
+        return dnc(x)[0].square().sum()
+
+    transforms = {
+        "jvp": lambda x: torch.func.jvp(lambda x: dnc(x)[0], (x,), (x.flip(1),))[1],
+        "grad": torch.func.grad(loss),
+        "vmap of grad": torch.func.vmap(torch.func.grad(lambda x: loss(x.unsqueeze(0)))),
+    }
+    torch._dynamo.reset()
+    expected = transforms[what](inputs)
+    assert expected.abs().max() > 0
+    assert_close(torch.compile(transforms[what], fullgraph=True, backend="aot_eager")(inputs), expected, **CLOSE)
 
 
 def test_activation_checkpointing():

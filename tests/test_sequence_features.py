@@ -39,13 +39,16 @@ def run(dnc: DNC, inputs, state, module=None, **options):
     return outputs.detach(), [parameter.grad.clone() for parameter in dnc.parameters()]
 
 
-def test_compiled_it_is_one_node_and_computes_the_same():
-    dnc = make()
+@pytest.mark.parametrize("resets", [False, True])
+def test_compiled_it_is_one_node_and_computes_the_same(resets):
+    dnc = make(backend="torch_sequence")  # which would refuse what must be called step by step
     state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
+    options = {"reset": torch.rand(INPUTS[:2]) < 0.3} if resets else {}
     torch._dynamo.reset()
     compiled = torch.compile(dnc, fullgraph=True, backend="aot_eager")
     # Not to the bit: the compiler lays the inputs out as it likes.
-    assert_close(run(dnc, inputs, state, compiled), run(dnc, inputs, state), rtol=1e-12, atol=1e-14)
+    expected = run(dnc, inputs, state, **options)
+    assert_close(run(dnc, inputs, state, compiled, **options), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("options", [{}, {"controller": "gru", "num_layers": 2, "clip": 0.3}], ids=["lstm", "gru"])

@@ -28,12 +28,11 @@ def is_eager(tensors: list[Tensor]) -> bool:
 def is_transformed() -> bool:
     """Whether vmap, grad or their like of `torch.func`, or forward-mode differentiation, are at work.
 
-    They look into what is called, which an operator of its own does not let them. Not while a compiler traces, which
-    could not follow.
+    They look into what is called, which an operator of its own does not let them. A compiler that traces knows of those
+    of `torch.func`, forward-mode differentiation by it among them.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return transformed or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
 
 
 def refuse_batched(gradients: list[Tensor]) -> None:

@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -23,6 +22,7 @@ from dnc_triton.sequence.history import Settings
 from dnc_triton.sequence.op import run_sequence
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+_OF_LINEAR, _OF_CELL = ("weight", "bias"), ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 SHARE = 4  # all of the history is kept while it takes at most this part of a GPU's memory
 
 
@@ -50,15 +50,16 @@ def unroll_sequence(
     """
     steps, batch = inputs.shape[:2]
     if steps == 0:
-        return cell.project(inputs.new_empty(0, batch, cell.output.in_features)), state
+        return cell.project(inputs.new_empty(0, batch, cell.feature_size)), state
     parameters = parameters_of(cell)
     dtype, kind = state.read_words.dtype, inputs.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    autocast = kind != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(kind)  # which leaves float64
     product_dtype = torch.get_autocast_dtype(kind) if autocast else dtype
     dropout = []
-    if cell.training and cell.dropout > 0:
+    drops: Any = cell.controller._modules["dropout"]
+    if drops.training and drops.p > 0 and cell.num_layers > 1:
         ones = torch.ones(steps, batch, cell.hidden_size, dtype=dtype, device=inputs.device)
-        dropout = [F.dropout(ones, cell.dropout) for _ in range(cell.num_layers - 1)]
+        dropout = [drops(ones) for _ in range(cell.num_layers - 1)]
     controller_state, structure = _flatten(state.controller)
     carried = [*state.memory, state.read_words, *controller_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
@@ -114,12 +115,17 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     kind = CONTROLLERS[cell.controller_kind]
     if any(type(layer) is not kind for layer in layers):
         return False
+    dropout = controller._modules["dropout"]
+    if type(dropout) is not nn.Dropout:
+        return False
     part: Any
-    for part in (interface, output, controller, *layers):
+    for part in (interface, output, controller, dropout, *layers):
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return False
-        if "forward" in part.__dict__ or any(x is None for x in part._parameters.values()):
+        if "forward" in part.__dict__:
             return False
+    if any(x is None for x in _parameters_by_name(cell)):
+        return False
     if any(getattr(torch_module, f"_global_{name}_hooks") for name in _HOOKS):
         return False
     overridden = type(cell)
@@ -128,25 +134,33 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
             return False
     if resets and not begins_with_zeros(cell):
         return False
-    weight = output._parameters.get("weight")
-    if weight is None:
-        return False
-    dtype, device = weight.dtype, weight.device
-    return all(x.dtype == dtype and x.device == device for x in parameters_of(cell))
+    first, *others = parameters_of(cell)
+    dtype, device = first.dtype, first.device
+    return all(x.dtype == dtype and x.device == device for x in others)
 
 
 def begins_with_zeros(cell: DNCCell) -> bool:
     """Whether nobody has an initial state of his own: of a class or of one object."""
-    methods = (cell, DNCCell), (cell.controller, Controller)
-    return all(getattr(x.initial_state, "__func__", None) is kind.initial_state for x, kind in methods)
+    kinds: tuple[tuple[Any, Any], ...] = ((cell, DNCCell), (cell.controller, Controller))
+    return all(
+        type(x).initial_state is kind.initial_state and "initial_state" not in x.__dict__  # which a compiler follows
+        for x, kind in kinds
+    )
 
 
 def parameters_of(cell: DNCCell) -> list[Tensor]:
     """Those of a plain cell, as `Sequence` wants them."""
+    return [tensor for tensor in _parameters_by_name(cell) if tensor is not None]
+
+
+def _parameters_by_name(cell: DNCCell) -> list[Tensor | None]:
+    """In that order, which need not be the one in which a part has them: who removes a pruning puts one at the end."""
     modules: Any = cell._modules
     layers = modules["controller"]._modules["layers"]._modules.values()
-    parts = [*layers, modules["interface"], modules["output"]]
-    return [tensor for part in parts for tensor in part._parameters.values() if tensor is not None]
+    of_layer = _OF_LINEAR if cell.controller_kind == "feedforward" else _OF_CELL
+    tensors = [layer._parameters.get(name) for layer in layers for name in of_layer]
+    parts = (modules["interface"], modules["output"])
+    return tensors + [part._parameters.get(name) for part in parts for name in _OF_LINEAR]
 
 
 def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, link_every: int) -> int:

@@ -169,8 +169,11 @@ def cosine_similarity(memory: Tensor, keys: Tensor) -> Tensor:
 
     Source: "Content-based addressing"; ε: DeepMind's published code, addressing.py.
     """
+    dtype = memory.dtype
+    if dtype.itemsize < 4:  # in which a square may be infinite, or lose its ε: then so would what comes back
+        memory, keys = memory.float(), keys.float()
     norms = norm(keys).unsqueeze(-1) * norm(memory).unsqueeze(-2)
-    return (keys @ memory.mT) / (norms + SIMILARITY_EPSILON)
+    return ((keys @ memory.mT) / (norms + SIMILARITY_EPSILON)).to(dtype)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -110,6 +110,10 @@ class _LimitGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.clamp(-ctx.bound, ctx.bound), None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)
+
 
 CONTROLLERS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell, "feedforward": FeedForwardCell}
 

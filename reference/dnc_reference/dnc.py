@@ -116,9 +116,8 @@ class DNCCell(nn.Module):
         self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, output_size
         self.memory_size, self.word_size = memory_size, word_size
         self.num_reads, self.num_writes = num_reads, num_writes
-        self.num_layers, self.dropout, self.clip = num_layers, dropout, clip
+        self.num_layers, self.clip = num_layers, clip
         self.strength, self.stop_usage_gradient = strength, stop_usage_gradient
-        self.max_activation_gradient = max_activation_gradient
         self.controller_kind = controller if isinstance(controller, str) else "custom"
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -128,13 +127,51 @@ class DNCCell(nn.Module):
         self.controller = _make_controller(controller, input_size + read_size, hidden_size, **built_in, **factory)
         interface_size = sum(interface_sizes(num_reads, num_writes, word_size).values())
         self.interface = nn.Linear(hidden_size, interface_size, **factory)
-        self.output = nn.Linear(hidden_size + read_size, output_size, **factory)
+        self.output = nn.Linear(self.feature_size, output_size, **factory)
         if dropout > 0 and num_layers == 1:
             warnings.warn(f"dropout: {dropout} has no effect with num_layers=1, it acts between layers", stacklevel=3)
 
+    @property
+    def dropout(self) -> float:
+        """Of the controller, 0 for one of your own."""
+        return 0.0 if self.controller_kind == "custom" else float(self.controller.dropout.p)  # type: ignore[union-attr,arg-type]
+
+    @dropout.setter
+    def dropout(self, probability: float) -> None:
+        self.controller.dropout.p = probability  # type: ignore[union-attr]
+
+    @property
+    def max_activation_gradient(self) -> float | None:
+        """Of the controller, None for one of your own."""
+        return None if self.controller_kind == "custom" else self.controller.max_activation_gradient  # type: ignore[return-value]
+
+    @max_activation_gradient.setter
+    def max_activation_gradient(self, bound: float | None) -> None:
+        self.controller.max_activation_gradient = bound  # type: ignore[assignment]
+
+    @property
+    def feature_size(self) -> int:
+        """H + R·W, what the output layer is given."""
+        return self.hidden_size + self.num_reads * self.word_size
+
+    def like(self) -> Tensor:
+        """A tensor with the parameters' dtype and device, which the state shares.
+
+        Raises:
+            TypeError: there is no floating-point parameter.
+        """
+        weight: Any = getattr(self.output, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight
+        for parameter in self.parameters():  # the output layer may be somebody's own
+            if parameter.is_floating_point():
+                return parameter
+        raise TypeError("parameters: expected one of a floating dtype at least, whose dtype and device the state has")
+
     def initial_state(self, batch_size: int) -> DNCState:
         """The state before the first step: zeros, in the parameters' dtype and on their device."""
-        factory: dict[str, Any] = {"device": self.output.weight.device, "dtype": self.output.weight.dtype}
+        like = self.like()
+        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         return DNCState(
             controller=self.controller.initial_state(batch_size, **factory),  # type: ignore[operator]
             memory=MemoryState.zeros(
@@ -235,7 +272,7 @@ def unroll(
     """
     steps, batch = inputs.shape[:2]
     if steps == 0:
-        return cell.project(inputs.new_empty(0, batch, cell.output.in_features)), state
+        return cell.project(inputs.new_empty(0, batch, cell.feature_size)), state
     running = None
     if lengths is not None:
         running = torch.arange(steps, device=inputs.device).unsqueeze(1) < lengths  # [T, B]

@@ -160,6 +160,18 @@ def test_an_infinitely_sharp_key_finds_its_slot() -> None:
     assert_value(addressing.content_weights(memory, memory[:, 2:3], tensor([[1000.0]])), one_hot(2, slots=4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_words_are_told_apart_in_half_precision(dtype: torch.dtype) -> None:
+    """The squares of the third one's numbers add up to more than float16 has."""
+    memory = torch.zeros(1, 4, 64, dtype=dtype)
+    memory[0, 2] = 40.0
+    actual = addressing.content_weights(
+        memory, torch.full_like(memory[:, :1], 20.0), torch.full((1, 1), 10.0).to(dtype)
+    )
+    assert (actual[0, 0, 2] > 0.99).all()
+    assert actual.dtype == dtype
+
+
 @pytest.mark.parametrize(
     ("allocation_gate", "write_gate", "expected"),
     [(1.0, 1.0, [0.0, 1.0]), (0.0, 1.0, [0.5, 0.25]), (0.25, 0.5, [0.1875, 0.21875]), (0.5, 0.0, [0.0, 0.0])],

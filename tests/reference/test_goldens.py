@@ -129,6 +129,20 @@ def test_memory_step(step: Callable[..., Any], hidden: tuple[str, ...], name: st
     golden.check(results, without=hidden)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted({name for name, _ in STEPS}))
+def test_gradients_are_finite_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Where DeepMind's are, in float64: of small words too, whose squares float16 does not know."""
+    golden = load_golden(name)
+    raw, prev = as_leaves((golden.interface("in_", dtype), golden.state("prev_", dtype)))
+    read_words, new = dnc_reference.memory_step(activate(raw), prev, stop_usage_gradient=True)
+    loss = weighted_sum(golden, {"out_read_words": read_words, **named("next_", new, STATE_KEYS)})
+    leaves = {**named("in_", raw, INTERFACE_KEYS), **named("prev_", prev, STATE_KEYS)}
+    for key, gradient in gradients(loss, leaves).items():
+        assert gradient.dtype == dtype
+        assert gradient.isfinite().all(), key
+
+
 @for_each(STEPS)
 def test_memory_step_backward(name: str, dtype: torch.dtype) -> None:
     golden = load_golden(name)

@@ -1,0 +1,184 @@
+"""Parts of the layer that users change: pruned, put in others' places, told to drop or to bound something else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, assert_same_bits
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from dnc_triton import DNC, explain, use_backend
+
+INPUTS = (3, 5, 3)
+
+
+def make(**options) -> DNC:
+    torch.manual_seed(0)
+    sizes = dict(memory_size=5, word_size=4, num_reads=2)
+    return DNC(3, 6, 2, **{**sizes, "dtype": torch.float64, **options})
+
+
+def draw(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(INPUTS, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def run(dnc: DNC) -> list[Tensor]:
+    """Outputs and the gradients by each parameter that has a part in them."""
+    outputs, state = dnc(draw())
+    loss = outputs.square().sum() + state.read_words.sum()
+    return [outputs.detach(), *torch.autograd.grad(loss, list(dnc.parameters()))]
+
+
+def assert_as_the_reference(dnc: DNC) -> None:
+    actual = run(dnc)
+    with use_backend("reference"):
+        assert_close(actual, run(dnc), rtol=1e-12, atol=1e-13)
+
+
+def backend_of(dnc: DNC) -> str:
+    (starred,) = (line for line in explain(dnc, draw()).splitlines() if line.startswith("*"))
+    return starred.split()[1]
+
+
+# --- weights that were put at the end of a part
+
+
+@pytest.mark.parametrize(
+    ("controller", "part", "names"),
+    [
+        ("lstm", "interface", ["weight"]),
+        ("lstm", "output", ["weight"]),
+        ("lstm", "controller.layers.0", ["weight_hh"]),
+        ("lstm", "controller.layers.1", ["weight_ih", "bias_ih", "bias_hh"]),
+        ("gru", "controller.layers.0", ["bias_ih"]),
+        ("rnn", "controller.layers.1", ["bias_ih", "weight_hh"]),
+        ("feedforward", "controller.layers.0", ["weight"]),
+    ],
+)
+def test_weights_are_known_by_name(controller, part, names):
+    """Who ends a pruning or a parametrization puts the weight behind the others."""
+    dnc = make(controller=controller, num_layers=2)
+    module = dnc.get_submodule(part)
+    before = [name for name, _ in module.named_parameters()]
+    for name in names:
+        prune.l1_unstructured(module, name, 0.3)
+        prune.remove(module, name)
+    assert [name for name, _ in module.named_parameters()] != before
+    assert backend_of(dnc) == "torch_sequence"
+    assert_as_the_reference(dnc)
+
+
+def test_weights_whose_parametrization_has_ended():
+    dnc = make()
+    parametrize.register_parametrization(dnc.interface, "weight", nn.Tanh())
+    parametrize.remove_parametrizations(dnc.interface, "weight")
+    assert_as_the_reference(dnc)
+
+
+# --- the controller's dropout and bound
+
+
+def test_dropout_is_what_its_module_does():
+    dnc = make(num_layers=2, dropout=0.5).eval()
+    still = run(dnc)
+    assert_same_bits(run(dnc), still)
+    dnc.controller.dropout.train()  # as one does to sample predictions
+    torch.manual_seed(2)
+    first = run(dnc)
+    assert (first[0] != still[0]).any()
+    assert (run(dnc)[0] != first[0]).any()
+    torch.manual_seed(2)
+    assert_same_bits(run(dnc), first)
+    dnc.controller.dropout.p = 0.0
+    assert dnc.dropout == 0.0
+    assert_same_bits(run(dnc), still)
+    dnc.dropout = 0.5
+    assert dnc.controller.dropout.p == 0.5
+    assert (run(dnc)[0] != still[0]).any()
+
+
+@pytest.mark.parametrize("change", ["another", "hook"])
+def test_a_dropout_of_ones_own_is_called(change):
+    dnc, calls = make(num_layers=2), []
+    if change == "another":
+        dnc.controller.dropout = nn.Hardtanh(-0.01, 0.01)
+    else:
+        dnc.controller.dropout.register_forward_hook(lambda *arguments: calls.append(1))
+    assert backend_of(dnc) == "reference"
+    assert_as_the_reference(dnc)
+    assert len(calls) == (0 if change == "another" else 2 * INPUTS[1])
+
+
+@pytest.mark.parametrize("where", ["layer", "controller"])
+def test_the_bound_of_gradients_can_be_changed(where):
+    dnc = make()
+    free = run(dnc)
+    (dnc if where == "layer" else dnc.controller).max_activation_gradient = 0.01
+    assert dnc.max_activation_gradient == dnc.controller.max_activation_gradient == 0.01
+    assert any((x != y).any() for x, y in zip(run(dnc), free, strict=True))
+    assert_as_the_reference(dnc)
+
+
+def test_a_controller_of_ones_own_has_neither():
+    class Own(nn.Linear):
+        def initial_state(self, batch_size, *, device, dtype):
+            return ()
+
+        def forward(self, inputs, state):
+            return torch.tanh(super().forward(inputs)), ()
+
+    dnc = make(controller=Own)
+    assert (dnc.dropout, dnc.max_activation_gradient) == (0.0, None)
+
+
+# --- an output layer of one's own
+
+
+def test_an_output_layer_of_ones_own():
+    dnc = make()
+    plain = dnc.output
+    dnc.output = nn.Identity()
+    features, state = dnc(draw())
+    assert features.shape == (*INPUTS[:2], dnc.feature_size)
+    assert dnc(draw()[:, :0])[0].shape == (INPUTS[0], 0, dnc.feature_size)
+    dnc.output = nn.Sequential(plain, nn.Tanh())
+    assert_close(dnc(draw(), None)[0], torch.tanh(plain(features)), rtol=1e-12, atol=1e-13)
+    assert dnc(draw(), state)[1].read_words.dtype == torch.float64
+    assert backend_of(dnc) == "reference"
+
+
+def test_a_layer_without_parameters_is_told_apart():
+    dnc = make(controller=lambda inputs, hidden: Still(hidden))
+    dnc.interface, dnc.output = nn.Identity(), nn.Identity()
+    with pytest.raises(TypeError, match="parameters: expected one of a floating dtype"):
+        dnc(draw())
+
+
+class Still(nn.Module):
+    """A controller that has learned nothing, and never will."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+
+    def initial_state(self, batch_size, *, device, dtype):
+        return ()
+
+    def forward(self, inputs, state):
+        return inputs.new_zeros(len(inputs), self.hidden_size), state
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_autocast_leaves_float64_alone(steps, keeps):
+    dnc, inputs = make(), draw()[:, :steps]
+    with torch.set_grad_enabled(keeps):
+        expected = dnc(inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = dnc(inputs)
+    assert actual[0].dtype == torch.float64
+    assert_same_bits(actual, expected)
