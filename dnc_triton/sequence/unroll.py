@@ -124,8 +124,6 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
             return False
         if "forward" in part.__dict__:
             return False
-    if any(x is None for x in _parameters_by_name(cell)):
-        return False
     if any(getattr(torch_module, f"_global_{name}_hooks") for name in _HOOKS):
         return False
     overridden = type(cell)
@@ -134,9 +132,11 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
             return False
     if resets and not begins_with_zeros(cell):
         return False
-    first, *others = parameters_of(cell)
+    tensors = _parameters_by_name(cell)
+    if (first := tensors[0]) is None:
+        return False
     dtype, device = first.dtype, first.device
-    return all(x.dtype == dtype and x.device == device for x in others)
+    return all(x is not None and x.dtype == dtype and x.device == device for x in tensors)
 
 
 def begins_with_zeros(cell: DNCCell) -> bool:
