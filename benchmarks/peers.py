@@ -289,8 +289,8 @@ def all_peers() -> dict[str, Peer]:
             gpu_only=True,
             hides_memory=True,
             # In one process with our layer's own CUDA graphs it ended in an illegal memory access on an H200, with
-            # PyTorch 2.11, while steps were timed; without ours it did not, nor did ours without it. PyTorch's compiler
-            # made it forget the workspaces of products that ours used. They have some of their own now
+            # PyTorch 2.11, while steps were timed; without ours it did not, nor did ours without it. What fits it: the
+            # compiler makes PyTorch forget the workspaces of products that ours used. They have some of their own now
             # (`sequence.graphs.Engine`), which no GPU has seen yet.
             apart=True,
         ),
