@@ -25,10 +25,10 @@ from benchmarks.measure import WRONG, Row, Session, measure
 from benchmarks.modes import CAPTURED, MODES, TRAINING, modes_on
 from benchmarks.peers import all_peers
 from benchmarks.progress import Progress
+from dnc_triton.cli import INTERRUPTED
 
 HERE = Path(__file__).parent
 BUSY = 0.5  # processes running on average in the last minute; threads that wait for a core cost up to a hundredfold
-INTERRUPTED = 130  # as a shell has it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -69,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """On a GPU, or on a CPU, which has no type of error for it."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,8 +46,8 @@ class DNC(DNCCell):
         checkpoint: what is kept of memory and link, by far the most of it, for the backward. None: every step's; an
             integer k: every k-th step's, the others are computed again on the way back, to the same bits, at the cost
             of that; "auto": every step's while they take at most 256 MiB on a CPU or a quarter of a GPU's memory, then
-            every √T-th. Of every step's links "triton_split" keeps each fourth. Where the reference computes, as with
-            several write heads or parts of your own, "auto" keeps all that autograd does.
+            every √T-th. Of every step's links "triton_split" keeps each fourth. Where the layer goes step by step, as
+            with several write heads or parts of your own, "auto" keeps every step's.
         backend: "auto", or the name of the one to use; see `explain`.
         device, dtype: of the parameters. The state has the same.
 

@@ -169,7 +169,7 @@ class Run:
                 full disk say: it says where it was saved instead.
         """
         settings = self.settings
-        if self.step >= settings.steps:  # the end is saved
+        if self.step >= settings.steps and not os.access(self.folder, os.W_OK):  # nothing to add, and nowhere
             return True
         if self.fabric.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)

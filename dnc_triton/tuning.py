@@ -72,23 +72,22 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
     Raises:
         Exception: every candidate failed, and this one the last; or CUDA can no longer be used.
     """
-    times = remembered(problem)
-    missing = {candidate: operations[candidate] for candidate in operations if candidate not in _measured(problem)}
+    times, measured = remembered(problem), _measured(problem)
+    missing = {candidate: operation for candidate, operation in operations.items() if candidate not in measured}
     if missing and measure and os.environ.get("DNC_TRITON_MEASURE") != "0" and not _captures():
         works = any(times.get(candidate, math.inf) < math.inf for candidate in operations)
         # On the stream where sequences are replayed as graphs: this one may be about to be captured, by the user.
         with torch.cuda.stream(torch.cuda.default_stream(problem.device)):
-            if measured := _measure_all(problem, missing, works):
-                _remember(problem, measured)
-        times = remembered(problem)
+            if new := _measure_all(problem, missing, works):
+                _remember(problem, new)
+        times, measured = remembered(problem), _measured(problem)
     first = next(iter(operations))
-    if first not in _measured(problem):  # it may well be faster than what is remembered
+    if first not in measured:  # it may well be faster than what is remembered
         return first
     working = [candidate for candidate in operations if times.get(candidate, math.inf) < math.inf]
     if working:
         return min(working, key=lambda candidate: times[candidate])
-    without_room = [candidate for candidate in operations if candidate in _no_room.get(_bucket(problem), ())]
-    return next(iter(without_room), first)
+    return next((candidate for candidate in operations if candidate in measured and candidate not in times), first)
 
 
 def _captures() -> bool:

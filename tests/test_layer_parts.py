@@ -93,9 +93,8 @@ def test_dropout_is_what_its_module_does():
     dnc.controller.dropout.p = 0.0
     assert dnc.dropout == 0.0
     assert_same_bits(run(dnc), still)
-    dnc.dropout = 0.5
-    assert dnc.controller.dropout.p == 0.5
-    assert (run(dnc)[0] != still[0]).any()
+    with pytest.raises(AttributeError, match="dropout"):
+        dnc.dropout = 0.5
 
 
 @pytest.mark.parametrize("change", ["another", "hook"])
@@ -110,12 +109,11 @@ def test_a_dropout_of_ones_own_is_called(change):
     assert len(calls) == (0 if change == "another" else 2 * INPUTS[1])
 
 
-@pytest.mark.parametrize("where", ["layer", "controller"])
-def test_the_bound_of_gradients_can_be_changed(where):
+def test_the_bound_of_gradients_can_be_changed():
     dnc = make()
     free = run(dnc)
-    (dnc if where == "layer" else dnc.controller).max_activation_gradient = 0.01
-    assert dnc.max_activation_gradient == dnc.controller.max_activation_gradient == 0.01
+    dnc.controller.max_activation_gradient = 0.01
+    assert dnc.max_activation_gradient == 0.01
     assert any((x != y).any() for x, y in zip(run(dnc), free, strict=True))
     assert_as_the_reference(dnc)
 

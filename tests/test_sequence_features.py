@@ -155,7 +155,7 @@ def test_dropout_is_drawn_anew_and_off_in_evaluation():
     assert_same_bits(run(dnc, inputs, state), first)
     assert (run(dnc, inputs, state)[0] != first[0]).any()
     without = copy.deepcopy(dnc)
-    without.dropout = 0.0
+    without.controller.dropout.p = 0.0
     assert_same_bits(run(dnc.eval(), inputs, state), run(without, inputs, state))
 
 

@@ -1,6 +1,7 @@
 """Choosing by measurement: what is measured, what is remembered, and what happens to the memory of it.
 
-There is no GPU here: a fake device and a fake clock stand in, everything else is real.
+There is no GPU here: a fake device and a fake clock stand in (straw.py). What the dispatcher makes of it is in
+test_tuning_dispatch.py.
 """
 
 from __future__ import annotations
@@ -10,91 +11,21 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from straw import FAST, PROBLEM, REFERENCE, SLOW, STEPS, Clock, _a_gpu_of_straw, _clock, files, forget  # noqa: F401
 
 from dnc_triton import dispatch, tuning
 from dnc_triton.kernels import ahead
-from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
+from dnc_triton.kernels.layout import sequence_layouts
 from dnc_triton.problem import Problem
-
-PROBLEM = Problem(
-    device=torch.device("cuda", 0),
-    dtype=torch.float32,
-    batch=12,
-    steps=5,
-    memory_size=16,
-    word_size=8,
-    num_reads=2,
-    num_writes=1,
-    controller="lstm",
-    needs_gradient=True,
-    hidden_size=20,
-    num_layers=1,
-)
-FAST, SLOW, REFERENCE = Layout(True, 16, 16, 4), Layout(False, 16, 32, 8), None
-
-
-class Clock:
-    """Answers with made-up times, and counts how often it was asked."""
-
-    def __init__(self, **microseconds: float | Exception) -> None:
-        self.microseconds, self.asked = microseconds, []
-
-    def __call__(self, problem: Problem, run: partial) -> float:
-        """µs for a run, or the error that it ends with; the dictionary has µs per step."""
-        (operation,) = run.args
-        self.asked.append(operation)
-        answer = self.microseconds[str(operation)]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer * tuning._measured_steps(problem)
-
-
-@pytest.fixture(autouse=True)
-def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Straw 9000")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(tuning, "_random_sequence", lambda problem: print)
-    monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
-    monkeypatch.setattr(ahead, "compiling_ahead", lambda device: nullcontext())
-    monkeypatch.setattr(tuning, "_known", {})
-    monkeypatch.setattr(tuning, "_no_room", {})
-    monkeypatch.setattr(dispatch, "_settled", {})
-    monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("DNC_TRITON_MEASURE", raising=False)
-    monkeypatch.delenv("DNC_TRITON_BACKEND", raising=False)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock(fast=10.0, slow=30.0, reference=900.0)
-    monkeypatch.setattr(tuning, "_measure", clock)
-    return clock
-
-
-STEPS = {("split", SLOW): "slow", ("fused", FAST): "fast", ("reference", REFERENCE): "reference"}
-
-
-def forget() -> None:
-    """What a new process knows: nothing but the files."""
-    tuning._known.clear()
-    tuning._no_room.clear()
-
-
-def files() -> list[Path]:
-    return sorted(tuning.cache_directory().glob("*"))
 
 
 def test_the_fastest_is_chosen_and_measured_once(clock: Clock) -> None:
@@ -491,7 +422,7 @@ def test_many_processes_may_write_at_once(clock: Clock, tmp_path: Path) -> None:
     code = """
 import sys, torch
 torch.cuda.get_device_name = lambda device=None: "Straw 9000"
-from test_tuning import PROBLEM, STEPS
+from straw import PROBLEM, STEPS
 from dnc_triton import tuning
 for _ in range(200):
     tuning._remember(PROBLEM, dict.fromkeys(STEPS, 10.0))
@@ -507,171 +438,3 @@ for _ in range(200):
         for done in pool.map(write, range(3)):
             assert done.returncode == 0, done.stderr
     assert [path.suffix for path in files()] == [".json"]
-
-
-# --- through the dispatcher
-
-
-def fake_times(microseconds: Callable[[Layout | None], float]) -> Callable[[Problem, partial], float]:
-    """A clock that looks at the layout of what it measures, µs per step."""
-
-    def measure(problem: Problem, run: partial) -> float:
-        layout = getattr(run.args[0], "keywords", {}).get("layout")
-        return microseconds(layout) * tuning._measured_steps(problem)
-
-    return measure
-
-
-def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = layouts(16)[-1]
-    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0 if layout == wanted else 50.0))
-    chosen = dispatch.choose(PROBLEM)
-    assert chosen.unroll.keywords["layout"] == wanted
-    assert chosen.memory_step.keywords["layout"] == wanted
-    lines = dispatch.explain_problem(PROBLEM).splitlines()
-    (starred,) = [line for line in lines if line.startswith("*")]
-    assert "triton_split" in starred
-    assert "5.0 µs" in starred
-    assert sum("50.0 µs" in line for line in lines) == 4
-
-
-def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
-    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
-
-
-@pytest.mark.parametrize(("slots", "name"), [(16, "triton_sequence"), (64, "triton_fused"), (100, "triton_split")])
-def test_without_measuring_the_default_is_taken(slots: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
-    problem = replace(PROBLEM, memory_size=slots)
-    default = sequence_layouts(16, 8)[0] if name == "triton_sequence" else default_layout(slots)
-    assert dispatch.choose(problem).unroll.keywords["layout"] == default
-    assert f"* {name}" in dispatch.explain_problem(problem)
-
-
-def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a measurement nor the memory of one decides, and a row gets the same layout in every batch."""
-    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
-    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    for batch in (1, 12, 500):
-        chosen = dispatch.choose(replace(PROBLEM, batch=batch))
-        assert chosen.unroll.keywords["layout"] == sequence_layouts(16, 8)[0]
-
-
-def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
-    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
-    default = dispatch.choose(PROBLEM)
-    monkeypatch.setenv("DNC_TRITON_MEASURE", "1")
-    fastest = dispatch.choose(PROBLEM)
-    assert (default.unroll.keywords["layout"], fastest) == (
-        sequence_layouts(16, 8)[0],
-        dispatch.BACKENDS["torch_sequence"],
-    )
-    named = dispatch.choose(PROBLEM, "triton_fused")
-
-    def work(*arguments: object, **keywords: object) -> None:
-        raise AssertionError("worked out again")
-
-    monkeypatch.setattr(dispatch, "_best", work)
-    assert dispatch.choose(replace(PROBLEM)) is fastest
-    assert dispatch.choose(PROBLEM, "triton_fused") is named
-    monkeypatch.setenv("DNC_TRITON_GRAPHS", "0")
-    with pytest.raises(AssertionError, match="again"):
-        dispatch.choose(PROBLEM)
-    monkeypatch.delenv("DNC_TRITON_GRAPHS")
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    with pytest.raises(AssertionError, match="again"):
-        dispatch.choose(PROBLEM)
-
-
-def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
-    monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
-    chosen = [dispatch.choose(PROBLEM) for _ in range(5)]
-    assert chosen[0].unroll.keywords["layout"].whole
-    assert chosen[-1] is dispatch.BACKENDS["torch_sequence"]
-
-
-def test_explain_measures_nothing(clock: Clock) -> None:
-    dispatch.explain_problem(PROBLEM)
-    assert not clock.asked
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"num_writes": 2}, "num_writes is 2"),
-        ({"memory_size": 2049}, "memory_size is 2049"),
-        ({"word_size": 257}, "word_size is 257"),
-        ({"num_reads": 17}, "num_reads is 17"),
-        ({"dtype": torch.float8_e5m2}, "float8_e5m2"),
-        ({"device": torch.device("mps")}, "device is mps"),
-        ({"device": torch.device("cpu")}, "device is the CPU"),
-    ],
-    ids=str,
-)
-def test_the_kernels_decline_with_a_reason(change: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    problem = replace(PROBLEM, **change)
-    supported, answer = dispatch.BACKENDS["triton_split"].supports(problem)
-    assert not supported
-    assert reason in answer
-    with pytest.raises(RuntimeError, match="does not serve this call"):
-        dispatch.choose(problem, "triton_split")
-
-
-def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert "(7, 5)" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
-    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
-    assert "not installed" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
-    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
-    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
-
-
-@pytest.mark.parametrize("measure", ["0", "1"])
-def test_without_triton_plain_pytorch_is_measured(measure: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
-    monkeypatch.setenv("DNC_TRITON_MEASURE", measure)
-    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0))
-    assert "* torch_sequence" in dispatch.explain_problem(PROBLEM)
-    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
-    assert len(tuning.remembered(PROBLEM)) == (2 if measure == "1" else 0)
-
-
-# --- what is measured
-
-
-@pytest.mark.parametrize("needs_gradient", [True, False])
-@pytest.mark.parametrize("controller", ["lstm", "gru", "custom", None], ids=str)
-def test_what_is_measured_is_the_problem(
-    controller: str | None, needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On random data of the size, with a backward where one is needed; here on a CPU, for the reference."""
-    monkeypatch.undo()
-    problem = replace(PROBLEM, device=torch.device("cpu"), controller=controller, needs_gradient=needs_gradient)
-    random_state = torch.get_rng_state()
-    if controller in ("lstm", "gru"):
-        run, operation = tuning._random_sequence(problem), dispatch.BACKENDS["reference"].unroll
-    else:
-        run, operation = tuning._random_step(problem), dispatch.BACKENDS["reference"].memory_step
-    assert torch.equal(torch.get_rng_state(), random_state)
-    seen = []
-
-    def spy(*arguments: object, **keywords: object) -> object:
-        result = operation(*arguments, **keywords)
-        seen.append((arguments, result))
-        return result
-
-    with torch.set_grad_enabled(needs_gradient):
-        run(spy)
-    (((first, *rest), result),) = seen
-    state = rest[0] if controller in ("custom", None) else rest[1].memory
-    assert state.memory.shape == (16, 16, 8)
-    assert result[0].requires_grad == needs_gradient
-    if controller in ("lstm", "gru"):
-        assert rest[0].shape == (8, 16, 20)
-        assert (first.controller_kind, first.hidden_size, first.num_layers) == (controller, 20, 1)

@@ -133,21 +133,13 @@ class DNCCell(nn.Module):
 
     @property
     def dropout(self) -> float:
-        """Of the controller, 0 for one of your own."""
+        """Of the controller, 0 for one of your own. It is changed there: `controller.dropout.p`."""
         return 0.0 if self.controller_kind == "custom" else float(self.controller.dropout.p)  # type: ignore[union-attr,arg-type]
-
-    @dropout.setter
-    def dropout(self, probability: float) -> None:
-        self.controller.dropout.p = probability  # type: ignore[union-attr]
 
     @property
     def max_activation_gradient(self) -> float | None:
-        """Of the controller, None for one of your own."""
+        """Of the controller, None for one of your own. It is changed there."""
         return None if self.controller_kind == "custom" else self.controller.max_activation_gradient  # type: ignore[return-value]
-
-    @max_activation_gradient.setter
-    def max_activation_gradient(self, bound: float | None) -> None:
-        self.controller.max_activation_gradient = bound  # type: ignore[assignment]
 
     @property
     def feature_size(self) -> int:

@@ -1,0 +1,183 @@
+"""The dispatcher by measurement: what it takes, what it settles, what it measures at all. With a device of straw."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from straw import PROBLEM, Clock, _a_gpu_of_straw, _clock  # noqa: F401
+
+from dnc_triton import dispatch, tuning
+from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
+from dnc_triton.problem import Problem
+
+# --- through the dispatcher
+
+
+def fake_times(microseconds: Callable[[Layout | None], float]) -> Callable[[Problem, partial], float]:
+    """A clock that looks at the layout of what it measures, µs per step."""
+
+    def measure(problem: Problem, run: partial) -> float:
+        layout = getattr(run.args[0], "keywords", {}).get("layout")
+        return microseconds(layout) * tuning._measured_steps(problem)
+
+    return measure
+
+
+def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = layouts(16)[-1]
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0 if layout == wanted else 50.0))
+    chosen = dispatch.choose(PROBLEM)
+    assert chosen.unroll.keywords["layout"] == wanted
+    assert chosen.memory_step.keywords["layout"] == wanted
+    lines = dispatch.explain_problem(PROBLEM).splitlines()
+    (starred,) = [line for line in lines if line.startswith("*")]
+    assert "triton_split" in starred
+    assert "5.0 µs" in starred
+    assert sum("50.0 µs" in line for line in lines) == 4
+
+
+def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+
+
+@pytest.mark.parametrize(("slots", "name"), [(16, "triton_sequence"), (64, "triton_fused"), (100, "triton_split")])
+def test_without_measuring_the_default_is_taken(slots: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    problem = replace(PROBLEM, memory_size=slots)
+    default = sequence_layouts(16, 8)[0] if name == "triton_sequence" else default_layout(slots)
+    assert dispatch.choose(problem).unroll.keywords["layout"] == default
+    assert f"* {name}" in dispatch.explain_problem(problem)
+
+
+def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a measurement nor the memory of one decides, and a row gets the same layout in every batch."""
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for batch in (1, 12, 500):
+        chosen = dispatch.choose(replace(PROBLEM, batch=batch))
+        assert chosen.unroll.keywords["layout"] == sequence_layouts(16, 8)[0]
+
+
+def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    default = dispatch.choose(PROBLEM)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "1")
+    fastest = dispatch.choose(PROBLEM)
+    assert (default.unroll.keywords["layout"], fastest) == (
+        sequence_layouts(16, 8)[0],
+        dispatch.BACKENDS["torch_sequence"],
+    )
+    named = dispatch.choose(PROBLEM, "triton_fused")
+
+    def work(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("worked out again")
+
+    monkeypatch.setattr(dispatch, "_best", work)
+    assert dispatch.choose(replace(PROBLEM)) is fastest
+    assert dispatch.choose(PROBLEM, "triton_fused") is named
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", "0")
+    with pytest.raises(AssertionError, match="again"):
+        dispatch.choose(PROBLEM)
+    monkeypatch.delenv("DNC_TRITON_GRAPHS")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with pytest.raises(AssertionError, match="again"):
+        dispatch.choose(PROBLEM)
+
+
+def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
+    chosen = [dispatch.choose(PROBLEM) for _ in range(5)]
+    assert chosen[0].unroll.keywords["layout"].whole
+    assert chosen[-1] is dispatch.BACKENDS["torch_sequence"]
+
+
+def test_explain_measures_nothing(clock: Clock) -> None:
+    dispatch.explain_problem(PROBLEM)
+    assert not clock.asked
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_writes": 2}, "num_writes is 2"),
+        ({"memory_size": 2049}, "memory_size is 2049"),
+        ({"word_size": 257}, "word_size is 257"),
+        ({"num_reads": 17}, "num_reads is 17"),
+        ({"dtype": torch.float8_e5m2}, "float8_e5m2"),
+        ({"device": torch.device("mps")}, "device is mps"),
+        ({"device": torch.device("cpu")}, "device is the CPU"),
+    ],
+    ids=str,
+)
+def test_the_kernels_decline_with_a_reason(change: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    problem = replace(PROBLEM, **change)
+    supported, answer = dispatch.BACKENDS["triton_split"].supports(problem)
+    assert not supported
+    assert reason in answer
+    with pytest.raises(RuntimeError, match="does not serve this call"):
+        dispatch.choose(problem, "triton_split")
+
+
+def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "(7, 5)" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert "not installed" in dispatch.BACKENDS["triton_fused"].supports(PROBLEM)[1]
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+
+
+@pytest.mark.parametrize("measure", ["0", "1"])
+def test_without_triton_plain_pytorch_is_measured(measure: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", measure)
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0))
+    assert "* torch_sequence" in dispatch.explain_problem(PROBLEM)
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+    assert len(tuning.remembered(PROBLEM)) == (2 if measure == "1" else 0)
+
+
+# --- what is measured
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("controller", ["lstm", "gru", "custom", None], ids=str)
+def test_what_is_measured_is_the_problem(
+    controller: str | None, needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On random data of the size, with a backward where one is needed; here on a CPU, for the reference."""
+    monkeypatch.undo()
+    problem = replace(PROBLEM, device=torch.device("cpu"), controller=controller, needs_gradient=needs_gradient)
+    random_state = torch.get_rng_state()
+    if controller in ("lstm", "gru"):
+        run, operation = tuning._random_sequence(problem), dispatch.BACKENDS["reference"].unroll
+    else:
+        run, operation = tuning._random_step(problem), dispatch.BACKENDS["reference"].memory_step
+    assert torch.equal(torch.get_rng_state(), random_state)
+    seen = []
+
+    def spy(*arguments: object, **keywords: object) -> object:
+        result = operation(*arguments, **keywords)
+        seen.append((arguments, result))
+        return result
+
+    with torch.set_grad_enabled(needs_gradient):
+        run(spy)
+    (((first, *rest), result),) = seen
+    state = rest[0] if controller in ("custom", None) else rest[1].memory
+    assert state.memory.shape == (16, 16, 8)
+    assert result[0].requires_grad == needs_gradient
+    if controller in ("lstm", "gru"):
+        assert rest[0].shape == (8, 16, 20)
+        assert (first.controller_kind, first.hidden_size, first.num_layers) == (controller, 20, 1)
