@@ -43,9 +43,8 @@ COUNT ?= 1000000
 fuzz: .venv/.dev
 	$(BIN)/python -m tests.fuzz --count $(COUNT) $(ARGS)
 
-# Here, on a CPU or a GPU; the peer from PyPI is fetched without what it depends on, which the benchmark does not need.
+# Here, on a CPU or a GPU.
 bench: .venv/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps dnc==2.0.0b1 || true
 	$(BIN)/python -m benchmarks run $(ARGS)
 
 # On a machine with a GPU, a PyTorch and a pytest of its own: nothing is installed. Under 9 minutes: parity, then the
@@ -89,10 +88,14 @@ clean:
 .venv-oldest/.dev: pyproject.toml constraints-oldest.txt
 	$(call install,.venv-oldest,constraints-oldest.txt,dev)
 
+# What tests and benchmark compare with, without what it depends on, which they do not need; they do without it too.
+peer = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dnc==2.0.0b1 || true
+
 define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	{ echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[$(3)]'
+$(if $(filter dev,$(3)),$(call peer,$(1)))
 touch $(1)/.$(3)
 endef

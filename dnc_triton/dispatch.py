@@ -1,9 +1,10 @@
 """Which backend serves a call: one table, what each entry can do, and how one is chosen.
 
 Who is asked first: the `backend` argument of the call or layer, then `use_backend`, then the environment variable
-DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else the
-reference. On a GPU it is what was the fastest when measured, which happens on the first call of a kind (`tuning`);
-while a graph is traced or captured nothing is measured, and what is remembered or else the first in rank is taken.
+DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else, and
+for a single step without gradients, the reference. On a GPU it is what was the fastest when measured, which happens on
+the first call of a kind (`tuning`); while a graph is traced or captured nothing is measured, and what is remembered or
+else the first in rank is taken.
 """
 
 from __future__ import annotations

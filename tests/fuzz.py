@@ -236,7 +236,8 @@ def compare(batch: Batch, problem: Problem, actual: Outcome) -> Mismatch | None:
                 return Mismatch(0, f"{name}: expected shape {list(want.shape)}, got {list(ours[name].shape)}")
             error = (got - flat).abs().nan_to_num(nan=torch.inf)
             floor = FLOOR_ULPS * torch.finfo(batch.dtype).eps * condition * flat.abs().amax(1).clamp(min=1)
-            limit = floor + FACTOR * (theirs[name].double().flatten(1) - flat).abs().amax(1)
+            as_large = (theirs[name].double().flatten(1) - flat).abs().amax(1)
+            limit = floor + FACTOR * as_large.nan_to_num(nan=0.0, posinf=0.0)  # where that is lost, it allows nothing
             worst, place = error.max(1)
             for row in (worst > limit).nonzero().flatten().tolist()[:1]:
                 index = [int(x) for x in torch.unravel_index(place[row], want.shape[1:])]

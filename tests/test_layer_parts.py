@@ -102,11 +102,21 @@ def test_a_dropout_of_ones_own_is_called(change):
     dnc, calls = make(num_layers=2), []
     if change == "another":
         dnc.controller.dropout = nn.Hardtanh(-0.01, 0.01)
+        assert dnc.dropout == 0.0
+        assert "dropout=" not in repr(dnc)
     else:
         dnc.controller.dropout.register_forward_hook(lambda *arguments: calls.append(1))
     assert backend_of(dnc) == "reference"
     assert_as_the_reference(dnc)
     assert len(calls) == (0 if change == "another" else 2 * INPUTS[1])
+
+
+def test_a_dropout_that_overwrites_is_called():
+    """It would multiply all of its masks into one."""
+    dnc = make(num_layers=3, dropout=0.5)
+    assert backend_of(dnc) == "torch_sequence"
+    dnc.controller.dropout.inplace = True
+    assert backend_of(dnc) == "reference"
 
 
 def test_the_bound_of_gradients_can_be_changed():

@@ -5,6 +5,7 @@ Nothing here needs a GPU. Compilation happens in other processes, since those of
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def check(measurements):
 
 def test_kernels_compile_spill_nothing_fit_race_nowhere_and_take_no_more_than_recorded(measurements):
     check(measurements)
+
+
+def test_the_versions_that_are_tested_are_on_record():
+    """Else there is nothing to compare with."""
+    pins = [(RECORD.parents[2] / name).read_text() for name in ("constraints.txt", "constraints-oldest.txt")]
+    versions = [line.removeprefix("triton==") for pin in pins for line in pin.split() if line.startswith("triton==")]
+    assert len(versions) == 2
+    assert set(versions) <= json.loads(RECORD.read_text()).keys()
 
 
 def test_every_shape_is_compiled_for_every_target():

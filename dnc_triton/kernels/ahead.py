@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class Compiling:
 
 _compiling: ContextVar[Compiling | None] = ContextVar("dnc_triton_compiling_ahead", default=None)
 _overlapping: ContextVar[bool] = ContextVar("dnc_triton_overlapping", default=False)
+# Triton 3.7 takes a kernel for loaded while another thread is still loading it (triton-lang/triton#11518).
+_one_at_a_time = Lock()
 
 
 def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -50,7 +53,8 @@ def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **opt
     if _overlapping.get():
         options |= {"OVERLAPS": True, "launch_pdl": True}
     if compiling is None:
-        kernel[grid](*arguments, **options)
+        with _one_at_a_time:
+            kernel[grid](*arguments, **options)
     else:
         compiling.add(kernel, grid, arguments, options)
 

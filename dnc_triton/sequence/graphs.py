@@ -4,7 +4,8 @@ A graph reads and writes the same memory at each replay. So an instance of one h
 into which the call's own tensors are copied (changed weights are as good as the old ones), and what a call returns is
 copied out. The history alone, by far the largest, is handed out where it stands, and the instance is leased until
 nobody holds it any more: autograd lets go of it after the backward, or with the last result of the forward. A call of
-the same kind in the meantime takes another instance, or plain launches.
+the same kind in the meantime takes another instance, or plain launches. `Tensor.record_stream` is not heard of: a
+hook that copies what is saved on a stream of its own holds it until the copy is made.
 
 Plain launches are right at any time, also for the backward of a forward that was replayed. They are taken
 

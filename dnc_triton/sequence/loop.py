@@ -205,10 +205,9 @@ class Sequence:
 
     def _backward_step(self, step: int, d: Carried) -> Carried:
         """From the gradient by the state after a step, which is overwritten, to that by the state before it."""
-        before, after = self._before(step), self._after(step)
+        memory, after = self._memory_before(step), self._after(step)
         if not self.adds_ahead or step == self.steps - 1:
             d.words.add_(self.d_words_out[step])
-        memory = before.memory
         if self.settings.link_every > 1:
             memory = memory._replace(link=self.checkpoints[step - self.checkpoints.behind(step)][1])
         d = d._replace(memory=self.memory.backward(step, memory, after.memory, d.words, d.memory))
@@ -259,9 +258,12 @@ class Sequence:
             return Product
         from dnc_triton.sequence.small_product import SmallProduct, is_small
 
-        recurs = self.settings.cell.states > 0
-        together = [parameters[0][:, input_size:], *(parameters[1:2] if recurs else [])]
-        return SmallProduct if is_small(self.batch, *together, dtype=self.settings.product_dtype) else Product
+        of_layer = len(parameters[:-4]) // self.settings.num_layers
+        layers = [parameters[first : first + of_layer] for first in range(0, len(parameters[:-4]), of_layer)]
+        layers[0] = [layers[0][0][:, input_size:], *layers[0][1:]]
+        dtype = self.settings.product_dtype
+        small = all(is_small(self.batch, *(x for x in layer if x.dim() > 1), dtype=dtype) for layer in layers)
+        return SmallProduct if small else Product
 
     def _make_cells(self) -> list[Cell]:
         settings, history = self.settings, self.history
@@ -306,6 +308,10 @@ class Sequence:
             torch.where(_rows(rows, tensor), self._zero, tensor, out=fresh)
         return Carried.unflatten([*tensors[: self.by_kernel], *self._fresh], len(state.layers))
 
+    def _memory_before(self, step: int) -> MemoryState:
+        """The memory's part of that, which is all that the way back asks for."""
+        return (self._at if self.by_kernel else self._before)(step).memory
+
     # Work space, made when it is wanted.
 
     @cached_property
@@ -346,11 +352,11 @@ class Sequence:
         Kernels go through `last` as well, for what its backward wants to have kept.
         """
         for step in range(first, last):
-            before, after = self._before(step).memory, self._after(step).memory
+            before, after = self._memory_before(step), self._after(step).memory
             self.memory.replay(step, before, after)
             self._hold(step, before, after)
         if self.by_kernel:
-            self.memory.replay(last, self._before(last).memory, None)
+            self.memory.replay(last, self._memory_before(last), None)
 
     def _before_output(self) -> tuple[Tensor, Tensor]:
         """What outputs are made from: hidden vectors [T, B, H] and words read [T, B, R W]."""

@@ -92,7 +92,7 @@ class OneLaunchSequence:
         history: list[Tensor] | None = None,
         last: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.settings, self.running = settings, running
+        self.settings, self.parameters, self.running = settings, parameters, running
         if running is not None:
             inputs = torch.where(running.unsqueeze(-1), inputs, 0)
             reset = None if reset is None else reset & running
@@ -208,7 +208,8 @@ class OneLaunchSequence:
         if self.reset is not None:
             before = before.masked_fill(self.reset.unsqueeze(-1), 0)
         rows, dtypes = self.steps * self.batch, {d_gates.dtype, self.settings.product_dtype}
-        if dtypes == {torch.float32} and 0 < rows <= MOST_ROWS.get(d_gates.device.type, 0):
+        most = max(x.numel() for x in (self.inputs, d_outputs, *self.parameters))  # the kernel counts in 32 bits
+        if dtypes == {torch.float32} and 0 < rows <= MOST_ROWS.get(d_gates.device.type, 0) and most < 2**31:
             from dnc_triton.kernels.gradients import weight_gradients
 
             return list(weight_gradients(d_gates, d_vectors, d_outputs.contiguous(), self.inputs, before, after))

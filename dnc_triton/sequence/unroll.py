@@ -116,7 +116,7 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     if any(type(layer) is not kind for layer in layers):
         return False
     dropout = controller._modules["dropout"]
-    if type(dropout) is not nn.Dropout:
+    if type(dropout) is not nn.Dropout or dropout.inplace:
         return False
     part: Any
     for part in (interface, output, controller, dropout, *layers):

@@ -134,12 +134,12 @@ class DNCCell(nn.Module):
     @property
     def dropout(self) -> float:
         """Of the controller, 0 for one of your own. It is changed there: `controller.dropout.p`."""
-        return 0.0 if self.controller_kind == "custom" else float(self.controller.dropout.p)  # type: ignore[union-attr,arg-type]
+        return float(getattr(self.controller.dropout, "p", 0)) if isinstance(self.controller, Controller) else 0.0
 
     @property
     def max_activation_gradient(self) -> float | None:
         """Of the controller, None for one of your own. It is changed there."""
-        return None if self.controller_kind == "custom" else self.controller.max_activation_gradient  # type: ignore[return-value]
+        return self.controller.max_activation_gradient if isinstance(self.controller, Controller) else None
 
     @property
     def feature_size(self) -> int:

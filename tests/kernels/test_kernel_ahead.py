@@ -6,6 +6,8 @@ That what compiles is what will be launched is in tests/test_compiling_ahead.py,
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,6 +38,28 @@ def test_this_threads_launches_alone_run_nothing() -> None:
     assert elsewhere == [3.0]
     assert not ahead.is_compiling_ahead()
     assert add(torch.ones(1, 1)) == 3
+
+
+def test_kernels_are_launched_one_at_a_time() -> None:
+    """A second thread must not find one that is only half loaded."""
+    inside, seen = [], []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[[], None]:
+            return self.launch
+
+        def launch(self) -> None:
+            inside.append(self)
+            time.sleep(0.01)
+            seen.append(len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=ahead.launch_or_compile, args=(Kernel(), (1,))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1] * 4
 
 
 def test_an_error_in_the_block_ends_it() -> None:

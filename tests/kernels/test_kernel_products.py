@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,7 @@ from dnc_triton.kernels.products import (
     product,
 )
 from dnc_triton.sequence import small_product
+from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.small_product import SmallProduct, is_small
 
@@ -291,3 +293,16 @@ def test_what_is_small() -> None:
     assert not is_small(64, small, small, dtype=torch.float32)
     assert not is_small(65, small, dtype=torch.float32)
     assert not is_small(1, small, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("given", "small"), [([16, 16], True), ([8, 32], False), ([32, 8], False)])
+def test_products_are_small_where_those_of_every_layer_are(
+    given: list[int], small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a feedforward controller; what the first layer is given of the network's input is no product of a step."""
+    monkeypatch.setattr(small_product, "MOST_WORK", {"cpu": 3 * 4 * 16})
+    settings = SimpleNamespace(layout=object(), num_layers=2, product_dtype=torch.float32)
+    sequence: Any = SimpleNamespace(batch=3, settings=settings)
+    sizes = [(4, 100 + given[0]), (4,), (4, given[1]), (4,), (9, 4), (9,), (2, 4), (2,)]
+    parameters = [torch.empty(size) for size in sizes]
+    assert (Sequence._product_by_step(sequence, parameters, 100) is SmallProduct) == small
