@@ -223,6 +223,7 @@ def launch_backward(
         raw=raw,
         strength_offset=strength_offset,
         stop_usage_gradient=stop_usage_gradient,
+        far=behind * row >= 2**31,
         compute=scratch.dtype,
     )
     for launch in launches(batch, slots, word, num_reads, layout, backward=True, **options):

@@ -44,6 +44,7 @@ class Sizes(NamedTuple):
         RAW: the interface is not activated yet.
         STRENGTH_OFFSET: what raw strengths get on top of softplus.
         STOP_USAGE_GRADIENT: as in `memory_step`.
+        FAR: what a link is made again with is further away than 32 bits count.
         COMPUTE: the type of the arithmetic.
     """
 
@@ -75,6 +76,7 @@ class Sizes(NamedTuple):
     RAW: bool
     STRENGTH_OFFSET: float
     STOP_USAGE_GRADIENT: bool
+    FAR: bool
     COMPUTE: tl.dtype
 
     @classmethod
@@ -89,6 +91,7 @@ class Sizes(NamedTuple):
         raw: bool = True,
         strength_offset: float = 1.0,
         stop_usage_gradient: bool = False,
+        far: bool = False,
         compute: torch.dtype = torch.float32,
         backward: bool = False,
     ) -> Sizes:
@@ -142,5 +145,6 @@ class Sizes(NamedTuple):
             RAW=raw,
             STRENGTH_OFFSET=strength_offset,
             STOP_USAGE_GRADIENT=stop_usage_gradient,
+            FAR=far,
             COMPUTE=TRITON_DTYPES[compute],
         )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels.common import exp, sigmoid, softplus, tanh
+from dnc_triton.kernels.launch import StepGradient, backward_scratch, launch_backward
+from dnc_triton.kernels.layout import Layout, kept_shapes
 
 FUNCTIONS = {"exp": torch.exp, "sigmoid": torch.sigmoid, "softplus": torch.nn.functional.softplus, "tanh": torch.tanh}
 BLOCK = 1024
+MAP_NORESERVE = 0x4000  # of Linux, which Python names from 3.13 on
 
 
 def function_kernel(x_ptr, out_ptr, size, NAME: tl.constexpr, BLOCK: tl.constexpr):
@@ -54,3 +60,45 @@ def test_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
 def test_where_there_is_no_number(name: str, device: torch.device) -> None:
     x = torch.tensor([-torch.inf, -200.0, -0.0, 0.0, 200.0, torch.inf, torch.nan], device=device)
     torch.testing.assert_close(run(name, x), FUNCTIONS[name](x), equal_nan=True, rtol=1e-6, atol=0.0)
+
+
+def test_what_lies_far_behind() -> None:
+    """The link of three steps before, made again from entries that are more than 2³¹ numbers away."""
+    close, far = (_gradient_of_a_step(row) for row in (64, 2**31 // 3 // 64 * 64 + 64))
+    for expected, actual in zip(close, far, strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(actual, expected)
+
+
+def _gradient_of_a_step(row: int) -> StepGradient:
+    """With the link three steps behind, and so many numbers from what one step has to that of the next."""
+    slots, word, behind, layout = 16, 4, 3, Layout(False, 8, 16, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator) / slots
+
+    # Addresses, with memory behind those that are written to alone.
+    addresses = mmap.mmap(-1, 4 * row * (behind + 2), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    entries = torch.frombuffer(addresses, dtype=torch.float32).unflatten(0, (behind + 2, row))
+    entries[:, : 2 * slots] = draw(behind + 2, 2 * slots)
+    precedence, write_weights = (entries[:, None, None, i * slots : (i + 1) * slots].unbind(0) for i in range(2))
+    memory, usage, link, read_weights = (
+        draw(1, slots, word),
+        draw(1, slots),
+        draw(1, 1, slots, slots),
+        draw(1, 1, slots),
+    )
+    state = memory, usage, link, precedence[behind], read_weights, write_weights[behind]
+    kept, free_list = draw(*kept_shapes(1, slots, 1)[0]), torch.arange(slots, dtype=torch.int32).unsqueeze(0)
+    result = draw(1, slots, word), draw(1, slots), draw(1, 1, slots), write_weights[behind + 1], kept, free_list
+    vector, gradients = (
+        draw(1, sum(interface_sizes(1, 1, word).values())),
+        (draw(1, 1, word), *(draw(*x.shape) for x in state)),
+    )
+    gradient = StepGradient(*(torch.full(x.shape, torch.nan) for x in (vector, *state)))
+    launch_backward(
+        vector, state, result, gradients, gradient, backward_scratch(memory, 1, layout),
+        raw=True, strength_offset=1.0, stop_usage_gradient=False, layout=layout, behind=behind, row=row,
+    )  # fmt: skip
+    return gradient
