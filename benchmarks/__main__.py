@@ -21,11 +21,12 @@ from benchmarks import apart, compare, files, report
 from benchmarks.configurations import CONFIGURATIONS, SWEEPS, Case, LeftOutError, case_of, sweep_cases
 from benchmarks.floors import bytes_per_second, product_speed
 from benchmarks.machine import describe_machine
-from benchmarks.measure import WRONG, Row, Session, measure
+from benchmarks.measure import FAILED, WRONG, Row, Session, measure
 from benchmarks.modes import CAPTURED, MODES, TRAINING, modes_on
-from benchmarks.peers import all_peers
+from benchmarks.peers import EAGER, OURS, all_peers
 from benchmarks.progress import Progress
 from dnc_triton.cli import INTERRUPTED
+from dnc_triton.dispatch import BACKENDS
 
 HERE = Path(__file__).parent
 BUSY = 0.5  # processes running on average in the last minute; threads that wait for a core cost up to a hundredfold
@@ -35,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        its exit status. 1: this project's layer or a backend was wrong somewhere, the device stopped working, or
-        `compare` found a regression. 2: nothing was measured, or a file could not be read. 130: it was interrupted.
+        its exit status. 1: this project's layer or a backend was wrong or failed somewhere, the device stopped working,
+        or `compare` found a regression. 2: nothing was measured, or a file could not be read. 130: it was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     statuses = []
     for device in _devices(options.device):
         statuses.append(_run(torch.device(device), options, command, started))
+        if statuses[-1] == INTERRUPTED:
+            break
     return max(statuses, default=2)
 
 
@@ -145,7 +148,12 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
         _write_report({"machine": machine, "left_out": session.left_out, "rows": rows}, stem)
     if interrupted:
         return INTERRUPTED
-    return 1 if session.lost or any(row["status"] == WRONG for row in rows) else 0
+    return 1 if session.lost or any(row["status"] == WRONG or _broke(row) for row in rows) else 0
+
+
+def _broke(row: dict[str, Any]) -> bool:
+    """Whether the project's layer or a backend of it raised. Others may, and the eager reference for want of memory."""
+    return row["status"] == FAILED and row["peer"] in {OURS, *BACKENDS} - {EAGER}
 
 
 def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[str]]:

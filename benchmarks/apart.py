@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,8 +49,12 @@ def measure_apart(
             continue
         session.report(where)
         records: list[Record] = []
+        interrupted = False
         with tempfile.TemporaryDirectory() as folder:
-            status = _run(_command(name, mode, cases, options, seconds, folder), seconds, Path(folder, "log"))
+            try:
+                status = _run(_command(name, mode, cases, options, seconds, folder), seconds, Path(folder, "log"))
+            except KeyboardInterrupt:
+                status, interrupted = "interrupted", True
             for path in Path(folder).glob("*.json"):
                 try:
                     results = files.read_results(path)
@@ -64,6 +69,8 @@ def measure_apart(
         if status:
             session.left_out.append(f"{where}: {status}")
         yield records
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 def _command(
@@ -96,7 +103,7 @@ def _run(command: Sequence[str], seconds: float, log: Path) -> str:
             return "killed, for it did not stop when its time was up"
     if not done.returncode:
         return ""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = re.split(r"[\r\n]", log.read_text(encoding="utf-8", errors="replace"))  # a bar goes back to where it began
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return f"ended with status {done.returncode}: {last}"
 

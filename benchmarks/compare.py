@@ -9,7 +9,9 @@ from benchmarks.measure import FAILED, MEASURED, WRONG
 from benchmarks.peers import all_peers
 
 MARGIN = 0.05
-SIZES = ("batch", "steps", "memory_size", "word_size", "num_reads", "hidden_size", "num_layers")
+SIZES = (
+    "batch", "steps", "memory_size", "word_size", "num_reads", "hidden_size", "num_layers", "input_size", "output_size"
+)  # fmt: skip
 MACHINE = ("device", "cpu", "gpu", "threads", "python", "torch", "triton")
 
 # Whose code this project does not change: it tells whether the machine was the same.

@@ -10,8 +10,6 @@ that is timed as well, controller and all, per time step. The results are writte
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import shlex
 import statistics
 import sys
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import goals, verify
+from benchmarks import files, goals, verify
 from benchmarks.configurations import BASE, case_of
 from benchmarks.floors import KNOWN_BYTES_PER_SECOND, L2_BYTES_PER_SECOND
 from benchmarks.machine import describe_machine
@@ -33,6 +31,7 @@ from benchmarks.modes import aside, draw_inputs
 from benchmarks.peers import Network, dnc_layer
 from dnc_reference import MemoryState, interface_step
 from dnc_reference.interface import interface_sizes
+from dnc_triton.cli import INTERRUPTED
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels.launch import step_backward, step_forward
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
@@ -69,7 +68,7 @@ class Row:
         error: largest error over largest number, forward and backward; None for the reference.
         forward_us, backward_us: median µs of a step; None if it was wrong, or does not apply.
         forward_floor_us, backward_floor_us: the bytes of link and memory that must move, as fast as an H200 copies.
-        forward_l2_floor_us, backward_l2_floor_us: the same at the speed of its L2 cache, if they fit into it.
+        forward_l2_floor_us, backward_l2_floor_us: the same at the speed of its L2 cache, as if they fitted into it.
         note: why something is missing.
     """
 
@@ -89,12 +88,12 @@ class Row:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether it was held against the oracle and is not what that computes."""
-        return self.error is not None and self.forward_us is None
+        """Whether it is a layout that raised, or is not what the oracle computes."""
+        return self.forward_us is None and not self.who.startswith("reference")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns its exit status: 1 if a layout is wrong, 2 without a GPU."""
+    """Run the command line. Returns its exit status: 1 if a layout is wrong or raised, 2 and 130 as `benchmarks`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
@@ -109,31 +108,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stem = options.output / f"gpu-step-{machine['date'][:10]}"
     rows: list[Row] = []
     left_out: list[str] = []
+    interrupted = False
     try:
         for row, measure in jobs(BUCKETS, torch.device("cuda"), graph_time, call_time):
             if time.perf_counter() - started > options.seconds:
                 left_out.append(f"{sizes_of(row)}, {row.who}: the time is up")
                 continue
             rows.append(measure_one(row, measure))
-            write(stem, machine, rows, left_out)
+            write(stem, machine, rows, left_out)  # who is killed later has this
             print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     except KeyboardInterrupt:
+        interrupted = True
         left_out.append("what follows: interrupted")
+    if not rows:
+        print("Nothing was measured:", *left_out, sep="\n- ", file=sys.stderr)
+        return INTERRUPTED if interrupted else 2
     write(stem, machine, rows, left_out)
     reached = goals.table(goals.STEPS, [asdict(row) for row in rows])
     print(markdown(rows), *left_out, "", reached, "", f"Written: {stem}.json, {stem}.csv", sep="\n")
-    return 1 if any(row.is_wrong for row in rows) else 0
+    if any(row.is_wrong for row in rows):
+        return 1
+    return INTERRUPTED if interrupted else 0
 
 
 def write(stem: Path, machine: dict[str, Any], rows: list[Row], left_out: list[str]) -> None:
     """Write <stem>.json and <stem>.csv."""
     records = [asdict(row) for row in rows]
-    content = {"machine": machine, "left_out": left_out, "rows": records}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    files.write_json(stem.with_suffix(".json"), {"machine": machine, "left_out": left_out, "rows": records})
+    files.write_csv(stem.with_suffix(".csv"), records)
 
 
 def jobs(

@@ -8,7 +8,6 @@ process ever held has grown in forward and backward, on a GPU the tensors at the
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import goals
+from benchmarks import files, goals
 from benchmarks.machine import describe_machine
 from benchmarks.memory import gpu_peak, most_held
 from dnc_triton import DNC
@@ -81,7 +80,7 @@ def train_once(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns its exit status: 2 if a GPU is asked for and there is none."""
+    """Run the command line. Returns its exit status: 1 if a case could not be measured, 2 if none could."""
     parser = argparse.ArgumentParser("python -m benchmarks.lean", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/lean.json, lean-gpu.json")
@@ -95,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine("python -m benchmarks.lean" + (" --device cuda" if on_gpu else ""))
     machine["threads"] = 1
     rows: list[dict[str, Any]] = []
-    for case in GPU_CASES if on_gpu else CASES:
+    cases = GPU_CASES if on_gpu else CASES
+    for case in cases:
         backend, steps, checkpoint, sizes = case
         try:
             if on_gpu:
@@ -104,14 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                     rows.append(pool.submit(train_once, *case).result())
             result = f"{rows[-1]['grown_bytes'] / 1e6:,.0f} MB"
-        except torch.OutOfMemoryError as error:  # the next one may take less
-            result = f"not measured, {str(error).splitlines()[0]}"
+        except Exception as error:  # of memory, say, of which the next one may take less
+            result = f"not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         print(f"{backend}, N = {sizes['memory_size']}, T = {steps}, checkpoint = {checkpoint}: {result}", flush=True)
-        text = json.dumps({"machine": machine, "rows": rows}, indent=2, ensure_ascii=False)
-        output.write_text(text + "\n", encoding="utf-8")
-    if on_gpu:
+        if rows:
+            files.write_json(output, {"machine": machine, "rows": rows})
+    if on_gpu and rows:
         print("", goals.table(goals.MEMORY, rows), f"Written: {output}", sep="\n")
-    return 0
+    return 0 if len(rows) == len(cases) else 1 if rows else 2
 
 
 if __name__ == "__main__":

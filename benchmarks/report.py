@@ -12,6 +12,10 @@ from benchmarks.peers import EAGER, OURS, all_peers
 from dnc_triton.dispatch import BACKENDS
 
 Record = dict[str, Any]
+OF_PEAKS = (
+    "Peaks are of tensors, with plain launches. A CUDA graph of this layer keeps its memory from call to call, within "
+    "the bound of `DNC_TRITON_GRAPH_MEMORY`."
+)
 
 
 def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
@@ -30,7 +34,7 @@ def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
         parts += [means] if (means := geometric_means(rows_of_mode)) else []
     if machine.get("device") == "cuda":
         parts += ["## Goals, set for an H200", goals.table(goals.TIMES, rows)]
-    parts += ["## Every figure", every_figure(rows)]
+    parts += ["## Every figure", *([OF_PEAKS] if machine.get("device") == "cuda" else []), every_figure(rows)]
     notes = notes_of(results)
     parts += ["## Not measured", "\n".join(f"- {note}" for note in notes)] if notes else []
     return "\n\n".join(parts) + "\n"

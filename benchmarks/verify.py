@@ -79,7 +79,10 @@ def error(network: Network, mode: str, truth: Truth) -> float:
     else:
         with torch.no_grad():
             outputs = network.run(truth.inputs, None)[0] if mode == "forward" else _one_by_one(network, truth.inputs)
-    pairs.append((outputs, truth.outputs[:, : outputs.shape[1]]))
+    expected = truth.outputs[:, :SINGLE_STEPS] if mode == "step" else truth.outputs
+    if outputs.shape != expected.shape:
+        raise ValueError(f"outputs: expected {list(expected.shape)}, got {list(outputs.shape)}")
+    pairs.append((outputs, expected))
     errors = [(actual.double() - expected).abs().max() / expected.abs().max() for actual, expected in pairs]
     return float(torch.stack(errors).max())
 

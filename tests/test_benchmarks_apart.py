@@ -108,6 +108,24 @@ def test_a_peer_apart_that_dies_costs_only_its_own_rows(child, monkeypatch):
     assert notes == [where.format("training") + stopped, where.format("forward") + "the time is up"]
 
 
+def test_who_is_interrupted_has_what_a_peer_apart_has_done(child, monkeypatch):
+    be, _ = child
+    be("good")
+    exact, here = apart._run, session()
+
+    def interrupted(*arguments):
+        exact(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apart, "_run", interrupted)
+    options = options_of("--modes", "training,forward")
+    found = apart.measure_apart("compiled_cuda_graphs", [CASE], options.modes, options, here)
+    assert [row["configuration"] for row in next(found)] == ["tiny"]
+    assert here.left_out[-1] == "compiled_cuda_graphs, training, in a process of its own: interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
+
+
 @pytest.mark.parametrize("peers_asked", ["dnc_triton,compiled_cuda_graphs,lstm", "compiled_cuda_graphs"])
 def test_what_was_measured_apart_stands_among_the_others(tmp_path, monkeypatch, peers_asked):
     """On the CPU in the place of a GPU. By itself the peer is measured in place, else there would be no end."""

@@ -158,8 +158,8 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
         def measure(row):
             if kind == "slow":
                 time.sleep(0.2)
-            if kind in ("failing", "interrupted"):
-                raise RuntimeError("no memory\nat all") if kind == "failing" else KeyboardInterrupt
+            if kind.endswith(("failing", "interrupted")):
+                raise KeyboardInterrupt if kind == "interrupted" else RuntimeError("no memory\nat all")
             return replace(row, error=1e-7, forward_us=2.0, backward_us=3.0)
 
         return gpu.Row(16, 16, 16, 4, kind), measure
@@ -173,9 +173,19 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "describe_machine", lambda command: {"date": "2026-01-02T03"})
+    assert run("good")[0] == 0
+    assert run("good", "interrupted", "good")[0] == 130
+    assert run("good", "failing")[0] == 1
+    before = run("good", "reference that is failing")
+    assert before[0] == 0, "others may"
+    monkeypatch.setattr(gpu, "jobs", lambda *arguments: map(measured, ["interrupted"]))
+    assert gpu.main(["--output", str(tmp_path)]) == 130
+    assert gpu.main(["--output", str(tmp_path), "--seconds", "-1"]) == 2
+    (file,) = tmp_path.glob("gpu-step-*.json")
+    assert json.loads(file.read_text(encoding="utf-8")) == before[1], "no results are no reason to lose some"
     status, content = run("good", "failing", "interrupted", "good")
     assert [row["note"] for row in content["rows"]] == ["", "not measured: RuntimeError: no memory"]
-    assert (status, content["left_out"]) == (0, ["what follows: interrupted"])
+    assert (status, content["left_out"]) == (1, ["what follows: interrupted"])
     status, content = run("slow", "late", seconds="0.1")
     assert [row["who"] for row in content["rows"]] == ["slow"]
     assert content["left_out"] == ["16, 16, 16, 4, late: the time is up"]

@@ -62,6 +62,14 @@ def test_a_state_that_is_lost_is_noticed():
     assert verify.error(forgetful, "step", truth) > truth.allowed["step"]
 
 
+@pytest.mark.parametrize("mode", ["training", "forward"])
+def test_steps_that_are_missing_are_noticed(mode):
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), [mode])
+    layer = peers.make_layer(CASE, CPU, backend="auto").module
+    with pytest.raises(ValueError, match=r"outputs: expected \[2, 3, 2\], got \[2, 2, 2\]"):
+        verify.error(Network(layer, lambda inputs, state: layer(inputs[:, :2])), mode, truth)
+
+
 def test_a_poor_reference_does_not_widen_the_tolerance_at_will(monkeypatch):
     monkeypatch.setattr(verify, "error", lambda network, mode, truth: 0.5)
     truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["forward"])
@@ -103,6 +111,15 @@ def test_a_peer_that_breaks_costs_the_others_nothing(monkeypatch):
     assert rows[OURS].status == "measured"
     assert (rows["lstm"].status, rows["lstm"].ms_per_step_p50) == ("failed", None)
     assert rows["lstm"].note == "lstm failed on tiny: RuntimeError: no memory left"
+
+
+@pytest.mark.parametrize(("peer", "status"), [(OURS, 1), ("torch_sequence", 1), (EAGER, 0)])
+def test_a_layer_of_ours_that_breaks_fails_the_run(tmp_path, monkeypatch, peer, status):
+    known = {**all_peers(), peer: replace(all_peers()[peer], make=lambda case, device: 1 / 0)}
+    monkeypatch.setattr(measure, "all_peers", lambda: known)
+    ended, rows, _ = run(tmp_path, "--modes", "forward", "--peers", f"{OURS},torch_sequence,{EAGER}")
+    assert {row["peer"] for row in rows if row["status"] == "failed"} == {peer}
+    assert ended == status
 
 
 def test_an_oracle_that_breaks_leaves_the_case_without_times(monkeypatch):
