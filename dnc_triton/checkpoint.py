@@ -6,7 +6,8 @@ import errno
 import io
 import os
 import pickle
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,32 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
         _remove(path)
         raise
     return True
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """In the block no other process may hold a folder. Where the system has no such locks nobody is kept out.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(f"{folder}: another process trains this run; wait for its end, or name another") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_full(error: OSError) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import itertools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table is worth more than a character that nobody can encode
     try:
         options = _parser().parse_args(arguments)
         status: int = options.act(options)
@@ -220,7 +224,7 @@ def _train(options: argparse.Namespace) -> int:
     say(f"{'Going on with' if run.step else 'Training'} {task} in {run.folder}/ on {options.device}{processes}")
     if not run.train():
         say(f"Stopped at step {run.step} of {run.settings.steps}. To go on: "
-            f"python -m dnc_triton train {task} --resume {run.folder}")  # fmt: skip
+            f"python -m dnc_triton train {task} --resume {shlex.quote(str(run.folder))}")  # fmt: skip
         return INTERRUPTED
     say(report(run))
     return 0
@@ -271,11 +275,14 @@ def _claim_new(run: Run) -> None:
 
 def _check_same(settings: Settings, options: argparse.Namespace) -> None:
     """A run goes on with the settings it was started with."""
+    from dnc_triton.tasks import TASKS
+
     if settings.task != options.task:
         raise ValueError(f"--resume: expected a run of {options.task!r}, got one of {settings.task!r}")
     if hasattr(options, "config"):
         raise ValueError("--resume: a run goes on with its own settings; leave --config out, or start a new run")
-    here = asdict(settings) | settings.task_arguments
+    defaults = {name: argument.default for name, argument in inspect.signature(TASKS[settings.task]).parameters.items()}
+    here = defaults | asdict(settings) | settings.task_arguments
     for name, value in _given(options).items():
         if name in here and here[name] != value:
             flag = "--" + name.replace("_", "-")

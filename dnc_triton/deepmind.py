@@ -107,6 +107,7 @@ def from_deepmind(
         clip=clip,
         strength="softplus",
         stop_usage_gradient=True,
+        device="cpu",
         dtype=dtype,
     )
     gates_bias = take("lstm/b_gates", (4 * hidden_size,)).clone()

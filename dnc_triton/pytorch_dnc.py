@@ -171,6 +171,7 @@ def from_pytorch_dnc(
         dropout=0.0 if dropout is None else dropout,
         batch_first=batch_first,
         strength="softplus",
+        device="cpu",
         dtype=dtype,
     )
     rows, has_bias = _GATES[kind] * hidden_size, layer + "bias_ih_l0" in names

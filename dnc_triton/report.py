@@ -86,6 +86,18 @@ def report(run: Run) -> str:
     scores = evaluate(run)
     if not run.fabric.is_global_zero:
         return ""
+    try:
+        example = _write(run, scores)
+    except OSError:
+        print(table(run, scores))  # which takes longer than all the rest
+        raise
+    parts = ", ".join(f"{part} {run.seconds[part] / run.seconds['all']:.1%}" for part in PARTS)
+    seconds = f"{run.seconds['all']:.0f} s of training, of which {parts}; see {run.folder}/"
+    return "\n".join(["An example:", example, "", table(run, scores), "", seconds])
+
+
+def _write(run: Run, scores: Scores) -> str:
+    """The pictures and `result.json`; returns an example in words."""
     example = draw(run, run.folder)
     draw_learning_curve(run.rows, run.validations, run.task.unit, run.folder / "learning_curve.png")
     device = run.fabric.device
@@ -104,6 +116,4 @@ def report(run: Run) -> str:
         "torch": torch.__version__,
     }
     checkpoint.write(run.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    parts = ", ".join(f"{part} {run.seconds[part] / run.seconds['all']:.1%}" for part in PARTS)
-    seconds = f"{run.seconds['all']:.0f} s of training, of which {parts}; see {run.folder}/"
-    return "\n".join(["An example:", example, "", table(run, scores), "", seconds])
+    return example

@@ -78,9 +78,12 @@ class Settings:
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}, got {self.task!r}")
         known = inspect.signature(TASKS[self.task]).parameters
-        for name in self.task_arguments:
+        for name, value in self.task_arguments.items():
             if name not in known:
                 raise ValueError(f"{name}: expected one of the arguments of {self.task}, {', '.join(known)}")
+            default = known[name].default
+            if value is not default:
+                _check_type(name, value, str if default is None else type(default))
         for setting in fields(self):
             if "meaning" in setting.metadata:
                 _check_type(setting.name, getattr(self, setting.name), type(setting.default))
@@ -143,7 +146,8 @@ class Settings:
             if "meaning" in setting.metadata:
                 # JSON's numbers, strings, booleans and lists are TOML's.
                 lines.append(f"{setting.name} = {json.dumps(getattr(self, setting.name))}")
-        arguments = [f"{name} = {json.dumps(value)}" for name, value in self.task_arguments.items()]
+        given = {name: value for name, value in self.task_arguments.items() if value is not None}
+        arguments = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
         return "\n".join([*lines, "", "[task]", *arguments, ""])
 
     def make_task(self) -> Task:

@@ -22,6 +22,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -165,15 +166,17 @@ class Run:
 
         Raises:
             FloatingPointError: a number is not finite; `failure.pt` holds the batch and the run before it.
+            ValueError: another process is training in the folder.
             OSError: the folder cannot be made, before the first step; or the end of the run could not be saved, for a
                 full disk say: it says where it was saved instead.
         """
         settings = self.settings
         if self.step >= settings.steps and not os.access(self.folder, os.W_OK):  # nothing to add, and nowhere
             return True
-        if self.fabric.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
+            if self.fabric.is_global_zero:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(checkpoint.held(self.folder))
             stop = stack.enter_context(_asked_to_stop())
             progress = stack.enter_context(self._progress())
             journal = _Journal(self.folder / "tensorboard", self.step) if self.fabric.is_global_zero else None
@@ -207,9 +210,10 @@ class Run:
                         if journal:
                             journal.add(row, "validation")
                     if self._is_best(row):
-                        self.best = row
+                        last, self.best = self.best, row
                         with self._clock("checkpoints"):
-                            self._try_to_save("best.pt")
+                            if not self._try_to_save("best.pt"):  # which still holds the one before
+                                self.best = last
                 if due and not stopped and self.step < settings.steps:
                     before = time.perf_counter()
                     with self._clock("checkpoints"):
@@ -403,7 +407,11 @@ class Run:
                 checkpoint.write(self.folder / table, text.getvalue().encode())
 
     def _try_to_save(self, name: str) -> bool:
-        """Save on the way: what cannot be written now, on a full disk say, may be next time."""
+        """Save on the way: what cannot be written now, on a full disk say, may be next time.
+
+        Returns:
+            whether the file of this name was written.
+        """
         if self.fabric.is_global_zero:
             try:
                 self.save(name)
@@ -413,7 +421,7 @@ class Run:
                     f"{error}. {whole} goes on and tries again in a while"
                     + (": make room" if checkpoint.is_full(error) else "")
                 )
-                return False
+                return bool(error.filename != str(self.folder / name))
         return True
 
     def _save_the_end(self) -> None:
@@ -422,7 +430,7 @@ class Run:
         try:
             self.save()
         except OSError as error:
-            name = "-".join(re.findall(r"\w+", str(self.folder))[-2:])
+            name = "-".join(re.findall(r"\w+", str(Path(*self.folder.resolve().parts[-2:]))))
             rescued = Path(tempfile.gettempdir()) / f"{name}-{self.step}.pt"
             try:
                 checkpoint.save(rescued, self.state_dict())
@@ -432,13 +440,13 @@ class Run:
                     first = "Make room, then" if checkpoint.is_full(error) else "When it can be written to again,"
                     lost = (
                         f"What was trained since the last checkpoint is lost. {first} "
-                        f"--resume {self.folder} does it again"
+                        f"--resume {shlex.quote(str(self.folder))} does it again"
                     )
                 raise OSError(f"{error}; {second}. {lost}") from error
             first = "make room" if checkpoint.is_full(error) else f"see that {self.folder} can be written to"
             raise OSError(
                 f"{error}. The run as it is now, at step {self.step}, is in {rescued}: {first}, move it to "
-                f"{self.folder}/checkpoint.pt, then --resume {self.folder}"
+                f"{self.folder}/checkpoint.pt, then --resume {shlex.quote(str(self.folder))}"
             ) from error
 
 

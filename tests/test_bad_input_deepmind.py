@@ -34,6 +34,14 @@ def test_the_variables_below_would_do():
     assert (dnc.input_size, dnc.hidden_size, dnc.output_size) == (3, 6, 2)
 
 
+def test_the_layer_is_on_the_cpu():
+    """Whatever the default device; on "meta" weights would be lost."""
+    with torch.device("meta"):
+        dnc = from_deepmind(deepmind_variables(), **SIZES)
+    assert {x.device.type for x in dnc.parameters()} == {"cpu"}
+    assert not dnc.output.weight.any()
+
+
 @pytest.mark.parametrize("name", deepmind_variables())
 def test_deepmind_variable_of_the_wrong_shape(name):
     variables = deepmind_variables()

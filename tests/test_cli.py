@@ -235,6 +235,7 @@ def test_the_settings_a_run_leaves_give_the_same_run(run: Path, tmp_path: Path) 
         ("steps = true", ["steps", "expected a value of type int", "got True"]),
         ("no_such = 1", ["no_such is no setting"]),
         ("task = 3", ["a table [task]", "got task = 3"]),
+        ("[task]\nmax_length = 'long'", ["max_length", "expected a value of type int", "got 'long'"]),
         ("steps = ", ["expected a TOML file"]),
     ],
 )
@@ -247,6 +248,56 @@ def test_a_file_of_settings_that_is_none_is_refused(
     error = capsys.readouterr().err
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("task", "argument", "value", "expected"),
+    [
+        ("babi", "kinds", 1, "str"),
+        ("babi", "path", ["a"], "str"),
+        ("translation", "locales", ["en", "de"], "str"),
+        ("babi", "min_facts", "6", "int"),
+    ],
+)
+def test_an_argument_of_a_task_has_its_type(task: str, argument: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: expected a value of type {expected}, got"):
+        Settings(task, {argument: value})
+
+
+def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
+    for given in ({"path": "data/📚 é", "kinds": "1"}, {"path": None}):
+        path = tmp_path / "settings.toml"
+        path.write_text(Settings("babi", given).toml(), encoding="utf-8")
+        assert Settings.read("babi", path).task_arguments == {k: v for k, v in given.items() if v is not None}
+
+
+def test_a_run_goes_on_with_arguments_that_nobody_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One that its file does not hold has the task's own value, and no other."""
+    folder = tmp_path / "a folder"
+    Run(Settings("copy", {"max_length": 3}, steps=1, baseline=False), folder).save()
+    assert main(["train", "copy", "--resume", str(folder), "--num-bits", "4"]) == 2
+    assert "--num-bits 8, got 4; leave it out" in capsys.readouterr().err
+    assert main(["train", "copy", "--resume", str(folder), "--num-bits", "8"]) == 0
+
+
+def test_what_is_printed_is_printed_wherever_it_goes(run: Path) -> None:
+    """To a terminal that does not know all characters, too."""
+    done = start("trace", str(run), env={**os.environ, "PYTHONIOENCODING": "latin-1"}, text=False)
+    assert b"target" in done.communicate(timeout=120)[0]
+    assert done.returncode == 0
+
+
+def test_a_table_is_printed_where_nothing_can_be_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", "memory.png")
+
+    monkeypatch.setattr("dnc_triton.report.draw", refuse)
+    assert main(["train", "copy", "--resume", str(run)]) == 2
+    printed = capsys.readouterr()
+    assert "as trained" in printed.out
+    assert "Permission denied" in printed.err
 
 
 @pytest.mark.parametrize("precision", [pytest.param("64-true", marks=pytest.mark.slow), "bf16-mixed"])

@@ -276,6 +276,48 @@ def test_a_run_whose_folder_cannot_be_made_does_not_train(tmp_path: Path) -> Non
         run.train()
 
 
+def test_the_best_is_what_best_pt_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that was full at the best validation."""
+    save = checkpoint.save
+
+    def full(path: Path, content: dict[str, Any]) -> None:
+        if path.name == "best.pt" and content["step"] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    run = Run(small(steps=6, validate_every=2, baseline=False), tmp_path)
+    monkeypatch.setattr(run, "_is_best", lambda row: True)
+    held = []
+    before_step(run, 5, lambda: held.append((run.best["step"], checkpoint.load(tmp_path / "best.pt")["step"])))
+    assert run.train()
+    assert held == [(2, 2)]
+    assert run.best["step"] == checkpoint.load(tmp_path / "best.pt")["step"] == 6
+
+
+def test_rescued_runs_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / "runs" / f"{task}-20260101-000000" for task in ("copy", "babi")]
+    (tmp_path / "rescue").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
+    for folder in folders:
+        run = Run(small(steps=1, baseline=False), folder)
+        monkeypatch.setattr(run, "save", lambda *name: checkpoint.write(Path("/dev/null/nowhere"), b""))
+        with pytest.raises(OSError, match=f"{folder.name}-1.pt"):
+            run.train()
+    assert len(list((tmp_path / "rescue").iterdir())) == 2
+
+
+def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Run(small(steps=3, baseline=False), tmp_path / "run")
+    run.save()
+    before_step(run, 2, lambda: statuses.append(main(["train", "copy", "--resume", str(run.folder)])))
+    statuses: list[int] = []
+    assert run.train()
+    assert statuses == [2]
+    assert f"{run.folder}: another process trains this run" in capsys.readouterr().err
+    assert main(["train", "copy", "--resume", str(run.folder)]) == 0, "now it is free"
+
+
 # --- checkpoints that are not what they should be ---------------------------------------------------------------------
 
 
