@@ -30,6 +30,8 @@ CONTENTS: dict[str, type] = {
 # Any of these says that a folder is a run's.
 OF_A_RUN = ("checkpoint.pt", "best.pt", "failure.pt", "settings.toml")
 
+_HELD: set[int] = set()  # the descriptors of the folders that this process holds
+
 
 def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
     """Make a folder that of one run, however many ask for it at once: by its settings.toml, which only one can create.
@@ -83,15 +85,25 @@ def held(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.glob("*.pt.*.part"):  # by a process that was killed
+            _remove(left)
     except BlockingIOError as error:
         os.close(descriptor)
         raise ValueError(f"{folder}: another process trains this run; wait for its end, or name another") from error
     except OSError:  # a file system without locks
         pass
+    _HELD.add(descriptor)
     try:
         yield
     finally:
+        _HELD.remove(descriptor)
         os.close(descriptor)
+
+
+def let_go() -> None:
+    """In a process that was forked: leave the folders to the one that holds them, or they are held until both end."""
+    while _HELD:
+        os.close(_HELD.pop())
 
 
 def is_full(error: OSError) -> bool:
@@ -105,7 +117,8 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         OSError: it could not be written; the old file is as it was.
     """
-    temporary = path.with_name(path.name + ".part")
+    # Of this call alone, where nobody is kept out; tempfile's files would be the user's alone.
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -258,7 +258,9 @@ def _claim_named(run: Run) -> str:
     if checkpoint.claim(folder, run.settings.toml()):
         return ""
     if (folder / "checkpoint.pt").exists():
-        return f"--run: {folder} holds a run; go on with it by --resume {folder}, or name another folder"
+        return (
+            f"--run: {folder} holds a run; go on with it by --resume {shlex.quote(str(folder))}, or name another folder"
+        )
     return (f"--run: {folder} is another run's, which has saved no checkpoint so far; name another folder, or remove "
             "that one if nothing is training there")  # fmt: skip
 
@@ -284,7 +286,7 @@ def _check_same(settings: Settings, options: argparse.Namespace) -> None:
     defaults = {name: argument.default for name, argument in inspect.signature(TASKS[settings.task]).parameters.items()}
     here = defaults | asdict(settings) | settings.task_arguments
     for name, value in _given(options).items():
-        if name in here and here[name] != value:
+        if here[name] != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--resume: a run goes on with the settings it was started with, {flag} {here[name]}, "
                              f"got {value}; leave it out, or start a new run")  # fmt: skip

@@ -181,7 +181,7 @@ def from_pytorch_dnc(
         for name, shape in (("ih", (rows, columns)), ("hh", (rows, hidden_size))):
             to = f"controller.layers.{index}"
             ours[f"{to}.weight_{name}"] = take(f"{layer}weight_{name}_l{index}", shape).clone()
-            bias = take(f"{layer}bias_{name}_l{index}", (rows,)) if has_bias else torch.zeros(rows)
+            bias = take(f"{layer}bias_{name}_l{index}", (rows,)) if has_bias else torch.zeros(rows, device="cpu")
             ours[f"{to}.bias_{name}"] = bias
     if not read_feedback:
         ours["controller.layers.0.weight_ih"][:, input_size:] = 0

@@ -104,7 +104,7 @@ def _write(run: Run, scores: Scores) -> str:
     result = {
         "sequences_right": _one_of(scores, "right"),
         f"{run.task.unit}s_wrong": _one_of(scores, f"{run.task.unit}_error"),
-        "best_step": run.best["step"],
+        "best_step": run.best.get("step"),  # None: no best.pt could be written
         "seconds": round(run.seconds["all"], 1),
         "seconds_in": {part: round(run.seconds[part], 2) for part in PARTS},
         "settings": asdict(run.settings),

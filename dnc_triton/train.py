@@ -209,6 +209,7 @@ class Run:
                         row = self._validate()
                         if journal:
                             journal.add(row, "validation")
+                    self._share_sums()
                     if self._is_best(row):
                         last, self.best = self.best, row
                         with self._clock("checkpoints"):
@@ -295,7 +296,7 @@ class Run:
                 sampler=range(self.step, self.settings.steps),
                 num_workers=self.workers,
                 pin_memory=self.fabric.device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_run,
+                worker_init_fn=_leave_to_the_run,
             )
         )
 
@@ -430,7 +431,7 @@ class Run:
         try:
             self.save()
         except OSError as error:
-            name = "-".join(re.findall(r"\w+", str(Path(*self.folder.resolve().parts[-2:]))))
+            name = "-".join(re.findall(r"\w+", str(self.folder.resolve())))[-60:]  # a file's name has 255 bytes
             rescued = Path(tempfile.gettempdir()) / f"{name}-{self.step}.pt"
             try:
                 checkpoint.save(rescued, self.state_dict())
@@ -493,7 +494,8 @@ def _say(text: str) -> None:
     tqdm.write(f"dnc_triton: {text}", file=sys.stderr)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _leave_to_the_run(worker: int) -> None:
+    checkpoint.let_go()
     # A terminal sends SIGINT to all processes; the run still needs the batches of the step it is in.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -280,6 +280,17 @@ def test_a_run_goes_on_with_arguments_that_nobody_named(tmp_path: Path, capsys: 
     assert main(["train", "copy", "--resume", str(folder), "--num-bits", "8"]) == 0
 
 
+def test_a_command_that_is_printed_can_be_given_to_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "a folder"
+    monkeypatch.setattr(Run, "train", lambda run: run.save())
+    assert main([*SHORT, "--run", str(folder)]) == 130
+    assert f"--resume '{folder}'" in capsys.readouterr().out
+    assert main([*SHORT, "--run", str(folder)]) == 2
+    assert f"--resume '{folder}', or" in capsys.readouterr().err
+
+
 def test_what_is_printed_is_printed_wherever_it_goes(run: Path) -> None:
     """To a terminal that does not know all characters, too."""
     done = start("trace", str(run), env={**os.environ, "PYTHONIOENCODING": "latin-1"}, text=False)

@@ -50,6 +50,15 @@ def make_weights(
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
+def test_the_layer_is_on_the_cpu():
+    """Whatever the default device; on "meta" weights would be lost, and biases that are not there are made."""
+    weights = make_weights(bias=False)
+    with torch.device("meta"):
+        dnc = from_pytorch_dnc(weights, **SIZES)
+    assert {x.device.type for x in dnc.state_dict().values()} == {"cpu"}
+    assert torch.equal(dnc.output.weight, weights["output.weight"])
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("kind", GATES)
 def test_the_controller_is_torchs(kind, layers):

@@ -66,19 +66,46 @@ os._exit(0)
 """
 
 
+# A run whose best step is amid a row of the metrics.
+BEST = """
+import os
+import sys
+from pathlib import Path
+from dnc_triton.train import Run
+from small_runs import small
+
+run = Run(small(steps=3, validate_every=2), Path(sys.argv[1]))
+run._is_best = lambda row: row["step"] == 2
+run.train()
+os._exit(0)
+"""
+
+
+def run_script(text: str, folder: Path, *arguments: str, processes: int = 2) -> None:
+    """Run it by torchrun, from this folder, to its good end."""
+    script = folder / "script.py"
+    script.write_text(text)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run([*launch, str(script), *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("controller", "precision"),
     [("lstm", "64-true"), pytest.param("feedforward", "32-true", marks=pytest.mark.slow)],
 )
 def test_two_processes_have_the_gradients_of_one(controller: str, precision: str, tmp_path: Path) -> None:
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(script), controller, precision], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_script(GRADIENTS, tmp_path, controller, precision)
+
+
+def test_the_best_of_two_processes_has_the_sums_of_both(tmp_path: Path) -> None:
+    for processes in (1, 2):
+        run_script(BEST, tmp_path, str(tmp_path / str(processes)), processes=processes)
+    one, two = (checkpoint.load(tmp_path / folder / "best.pt") for folder in ("1", "2"))
+    assert one["step"] == two["step"] == 2
+    torch.testing.assert_close(two["sums"], one["sums"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dnc_triton import checkpoint
 from dnc_triton.cli import main
+from dnc_triton.report import report
 from dnc_triton.tasks import Batch
 from dnc_triton.train import LOG_EVERY, Run
 
@@ -296,7 +298,8 @@ def test_the_best_is_what_best_pt_holds(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_rescued_runs_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [tmp_path / "runs" / f"{task}-20260101-000000" for task in ("copy", "babi")]
+    names = ("a/runs/copy", "a/runs/babi", "b/runs/copy")
+    folders = [tmp_path / f"{name}-20260101-000000" for name in names]
     (tmp_path / "rescue").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
     for folder in folders:
@@ -304,7 +307,31 @@ def test_rescued_runs_have_names_of_their_own(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(run, "save", lambda *name: checkpoint.write(Path("/dev/null/nowhere"), b""))
         with pytest.raises(OSError, match=f"{folder.name}-1.pt"):
             run.train()
-    assert len(list((tmp_path / "rescue").iterdir())) == 2
+    assert len(list((tmp_path / "rescue").iterdir())) == 3
+
+
+def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that was full at the only validation."""
+    run = Run(small(steps=2, baseline=False), tmp_path)
+    monkeypatch.setattr(run, "_try_to_save", lambda name: False)
+    monkeypatch.setattr("dnc_triton.report.EVALUATION_SEQUENCES", 10)
+    assert run.train()
+    assert "sequences without an error" in report(run)
+    assert json.loads((tmp_path / "result.json").read_text())["best_step"] is None
+
+
+def test_two_who_write_a_file_at_once_write_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, path = os.fsync, tmp_path / "checkpoint.pt"
+
+    def write_meanwhile(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        checkpoint.write(path, b"another")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", write_meanwhile)
+    checkpoint.write(path, b"this")
+    assert path.read_bytes() == b"this"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -316,6 +343,19 @@ def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytes
     assert statuses == [2]
     assert f"{run.folder}: another process trains this run" in capsys.readouterr().err
     assert main(["train", "copy", "--resume", str(run.folder)]) == 0, "now it is free"
+
+
+def test_only_the_process_that_trains_holds_its_run(tmp_path: Path) -> None:
+    """Those that draw its batches may outlive it: a killed run is free at once, and rid of what it had half written."""
+    left = tmp_path / "checkpoint.pt.01234567.part"
+    left.write_bytes(b"half")
+    run = Run(small(steps=1, baseline=False), tmp_path, workers=1)
+    with checkpoint.held(tmp_path):
+        batches = run._batches()
+        next(batches)
+    assert not left.exists()
+    with checkpoint.held(tmp_path):
+        del batches
 
 
 # --- checkpoints that are not what they should be ---------------------------------------------------------------------

@@ -41,10 +41,9 @@ def linked(link, rows, columns, write_rows, write_columns, precedence):
 def made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes: tl.constexpr):
     """A tile of the link before a step, from the one that lies behind it, to the bits that a step's launch left."""
     COMPUTE: tl.constexpr = sizes.COMPUTE
-    row = behind.row.to(tl.int64) if sizes.FAR else behind.row
-    row *= 128 // old.precedence.dtype.element_ty.primitive_bitwidth
     for done in range(behind.steps):
-        back = behind.steps - done
+        row = behind.row.to(tl.int64) if sizes.FAR else behind.row
+        back, row = behind.steps - done, row * (128 // old.precedence.dtype.element_ty.primitive_bitwidth)
         write_ptr, precedence_ptr = old.write_weights - (back - 1) * row, old.precedence - back * row
         write_rows = tl.load(write_ptr + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
         write_columns = tl.load(write_ptr + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
