@@ -27,7 +27,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -185,6 +185,8 @@ class Run:
             started = time.perf_counter() - self.seconds["all"]
             saved, saving, stopped = time.perf_counter(), 0.0, False
             batches, lesson = self._batches(), self.lesson
+            # Processes that nobody ends would be waited for after an error.
+            stack.callback(lambda: batches.close())
             while self.step < settings.steps and not stopped:
                 if self.lesson != lesson:
                     batches, lesson = self._batches(), self.lesson
@@ -287,17 +289,15 @@ class Run:
                 message += f"The batch could not be kept: {error}. "
         raise FloatingPointError(message + "Try a lower --learning-rate, --max-gradient-norm or --clip")
 
-    def _batches(self) -> Iterator[Batch]:
-        """The batches of the present lesson, from the present step on."""
-        return iter(
-            DataLoader(
-                TrainingBatches(self.task, self.settings.batch_size, self.settings.seed, self.lesson),
-                batch_size=None,
-                sampler=range(self.step, self.settings.steps),
-                num_workers=self.workers,
-                pin_memory=self.fabric.device.type == "cuda",
-                worker_init_fn=_leave_to_the_run,
-            )
+    def _batches(self) -> Generator[Batch, None, None]:
+        """The batches of the present lesson, from the present step on, until it is closed."""
+        yield from DataLoader(
+            TrainingBatches(self.task, self.settings.batch_size, self.settings.seed, self.lesson),
+            batch_size=None,
+            sampler=range(self.step, self.settings.steps),
+            num_workers=self.workers,
+            pin_memory=self.fabric.device.type == "cuda",
+            worker_init_fn=_leave_to_the_run,
         )
 
     def _progress(self) -> Any:

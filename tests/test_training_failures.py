@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -343,6 +344,21 @@ def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytes
     assert statuses == [2]
     assert f"{run.folder}: another process trains this run" in capsys.readouterr().err
     assert main(["train", "copy", "--resume", str(run.folder)]) == 0, "now it is free"
+
+
+def test_an_error_ends_those_who_draw_batches(tmp_path: Path) -> None:
+    """They ignore the signals that would; while an error is looked at nobody else forgets them."""
+    script = """
+from dnc_triton.learner import Learner
+from dnc_triton.cli import main
+def fail(*arguments, **options):
+    raise RuntimeError("of the run time")
+Learner.update = fail
+main(["train", "copy", "--workers", "1", "--run", "RUN"])
+""".replace("RUN", str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: of the run time"
 
 
 def test_only_the_process_that_trains_holds_its_run(tmp_path: Path) -> None:
