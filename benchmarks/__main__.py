@@ -23,10 +23,9 @@ from benchmarks.floors import bytes_per_second, product_speed
 from benchmarks.machine import describe_machine
 from benchmarks.measure import FAILED, WRONG, Row, Session, measure
 from benchmarks.modes import CAPTURED, MODES, TRAINING, modes_on
-from benchmarks.peers import EAGER, OURS, all_peers
+from benchmarks.peers import all_peers, is_ours
 from benchmarks.progress import Progress
 from dnc_triton.cli import INTERRUPTED
-from dnc_triton.dispatch import BACKENDS
 
 HERE = Path(__file__).parent
 BUSY = 0.5  # processes running on average in the last minute; threads that wait for a core cost up to a hundredfold
@@ -153,7 +152,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
 
 def _broke(row: dict[str, Any]) -> bool:
     """Whether the project's layer or a backend of it raised. Others may, and the eager reference for want of memory."""
-    return row["status"] == FAILED and row["peer"] in {OURS, *BACKENDS} - {EAGER}
+    return row["status"] == FAILED and is_ours(row["peer"])
 
 
 def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[str]]:

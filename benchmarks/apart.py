@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
@@ -103,7 +102,7 @@ def _run(command: Sequence[str], seconds: float, log: Path) -> str:
             return "killed, for it did not stop when its time was up"
     if not done.returncode:
         return ""
-    lines = re.split(r"[\r\n]", log.read_text(encoding="utf-8", errors="replace"))  # a bar goes back to where it began
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()  # a bar's end with \r
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return f"ended with status {done.returncode}: {last}"
 

@@ -72,9 +72,9 @@ def _compare_rows(
     if old is None or new is None:
         found.incomparable.append(f"{name}: only in the {'new' if old is None else 'old'} results")
         return
-    resized = [size for size in SIZES if old.get(size) != new.get(size)]
+    resized = [size for size in SIZES if size in old and size in new and old[size] != new[size]]
     if resized:
-        changes = ", ".join(f"{size} {old.get(size)} → {new.get(size)}" for size in resized)
+        changes = ", ".join(f"{size} {old[size]} → {new[size]}" for size in resized)
         found.incomparable.append(f"{name}: other sizes, {changes}")
         return
     if old["status"] != MEASURED or new["status"] != MEASURED:

@@ -15,6 +15,7 @@ from dnc_reference.interface import interface_sizes
 # Copying device memory, as measured; of other devices the copy's speed is measured in the run itself.
 KNOWN_BYTES_PER_SECOND = {"NVIDIA H200": 4.3e12}
 L2_BYTES_PER_SECOND = {"NVIDIA H200": 6e12}  # about; the least for what fits into that cache
+L2_BYTES = {"NVIDIA H200": 50 * 2**20}
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}  # larger than any cache
 MULTIPLIED = {"cpu": 2048, "cuda": 8192}  # rows and columns of square matrices
 REPEATS = 7

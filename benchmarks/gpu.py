@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import files, goals, verify
 from benchmarks.configurations import BASE, case_of
-from benchmarks.floors import KNOWN_BYTES_PER_SECOND, L2_BYTES_PER_SECOND
+from benchmarks.floors import KNOWN_BYTES_PER_SECOND, L2_BYTES, L2_BYTES_PER_SECOND
 from benchmarks.machine import describe_machine
 from benchmarks.modes import aside, draw_inputs
 from benchmarks.peers import Network, dnc_layer
@@ -46,7 +46,7 @@ BUCKETS = (
     (32, 192, 64, 4),
     (64, 512, 64, 8),
 )
-SPEEDS = (KNOWN_BYTES_PER_SECOND["NVIDIA H200"], L2_BYTES_PER_SECOND["NVIDIA H200"])
+H200 = "NVIDIA H200"
 STATES = 4  # each with a step in the graph
 REPLAYS = 30
 # The kernels' float32 against the float64 oracle, largest error over largest number of a tensor. Rounding alone leaves
@@ -68,7 +68,7 @@ class Row:
         error: largest error over largest number, forward and backward; None for the reference.
         forward_us, backward_us: median µs of a step; None if it was wrong, or does not apply.
         forward_floor_us, backward_floor_us: the bytes of link and memory that must move, as fast as an H200 copies.
-        forward_l2_floor_us, backward_l2_floor_us: the same at the speed of its L2 cache, as if they fitted into it.
+        forward_l2_floor_us, backward_l2_floor_us: the same at the speed of its L2 cache; None if they do not fit.
         note: why something is missing.
     """
 
@@ -82,8 +82,8 @@ class Row:
     backward_us: float | None = None
     forward_floor_us: float = 0.0
     backward_floor_us: float = 0.0
-    forward_l2_floor_us: float = 0.0
-    backward_l2_floor_us: float = 0.0
+    forward_l2_floor_us: float | None = None
+    backward_l2_floor_us: float | None = None
     note: str = ""
 
     @property
@@ -103,19 +103,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("There is no GPU here: nothing was measured.", file=sys.stderr)
         return 2
     started = time.perf_counter()
-    machine = describe_machine(shlex.join(["python", "-m", "benchmarks.gpu", *arguments]))
+    machine = {"device": "cuda", **describe_machine(shlex.join(["python", "-m", "benchmarks.gpu", *arguments]))}
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"gpu-step-{machine['date'][:10]}"
     rows: list[Row] = []
     left_out: list[str] = []
     interrupted = False
+
+    def write() -> None:
+        files.write_results(stem, machine, [asdict(row) for row in rows], left_out)
+
     try:
         for row, measure in jobs(BUCKETS, torch.device("cuda"), graph_time, call_time):
             if time.perf_counter() - started > options.seconds:
                 left_out.append(f"{sizes_of(row)}, {row.who}: the time is up")
                 continue
             rows.append(measure_one(row, measure))
-            write(stem, machine, rows, left_out)  # who is killed later has this
+            write()  # who is killed later has this
             print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     except KeyboardInterrupt:
         interrupted = True
@@ -123,19 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rows:
         print("Nothing was measured:", *left_out, sep="\n- ", file=sys.stderr)
         return INTERRUPTED if interrupted else 2
-    write(stem, machine, rows, left_out)
+    write()
     reached = goals.table(goals.STEPS, [asdict(row) for row in rows])
     print(markdown(rows), *left_out, "", reached, "", f"Written: {stem}.json, {stem}.csv", sep="\n")
     if any(row.is_wrong for row in rows):
         return 1
     return INTERRUPTED if interrupted else 0
-
-
-def write(stem: Path, machine: dict[str, Any], rows: list[Row], left_out: list[str]) -> None:
-    """Write <stem>.json and <stem>.csv."""
-    records = [asdict(row) for row in rows]
-    files.write_json(stem.with_suffix(".json"), {"machine": machine, "left_out": left_out, "rows": records})
-    files.write_csv(stem.with_suffix(".csv"), records)
 
 
 def jobs(
@@ -147,12 +144,18 @@ def jobs(
     """
 
     def row_of(bucket: tuple[int, int, int, int], who: str) -> Row:
-        batch, slots, word, reads = bucket
+        batch, slots, word, _ = bucket
         moved = [batch * (link * slots * slots + 8 * slots * word) for link in (8, 12)]
-        (memory, l2), (d_memory, d_l2) = ([1e6 * size / speed for speed in SPEEDS] for size in moved)  # µs
-        floors = dict(forward_floor_us=memory, backward_floor_us=d_memory)
-        floors |= dict(forward_l2_floor_us=l2, backward_l2_floor_us=d_l2)
-        return Row(batch, slots, word, reads, who, **floors)  # type: ignore[arg-type]
+        memory = [1e6 * size / KNOWN_BYTES_PER_SECOND[H200] for size in moved]  # µs
+        cache = [1e6 * size / L2_BYTES_PER_SECOND[H200] if size <= L2_BYTES[H200] else None for size in moved]
+        return Row(
+            *bucket,
+            who,
+            forward_floor_us=memory[0],
+            backward_floor_us=memory[1],
+            forward_l2_floor_us=cache[0],
+            backward_l2_floor_us=cache[1],
+        )
 
     for bucket in buckets:
         _, slots, word, _ = bucket
@@ -354,7 +357,8 @@ def markdown(rows: list[Row]) -> str:
         forward, backward = ("not measured" if us is None else f"{us:.1f}" for us in (row.forward_us, row.backward_us))
         error = "" if row.error is None else f"{row.error:.0e}"
         memory = f"{row.forward_floor_us:.2f}, {row.backward_floor_us:.2f}"
-        cache = f"{row.forward_l2_floor_us:.2f}, {row.backward_l2_floor_us:.2f}"
+        floors = row.forward_l2_floor_us, row.backward_l2_floor_us
+        cache = ", ".join("–" if us is None else f"{us:.2f}" for us in floors)
         note = f" ({row.note})" if row.note else ""
         lines.append(f"| {sizes_of(row)} | {row.who}{note} | {error} | {forward} | {backward} | {memory} | {cache} |")
     return "\n".join(lines)

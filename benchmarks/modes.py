@@ -88,7 +88,9 @@ def call_of(mode: str, network: Network, inputs: Tensor) -> Callable[[], Any]:
     if mode != "step":
         return forward if mode == "forward" else partial(train, network, inputs)
     with torch.no_grad():
-        _, state = network.run(inputs[:, :STEPS_BEFORE], None)
+        state = None
+        for inputs_of_step in inputs[:, :STEPS_BEFORE].unbind(1):  # as below, so that nothing else is compiled
+            _, state = network.step(inputs_of_step, state)
     first = inputs[:, 0]
 
     def step() -> None:

@@ -32,6 +32,11 @@ EAGER = "reference"
 SEED = 0
 
 
+def is_ours(peer: str) -> bool:
+    """Whether it is this project's layer, on any backend but the eager reference."""
+    return peer.removesuffix("_launched") in {OURS, *BACKENDS} - {EAGER}
+
+
 class MissingPeerError(Exception):
     """A peer cannot run here; the message says what is missing, and how to get it."""
 
@@ -168,6 +173,8 @@ def make_layer(case: Case, device: torch.device, *, backend: str, graphs: bool =
 def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
     """The reference with `torch.compile`: its step, for a whole sequence would compile for many minutes.
 
+    Over a sequence the output layer follows once, as in our layer. Who takes one step has it compiled with the step.
+
     Args:
         case: the sizes.
         device: where to run.
@@ -180,22 +187,31 @@ def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
         raise MissingPeerError("CUDA graphs need a GPU")
     _check_compiler(device)
     cell = reference_cell(case, device, torch.float32)
-    step = torch.compile(cell.advance, mode=mode)
+    step, whole_step = (torch.compile(call, mode=mode) for call in (cell.advance, cell.forward))
 
-    def run(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def begin(inputs: Tensor, state: Any) -> Any:
         if mode == "reduce-overhead":  # graphs may take back the memory of what the call before returned
             torch.compiler.cudagraph_mark_step_begin()
-        state = cell.initial_state(len(inputs)) if state is None else state
+        return cell.initial_state(len(inputs)) if state is None else state
+
+    def keep(results: Any) -> Any:
+        if mode == "reduce-overhead" and not torch.is_grad_enabled():  # they are to outlive the graphs' memory
+            return tree_map(torch.clone, results)
+        return results
+
+    def run(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = begin(inputs, state)
         features = []
         for inputs_of_step in inputs.unbind(1):
             features_of_step, state = step(inputs_of_step, state)
             features.append(features_of_step)
-        outputs = cell.project(torch.stack(features, 1))
-        if mode == "reduce-overhead" and not torch.is_grad_enabled():  # the state is to outlive the graphs' memory
-            state = tree_map(torch.clone, state)
+        return cell.project(torch.stack(features, 1)), keep(state)
+
+    def single(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        outputs, state = keep(whole_step(inputs, begin(inputs, state)))
         return outputs, state
 
-    return Network(cell, run)
+    return Network(cell, run, single=single)
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 from benchmarks import goals
 from benchmarks.measure import MEASURED
 from benchmarks.modes import MODES
-from benchmarks.peers import EAGER, OURS, all_peers
-from dnc_triton.dispatch import BACKENDS
+from benchmarks.peers import OURS, all_peers, is_ours
 
 Record = dict[str, Any]
 OF_PEAKS = (
@@ -81,8 +80,7 @@ def _cell(row: Record | None) -> str:
 def geometric_means(rows: list[Record]) -> str:
     """How many times as long each peer takes as each of ours, over the configurations where both were measured."""
     names = list(dict.fromkeys(row["peer"] for row in rows if row["status"] == MEASURED))
-    backends = {OURS, *BACKENDS} - {EAGER}
-    ours = [name for name in names if name.removesuffix("_launched") in backends]
+    ours = [name for name in names if is_ours(name)]
     peers = [name for name in names if name not in ours]
     if not ours or not peers:
         return ""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_benchmark import CASE, QUICK, TINY, _tiny_configuration_without_peer, run, session  # noqa: F401
 
-from benchmarks import measure, verify
+from benchmarks import files, measure, verify
 from benchmarks.__main__ import main
 from benchmarks.configurations import BASE, CONFIGURATIONS, SWEEPS, SWEPT, LeftOutError, case_of, sweep_cases
 from benchmarks.modes import CAPTURED, MODES, modes_on
@@ -165,6 +165,31 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     assert status == 130
     assert {row["configuration"] for row in rows} == {"tiny"}
     assert content["left_out"] == ["tiny_too and what follows: interrupted"]
+
+
+@pytest.mark.parametrize(("status", "measured"), [(130, ["cuda"]), (1, ["cuda", "cpu"])])
+def test_who_interrupts_a_device_interrupts_the_next_one_too(tmp_path, monkeypatch, status, measured):
+    begun = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("benchmarks.__main__._run", lambda device, *others: begun.append(device.type) or status)
+    assert main(["--device", "cuda,cpu", "--output", str(tmp_path)]) == status
+    assert begun == measured
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    stem, machine = tmp_path / "cpu", dict.fromkeys(files.MEANS)
+    files.write_results(stem, machine, [{"peer": OURS}], [])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    for write in (files.write_json, files.write_csv):
+        for path in sorted(tmp_path.iterdir()):
+            with pytest.raises(OSError, match="No space left"):
+                write(path, [{"peer": EAGER}])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_after_the_time_is_up_nothing_is_started(tmp_path, capsys):

@@ -29,7 +29,7 @@ if how == "good":
     write(names, ["tiny: too large"])
 if how == "dies" and mode == "forward":
     write(names[:1])
-    print("CUDA error")
+    print("tiny: timing\\rCUDA error\\r", end="")
     sys.exit(5)
 if how == "hangs":
     write(names[:1])

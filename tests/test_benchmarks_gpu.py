@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, run, session  # noqa: F401
 
-from benchmarks import floors, measure, modes, peers, verify
+from benchmarks import files, floors, measure, modes, peers, verify
 from benchmarks.modes import CAPTURED, call_of, draw_inputs, modes_on
 from benchmarks.peers import EAGER, OURS
 
@@ -49,6 +49,11 @@ def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
     assert len(marks) == 1
     with torch.no_grad():
         _, state = network.run(truth.inputs, None)
+        assert torch.equal(state.memory.link, made[-1])
+        assert state.memory.link.data_ptr() != made[-1].data_ptr()
+        marks.clear()
+        _, state = network.step(truth.inputs[:, 0], state)
+    assert len(marks) == 1
     assert torch.equal(state.memory.link, made[-1])
     assert state.memory.link.data_ptr() != made[-1].data_ptr()
 
@@ -65,6 +70,23 @@ def test_the_floor_knows_an_h200_and_measures_others(monkeypatch):
     assert floors.bytes_per_second(torch.device("cuda")) == 4.3e12
     assert 1e8 < floors.bytes_per_second(CPU) < 1e13
     assert 1e8 < floors.product_speed(CPU) < 1e14
+
+
+def test_who_compiles_has_a_single_step_compiled_whole(monkeypatch):
+    """Its output layer, too, and nothing but that step: a layer of ours has no more to do."""
+    compiled, called = [], []
+
+    def compile_nothing(call, mode):
+        compiled.append(call)
+        return lambda *arguments: called.append(call) or call(*arguments)
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(peers, "_check_compiler", lambda device: None)
+    network = peers.make_compiled(CASE, CPU, mode="default")
+    call_of("step", network, draw_inputs(CASE, CPU))()
+    assert set(called) == {network.module.forward}
+    call_of("forward", network, draw_inputs(CASE, CPU))()
+    assert set(called) == set(compiled) == {network.module.forward, network.module.advance}
 
 
 # --- captured ---------------------------------------------------------------------------------------------------------
@@ -168,11 +190,14 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
         monkeypatch.setattr(gpu, "jobs", lambda *arguments: map(measured, kinds))
         status = gpu.main(["--output", str(tmp_path), "--seconds", seconds])
         (file,) = tmp_path.glob("gpu-step-*.json")
-        assert file.with_suffix(".csv").exists()
+        lines = file.with_suffix(".csv").read_text(encoding="utf-8").splitlines()
+        assert all(line.endswith(",2026-01-02T03") for line in lines[1:]), "each can be read by itself"
+        assert len(lines) > 1
         return status, json.loads(file.read_text(encoding="utf-8"))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "describe_machine", lambda command: {"date": "2026-01-02T03"})
+    machine = {**dict.fromkeys(files.MEANS[1:]), "date": "2026-01-02T03"}
+    monkeypatch.setattr(gpu, "describe_machine", lambda command: machine)
     assert run("good")[0] == 0
     assert run("good", "interrupted", "good")[0] == 130
     assert run("good", "failing")[0] == 1
@@ -190,6 +215,17 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
     assert [row["who"] for row in content["rows"]] == ["slow"]
     assert content["left_out"] == ["16, 16, 16, 4, late: the time is up"]
     assert content["left_out"][0] in capsys.readouterr().out
+
+
+def test_floors_of_a_cache_are_of_what_fits_into_it():
+    """Of N = 256 at a batch of 64 what a step moves, 42 MB, does, and what its adjoint moves, 59 MB, does not."""
+    from benchmarks import gpu
+
+    rows = [row for row, _ in gpu.jobs([(64, 256, 64, 4), (64, 512, 64, 8)], CPU, None, None) if "eager" in row.who]
+    assert [row.forward_floor_us > 9 and row.backward_floor_us > 13 for row in rows] == [True, True]
+    assert rows[0].forward_l2_floor_us == pytest.approx(41.943 / 6, 1e-3)
+    assert [rows[0].backward_l2_floor_us, rows[1].forward_l2_floor_us, rows[1].backward_l2_floor_us] == [None] * 3
+    assert [line.split(" | ")[-1] for line in gpu.markdown(rows).splitlines()[2:]] == ["6.99, – |", "–, – |"]
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_so(capsys, monkeypatch):

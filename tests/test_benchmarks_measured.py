@@ -168,6 +168,25 @@ def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
     assert "every 16th step kept | ≤ 0.1 | | not measured |" in printed
 
 
+@pytest.mark.parametrize(("failing", "status", "left"), [(["reference"], 1, 3), (["reference", "auto"], 2, 0)])
+def test_a_failure_in_lean_memory_costs_the_others_nothing(tmp_path, monkeypatch, capsys, failing, status, left):
+    out = tmp_path / "lean-gpu.json"
+    out.write_text("before")
+
+    def train_once(backend, steps, checkpoint, sizes, device):
+        if backend in failing:
+            raise RuntimeError
+        return {"backend": backend, "checkpoint": checkpoint, "grown_bytes": 7}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lean, "describe_machine", lambda command: {})
+    monkeypatch.setattr(lean, "train_once", train_once)
+    assert lean.main(["--device", "cuda", "--output", str(out)]) == status
+    assert capsys.readouterr().out.count("not measured: RuntimeError") == len(lean.GPU_CASES) - left
+    text = out.read_text(encoding="utf-8")
+    assert len(json.loads(text)["rows"]) == left if left else text == "before"
+
+
 def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
     """On a stream where our layer launches plainly, and has nothing to choose anew."""
     done, linear = [], torch.nn.Linear(1, 1)

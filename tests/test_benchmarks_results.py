@@ -100,7 +100,9 @@ def test_geometric_means_are_over_what_both_have(results):
     assert lines[training + 2] == "| dnc_triton | 1.50× (1) | 0.04× (2) | 0.75× (1) |"
     assert lines[training + 3] == "| dnc_triton, torch_sequence | 3.00× (1) | 0.50× (1) | – |"
     assert "| dnc_triton | 1.50× (1) | 0.25× (1) |" in lines  # of a single step
-    assert "Goals" not in report.markdown(results)
+    page = report.markdown(results)
+    assert "Goals" not in page
+    assert report.OF_PEAKS not in page
 
 
 def test_what_is_empty_throughout_has_no_column(results):
@@ -128,6 +130,7 @@ def test_goals_are_reached_missed_or_not_measured(results):
         measured["peak_bytes"] = 60 if measured["peer"] == "reference" else 30
     rows[0]["peak_bytes"] = 6
     page = report.markdown(results)
+    assert report.OF_PEAKS in page
     verdicts = dict(line[2:].split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
     assert verdicts["deepmind_repeat_copy, training, µs per time step"] == "≤ 20 | 19 | reached |"
     assert verdicts["adnc_babi, training, µs per time step"] == "≤ 60 | 61 | missed |"
@@ -260,6 +263,18 @@ def test_what_is_on_one_side_only_is_told(results):
         "copy, forward, dnc_triton: only in the new results",
     ]
     assert found.regressions == []
+
+
+@pytest.mark.parametrize("size", ["input_size", "output_size", "num_layers"])
+def test_sizes_are_compared_where_both_have_them(results, size):
+    new = copy.deepcopy(results)
+    new["rows"][0][size] += 1
+    found = compare(results, new)
+    assert found.incomparable == [
+        f"copy, training, dnc_triton: other sizes, {size} {results['rows'][0][size]} → {new['rows'][0][size]}"
+    ]
+    del results["rows"][0][size]
+    assert compare(results, new).incomparable == []
 
 
 @pytest.mark.parametrize(("status", "is_regression"), [("wrong", True), ("failed", True), ("missing", False)])

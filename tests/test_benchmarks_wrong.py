@@ -113,11 +113,15 @@ def test_a_peer_that_breaks_costs_the_others_nothing(monkeypatch):
     assert rows["lstm"].note == "lstm failed on tiny: RuntimeError: no memory left"
 
 
-@pytest.mark.parametrize(("peer", "status"), [(OURS, 1), ("torch_sequence", 1), (EAGER, 0)])
+@pytest.mark.parametrize(
+    ("peer", "status"), [(OURS, 1), ("torch_sequence", 1), ("triton_split_launched", 1), (EAGER, 0)]
+)
 def test_a_layer_of_ours_that_breaks_fails_the_run(tmp_path, monkeypatch, peer, status):
     known = {**all_peers(), peer: replace(all_peers()[peer], make=lambda case, device: 1 / 0)}
     monkeypatch.setattr(measure, "all_peers", lambda: known)
-    ended, rows, _ = run(tmp_path, "--modes", "forward", "--peers", f"{OURS},torch_sequence,{EAGER}")
+    ended, rows, _ = run(
+        tmp_path, "--modes", "forward", "--peers", f"{OURS},torch_sequence,triton_split_launched,{EAGER}"
+    )
     assert {row["peer"] for row in rows if row["status"] == "failed"} == {peer}
     assert ended == status
 
