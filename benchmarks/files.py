@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.configurations import Case
 from benchmarks.measure import Row
-from dnc_triton.checkpoint import write
+from dnc_triton.checkpoint import write, write_table
 
 # What stands in every row of the CSV, that it may be read by itself.
 MEANS = ("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date")
@@ -31,24 +28,15 @@ def case_of_record(record: dict[str, Any]) -> Case:
 
 
 def write_results(stem: Path, machine: dict[str, Any], rows: list[dict[str, Any]], left_out: list[str]) -> None:
-    """Write <stem>.json and <stem>.csv."""
+    """Write <stem>.json and <stem>.csv, each whole or not at all."""
     means = {key: machine[key] for key in MEANS}
     write_json(stem.with_suffix(".json"), {"machine": machine, "left_out": left_out, "rows": rows})
-    write_csv(stem.with_suffix(".csv"), [{**row, **means} for row in rows])
+    write_table(stem.with_suffix(".csv"), [{**row, **means} for row in rows])
 
 
 def write_json(path: Path, content: Any) -> None:
     """All of it, or the file is as it was."""
     write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Likewise."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue().encode())
 
 
 def read_results(path: Path) -> dict[str, Any]:

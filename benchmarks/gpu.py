@@ -27,6 +27,7 @@ from benchmarks import files, goals, verify
 from benchmarks.configurations import BASE, case_of
 from benchmarks.floors import KNOWN_BYTES_PER_SECOND, L2_BYTES, L2_BYTES_PER_SECOND
 from benchmarks.machine import describe_machine
+from benchmarks.measure import in_a_line
 from benchmarks.modes import aside, draw_inputs
 from benchmarks.peers import Network, dnc_layer
 from dnc_reference import MemoryState, interface_step
@@ -177,8 +178,7 @@ def measure_one(row: Row, measure: Callable[[Row], Row]) -> Row:
     try:
         return measure(row)
     except Exception as error:  # one that breaks must not cost the others' figures
-        lines = str(error).strip().splitlines() or [""]
-        return replace(row, note=f"not measured: {type(error).__name__}: {lines[0]}")
+        return replace(row, note=f"not measured: {in_a_line(error)}")
 
 
 def states_of(row: Row, device: torch.device, count: int) -> list[tuple[Tensor, MemoryState, list[Tensor]]]:

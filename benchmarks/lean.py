@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import files, goals
 from benchmarks.machine import describe_machine
+from benchmarks.measure import in_a_line
 from benchmarks.memory import gpu_peak, most_held
 from dnc_triton import DNC
 
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     rows.append(pool.submit(train_once, *case).result())
             result = f"{rows[-1]['grown_bytes'] / 1e6:,.0f} MB"
         except Exception as error:  # of memory, say, of which the next one may take less
-            result = f"not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            result = f"not measured: {in_a_line(error)}"
         print(f"{backend}, N = {sizes['memory_size']}, T = {steps}, checkpoint = {checkpoint}: {result}", flush=True)
         if rows:
             files.write_json(output, {"machine": machine, "rows": rows})

@@ -243,12 +243,17 @@ def _check(
 
 def _what_happened(name: str, case: Case, error: Exception, session: Session) -> str:
     """A failure in one line. If the device does not work after it, the session learns of that."""
-    lines = str(error).strip().splitlines() or [""]
     try:
         synchronize(session.device)
     except Exception:  # an error that stays: every later call has it, too
         session.lost = session.lost or f"the device was lost when {name} failed on {case.configuration}"
-    return f"{name} failed on {case.configuration}: {type(error).__name__}: {lines[0]}"
+    return f"{name} failed on {case.configuration}: {in_a_line(error)}"
+
+
+def in_a_line(error: Exception) -> str:
+    """Its kind, and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _time_in_turns(runs: dict[str, Callable[[], Any]], session: Session) -> dict[str, list[float]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,15 @@ def write(path: Path, content: bytes) -> None:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """CSV by `write`: rows with the same keys, which stand in the first line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
 
 
 def _remove(path: Path) -> None:

@@ -17,9 +17,6 @@ of it; what they learn is what one process would. The first one alone writes and
 
 from __future__ import annotations
 
-import csv
-import errno
-import io
 import os
 import re
 import shlex
@@ -42,6 +39,7 @@ from tqdm import tqdm
 
 from dnc_triton import checkpoint
 from dnc_triton.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, check_backend
+from dnc_triton.journal import Journal, say
 from dnc_triton.layer import DNC
 from dnc_triton.learner import Learner, make_fabric
 from dnc_triton.settings import Settings
@@ -179,7 +177,7 @@ class Run:
                 stack.enter_context(checkpoint.held(self.folder))
             stop = stack.enter_context(_asked_to_stop())
             progress = stack.enter_context(self._progress())
-            journal = _Journal(self.folder / "tensorboard", self.step) if self.fabric.is_global_zero else None
+            journal = Journal(self.folder / "tensorboard", self.step) if self.fabric.is_global_zero else None
             if journal:
                 stack.callback(journal.close)
             started = time.perf_counter() - self.seconds["all"]
@@ -211,7 +209,7 @@ class Run:
                         row = self._validate()
                         if journal:
                             journal.add(row, "validation")
-                    self._share_sums()
+                    self._share_sums()  # of all, whoever finds it the best
                     if self._is_best(row):
                         last, self.best = self.best, row
                         with self._clock("checkpoints"):
@@ -401,11 +399,7 @@ class Run:
             checkpoint.write(self.folder / "settings.toml", self.settings.toml().encode())
         for table, rows in (("metrics.csv", self.rows), ("validation.csv", self.validations)):
             if rows:
-                text = io.StringIO(newline="")
-                writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-                checkpoint.write(self.folder / table, text.getvalue().encode())
+                checkpoint.write_table(self.folder / table, rows)
 
     def _try_to_save(self, name: str) -> bool:
         """Save on the way: what cannot be written now, on a full disk say, may be next time.
@@ -418,7 +412,7 @@ class Run:
                 self.save(name)
             except OSError as error:
                 whole = "The old file is whole, training" if os.path.exists(error.filename) else "Training"
-                _say(
+                say(
                     f"{error}. {whole} goes on and tries again in a while"
                     + (": make room" if checkpoint.is_full(error) else "")
                 )
@@ -449,49 +443,6 @@ class Run:
                 f"{error}. The run as it is now, at step {self.step}, is in {rescued}: {first}, move it to "
                 f"{self.folder}/checkpoint.pt, then --resume {shlex.quote(str(self.folder))}"
             ) from error
-
-
-class _Journal:
-    """The rows of the metrics for TensorBoard. What it cannot write is lost without harm: metrics.csv has it all."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = None
-        with self._harmless():
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):  # a thread of the writer's would tell of it, at length
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-            # What an interrupted run wrote after its last checkpoint comes again.
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def add(self, row: dict[str, float], kind: str) -> None:
-        with self._harmless():
-            for name, value in row.items():
-                if self._writer and name not in ("step", "seconds"):
-                    self._writer.add_scalar(f"{kind}/{name}", value, int(row["step"]))
-
-    def flush(self) -> None:
-        with self._harmless():
-            if self._writer:
-                self._writer.flush()
-
-    def close(self) -> None:
-        with self._harmless():
-            if self._writer:
-                self._writer.close()
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._writer = None
-            _say(f"TensorBoard gets no more of this run: {error}")
-
-
-def _say(text: str) -> None:
-    tqdm.write(f"dnc_triton: {text}", file=sys.stderr)
 
 
 def _leave_to_the_run(worker: int) -> None:

@@ -1,0 +1,57 @@
+"""What a run tells on its way: the rows of its metrics for TensorBoard, and a word where something is amiss."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Journal:
+    """The rows of the metrics for TensorBoard. What it cannot write is lost without harm: metrics.csv has it all."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = None
+        with self._harmless():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):  # a thread of the writer's would tell of it, at length
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            # What an interrupted run wrote after its last checkpoint comes again.
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def add(self, row: dict[str, float], kind: str) -> None:
+        with self._harmless():
+            for name, value in row.items():
+                if self._writer and name not in ("step", "seconds"):
+                    self._writer.add_scalar(f"{kind}/{name}", value, int(row["step"]))
+
+    def flush(self) -> None:
+        with self._harmless():
+            if self._writer:
+                self._writer.flush()
+
+    def close(self) -> None:
+        with self._harmless():
+            if self._writer:
+                self._writer.close()
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            say(f"TensorBoard gets no more of this run: {error}")
+
+
+def say(text: str) -> None:
+    """A line on stderr, above the progress bar."""
+    tqdm.write(f"dnc_triton: {text}", file=sys.stderr)
