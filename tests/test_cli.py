@@ -140,7 +140,7 @@ def test_other_errors_of_the_run_time_are_not_hidden(run: Path, monkeypatch: pyt
 
 
 def test_want_of_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main([*SHORT, "--hidden-size", "99999999", "--run", str(tmp_path / "run")]) == 2
+    assert main([*SHORT, "--hidden-size", "999999999999", "--run", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "can't allocate memory" in line
 
