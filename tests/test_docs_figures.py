@@ -1,0 +1,64 @@
+"""What README's tables of times say is what the benchmark wrote into the file that is named after them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PEERS = {
+    "this layer": "dnc_triton",
+    "`torch_compiled`": "torch_compiled",
+    "eager reference": "reference",
+    "`torch.compile`": "compiled",
+    "PyPI `dnc` 2.0.0b1": "pypi_dnc",
+    "`nn.LSTM`": "lstm",
+    "cuDNN's `nn.LSTM`": "lstm",
+}
+ELSEWHERE = {"this layer in one graph"}  # runs that chose the design, of which there is no table
+TABLE = re.compile(r"^\| configuration .*\n\|[-:|]+\|\n((?:\| .*\n)+)", re.MULTILINE)
+FIGURE = re.compile(r"([\d.]+)(?: \(([\d.]+)×\))?")
+
+
+def tables() -> list:
+    found = []
+    page = (ROOT / "README.md").read_text()
+    for table in TABLE.finditer(page):
+        (header, _, *rows) = table[0].splitlines()
+        file = re.compile(r"benchmarks/results/[\w-]+\.md").search(page, table.end())
+        found.append(pytest.param([cell.strip() for cell in header.split("|")[2:-1]], rows, file[0], id=file[0]))
+    return found
+
+
+def agree(figure: str, measured: float) -> bool:
+    """Whether that is the number, rounded to the digits that are there."""
+    decimals = len(figure.partition(".")[2])
+    return abs(float(figure) - measured) <= 0.5001 * 10**-decimals
+
+
+@pytest.mark.parametrize(("columns", "rows", "file"), tables())
+def test_the_tables_of_times_are_the_files(columns, rows, file):
+    results = json.loads((ROOT / file).with_suffix(".json").read_text())["rows"]
+    times = {
+        (row["configuration"], row["peer"]): (row["ms_per_step_p50"], row["ratio"])
+        for row in results
+        if row["mode"] == "training" and not row["sweep"] and row["status"] == "measured"
+    }
+    assert {name for name, _ in times} == {row.split()[1] for row in rows}
+    for row in rows:
+        name, cells = row.split()[1], [cell.strip() for cell in row.split("|")[2:-1]]
+        for column, cell in zip(columns, cells, strict=True):
+            if column in ELSEWHERE:
+                continue
+            if cell == "not measured":
+                assert (name, PEERS[column]) not in times, (name, column)
+                continue
+            figure, ratio = FIGURE.fullmatch(cell).groups()
+            time, times_as_long = times[name, PEERS[column]]
+            assert agree(figure, time), (name, column, cell, time)
+            assert ratio is None or agree(ratio, times_as_long), (name, column, cell, times_as_long)
+
+
+def test_there_are_two_of_them():
+    assert len(tables()) == 2
