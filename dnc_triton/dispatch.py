@@ -175,18 +175,15 @@ def _fused_supports(problem: Problem) -> tuple[bool, str]:
 
 
 def _one_launch_supports(problem: Problem) -> tuple[bool, str]:
-    if problem.controller is None:
-        return False, "it is a single memory step"
-    if problem.controller == "custom":
-        return False, "the controller or another part is the user's own, or has hooks"
+    supported, reason = _sequence_supports(problem)
+    if not supported:
+        return supported, reason
     if problem.controller != "lstm":
         return False, f"the controller is {problem.controller!r}, the kernel has an LSTM in it"
     # As far as it was compiled without spilling. With W = 256 it spilled up to 2.6 KB a thread, at every step.
     for name, limit in (("num_layers", 1), ("hidden_size", 128), ("memory_size", 128), ("word_size", 64)):
         if getattr(problem, name) > limit:
             return False, f"{name} is {getattr(problem, name)}, one launch for a sequence goes up to {limit}"
-    if problem.dtype not in (torch.float32, torch.float64):
-        return False, f"dtype is {problem.dtype}, it takes float32 and float64"
     return _kernels_support(problem)
 
 

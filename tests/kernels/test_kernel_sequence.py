@@ -392,7 +392,7 @@ def test_opcheck(backend: str, device: torch.device, monkeypatch: pytest.MonkeyP
         ({"sizes": (129, 4, 1)}, "memory_size is 129, one launch for a sequence goes up to 128"),
         ({"sizes": (4, 65, 1)}, "word_size is 65, one launch for a sequence goes up to 64"),
         ({"sizes": (4, 1, 17)}, "num_reads is 17, the kernels go up to 16"),
-        ({"num_writes": 2}, "num_writes is 2, the kernels go up to 1"),
+        ({"num_writes": 2}, "num_writes is 2, its backward is written for 1"),
         ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16, it takes float32 and float64"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value.split(",")[0],
