@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,12 @@ from benchmarks.files import case_of_record
 from benchmarks.floors import operations
 from benchmarks.measure import MEASURED
 from benchmarks.report import Record, label_of, milliseconds
+from dnc_triton.pictures import STYLE
 
 COLORS = ["#1f6f8b", "#e08e45", "#7a9e7e", "#8c5e8a", "#c9525b", "#b8a24a", "#5f6b78", "#4a90c2", "#a0765b"]
 COLORS += ["#2f2f2f", "#d98cb3", "#3f7f4f", "#9fb8d0"]
 MOST_LINEAR = 10  # times as long: more, and what is as fast as we are cannot be seen beside it
 MARKERS = "osv^Dd<>PXh*p"  # as many: on a GPU all peers are told apart
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-}
 
 
 def draw(results: dict[str, Any], stem: Path) -> list[Path]:
@@ -46,22 +39,21 @@ def draw(results: dict[str, Any], stem: Path) -> list[Path]:
         peer: {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
         for place, peer in enumerate(dict.fromkeys(row["peer"] for row in rows))
     }
-    drawers: dict[str, Callable[..., Figure | None]] = {
-        "bars": _draw_bars,
-        "scaling": _draw_scaling,
-        "roofline": _draw_roofline,
-    }
     paths = []
     with mpl.rc_context(STYLE):
-        for name, drawer in drawers.items():
-            figure = drawer(rows, results["machine"], styles)
+        figures = {
+            "bars": _draw_bars(rows, styles),
+            "scaling": _draw_scaling(rows, styles),
+            "roofline": _draw_roofline(rows, styles, results["machine"]),
+        }
+        for name, figure in figures.items():
             if figure is not None:
                 paths.append(stem.with_name(f"{stem.name}-{name}.png"))
                 figure.savefig(paths[-1], dpi=150)
     return paths
 
 
-def _draw_bars(rows: list[Record], machine: Record, styles: dict[str, Any]) -> Figure | None:
+def _draw_bars(rows: list[Record], styles: dict[str, Any]) -> Figure | None:
     """A panel per mode, a group of bars per configuration: how many times as long as our layer each peer takes.
 
     The whiskers go from the 20th to the 80th percentile; under each configuration stands our median.
@@ -98,7 +90,7 @@ def _draw_bars(rows: list[Record], machine: Record, styles: dict[str, Any]) -> F
     return figure
 
 
-def _draw_scaling(rows: list[Record], machine: Record, styles: dict[str, Any]) -> Figure | None:
+def _draw_scaling(rows: list[Record], styles: dict[str, Any]) -> Figure | None:
     """A panel per sweep, a row of them per mode, a line per peer."""
     rows = [row for row in rows if row.get("sweep")]
     sweeps = [sweep for sweep in SWEPT if any(row["sweep"] == sweep for row in rows)]
@@ -126,7 +118,7 @@ def _draw_scaling(rows: list[Record], machine: Record, styles: dict[str, Any]) -
     return figure
 
 
-def _draw_roofline(rows: list[Record], machine: Record, styles: dict[str, Any]) -> Figure | None:
+def _draw_roofline(rows: list[Record], styles: dict[str, Any], machine: Record) -> Figure | None:
     """What a step computes per second, over how much of it there is to each byte of link and memory that must move.
 
     The roof is the speed of a copy, and that of a large product where it was measured. A panel of its own has the bytes
