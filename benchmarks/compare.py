@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.configurations import SIZES
 from benchmarks.measure import FAILED, MEASURED, WRONG
 from benchmarks.peers import all_peers
 
 MARGIN = 0.05
-SIZES = (
-    "batch", "steps", "memory_size", "word_size", "num_reads", "hidden_size", "num_layers", "input_size", "output_size"
-)  # fmt: skip
 MACHINE = ("device", "cpu", "gpu", "threads", "python", "torch", "triton")
 
 # Whose code this project does not change: it tells whether the machine was the same.
@@ -72,7 +70,7 @@ def _compare_rows(
     if old is None or new is None:
         found.incomparable.append(f"{name}: only in the {'new' if old is None else 'old'} results")
         return
-    resized = [size for size in SIZES if size in old and size in new and old[size] != new[size]]
+    resized = [size for size in ("batch", "steps", *SIZES) if size in old and size in new and old[size] != new[size]]
     if resized:
         changes = ", ".join(f"{size} {old[size]} → {new[size]}" for size in resized)
         found.incomparable.append(f"{name}: other sizes, {changes}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+# The sizes of a network, as configurations, cases and `DNC` call them.
+SIZES = ("memory_size", "word_size", "num_reads", "hidden_size", "num_layers", "input_size", "output_size")
+
 
 class LeftOutError(Exception):
     """Something that was asked for is not measured; the message says why."""
@@ -236,14 +239,13 @@ def case_of(name: str, configuration: Configuration, device: str) -> Case:
         source=configuration.source,
         batch=batch,
         steps=steps,
-        memory_size=configuration.memory_size,
-        word_size=configuration.word_size,
-        num_reads=configuration.num_reads,
-        hidden_size=configuration.hidden_size,
-        num_layers=configuration.num_layers,
-        input_size=configuration.input_size,
-        output_size=configuration.output_size,
+        **network_sizes(configuration),
     )
+
+
+def network_sizes(network: Configuration | Case) -> dict[str, int]:
+    """`SIZES` of a network, by name."""
+    return {name: getattr(network, name) for name in SIZES}
 
 
 def sweep_cases(sweeps: Sequence[str], device: str) -> list[Case]:

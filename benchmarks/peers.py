@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from benchmarks.configurations import Case
+from benchmarks.configurations import Case, network_sizes
 from dnc_reference import DNCCell
 from dnc_triton import DNC, explain
 from dnc_triton.dispatch import BACKENDS
@@ -105,31 +105,12 @@ class Peer:
 def dnc_layer(case: Case, device: torch.device, backend: str) -> DNC:
     """The public layer in the sizes of a case; the parameters are the same on every device and backend."""
     torch.manual_seed(SEED)
-    return DNC(
-        case.input_size,
-        case.hidden_size,
-        case.output_size,
-        memory_size=case.memory_size,
-        word_size=case.word_size,
-        num_reads=case.num_reads,
-        num_layers=case.num_layers,
-        backend=backend,
-    ).to(device)
+    return DNC(**network_sizes(case), backend=backend).to(device)
 
 
 def reference_cell(case: Case, device: torch.device, dtype: torch.dtype) -> DNCCell:
     """The reference's cell, with the parameters of `dnc_layer`."""
-    cell = DNCCell(
-        case.input_size,
-        case.hidden_size,
-        case.output_size,
-        memory_size=case.memory_size,
-        word_size=case.word_size,
-        num_reads=case.num_reads,
-        num_layers=case.num_layers,
-        device=device,
-        dtype=dtype,
-    )
+    cell = DNCCell(**network_sizes(case), device=device, dtype=dtype)
     cell.load_state_dict(dnc_layer(case, device, EAGER).state_dict())
     return cell
 
