@@ -1,4 +1,5 @@
-"""What the tests of the layer share: a small one, what it is given, and gradients by a loss that sees everything."""
+"""What the tests of the layer share: a small one, what it is given, what it asks of the dispatcher, and gradients by a
+loss that sees everything."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dnc_triton import DNC, DNCState
+from dnc_triton.problem import Problem
 
 BATCH, STEPS, INPUTS, HIDDEN, OUTPUTS = 4, 5, 3, 6, 2
 SIZES = dict(memory_size=5, word_size=4, num_reads=2)
@@ -15,6 +17,19 @@ SIZES = dict(memory_size=5, word_size=4, num_reads=2)
 CLOSE = dict(rtol=1e-10, atol=1e-12)
 EXACT = dict(rtol=0.0, atol=0.0)
 LENGTHS = [3, 0, 5, 1]
+# A call of it in float32, as the dispatcher sees it.
+PROBLEM = Problem(
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    batch=BATCH,
+    steps=STEPS,
+    **SIZES,
+    num_writes=1,
+    controller="lstm",
+    needs_gradient=True,
+    hidden_size=HIDDEN,
+    num_layers=1,
+)
 RESETS = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
 
 

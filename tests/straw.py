@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import small_layer
 import torch
 
 from dnc_triton import dispatch, tuning
@@ -14,19 +16,8 @@ from dnc_triton.kernels import ahead
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 
-PROBLEM = Problem(
-    device=torch.device("cuda", 0),
-    dtype=torch.float32,
-    batch=12,
-    steps=5,
-    memory_size=16,
-    word_size=8,
-    num_reads=2,
-    num_writes=1,
-    controller="lstm",
-    needs_gradient=True,
-    hidden_size=20,
-    num_layers=1,
+PROBLEM = replace(
+    small_layer.PROBLEM, device=torch.device("cuda", 0), batch=12, memory_size=16, word_size=8, hidden_size=20
 )
 FAST, SLOW, REFERENCE = Layout(True, 16, 16, 4), Layout(False, 16, 32, 8), None
 

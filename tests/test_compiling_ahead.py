@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from small_layer import PROBLEM
 
 pytest.importorskip("triton")
 
@@ -29,20 +30,7 @@ from dnc_triton.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 
-SMALL = Problem(
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    batch=2,
-    steps=6,
-    memory_size=5,
-    word_size=4,
-    num_reads=1,
-    num_writes=1,
-    controller="lstm",
-    needs_gradient=True,
-    hidden_size=6,
-    num_layers=1,
-)
+SMALL = replace(PROBLEM, batch=2, steps=6, num_reads=1)
 # Of different sizes, for each of which all compiles: where two problems come to one process, nothing compiles twice.
 PROBLEMS = {
     "lstm": SMALL,

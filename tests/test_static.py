@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_layer import PROBLEM
 
 pytest.importorskip("triton")
 
@@ -29,7 +30,6 @@ from benchmarks.static.measuring import idle_barriers, measure
 from benchmarks.static.record import RECORD, read_record, worse_than_recorded
 from dnc_triton import dispatch
 from dnc_triton.kernels.layout import layouts, sequence_layouts
-from dnc_triton.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 KERNELS = Path(__file__).parent.parent / "dnc_triton" / "kernels"
@@ -84,7 +84,8 @@ def test_what_the_dispatcher_may_take_is_compiled_and_held_to_spill_nothing(dtyp
     shapes = [tuple(shape) for *shape, size in SEQUENCES if size == hidden] if hidden else SHAPES
     for shape in shapes:
         slots, word, reads = shape
-        problem = Problem(
+        problem = replace(
+            PROBLEM,
             device=torch.device("cuda", 0),
             dtype=getattr(torch, dtype),
             batch=16,
@@ -92,11 +93,8 @@ def test_what_the_dispatcher_may_take_is_compiled_and_held_to_spill_nothing(dtyp
             memory_size=slots,
             word_size=word,
             num_reads=reads,
-            num_writes=1,
             controller="lstm" if hidden else None,
-            needs_gradient=True,
             hidden_size=hidden,
-            num_layers=1 if hidden else 0,
         )
         serving = [backend for backend in dispatch.BACKENDS.values() if backend.supports(problem)[0]]
         taken = []
@@ -126,17 +124,7 @@ def test_float64_is_compiled_at_every_shape_and_may_spill():
 def test_a_sequence_is_served_where_its_kernels_fit():
     """At the corners of what is served: as many numbers in a word, heads and hidden units as may be."""
     limits = dict(num_layers=1, hidden_size=128, num_reads=16, word_size=64)
-    problem = Problem(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        batch=1,
-        steps=1,
-        memory_size=128,
-        num_writes=1,
-        controller="lstm",
-        needs_gradient=True,
-        **limits,
-    )
+    problem = replace(PROBLEM, batch=1, steps=1, memory_size=128, **limits)
     for name, limit in limits.items():
         _, reason = dispatch.BACKENDS["triton_sequence"].supports(replace(problem, **{name: limit + 1}))
         assert f"goes up to {limit}" in reason or f"go up to {limit}" in reason
