@@ -24,7 +24,7 @@ EVALUATION_SEQUENCES = 1000  # per row of the table, in batches of one length
 Scores = dict[str, dict[str, dict[str, float]]]  # evaluation → model → what `Run.score` says of it
 
 
-def evaluate(run: Run, sequences: int = EVALUATION_SEQUENCES) -> Scores:
+def evaluate(run: Run, sequences: int) -> Scores:
     """How each model does in each evaluation of the task, on sequences that no training saw."""
     return {name: run.score(list(sizes), sequences, "test") for name, sizes in run.task.evaluations.items()}
 
@@ -66,7 +66,7 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
         raise ValueError(f"index: expected at least 0, got {index}")
     task, dnc = run.task, run.learners["dnc"].model.eval()
     assert isinstance(dnc, DNC)
-    size = run.task.lessons[-1][-1] if size is None else size
+    size = task.lessons[-1][-1] if size is None else size
     batch = task.sample(1, size, generator(run.settings.seed, "validation", index), split="validation")
     batch = batch._replace(inputs=batch.inputs.to(dnc.output.weight.dtype)).to(run.fabric.device)
     with torch.no_grad(), use_backend("reference"):  # which alone keeps a trace, whatever the environment asks for
@@ -83,7 +83,7 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
 
 def report(run: Run) -> str:
     """Evaluate, draw the pictures, write `result.json`, and say it all in words; of the first process alone."""
-    scores = evaluate(run)
+    scores = evaluate(run, EVALUATION_SEQUENCES)
     if not run.fabric.is_global_zero:
         return ""
     try:

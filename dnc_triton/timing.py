@@ -22,13 +22,12 @@ SECONDS = 2.0  # for each figure
 PACKAGES = ("triton", "numpy", "lightning-fabric", "tensorboard", "matplotlib")
 
 
-def bench(settings: Settings, device: str, seconds: float = SECONDS) -> str:
+def bench(settings: Settings, device: str) -> str:
     """Time a batch of the longest sequences that a task trains on: medians, in words.
 
     Args:
         settings: of the run to time; nothing is written.
         device: as `make_fabric` takes it.
-        seconds: to measure each figure for.
 
     Raises:
         ValueError: no such device.
@@ -41,7 +40,7 @@ def bench(settings: Settings, device: str, seconds: float = SECONDS) -> str:
     steps = batch.inputs.shape[1]
     lines = [
         f"{task.name}, size {size}: {settings.batch_size} sequences of {steps} steps on {device}, "
-        f"{torch.get_num_threads()} threads; medians of {seconds:.0f} s each",
+        f"{torch.get_num_threads()} threads; medians of {SECONDS:.0f} s each",
         f"{'':<6}{'ms per batch:':>14}{'forward':>10}{'training':>10}"
         f"{'ms per step:':>16}{'forward':>10}{'training':>10}",
     ]
@@ -55,7 +54,7 @@ def bench(settings: Settings, device: str, seconds: float = SECONDS) -> str:
         for work in (lambda learner=learner: learner.outputs(batch), train):
             timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
             timer.timeit(2)  # what is compiled or measured once is
-            times.append(1000 * timer.blocked_autorange(min_run_time=seconds).median)
+            times.append(1000 * timer.blocked_autorange(min_run_time=SECONDS).median)
         forward, training = times
         lines.append(f"{LABELS[name]:<6}{'':>14}{forward:>10.2f}{training:>10.2f}{'':>16}"
                      f"{forward / steps:>10.3f}{training / steps:>10.3f}")  # fmt: skip

@@ -328,7 +328,7 @@ def test_the_parts_of_the_time_are_said(run: Path) -> None:
 
 def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dnc_triton.timing.bench.__defaults__", (0.05,))
+    monkeypatch.setattr("dnc_triton.timing.SECONDS", 0.05)
     assert main(["bench", "copy", *SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "size 3: 4 sequences of 7 steps" in lines[0]
