@@ -7,10 +7,13 @@ import errno
 import io
 import os
 import pickle
+import re
+import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -155,6 +158,35 @@ def save(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch.save reports a full disk as an internal error of its writer
     torch.save({"format": FORMAT, **content}, buffer)
     write(path, buffer.getvalue())
+
+
+def rescue(folder: Path, content: dict[str, Any], error: OSError) -> NoReturn:
+    """Save the end of a run, which its own folder could not take, among the system's temporary files.
+
+    Args:
+        folder: of the run.
+        content: of the checkpoint.
+        error: why it could not be saved in the folder.
+
+    Raises:
+        OSError: always: it says where the run is now, or what is lost, and how to go on.
+    """
+    name = "-".join(re.findall(r"\w+", str(folder.resolve())))[-60:]  # a file's name has 255 bytes
+    rescued = Path(tempfile.gettempdir()) / f"{name}-{content['step']}.pt"
+    resume = f"--resume {shlex.quote(str(folder))}"
+    try:
+        save(rescued, content)
+    except OSError as second:
+        lost = "All that was trained is lost"
+        if (folder / "checkpoint.pt").exists():
+            first = "Make room, then" if is_full(error) else "When it can be written to again,"
+            lost = f"What was trained since the last checkpoint is lost. {first} {resume} does it again"
+        raise OSError(f"{error}; {second}. {lost}") from error
+    first = "make room" if is_full(error) else f"see that {folder} can be written to"
+    raise OSError(
+        f"{error}. The run as it is now, at step {content['step']}, is in {rescued}: {first}, move it to "
+        f"{folder}/checkpoint.pt, then {resume}"
+    ) from error
 
 
 def load(path: Path) -> dict[str, Any]:

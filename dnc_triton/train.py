@@ -18,11 +18,8 @@ of it; what they learn is what one process would. The first one alone writes and
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -425,24 +422,7 @@ class Run:
         try:
             self.save()
         except OSError as error:
-            name = "-".join(re.findall(r"\w+", str(self.folder.resolve())))[-60:]  # a file's name has 255 bytes
-            rescued = Path(tempfile.gettempdir()) / f"{name}-{self.step}.pt"
-            try:
-                checkpoint.save(rescued, self.state_dict())
-            except OSError as second:
-                lost = "All that was trained is lost"
-                if (self.folder / "checkpoint.pt").exists():
-                    first = "Make room, then" if checkpoint.is_full(error) else "When it can be written to again,"
-                    lost = (
-                        f"What was trained since the last checkpoint is lost. {first} "
-                        f"--resume {shlex.quote(str(self.folder))} does it again"
-                    )
-                raise OSError(f"{error}; {second}. {lost}") from error
-            first = "make room" if checkpoint.is_full(error) else f"see that {self.folder} can be written to"
-            raise OSError(
-                f"{error}. The run as it is now, at step {self.step}, is in {rescued}: {first}, move it to "
-                f"{self.folder}/checkpoint.pt, then --resume {shlex.quote(str(self.folder))}"
-            ) from error
+            checkpoint.rescue(self.folder, self.state_dict(), error)
 
 
 def _leave_to_the_run(worker: int) -> None:
