@@ -1,4 +1,10 @@
-"""Differentiable Neural Computers that are fast and right, used like `nn.LSTM`."""
+"""Differentiable Neural Computers for PyTorch, used like `nn.LSTM`.
+
+`DNC` is the layer: ``outputs, state = dnc(inputs)``. `DNCState` is what it carries from call to call, the `MemoryState`
+of its memory included. `memory_step` is one step of that memory by itself, from an `Interface`. `explain` says which
+backend runs a layer and why, `use_backend` chooses one. `from_deepmind` and `from_pytorch_dnc` build a layer from the
+weights of other implementations.
+"""
 
 from dnc_reference import DNCState, Interface, MemoryState
 from dnc_triton.deepmind import from_deepmind

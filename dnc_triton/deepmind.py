@@ -38,15 +38,15 @@ def from_deepmind(
     batch_first: bool = True,
     dtype: torch.dtype | None = None,
 ) -> DNC:
-    """A `DNC` with the weights, and the semantics, of one built with DeepMind's published code.
+    """A `DNC` with the weights and the semantics of one built with DeepMind's published code.
 
-    Strengths pass softplus and no gradient flows from usage to earlier writes, as there.
+    As there, strengths pass softplus and no gradient flows from usage to earlier writes.
 
     Args:
         variables: name → array, named as in a checkpoint of DeepMind's code: ``dnc/lstm/w_gates`` and so on, with any
-            scope in front and with or without ``:0`` behind. Weights are [in, out]. Other names, an optimiser's say,
-            are passed over. The sizes of input, controller and output are read off the arrays.
-        memory_size, word_size, num_reads, num_writes: N, W, R, K, which the arrays do not tell, or not alone.
+            scope in front and with or without ``:0`` behind. Weights are [in, out]. Other names, such as an
+            optimiser's, are ignored. The sizes of input, controller and output are those of the arrays.
+        memory_size, word_size, num_reads, num_writes: N, W, R, K of the original.
         clip: the `clip_value` of the original (20 in DeepMind's training script); None if it had none.
         batch_first: of the layer that is made. DeepMind's is time first.
         dtype: of the layer that is made; None for torch's default.
@@ -55,8 +55,8 @@ def from_deepmind(
         the layer, on the CPU.
 
     Raises:
-        ValueError: a variable is missing, is there twice, or has a shape that does not go with the sizes given.
-        TypeError: no mapping of names to arrays of numbers; a size that is no integer.
+        ValueError: a variable is missing, is there twice, or has a shape that does not fit the sizes given.
+        TypeError: variables is no mapping of names to floating arrays; a size that is no integer.
     """
     if not isinstance(variables, Mapping):
         raise TypeError(f"variables: expected a mapping of names to arrays, got {type(variables).__name__}")

@@ -244,9 +244,10 @@ _settled: dict[tuple[Problem, str, str | None] | None, Backend] = {}
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, calls that do not name a backend themselves use this one.
+    """Within the block, layers and calls that do not name a backend themselves use this one.
 
-    The setting is the process's, as torch's own backend flags are: other threads see it too.
+    The setting is the process's, as torch's own backend flags are: other threads see it too. Which backends there are,
+    and which of them serve a layer, `explain` says.
 
     Args:
         name: a backend's name, or "auto".

@@ -33,31 +33,32 @@ class DNC(DNCCell):
         num_reads: R, read heads.
         num_writes: K, write heads; the paper has 1.
         controller: "lstm", "gru", "rnn", "feedforward", or a factory ``(input_size, hidden_size) -> nn.Module`` of
-            your own, whose modules have ``initial_state(batch_size, *, device, dtype)`` giving a nest of tensors, batch
-            first, and ``forward(inputs [B, I], state) -> (hidden [B, H], state)``. I counts the step's input and the
-            R·W numbers read last.
+            your own. The module that it makes has ``initial_state(batch_size, *, device, dtype)``, which returns a nest
+            of tensors, batch first, and ``forward(inputs [B, I], state) -> (hidden [B, H], state)``. I is the size of
+            the step's input plus R·W, for the words read in the step before.
         num_layers, dropout: of a built-in controller, as in `nn.LSTM`: dropout acts between layers.
         batch_first: inputs and outputs are [B, T, ·]; else [T, B, ·].
-        clip: bound on the absolute value of the controller's output and state and of the output; None for none.
+        clip: bound on the absolute value of the controller's output and state and of the layer's output; None for none.
         strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
         stop_usage_gradient: no gradient from usage to earlier writes, as in DeepMind's published code.
-        max_activation_gradient: bound on each element of the gradient by the hidden vectors of a built-in controller,
-            at every step, which bounds what goes back through time; None for none. The paper has 10.
-        checkpoint: what is kept of memory and link, by far the most of it, for the backward. None: every step's; an
-            integer k: every k-th step's, the others are computed again on the way back, to the same bits, at the cost
-            of that; "auto": every step's while they take at most 256 MiB on a CPU or a quarter of a GPU's memory, then
-            every √T-th. Of every step's links "triton_split" keeps each fourth. Where the layer goes step by step, as
-            with several write heads or parts of your own, "auto" keeps every step's.
+        max_activation_gradient: bound on each element of the gradient with respect to the hidden vectors of a built-in
+            controller, at every step, which bounds what goes back through time; None for none. The paper has 10.
+        checkpoint: at which steps memory and link, by far the largest tensors, are kept for the backward. None: at
+            every step (the backend "triton_split" keeps every fourth link). An integer k: at every k-th; the backward
+            computes the others again, to the same bits, which takes time. "auto": at every step while that takes at
+            most 256 MiB on a CPU or a quarter of a GPU's memory, else at every √T-th; at every step wherever the layer
+            runs step by step, as with several write heads or parts of your own.
         backend: "auto", or the name of the one to use; see `explain`.
-        device, dtype: of the parameters. The state has the same.
+        device, dtype: of the parameters and the state; None for torch's defaults.
 
     Parameters are initialised as torch initialises its own recurrent cells and linear layers.
 
     Raises:
         ValueError: a size or checkpoint below 1; an unknown controller, strength or backend; dropout, clip or
-            max_activation_gradient out of range.
+            max_activation_gradient out of range; num_layers, dropout or max_activation_gradient with a controller of
+            your own.
         TypeError: a size or checkpoint that is no integer, a flag that is no bool, dropout or a bound that is no
-            number; a factory that does not make a controller.
+            number, a dtype that is not floating point; a factory that does not make a controller.
 
     Example:
         >>> dnc = DNC(input_size=8, hidden_size=64, output_size=8, memory_size=16, word_size=16)
@@ -125,29 +126,31 @@ class DNC(DNCCell):
         reset: Tensor | None = None,
         trace: bool = False,
     ) -> tuple[Tensor | PackedSequence, DNCState] | tuple[Tensor | PackedSequence, DNCState, Trace]:
-        """Run over a sequence.
+        """Run the layer over a batch of sequences.
 
         Args:
             inputs: [B, T, input_size] ([T, B, input_size] if not batch_first), or a `PackedSequence`.
             state: what an earlier call returned, or None for the initial state. Gradients flow into it; call
                 `state.detach()` to truncate them.
             lengths: [B] integers in 0…T: row b runs for lengths[b] steps. After that its outputs are 0 and its state
-                stays; what stands in the inputs there changes nothing, be it NaN.
+                stays the same, whatever the inputs there are, even NaN.
             reset: bool, [B, T] ([T, B] if not batch_first): True puts that row's state back to the initial one before
                 that step.
-            trace: return the `Trace` as well: where every step wrote and read, its gates, usage and link. The reference
-                computes it step by step and keeps all of it, whatever `checkpoint` says; its link alone is B·T·K·N²
-                numbers.
+            trace: return the `Trace` as well: where every step wrote and read, its gates, usage and link. The backend
+                "reference" computes it step by step and keeps all of it, whatever `checkpoint` is; its link alone is
+                B·T·K·N² numbers.
 
         Returns:
-            outputs [B, T, output_size], in the order of the inputs (packed if they were packed), and the state after
-            each row's last step. With B = 0 or T = 0 the outputs are empty and the state is the one given.
+            outputs [B, T, output_size] ([T, B, output_size] if not batch_first, packed if the inputs were packed), and
+            the state after each row's last step. With B = 0 or T = 0 the outputs are empty and the state is as it was.
             With `trace` also the `Trace`, [B, T, ...] in all its fields, whatever `batch_first` is.
 
         Raises:
-            ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T.
-            TypeError: a tensor of the wrong dtype, a state that is no `DNCState`, a trace that is no bool.
-            RuntimeError: the backend asked for does not serve this call; with `trace` only the reference does.
+            ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T or
+                beside a `PackedSequence`, which has its own.
+            TypeError: inputs that are no tensor, a tensor of the wrong dtype, lengths that are no integers, a state
+                that is no `DNCState`, a trace that is no bool.
+            RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.
         """
         if not isinstance(trace, bool):
             raise TypeError(f"trace: expected a bool, got {trace!r}")
@@ -160,7 +163,7 @@ class DNC(DNCCell):
         return self._run(inputs, state, lengths, reset, trace)
 
     def step(self, inputs: Tensor, state: DNCState | None = None) -> tuple[Tensor, DNCState]:
-        """One step, for streams: what `forward` does with a sequence of one.
+        """One step, for streams: what `forward` does with a sequence of one step.
 
         Args:
             inputs: [B, input_size].
@@ -326,17 +329,17 @@ class DNC(DNCCell):
 
 
 def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
-    """Which backend would run `dnc(inputs)`, what each of them answers, and why.
+    """Which backend would run `dnc(inputs)`, and for each of them whether it serves that call and why or why not.
 
     Args:
         dnc: the layer.
-        inputs: as for its forward.
+        inputs: as for `DNC.forward`.
 
     Returns:
-        a table, one line per backend, to be printed; the chosen one is starred.
+        a table to print, a line for each backend; the one that would run has a star in front.
 
     Raises:
-        ValueError, TypeError: as the forward for `inputs`.
+        ValueError, TypeError: as `DNC.forward` for `inputs`.
     """
     return explain_problem(dnc.problem(inputs), dnc.backend)
 

@@ -60,31 +60,31 @@ def from_pytorch_dnc(
     batch_first: bool = True,
     dtype: torch.dtype | None = None,
 ) -> DNC:
-    """A `DNC` with the weights, and nearly the semantics, of a `dnc.DNC` of PyPI's package `dnc` 2.0.0b1 or 1.1.0.
+    """A `DNC` with the weights and nearly the semantics of a `dnc.DNC` of PyPI's package `dnc` 2.0.0b1 or 1.1.0.
 
-    The layer is the package's network but for what is listed below. To be so it passes keys and write vectors through
-    tanh, as the package does and the paper does not: its `interface` is `nn.Sequential(linear, BoundedKeys)`, and so it
-    runs step by step, not as one operation. Strengths pass softplus.
+    The layer computes what the package's network does, except for the differences listed below. It passes keys and
+    write vectors through tanh, as the package does and the paper does not: its `interface` is
+    `nn.Sequential(linear, BoundedKeys)`, so that it runs step by step, not as one operation. Strengths pass softplus.
 
     Args:
         model: a `dnc.DNC` of 2.0.0b1, or the state_dict of one of 2.0.0b1 or 1.1.0, with any prefix before its names.
-            Other names are passed over.
-        memory_size, word_size, num_reads: N, W, R: the package's nr_cells, cell_size, read_heads. Needed with a
-            state_dict, which does not tell them, or not alone; with a module read off it.
+            Other names are ignored.
+        memory_size, word_size, num_reads: N, W, R: the package's nr_cells, cell_size, read_heads. Required with a
+            state_dict, which does not hold them; a module has its own.
         read_feedback: whether the controller sees what was read in the step before. The package's does not: in every
-            step of a call it gets what the call before read last, zeros in a first call. False, then, sets the weights
-            by the read words to 0: the outputs are those of the package over a sequence, and training may find a use
-            for the weights. True keeps them, for a model that was called with one step at a time and handed its state.
-        dropout: between the controller's layers; None for the module's own, which a state_dict does not tell: then 0.
+            step of a call it gets what the call before read last, zeros in a first call. Hence False sets the weights
+            of the read words to 0: over a sequence the outputs are the package's, and training may find a use for the
+            weights. True keeps them, for a model that was called one step at a time with the state of the step before.
+        dropout: between the controller's layers; None for the module's own, or 0 with a state_dict, which has none.
         batch_first: of the layer that is made.
         dtype: of the layer that is made; None for torch's default.
 
     Returns:
         the layer, on the CPU. Its state_dict does not fit a plain `DNC`: to load one, make the layer by this function.
 
-    What a state_dict does not tell, and the caller must know: that clip was 0 or at least 1; that an "rnn" had
-    nonlinearity "tanh"; that the release was 1.1.0 or later. In those up to 1.0.3 names and shapes are the same, but
-    the softmax of the read modes goes over the heads; there is no such thing here.
+    A state_dict cannot be checked for this, so the caller must know it: that clip was 0 or at least 1; that an "rnn"
+    had nonlinearity "tanh"; that the release was 1.1.0 or later. In those up to 1.0.3 names and shapes are the same,
+    but the softmax of the read modes goes over the heads, which this layer cannot do.
 
     Equal: the controllers; the layout of the interface, head by head; strengths, gates, read modes; usage, retention,
     the allocation and its ε; erase, write, link, precedence, both directions, read; the output layer; the initial
@@ -94,22 +94,22 @@ def from_pytorch_dnc(
         - The norms of the content lookup: |x| = √(Σx² + ε) here, √Σx² there, ε = 1e-6. A word much longer than 0.001
           is looked up nearly the same, a shorter one is not. This alone keeps outputs from being the same to rounding.
         - Equally used slots: the lower comes first here; there the order is open (`topk`). Slots that are alike in all
-          else may so be swapped, which no output shows. Usages whose 1 − u is the same count as equal here only.
-        - softplus above 20, where the package's leaves out log(1 + e⁻ˣ) ≤ 2e-9.
+          else may thus be swapped, which no output shows. Usages whose 1 − u is the same count as equal here only.
+        - softplus(x) above x = 20, where the package's leaves out log(1 + e⁻ˣ) ≤ 2e-9.
         - The controller's initial state: zeros here; random there in each call without a state, hidden and cell alike.
         - Outputs are [B, T, ·] with batch_first here; in 2.0.0b1 [T, B, ·] with it and [B, T, ·] without.
         - Padding: `lengths=` and packed batches work here; in 2.0.0b1 a packed batch raises an UnboundLocalError.
         - A state handed to the next sequence: its read words are seen by the first step here, by all steps there.
         - `bias=False` becomes biases of 0, which training may move.
-        - clip: there only the controller's output is clipped. From 1 on that does nothing to an LSTM, a GRU or a tanh,
-          and the layer has none.
+        - clip: there only the controller's output is clipped. A bound of 1 or more does nothing to an LSTM, a GRU or a
+          tanh, and the layer has none.
 
     Raises:
         ValueError: what has no counterpart here: num_layers above 1 (each reads once more within a step; the package's
             num_hidden_layers are what is called num_layers here), nonlinearity "relu", clip between 0 and 1, the
-            sparse memories of SAM and SDNC; a weight that is missing, unknown, or of a shape that does not go with the
+            sparse memories of SAM and SDNC; a weight that is missing, unknown, or of a shape that does not fit the
             sizes.
-        TypeError: neither a module of 2.0.0b1 nor a mapping; a size or weight of the wrong type.
+        TypeError: model is neither a `dnc.DNC` of 2.0.0b1 nor a mapping; a size or weight of the wrong type.
 
     Source: the package's dnc.py, memory.py and util.py.
     """

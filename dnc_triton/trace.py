@@ -15,9 +15,9 @@ from dnc_reference.interface import activate_interface
 class Trace(NamedTuple):
     """What a DNC did with its memory, step by step: ``outputs, state, trace = dnc(inputs, trace=True)``.
 
-    The first two axes are always batch and time, as the first one of all that is in a `DNCState` is the batch. Index
-    [b, t] is what step t asked (gates, modes) and left behind (weights, usage, link) in row b; past the row's length,
-    where there is no step, all is 0 as the outputs are. Gradients flow through it.
+    The first two axes are batch and time, whatever `batch_first` is. Index [b, t] is what step t asked for (gates,
+    modes) and what it left behind (weights, usage, link) in row b; past the row's length all is 0, as the outputs are.
+    Gradients flow through it.
 
     Attributes:
         write_weights: [B, T, K, N].

@@ -58,12 +58,15 @@ class DNCCell(nn.Module):
         clip: bound on the absolute value of the controller's output and state and of the output; None for none.
         strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
         stop_usage_gradient: as in `memory_step`.
-        max_activation_gradient: bound on each element of the gradient by the hidden vectors of a built-in controller,
-            at every step; None for none. The paper has 10.
+        max_activation_gradient: bound on each element of the gradient with respect to the hidden vectors of a built-in
+            controller, at every step; None for none. The paper has 10.
+        device, dtype: of the parameters and the state; None for torch's defaults.
 
     Raises:
-        ValueError: a size below 1, an unknown controller or strength, dropout outside [0, 1), clip not above 0.
-        TypeError: a size that is no integer; a factory that does not make a controller.
+        ValueError: a size below 1, an unknown controller or strength, dropout outside [0, 1), a bound not above 0;
+            num_layers, dropout or max_activation_gradient with a controller of your own.
+        TypeError: a size that is no integer, a flag that is no bool, dropout or a bound that is no number, a dtype that
+            is not floating point; a factory that does not make a controller.
 
     Source: Graves et al. 2016, Methods, "Controller network", with the layers stacked as in `nn.LSTM`: the paper also
     feeds the input to every layer and every layer to the output. `clip`: DeepMind's published code, dnc.py.
@@ -133,12 +136,12 @@ class DNCCell(nn.Module):
 
     @property
     def dropout(self) -> float:
-        """Of the controller, 0 for one of your own. It is changed there: `controller.dropout.p`."""
+        """That of the controller, which is changed by `controller.dropout.p`; 0 for a controller of your own."""
         return float(getattr(self.controller.dropout, "p", 0)) if isinstance(self.controller, Controller) else 0.0
 
     @property
     def max_activation_gradient(self) -> float | None:
-        """Of the controller, None for one of your own. It is changed there."""
+        """That of the controller, on which it is changed; None for a controller of your own."""
         return self.controller.max_activation_gradient if isinstance(self.controller, Controller) else None
 
     @property
@@ -147,10 +150,10 @@ class DNCCell(nn.Module):
         return self.hidden_size + self.num_reads * self.word_size
 
     def like(self) -> Tensor:
-        """A tensor with the parameters' dtype and device, which the state shares.
+        """A tensor with the dtype and device of the parameters, which are those of the state.
 
         Raises:
-            TypeError: there is no floating-point parameter.
+            TypeError: no parameter is floating point.
         """
         weight: Any = getattr(self.output, "weight", None)
         if isinstance(weight, Tensor):
