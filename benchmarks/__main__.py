@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _devices(asked: Sequence[str]) -> list[str]:
-    """Those that are here; a word about those that are not."""
+    """Those that are here; a message about those that are not."""
     here = torch.cuda.is_available()
     devices = ["cuda" if here else "cpu"] if "auto" in asked else list(dict.fromkeys(asked))
     if "cuda" in devices and not here:
@@ -120,7 +120,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
 
         def done(of_a_mode: list[Row]) -> None:
             records.extend(map(files.record_of, of_a_mode))
-            write()  # who is killed later has this
+            write()  # so that it is there if the run is killed
             progress.advance()
 
         now, interrupted = "what is measured apart", False
@@ -167,7 +167,7 @@ def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[s
 
 
 def _jobs(cases: Sequence[Case], modes: list[str]) -> list[tuple[Case, list[str]]]:
-    """What is measured at a time: who runs out of time has the training of every network before all else.
+    """What is measured at a time: the training of every network before all else, should time run out.
 
     A sweep shows how training scales, unless that was not asked for.
     """

@@ -77,7 +77,7 @@ def _command(
 ) -> list[str]:
     values = {
         "device": "cuda",
-        "peers": name,  # nobody else, so that it is measured there and then
+        "peers": name,  # alone, so that it is measured in that process
         "modes": mode,
         "configurations": ",".join(case.configuration for case in cases),
         "rounds": options.rounds,

@@ -42,7 +42,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], margin: float = MARGIN) ->
 
     A row has become slower if its new 20th percentile lies above the old 80th by more than the margin: the slow end of
     what was is exceeded by the fast end of what is. Faster is the same the other way round. The noise within a run is
-    not that between two: where somebody else's code differs as much, that is said.
+    not that between two: where code of others differs as much, that is said.
 
     Args:
         old, new: as `read_results` gives them.

@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 left_out.append(f"{sizes_of(row)}, {row.who}: the time is up")
                 continue
             rows.append(measure_one(row, measure))
-            write()  # who is killed later has this
+            write()  # so that it is there if the run is killed
             print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     except KeyboardInterrupt:
         interrupted = True
@@ -251,7 +251,7 @@ def random_step(
     with torch.no_grad():
         for _ in range(4):
             _, state = oracle_step(draw(batch, size), state, reads)
-    # The order of the free list must not hang on a rounding: kernels and oracle are to take the same one.
+    # The order of the free list must not depend on a rounding: kernels and oracle are to take the same one.
     order = torch.stack([torch.randperm(slots, generator=generator, device=device) for _ in range(batch)])
     state = state._replace(usage=(order + 0.5) / slots)
     gradients = [draw(batch, reads, word), *(draw(*tensor.shape) for tensor in state)]

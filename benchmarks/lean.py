@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                     rows.append(pool.submit(train_once, *case).result())
             result = f"{rows[-1]['grown_bytes'] / 1e6:,.0f} MB"
-        except Exception as error:  # of memory, say, of which the next one may take less
+        except Exception as error:  # out of memory, for example, of which the next one may take less
             result = f"not measured: {in_a_line(error)}"
         print(f"{backend}, N = {sizes['memory_size']}, T = {steps}, checkpoint = {checkpoint}: {result}", flush=True)
         if rows:

@@ -86,8 +86,8 @@ class Session:
         peak_memory: whether to measure it.
         report: called with what is being done, in a few words.
         left_out: what was not started, filled in as the run goes.
-        lost: when the device stopped working, in words, filled in if it does. An illegal access on a GPU, say, leaves
-            the process without it; what was measured before is still good.
+        lost: when the device stopped working, in words, filled in if it does. An illegal access on a GPU,
+            for example, leaves the process without it; what was measured before is still good.
     """
 
     device: torch.device
@@ -206,7 +206,7 @@ def _check(
     started = time.monotonic()
     if reason := session.over:
         return replace(row, status=LEFT_OUT, note=f"{name} on {case.configuration}, {mode}: {reason}"), None
-    needed = 0 if peer.apart else COMPILE_SECONDS  # who is by itself may be stopped while it compiles
+    needed = 0 if peer.apart else COMPILE_SECONDS  # a peer in a process of its own may be stopped while it compiles
     if mode == CAPTURED and not peer.captured:
         return replace(row, status=DECLINED, note=f"{name}: it is not captured"), None
     if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < needed):
@@ -262,7 +262,7 @@ def _time_in_turns(runs: dict[str, Callable[[], Any]], session: Session) -> dict
     A short call is made once more before it is timed: in a loop it finds its code and data in the processor's caches,
     here it would where the one before it is of its kind.
 
-    Once the time for it is over, who is slow takes no part beyond `SLOW_ROUNDS`, and nobody beyond `LEAST_ROUNDS`.
+    Once the time for it is over, a slow peer takes no part beyond `SLOW_ROUNDS`, and none beyond `LEAST_ROUNDS`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)

@@ -1,9 +1,9 @@
 """The memory that a call takes at its peak, beyond what was there before it.
 
-On a GPU PyTorch counts the tensors. On a CPU nobody does: a call runs in a process of its own, and what counts is by
+On a GPU PyTorch counts the tensors. On a CPU it does not: a call runs in a process of its own, and what counts is by
 how much the most memory that the process ever held has grown. That includes what PyTorch's libraries set up for
-themselves and what the allocator rounds up, a few MB, so it says little of small networks. Of who compiles it is not
-told: the compiler's own memory would count.
+themselves and what the allocator rounds up, a few MB, so it says little of small networks. For peers that compile
+it is not measured: the compiler's own memory would count.
 """
 
 from __future__ import annotations

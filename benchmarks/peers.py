@@ -1,4 +1,4 @@
-"""Who is measured: one function each, from a case and a device to a network that runs.
+"""What is measured side by side: a function for each peer, from a case and a device to a network that runs.
 
 Every peer has the same sizes and inputs. Those that compute a DNC as the paper has it have the same parameters as well
 and are held against the oracle; PyPI's package and `nn.LSTM` compute something else, and are there for their speed.
@@ -72,7 +72,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody who is measured.
+    """One of those that are measured side by side.
 
     Attributes:
         label: as tables and pictures call it.
@@ -154,7 +154,7 @@ def make_layer(case: Case, device: torch.device, *, backend: str, graphs: bool =
 def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
     """The reference with `torch.compile`: its step, for a whole sequence would compile for many minutes.
 
-    Over a sequence the output layer follows once, as in our layer. Who takes one step has it compiled with the step.
+    Over a sequence the output layer follows once, as in our layer. A single step has it compiled with the step.
 
     Args:
         case: the sizes.

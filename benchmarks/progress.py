@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Progress:
-    """A bar over so many parts of a run, to be used with `with`."""
+    """A bar over the parts of a run, to be used with `with`."""
 
     def __init__(self, total: int) -> None:
         self._bar: Any = None

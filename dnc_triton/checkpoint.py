@@ -43,7 +43,7 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
     Args:
         folder: of the run; made if it is not there.
         settings: what settings.toml holds.
-        new: whether a folder that is there already will not do, be it empty.
+        new: whether the folder must not be there already, not even empty.
 
     Returns:
         whether the folder is the caller's; False: it is another run's, or, if it has to be new, there already.
@@ -76,7 +76,7 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """In the block no other process may hold a folder. Where the system has no such locks nobody is kept out.
+    """In the block no other process may hold a folder. Where the system has no such locks, others are not kept out.
 
     Raises:
         ValueError: another process holds it.
@@ -111,17 +111,17 @@ def let_go() -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room, on the disk or within somebody's quota."""
+    """Whether a write failed for want of room, on the disk or within the user's quota."""
     return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota's
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that takes the place of the old one when all of it is on the disk: nobody ever sees half a file.
+    """Write a file that takes the place of the old one when all of it is on the disk: half a file is never seen.
 
     Raises:
         OSError: it could not be written; the old file is as it was.
     """
-    # Of this call alone, where nobody is kept out; tempfile's files would be the user's alone.
+    # A name of this call's own, for where others are not kept out. (Others could not read tempfile's files.)
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a table is worth more than a character that nobody can encode
+        sys.stdout.reconfigure(errors="replace")  # a character that cannot be encoded is no reason to fail
     try:
         options = _parser().parse_args(arguments)
         status: int = options.act(options)
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = add("evaluate", _evaluate, "say how many sequences a run's models solve, which it was not trained on")
     _add_run(evaluate)
-    text = "at least so many per row of the table, of each size equally many (default: 1000)"
+    text = "least number per row of the table, as many of each size (default: 1000)"
     evaluate.add_argument("--sequences", type=int, default=1000, help=text)
 
     trace = add("trace", _trace, "draw what a run's DNC does with its memory: memory.png, and memory.html to play with")

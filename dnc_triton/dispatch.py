@@ -1,10 +1,10 @@
 """Which backend serves a call: one table, what each entry can do, and how one is chosen.
 
-Who is asked first: the `backend` argument of the call or layer, then `use_backend`, then the environment variable
+The `backend` argument of the call or layer decides first, then `use_backend`, then the environment variable
 DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else, and
 for a single step without gradients, the reference. On a GPU it is what was the fastest when measured, which happens on
-the first call of a kind (`tuning`); while a graph is traced or captured nothing is measured, and what is remembered or
-else the first in rank is taken.
+the first call of a kind (`tuning`). While a graph is traced or captured nothing is measured: what is remembered is
+taken, or else the first in rank.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _stepwise_unroll(
     checkpoint: int | str | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, DNCState]:
-    """The reference's unroll, with autograd's own checkpoints if so many are asked for; "auto" keeps every step's."""
+    """The reference's unroll, with autograd's own checkpoints if `checkpoint` is a number; "auto" keeps every step."""
     # A transform of torch.func takes none.
     if not isinstance(checkpoint, int) or not torch.is_grad_enabled() or is_transformed():
         return dnc_reference.unroll(cell, inputs, state, lengths=lengths, reset=reset, **keywords)
@@ -227,7 +227,7 @@ BACKENDS: dict[str, Backend] = {
         supports=_compiled_supports,
         memory_step=dnc_reference.memory_step,
         unroll=partial(unroll_sequence, compiled=True),
-        # It compiles for half a minute, which only who asks for it wants to wait for.
+        # It compiles for half a minute: only for those who ask for it.
         rank=lambda problem: 8,
     ),
     "reference": Backend(

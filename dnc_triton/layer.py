@@ -254,7 +254,7 @@ class DNC(DNCCell):
         )
 
     def _begin(self, problem: Problem) -> DNCState:
-        """`initial_state`, for a call that hands it to nobody: in one buffer."""
+        """`initial_state` in one buffer, for a call that does not hand it out."""
         weight, batch = self.like(), problem.batch
         ours = begins_with_zeros(self) and problem.controller != "custom"
         if not ours or problem.steps == 0 or not is_eager([weight]):
@@ -375,7 +375,7 @@ def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tenso
     lengths = lengths.long()
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape [{batch}], one per row of the batch, got {list(lengths.shape)}")
-    # While a graph is captured, or a transform is at work, nobody may look at values.
+    # While a graph is captured, or a transform is at work, values cannot be looked at.
     hidden = torch.compiler.is_compiling() or is_transformed()
     hidden = hidden or (lengths.is_cuda and torch.cuda.is_current_stream_capturing())
     if batch > 0 and not hidden:

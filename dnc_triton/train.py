@@ -103,7 +103,7 @@ class Run:
         return run
 
     def load(self, content: dict[str, Any]) -> None:
-        """Take the place of the run that a checkpoint holds.
+        """Become the run that a checkpoint holds.
 
         Raises:
             ValueError: it is of a run with other settings; it names them.
@@ -180,7 +180,7 @@ class Run:
             started = time.perf_counter() - self.seconds["all"]
             saved, saving, stopped = time.perf_counter(), 0.0, False
             batches, lesson = self._batches(), self.lesson
-            # Processes that nobody ends would be waited for after an error.
+            # Else the worker processes would be waited for after an error.
             stack.callback(lambda: batches.close())
             while self.step < settings.steps and not stopped:
                 if self.lesson != lesson:
@@ -206,7 +206,7 @@ class Run:
                         row = self._validate()
                         if journal:
                             journal.add(row, "validation")
-                    self._share_sums()  # of all, whoever finds it the best
+                    self._share_sums()  # in all processes, whether or not it is the best
                     if self._is_best(row):
                         last, self.best = self.best, row
                         with self._clock("checkpoints"):

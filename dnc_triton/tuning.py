@@ -5,7 +5,7 @@ must go step by step, as a step. A problem is remembered by its bucket: the devi
 and of what generates code, dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to
 powers of two; for a sequence also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not
 at all, so that any number of processes may measure at once; what is in a file that cannot be understood is measured
-again. What a bucket lacks, since nobody had asked for it or time was up, is measured when it is asked for next.
+again. What a bucket lacks, not asked for before or left when time was up, is measured when it is asked for next.
 Most of the time goes into compiling kernels, so those of several candidates compile at once, before they are measured.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless something is

@@ -1,4 +1,4 @@
-"""What the compiler makes of each kernel, for GPUs that nobody here need have: `python -m benchmarks.static`.
+"""What the compiler makes of each kernel, for GPUs that need not be here: `python -m benchmarks.static`.
 
 Triton compiles for a named target with no GPU present. That shows, per kernel, shape and target, the registers of a
 thread, the bytes it spills, the shared memory of a block and the number of instructions, and it shows a type error that

@@ -91,7 +91,7 @@ def measure(case: Case) -> Measurement:
         early = early_accesses(asm["ptx"])
         errors += [f"{site} accesses memory that the launch before it may still write to" for site in early]
     try:
-        # Which barriers are needed does not hang on the target; to find out takes a walk for each of them.
+        # Which barriers are needed does not depend on the target; to find out takes a walk for each of them.
         without = without_barriers(ttgir) if case.target == "sm_90" else []
         behind = (case.direction, case.phase) == ("backward", "middle")
         arguments = ARGUMENTS | BEHIND if behind else ARGUMENTS

@@ -2,7 +2,7 @@
 
 To add up across a warp a thread adds what another one has to what it has itself. If that is a product, the compiler
 fuses the thread's own with the addition, and rounds once where the other's was rounded as well: so the threads' sums
-differ in the last bit. Where several threads hold the same element, which sum is taken then hangs on which of them is
+differ in the last bit. Where several threads hold the same element, which sum is taken depends on which of them is
 the last to write it, and the same call might give other bits. `dnc_triton.kernels.common.term` is not fused.
 
 A launch that overlaps the one before it waits for that one's end before it touches memory. What the source says first a

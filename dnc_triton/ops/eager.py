@@ -1,4 +1,4 @@
-"""Around the operators: whether a compiler, a mode or a transform is at work, who is not served, on which device."""
+"""Around the operators: whether a compiler, a mode or a transform is at work, what is refused, on which device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ORDINARY = (Tensor, nn.Parameter)
 
 
 def is_eager(tensors: list[Tensor]) -> bool:
-    """Whether nobody looks at what is called, as compilers, modes, transforms and other kinds of tensors do."""
+    """Whether no compiler, mode, transform or other kind of tensor has to see which operators are called."""
     return (
         not torch.compiler.is_compiling()  # first: a compiler follows nothing of the rest
         and not is_in_torch_dispatch_mode()

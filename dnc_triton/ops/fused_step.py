@@ -3,8 +3,8 @@
 Both directions are opaque to `torch.compile`, so what happens inside (Triton's own compilation, say) cannot break a
 graph. Neither mutates or aliases what it is given.
 
-What PyTorch does around such an operator takes longer than the launches. So where nobody looks at what is called,
-`_Step` stands in its place, which calls the same two functions, `_forward` and `_run_backward`.
+What PyTorch does around such an operator takes longer than the launches. So in eager mode (`is_eager`) `_Step` takes
+its place, which calls the same two functions, `_forward` and `_run_backward`.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     interface, *saved = ctx.saved_tensors
     state, result = saved[:6], saved[6:]
-    # In the order of the outputs; one that nobody used may come without a gradient.
+    # In the order of the outputs; one that was not used may come without a gradient.
     given = _zero_filled(gradients[:7], state)
     return *_step_backward(interface, state, result, given, *ctx.arguments), None, None, None, None
 
@@ -153,7 +153,7 @@ _step.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Step(torch.autograd.Function):
-    """The operator as autograd sees it where nobody else looks: without schemas and checks."""
+    """The operator for autograd in eager mode: without schemas and checks."""
 
     @staticmethod
     def forward(
@@ -180,7 +180,7 @@ class _Step(torch.autograd.Function):
         raw, strength_offset, stop_usage_gradient, layout = ctx.arguments
         refuse_batched([gradient for gradient in gradients if gradient is not None])
         given = interface, saved[:6], saved[6:], _zero_filled(gradients, saved[:6]), raw, strength_offset
-        # Who wants more than numbers asks the operator.
+        # The operator where the backward is itself differentiated, traced or transformed.
         if torch.is_grad_enabled() or not is_eager([interface, *saved]):
             d_given = _step_backward(*given, stop_usage_gradient, layout.as_operand())
         else:

@@ -288,7 +288,7 @@ def _compile_alone(
         )
         *gates, vector = (tensor for (tensor,) in each)
         new = Carried.of(torch.empty_like(memory), torch.empty_like(link), carried, settings.num_layers)
-        if settings.cell.states == 0:  # where hidden vectors go, which nobody is given
+        if settings.cell.states == 0:  # where hidden vectors go, which are not returned
             prev = prev._replace(layers=new.layers)
         cells, of_memory = plan.split(kept)
         written = gates, vector, cells, [*of_memory, free_list]

@@ -1,6 +1,6 @@
-"""What PyTorch's compiler is told, and how to call what it makes: machine code for a CPU, for one set of sizes.
+"""How PyTorch's compiler is used, and how to call what it makes: machine code for a CPU, for one set of sizes.
 
-It is told to make no calls of what is small: products, sorts and running products of few numbers.
+What is small is compiled into the code instead of called: products, sorts and running products of few numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Like = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides and dtyp
 
 
 def like_of(tensor: Tensor) -> Like:
-    """What code is compiled for. Along an axis of length 1 nobody takes a stride."""
+    """What code is compiled for. The stride of an axis of length 1 is never used."""
     strides = tensor.stride()
     if 1 in tensor.shape:
         strides = tuple(stride if size > 1 else 1 for size, stride in zip(tensor.shape, strides, strict=True))
@@ -72,7 +72,7 @@ def machine_code(
             return made[0]
 
         options = {"config_patches": patches, "inner_compile": compile_inner}
-        # What is around the machine code, as for gradients that nobody wants here, takes as long as a small network.
+        # What is around the machine code, as for gradients (not wanted here), takes as long as a small network.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
     call = made[0].current_callable

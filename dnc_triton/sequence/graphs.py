@@ -4,8 +4,8 @@ A graph reads and writes the same memory at each replay. So an instance of one h
 into which the call's own tensors are copied (changed weights are as good as the old ones), and what a call returns is
 copied out. The history alone, by far the largest, is handed out where it stands, and the instance is leased until
 nobody holds it any more: autograd lets go of it after the backward, or with the last result of the forward. A call of
-the same kind in the meantime takes another instance, or plain launches. `Tensor.record_stream` is not heard of: a
-hook that copies what is saved on a stream of its own holds it until the copy is made.
+the same kind in the meantime takes another instance, or plain launches. `Tensor.record_stream` has no effect on
+the history: a hook that copies what is saved on a stream of its own has to hold it until the copy is made.
 
 Plain launches are right at any time, also for the backward of a forward that was replayed. They are taken
 
@@ -100,7 +100,7 @@ class Engine:
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         """A call as a graph. The device is the current one."""
         call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
-        # PyTorch hands its streams round, 32 of each priority. On one of these nobody else multiplies.
+        # PyTorch hands out the same 32 streams of each priority in turn. On one of these nothing else multiplies.
         self.stream = self.stream or torch.cuda.Stream(self.device, priority=-1)
         self._provide_workspace(self.stream)
         graph = torch.cuda.CUDAGraph()
@@ -126,8 +126,8 @@ class Engine:
         PyTorch makes it at a product if there is none, and all graphs have the place of the one that they meet. Made
         during a capture it would be in the memory of that graph, on which the later ones would depend without knowing:
         PyTorch forgets all such places when its compiler captures graphs, and since 2.12 those of a stream when any
-        graph that was captured on it is destroyed. Then the first graph's memory can be somebody else's, or nobody's.
-        What is forgotten in memory of its own is made again there, and nobody else is ever given it.
+        graph that was captured on it is destroyed. Then the first graph's memory can be in use for something else, or
+        freed. With memory of their own they are made again there, and that memory is never given to anything else.
 
         Source: https://github.com/pytorch/pytorch/issues/193402.
         """
@@ -223,7 +223,7 @@ class Instance:
 
     @property
     def is_free(self) -> bool:
-        """Whether nobody holds the history any more."""
+        """Whether the history is not held any more."""
         return all(storage.expired() for storage in self.lease)
 
     def run_forward(self, given: list[Tensor]) -> list[Tensor]:
@@ -295,7 +295,7 @@ class Graphs:
     ) -> list[Tensor | None] | None:
         """By a graph, or None if there is none that fits."""
         with _lock:
-            # What was packed and unpacked in between, say, stands elsewhere, and is as good for plain launches.
+            # What was packed and unpacked in between, for example, stands elsewhere: plain launches serve it as well.
             places = _places(history)
             instance = next((x for x in self.instances if x.places == places), None)
             if instance is None or instance.signature.numerics != _numerics():
@@ -380,7 +380,7 @@ class Graphs:
         return False
 
     def _make_room(self, size: int) -> bool:
-        """Give up what is not in use until so many bytes more are within the bound; or else say that they are not."""
+        """Give up what is not in use until `size` more bytes are within the bound; False if they cannot be."""
         bound = self.bound()
         in_use = sum(x.size for x in self.instances if not x.is_free)
         if in_use + size > bound:

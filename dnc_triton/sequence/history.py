@@ -33,7 +33,7 @@ class Settings(NamedTuple):
         strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
-        checkpoint: memory and link are kept every so many steps; 1 keeps all, of links every `link_every`-th.
+        checkpoint: k: memory and link are kept at every k-th step; 1 keeps all, of links every `link_every`-th.
         compiled: whether a step, controller and all, is made by PyTorch's compiler.
         layout: of the kernels; None for plain PyTorch.
     """
@@ -194,7 +194,7 @@ def _trail(
         kept: [·, *first.shape], for every `period`-th.
         steps: T.
         period: see there.
-        within: counted from there every so many-th has a buffer of its own; None for none.
+        within: of those in between every `within`-th has a buffer of its own; None for none.
         in_turn: whether the others take turns in two buffers, or else are nowhere, which is None.
     """
     between = min(period, steps) - 1
@@ -296,7 +296,7 @@ class Plan:
         return [parts.allocate(entries, self.memory) for parts, entries in rows]
 
     def work_space(self, steps: int) -> list[Tensor]:
-        """What the kernels keep of so many steps, where that is no part of the history."""
+        """What the kernels keep of a number of steps, where that is no part of the history."""
         return [tensor for parts in self.others for tensor in parts.cut(parts.allocate(steps, self.memory))]
 
     def cut(self, buffers: list[Tensor]) -> History:

@@ -85,7 +85,7 @@ class Sequence:
         self.history = plan.cut(self.buffers)
         if forwards:
             starts = state.light()
-            # Without a state the hidden vector before is nobody's, but it is passed on with the others.
+            # Without a state the hidden vector before is not used, but it is passed on with the others.
             if settings.cell.states == 0:
                 starts += [torch.zeros_like(layer[0][0]) for layer in self.history.layers]
             for trail, start in zip(self.history.trails(), starts, strict=True):
@@ -395,7 +395,7 @@ class Sequence:
         return [*gradients, torch.cat([from_hidden, from_words], 1), d_outputs.sum((0, 1))]
 
     def _hold(self, step: int, before: MemoryState, after: MemoryState) -> None:
-        """Memory and link of rows that have ended stay. All else runs on, and is nobody's."""
+        """Memory and link of rows that have ended stay. All else runs on, and is not used."""
         if not self.by_kernel and self.stops[step]:
             self._keep_ended(step, [after.memory, after.link], [before.memory, before.link])
 

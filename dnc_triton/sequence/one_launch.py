@@ -252,7 +252,7 @@ class OneLaunchSequence:
             return
         by_unit = [product.weight.unflatten(0, (4, -1)).permute(2, 1, 0) for product in self.recurrent]
         interface = self.interface.weight.T
-        padding = interface[:, : -len(self.interface_bias) % 4]  # whatever numbers: nobody looks at what they make
+        padding = interface[:, : -len(self.interface_bias) % 4]  # any numbers: what they make is not used
         launch_or_compile(
             sequence_forward_kernel,
             (self.batch,),

@@ -3,8 +3,8 @@
 Both directions are opaque to `torch.compile`: a sequence is one node of the graph, whatever its length. Neither mutates
 or aliases what it is given.
 
-What PyTorch does around such an operator takes longer than a small network. So where nobody looks at what is called,
-`_Sequence` stands in its place, which calls the same two functions, `_run` and `_run_backward`.
+What PyTorch does around such an operator takes longer than a small network. So in eager mode (`is_eager`) `_Sequence`
+takes its place, which calls the same two functions, `_run` and `_run_backward`.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def _run_backward(
         last = handed[1], handed[3]
         return _backward_through_time(settings, gradients, given.replace(tensors), last, history, wanted)
 
-    # What is to be rounded the forward was told: a backward that is called within autocast does nothing else.
+    # The forward settled what is rounded: a backward that is called within autocast computes the same.
     autocast = torch.is_autocast_enabled(inputs.device.type)
     with on_device(inputs), without_autocast(inputs.device) if autocast else nullcontext():
         replayed = None if settings.compiled else graphs.backward(gradients, history, run, wanted)
@@ -346,7 +346,7 @@ _sequence_backward.register_autograd(_no_second_backward)
 
 
 class _Sequence(torch.autograd.Function):
-    """The operator as autograd sees it where nobody else looks: without lists, schemas and checks."""
+    """The operator for autograd in eager mode: without lists, schemas and checks."""
 
     @staticmethod
     def forward(
@@ -358,7 +358,7 @@ class _Sequence(torch.autograd.Function):
         inputs: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Outputs and the state after the last step, from inputs and from states, parameters and dropout, so many."""
+        """Outputs and the state after the last step. `others`: states and parameters, `counts` of each, and dropout."""
         state, parameters, dropout = _divide(others, counts)
         with torch._C._AutoDispatchBelowAutograd():  # as in an operator
             results = _run(settings, inputs, state, parameters, lengths, reset, dropout, True)
@@ -377,7 +377,7 @@ class _Sequence(torch.autograd.Function):
         given = inputs, state, parameters, lengths, reset, dropout
         sent_back = [gradient for gradient in gradients if gradient is not None]
         refuse_batched(sent_back)
-        # Who wants more than numbers asks the operator.
+        # The operator where the backward is itself differentiated, traced or transformed.
         if torch.is_grad_enabled() or not is_eager([inputs, *others, *sent_back]):
             zero_filled = _zero_filled(gradients, inputs, state, parameters)
             d_given = _sequence_backward(zero_filled, *given, [memory, link], history, *_as_operands(ctx.settings))
@@ -389,7 +389,7 @@ class _Sequence(torch.autograd.Function):
 
 
 def _divide(tensors: Iterable[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]:
-    """So many each, and what remains."""
+    """Parts of these lengths, and what remains."""
     remaining = iter(tensors)
     parts = [list(islice(remaining, count)) for count in counts]
     return [*parts, list(remaining)]

@@ -30,9 +30,9 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
     if size < SMALLEST or like.device.type != "cpu" or type(like) is not Tensor or is_in_torch_dispatch_mode():
-        return like.new_empty(shape, dtype=dtype)  # which whoever traces or fakes must see
+        return like.new_empty(shape, dtype=dtype)  # which a mode that traces or fakes must see
     block = _take(size)
-    lease = block[:]  # the tensor's storage holds it, and nobody else
+    lease = block[:]  # which the tensor's storage alone holds
     weakref.finalize(lease, _give_back, block).atexit = False
     return torch.from_numpy(lease).view(dtype).view(shape)
 

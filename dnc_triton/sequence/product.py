@@ -60,5 +60,5 @@ class Product:
         return (d_product.to(self.dtype).T @ x.to(self.dtype)).to(x.dtype)
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """One product, whatever the strides. PyTorch's own choice hangs on whether the weight wants a gradient."""
+        """One product, whatever the strides. PyTorch's own choice depends on whether the weight wants a gradient."""
         return (x.flatten(0, -2).to(self.dtype) @ weight).to(x.dtype).unflatten(0, x.shape[:-1])

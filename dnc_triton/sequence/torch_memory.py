@@ -294,7 +294,7 @@ class TorchMemory:
             d: gradient by `new`, which is overwritten.
 
         Returns:
-            the gradient by `prev`; that by the interface vector goes to where `begin_backward` was told.
+            the gradient by `prev`; that by the interface vector goes to the `d_vectors` of `begin_backward`.
         """
         raw, kept, slopes, d_raw = self.vectors[step], self.kept[step], self.slopes[step], self.d_raw[step]
         reads, row = self.reads, self.row

@@ -68,7 +68,7 @@ class TritonMemory:
             _, slots, word = memory.shape
             self.zeros = memory.new_zeros(count_zeros(slots, word, reads))
         self.scratch = forward_scratch(memory, reads, layout)
-        self.aside: tuple[MemoryState, Tensor] | None = None  # for what is made again and nobody reads
+        self.aside: tuple[MemoryState, Tensor] | None = None  # for what is made again and not read
 
     def begin_forward(self) -> None:
         """Before the first step: nothing."""

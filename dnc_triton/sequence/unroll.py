@@ -41,9 +41,9 @@ def unroll_sequence(
 
     Args:
         cell, inputs, state, lengths, reset: as there.
-        checkpoint: memory and link are kept for the backward at every so many steps, and made again in between; None
+        checkpoint: k: memory and link are kept for the backward at every k-th step, and made again in between; None
             keeps them at every step, of links every `layout.link_every`-th; "auto" does too while that takes at most a
-            quarter of a GPU's memory, or 256 MiB on a CPU, and else takes the square root of T.
+            quarter of a GPU's memory, or 256 MiB on a CPU, and else takes the square root of T for k.
         layout: of the kernels for the memory's part, or for all of it, which keeps every step: a step at a time where
             that takes too much; None for plain PyTorch.
         compiled: whether a step of that is compiled, for a CPU.
@@ -140,7 +140,7 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
 
 
 def begins_with_zeros(cell: DNCCell) -> bool:
-    """Whether nobody has an initial state of his own: of a class or of one object."""
+    """Whether no class and no object overrides the initial state."""
     kinds: tuple[tuple[Any, Any], ...] = ((cell, DNCCell), (cell.controller, Controller))
     return all(
         type(x).initial_state is kind.initial_state and "initial_state" not in x.__dict__  # which a compiler follows
@@ -154,7 +154,7 @@ def parameters_of(cell: DNCCell) -> list[Tensor]:
 
 
 def _parameters_by_name(cell: DNCCell) -> list[Tensor | None]:
-    """In that order, which need not be the one in which a part has them: who removes a pruning puts one at the end."""
+    """In that order, which need not be the one in which a part has them: removing a pruning puts one at the end."""
     modules: Any = cell._modules
     layers = modules["controller"]._modules["layers"]._modules.values()
     of_layer = _OF_LINEAR if cell.controller_kind == "feedforward" else _OF_CELL

@@ -1,4 +1,4 @@
-"""What the compiled steps add to PyTorch's compiler. To import it takes a second, so only who compiles does."""
+"""What the compiled steps add to PyTorch's compiler. It takes a second to import: only for compiling."""
 
 from __future__ import annotations
 

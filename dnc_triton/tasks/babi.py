@@ -42,8 +42,8 @@ class BabiTask(SymbolTask):
             stories become one statement longer.
         questions: questions in a generated story; one of kind k has at least k statements for each.
         encoding: what a step holds: with "words" a word, with "sentences" the words of a sentence. Then a story takes a
-            fifth of the steps, but what hangs on the order of words cannot be told: who gave something to whom, or
-            what is north of what (kinds 4 and 5, say).
+            fifth of the steps, but what depends on the order of words is lost: who gave something to whom, or what
+            is north of what (as in kinds 4 and 5).
 
     Raises:
         OSError: a file cannot be read.

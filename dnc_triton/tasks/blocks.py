@@ -202,7 +202,7 @@ class BlockPuzzleTask(PlanningTask):
         else:
             raise ValueError(f"curriculum: expected puzzles of this kind, got none for lesson {size}")
 
-        first = max(map(len, stated))  # step of the answer; who has less to say says nothing at the beginning
+        first = max(map(len, stated))  # step of the answer; shorter lists begin with steps of nothing
         steps = first + lesson.depth[1]
         said = torch.zeros(batch_size, steps, self.said_size + 1)
         for row, goals in enumerate(stated):

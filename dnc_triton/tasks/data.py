@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def generator(seed: int, split: str, number: int) -> torch.Generator:
-    """Random numbers of their own for a batch, whoever draws it, in whatever order.
+    """A generator for one batch: the same numbers in whatever process and order it is drawn.
 
     PyTorch's generator on a CPU heeds 32 bits of its seed; NumPy's seed sequence mixes all that is given into them.
     """

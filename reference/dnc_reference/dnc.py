@@ -158,7 +158,7 @@ class DNCCell(nn.Module):
         weight: Any = getattr(self.output, "weight", None)
         if isinstance(weight, Tensor):
             return weight
-        for parameter in self.parameters():  # the output layer may be somebody's own
+        for parameter in self.parameters():  # the output layer may be one of the user's
             if parameter.is_floating_point():
                 return parameter
         raise TypeError("parameters: expected one of a floating dtype at least, whose dtype and device the state has")
@@ -258,7 +258,7 @@ def unroll(
         inputs: [T, B, input_size].
         state: before the first step.
         lengths: [B] integer: row b runs for lengths[b] steps; after that its outputs are 0 and its state stays. What
-            stands in the inputs there changes no output, state or gradient, be it NaN.
+            the inputs hold there, even NaN, changes no output, state or gradient.
         reset: [T, B] bool: True puts that row's state back to the initial one before that step.
         interface_step: as in `DNCCell.advance`.
 
