@@ -6,14 +6,13 @@ import os
 import platform
 import subprocess
 from datetime import datetime
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dnc_triton
+from dnc_triton.tuning import triton_version
 
 
 def describe_machine(command: str) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def describe_machine(command: str) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton") if find_spec("triton") else None,
+        "triton": triton_version() or None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,

@@ -16,10 +16,10 @@ from dnc_triton.pictures import LABELS
 from dnc_triton.settings import Settings
 from dnc_triton.tasks.data import generator
 from dnc_triton.train import Run
-from dnc_triton.tuning import cache_directory
+from dnc_triton.tuning import cache_directory, triton_version
 
 SECONDS = 2.0  # for each figure
-PACKAGES = ("triton", "numpy", "lightning-fabric", "tensorboard", "matplotlib")
+PACKAGES = ("numpy", "lightning-fabric", "tensorboard", "matplotlib")
 
 
 def bench(settings: Settings, device: str) -> str:
@@ -75,6 +75,7 @@ def info(task: str, device: str) -> str:
         "dnc_triton": f"{dnc_triton.__version__} in {Path(dnc_triton.__file__).parent}",
         "python": f"{platform.python_version()} in {sys.prefix}, {platform.platform()}",
         "torch": torch.__version__,  # which says for what it was built
+        "triton": triton_version() or "not installed",
         **{name: _version(name) for name in PACKAGES},
         "cpu": f"{torch.get_num_threads()} threads",
         "cuda": ", ".join(f"cuda:{index} {name}" for index, name in enumerate(names)) or "none",

@@ -133,7 +133,7 @@ def _bucket(problem: Problem) -> str:
     key = {
         "device": torch.cuda.get_device_name(problem.device),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton_version(),
         "dnc_triton": __version__,
         "format": FORMAT,
         "dtype": str(problem.dtype),
@@ -151,8 +151,8 @@ def _bucket(problem: Problem) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def _triton_version() -> str:
-    """Empty where there is no Triton: then plain PyTorch is all that is measured."""
+def triton_version() -> str:
+    """As it says itself, whatever its package is called, which is another for ROCm. Empty where there is no Triton."""
     try:
         import triton
     except ImportError:

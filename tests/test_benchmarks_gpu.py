@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, run, session  # noqa: F401
 
 from benchmarks import files, floors, measure, modes, peers, verify
+from benchmarks.machine import describe_machine
 from benchmarks.modes import CAPTURED, call_of, draw_inputs, modes_on
 from benchmarks.peers import EAGER, OURS
 
@@ -70,6 +72,20 @@ def test_the_floor_knows_an_h200_and_measures_others(monkeypatch):
     assert floors.bytes_per_second(torch.device("cuda")) == 4.3e12
     assert 1e8 < floors.bytes_per_second(CPU) < 1e13
     assert 1e8 < floors.product_speed(CPU) < 1e14
+
+
+def test_triton_says_itself_which_one_it_is(monkeypatch):
+    """The package that it comes in has another name for ROCm."""
+    triton = pytest.importorskip("triton")
+
+    def not_found(name):
+        raise PackageNotFoundError(name)
+
+    for place in ("importlib.metadata.version", "benchmarks.machine.version"):
+        monkeypatch.setattr(place, not_found, raising=False)
+    assert describe_machine("make gpu")["triton"] == triton.__version__
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert describe_machine("make gpu")["triton"] is None
 
 
 def test_who_compiles_has_a_single_step_compiled_whole(monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from dnc_triton.cli import main
 from dnc_triton.settings import Settings
 from dnc_triton.tasks import CopyTask
 from dnc_triton.train import PARTS, Run
+from dnc_triton.tuning import triton_version
 
 SHORT = ["train", "copy", *SMALL, "--steps", "20", "--validate-every", "10"]
 
@@ -343,4 +345,13 @@ def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
     assert torch.__version__ in printed
     assert "* torch_sequence" in printed
     assert str(tmp_path / "runs") in printed
+
+    def not_found(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("dnc_triton.timing.version", not_found)  # as it is of Triton for ROCm, by that name
+    assert main(["info", "delayed_copy"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{'numpy':<18}not installed\n" in printed
+    assert f"{'triton':<18}{triton_version() or 'not installed'}\n" in printed
     assert not list(tmp_path.iterdir())
