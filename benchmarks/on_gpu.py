@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         seconds, output = str(options.seconds), str(options.output)
         return benchmark(["run", "--device", "cpu", "--seconds", seconds, "--output", output])
+    # What a shell runs in the background ignores interrupts, and so would the parts, which are to stop at one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
 
     def left(share: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +102,24 @@ def test_what_does_not_stop_is_interrupted_and_killed(tmp_path, monkeypatch):
     assert statuses == [0, 3, 5, -9]
     assert time.monotonic() - started < 30
     assert logs[0].read_text() == "well\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
+def test_a_part_is_interrupted_also_where_a_shell_runs_it_in_the_background(tmp_path, monkeypatch, capsys):
+    (tmp_path / "asleep.py").write_text(
+        "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemExit(5)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(on_gpu, "run_parity", lambda *arguments: 0)
+    monkeypatch.setattr(on_gpu, "PARTS", [("sleep", 1.0, "asleep")])
+    monkeypatch.setattr(on_gpu, "OVERTIME", 4.0)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert on_gpu.main(["--seconds", "0.5", "--output", str(tmp_path)]) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "sleep: ended with status 5." in capsys.readouterr().out
 
 
 def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, capsys):
