@@ -287,7 +287,7 @@ def test_more_than_the_bound(
 
 def test_memory_stays_within_the_bound(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what the allocator holds, which has given up what was given up."""
-    monkeypatch.setenv(graphs.MEMORY_VARIABLE, "256")
+    monkeypatch.setenv(graphs.MEMORY_VARIABLE, "160")  # of some 250 that all would take
     dnc = make(device, memory_size=128, word_size=32, num_reads=4, dtype=torch.float32)
     for seed in range(2):
         results(dnc, *draw(dnc, seed, 1))  # libraries set themselves up
@@ -298,9 +298,9 @@ def test_memory_stays_within_the_bound(device: torch.device, monkeypatch: pytest
             results(dnc, *draw(dnc, seed, steps))
     assert engine().captures > 2 * 2
     assert 1 < len(cache().instances) < 8
-    assert sum(instance.size for instance in cache().instances) <= 256 * graphs.MEBIBYTE
+    assert sum(instance.size for instance in cache().instances) <= 160 * graphs.MEBIBYTE
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() - before < (256 + 64) * graphs.MEBIBYTE
+    assert torch.cuda.memory_reserved() - before < (160 + 64) * graphs.MEBIBYTE
 
 
 def test_what_a_library_keeps_for_its_products_may_be_forgotten(device: torch.device, without: Any) -> None:
