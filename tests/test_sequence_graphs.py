@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from functools import cache as cached
 from typing import Any
-from unittest.mock import MagicMock, Mock, create_autospec
+from unittest.mock import DEFAULT, MagicMock, Mock, create_autospec
 from unittest.mock import call as call_of
 
 import pytest
@@ -164,6 +164,9 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     cuda["get_allocator_backend"].return_value = "native"
     cuda["memory_reserved"].side_effect = [100, 150]
     result, begun = torch.zeros(3), []
+    asked: list[str] = []
+    for name in ("synchronize", "empty_cache", "use_mem_pool"):
+        cuda[name].side_effect = lambda *_, name=name: asked.append(name) or DEFAULT
     ones = MagicMock()
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones)
     monkeypatch.setattr(torch, "addmm", products := Mock())
@@ -178,6 +181,7 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     assert begun == [(False, 0), (True, 1)]
     stream, graph = cuda["Stream"].return_value, cuda["CUDAGraph"].return_value
     cuda["use_mem_pool"].assert_called_once_with(cuda["MemPool"].return_value, torch.device("cuda", 1))
+    assert asked == ["synchronize", "empty_cache", "use_mem_pool"], "from a pool nothing that is cached is given up"
     assert call_of(stream) in cuda["stream"].mock_calls
     stream.wait_stream.assert_called_once_with(cuda["current_stream"].return_value)
     cuda["graph"].assert_called_once_with(graph, (0, 7), stream, capture_error_mode="thread_local")
@@ -213,7 +217,7 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
 
 
 CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "current_stream", "memory_reserved"]
-CALLED += ["MemPool", "use_mem_pool", "get_allocator_backend"]
+CALLED += ["MemPool", "use_mem_pool", "get_allocator_backend", "synchronize", "empty_cache"]
 
 
 @pytest.mark.parametrize(("capturing", "side_stream"), [(False, False), (True, False), (False, True)])

@@ -129,8 +129,13 @@ class Engine:
         graph that was captured on it is destroyed. Then the first graph's memory can be in use for something else, or
         freed. With memory of their own they are made again there, and that memory is never given to anything else.
 
-        Source: https://github.com/pytorch/pytorch/issues/193402.
+        For such memory PyTorch 2.11 gives up nothing that it caches, as for that of a graph, and so that is given up
+        before, as `torch.cuda.graph` does.
+
+        Source: https://github.com/pytorch/pytorch/issues/193402, https://github.com/pytorch/pytorch/issues/159674.
         """
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         native = torch.cuda.get_allocator_backend() == "native"  # others know no pools
         pool = torch.cuda.use_mem_pool(_workspaces(self.device), self.device) if native else nullcontext()
