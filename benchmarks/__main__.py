@@ -22,7 +22,7 @@ from benchmarks.configurations import CONFIGURATIONS, SWEEPS, Case, LeftOutError
 from benchmarks.floors import bytes_per_second, product_speed
 from benchmarks.machine import describe_machine
 from benchmarks.measure import FAILED, WRONG, Row, Session, measure
-from benchmarks.modes import CAPTURED, MODES, TRAINING, modes_on
+from benchmarks.modes import CAPTURED, MODES, TRAINING, TRAINS, modes_on
 from benchmarks.peers import all_peers, is_ours
 from benchmarks.progress import Progress
 from dnc_triton.cli import INTERRUPTED
@@ -167,14 +167,13 @@ def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[s
 
 
 def _jobs(cases: Sequence[Case], modes: list[str]) -> list[tuple[Case, list[str]]]:
-    """What is measured at a time: the training of every network before all else, should time run out.
+    """What is measured at a time: first what goals are set for, the training of every network, should time run out.
 
     A sweep shows how training scales, unless that was not asked for.
     """
-    first, others = ([mode for mode in modes if (mode == TRAINING) is trains] for trains in (True, False))
-    jobs = [(case, some) for some in (first, others) for case in cases if not case.sweep]
-    jobs += [(case, first or others) for case in cases if case.sweep]
-    return [(case, some) for case, some in jobs if some]
+    groups = [[mode for mode in modes if mode in some] for some in ({TRAINING}, {CAPTURED}, MODES.keys() - TRAINS)]
+    jobs = [(case, some) for some in groups if some for case in cases if not case.sweep]
+    return jobs + [(case, [TRAINING] if TRAINING in modes else modes) for case in cases if case.sweep]
 
 
 # --- report and compare -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from tiny_benchmark import CASE, QUICK, TINY, _tiny_configuration_without_peer, run, session  # noqa: F401
 
 from benchmarks import files, measure, verify
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _jobs, main
 from benchmarks.configurations import BASE, CONFIGURATIONS, SWEEPS, SWEPT, LeftOutError, case_of, sweep_cases
 from benchmarks.modes import CAPTURED, MODES, modes_on
 from benchmarks.peers import EAGER, OURS, all_peers
@@ -136,6 +136,14 @@ def test_training_comes_first(tmp_path, monkeypatch):
         run(tmp_path, "--configurations", "tiny,tiny_too", "--sweeps", "T", "--modes", asked)
         swept = [("base/T=2", mode) for mode in sweep.split(",")]
         assert done == [job for job in named if job[1] in asked] + swept
+
+
+def test_what_goals_are_set_for_comes_first():
+    """On a GPU training, then training in a graph, each of all networks before anything else."""
+    cases = [case_of(name, TINY, "cuda") for name in ("one", "two")]
+    done = [(case.configuration, mode) for case, modes in _jobs(cases, list(MODES)) for mode in modes]
+    assert done[:4] == [(name, mode) for mode in ("training", "captured") for name in ("one", "two")]
+    assert sorted(done[4:]) == [(name, mode) for name in ("one", "two") for mode in ("forward", "step")]
 
 
 def test_each_mode_is_written_when_it_is_done(tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
         "benchmarks.lean",
         "benchmarks",
     ]
-    assert [round(seconds) for _, seconds in called] == [40, 52, 56, 100]
+    assert [round(seconds) for _, seconds in called] == [50, 60, 64, 100]
     assert all(str(folder) in commands[0][-1] for commands, _ in others)
     printed = capsys.readouterr().out
     assert "Parity on a GPU: 1 passed, 1 failed, 1 skipped, 2 not run. This is not all of parity." in printed
