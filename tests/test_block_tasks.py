@@ -171,3 +171,11 @@ def test_bad_arguments_of_the_block_puzzle(arguments: dict, words: list[str]) ->
 def test_puzzles_that_no_board_has_are_refused() -> None:
     with pytest.raises(ValueError, match="curriculum: expected puzzles of this kind, got none for lesson 1"):
         BlockPuzzleTask("1/2/5/1").sample(1, 1, random(0))
+
+
+def test_a_lesson_is_described_by_its_ranges() -> None:
+    lessons = BlockPuzzleTask("1/3/1/1, 1-2/3/2/1-2").evaluations
+    assert list(lessons)[:2] == [
+        "lesson 1: 1 goal, 3 blocks, 1 constraint each, 1 move deep",
+        "lesson 2: 1 to 2 goals, 3 blocks, 2 constraints each, 1 to 2 moves deep",
+    ]

@@ -40,10 +40,13 @@ def read_curriculum(text: str, example: str, least: Sequence[int], most: Sequenc
 
 
 def describe(spans: Sequence[Span], names: Sequence[str]) -> str:
-    """Ranges in words: "3 to 5 nodes, 2 steps"."""
-    return ", ".join(
-        f"{low if low == high else f'{low} to {high}'} {name}" for (low, high), name in zip(spans, names, strict=True)
-    )
+    """Ranges in words, with names in the plural: "3 to 5 nodes, 1 step"."""
+    words = []
+    for (low, high), name in zip(spans, names, strict=True):
+        if low == high == 1:
+            name = re.sub(r"s\b", "", name, count=1)
+        words.append(f"{low} {name}" if low == high else f"{low} to {high} {name}")
+    return ", ".join(words)
 
 
 def with_earlier(count: int) -> list[list[int]]:
