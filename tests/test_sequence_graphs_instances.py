@@ -238,10 +238,12 @@ def test_a_bound_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_few_signatures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "SIGNATURES", 2)
+    """Those that were used last."""
     dnc = make()
-    for steps in (1, 2, 3, 4):
+    for steps in (1, 2, 3, 2):
         results(dnc, *draw(dnc, 0, steps))
     assert len(cache().signatures) == 2
+    assert len(cache().instances) == 1  # of two steps, captured when they came again: they had not been forgotten
 
 
 def test_forgetting() -> None:
