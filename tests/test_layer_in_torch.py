@@ -10,10 +10,12 @@ import pytest
 import torch
 from small_layer import BATCH, CLOSE, EXACT, LENGTHS, gradients, make, make_inputs, row, total, warm_state
 from torch import nn
+from torch.export import Dim
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from dnc_triton import DNC, DNCState, MemoryState
+from dnc_triton.sequence import pool
 
 # --- Saving and copying
 
@@ -117,6 +119,16 @@ def test_exported_program_survives_a_file(options):
     torch.export.save(torch.export.export(dnc, (inputs,), options), file)
     file.seek(0)
     assert_close(torch.export.load(file).module()(inputs, **options), dnc(inputs, **options), **CLOSE)
+
+
+def test_exports_for_any_size(monkeypatch):
+    monkeypatch.setattr(pool, "MOST", 2**14)
+    dnc, inputs = make(), make_inputs(3, 20)
+    with torch.no_grad():  # a program that may be trained keeps what depends on the number of steps
+        shapes = {"inputs": {0: Dim("B", min=2, max=8), 1: Dim("T", min=2, max=40)}}
+        program = torch.export.export(dnc, (inputs,), dynamic_shapes=shapes)
+    for inputs in (make_inputs(2, 2), make_inputs(8, 40)):
+        assert_close(program.module()(inputs), dnc(inputs), **CLOSE)
 
 
 def test_functional_calls():

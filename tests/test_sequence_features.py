@@ -7,13 +7,14 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import assert_close, assert_same_bits
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import DNC, explain, use_backend
-from dnc_triton.sequence import op
+from dnc_triton.sequence import op, pool
 
 INPUTS = (3, 5, 3)
 
@@ -49,6 +50,25 @@ def test_compiled_it_is_one_node_and_computes_the_same(resets):
     # Not to the bit: the compiler lays the inputs out as it likes.
     expected = run(dnc, inputs, state, **options)
     assert_close(run(dnc, inputs, state, compiled, **options), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("checkpoint", ["auto", None, 2])
+def test_compiled_for_any_number_of_steps(checkpoint, monkeypatch):
+    """Beyond what "auto" keeps, too, and whatever size the buffers have."""
+    monkeypatch.setattr(pool, "MOST", 2**14)
+    monkeypatch.setattr(pool, "SMALLEST", 2**14)
+    dnc = make(backend="torch_sequence", checkpoint=checkpoint)
+    state = warm(dnc)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(dnc, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for steps in (9, 30, 8, 11, 25):  # no size of the network, which they would be taken for
+        inputs = torch.randn(3, steps, 3, dtype=torch.float64)
+        assert_close(run(dnc, inputs, state, compiled), run(dnc, inputs, state), rtol=1e-12, atol=1e-15)
+        counts.append(counter.frame_count)
+    assert counts[1:] == counts[1:2] * 4
+    assert checkpoint == "auto" or counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"controller": "gru", "num_layers": 2, "clip": 0.3}], ids=["lstm", "gru"])

@@ -29,8 +29,9 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     """As `like.new_empty(shape)`, and what is large on a CPU is taken again once no tensor refers to it any more."""
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
-    if size < SMALLEST or like.device.type != "cpu" or type(like) is not Tensor or is_in_torch_dispatch_mode():
-        return like.new_empty(shape, dtype=dtype)  # which a mode that traces or fakes must see
+    # What a mode traces or fakes it must see; and a size that is not known yet must not be asked for how large it is.
+    if like.device.type != "cpu" or type(like) is not Tensor or is_in_torch_dispatch_mode() or size < SMALLEST:
+        return like.new_empty(shape, dtype=dtype)
     block = _take(size)
     lease = block[:]  # which the tensor's storage alone holds
     weakref.finalize(lease, _give_back, block).atexit = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -63,7 +62,8 @@ def unroll_sequence(
     controller_state, structure = _flatten(state.controller)
     carried = [*state.memory, state.read_words, *controller_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
-    every = _checkpoint(checkpoint, steps, state.memory, 1 if layout is None else layout.link_every)
+    link_every = 1 if layout is None else layout.link_every
+    every = _checkpoint(checkpoint, steps, state.memory, link_every) if keep else 1
     if layout is not None and layout.whole and keep and every > 1:
         layout = layout._replace(whole=False)
     settings = Settings(
@@ -172,7 +172,8 @@ def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, l
     per_step = (memory.memory.numel() + memory.link.numel() // link_every) * memory.memory.element_size()
     if steps * per_step <= _most_kept(memory.memory.device):
         return 1
-    return max(link_every, math.isqrt(steps - 1) + 1)  # with fewer steps more links were kept than with all
+    root = torch.sym_int(torch.sym_sqrt(steps - 1))  # of a number of steps that a compiler leaves open, too
+    return max(link_every, root + 1)  # with fewer steps more links were kept than with all
 
 
 def _most_kept(device: torch.device) -> int:
