@@ -8,6 +8,7 @@ once, so its largest buffers wait here.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from contextlib import suppress
@@ -23,6 +24,16 @@ MOST = 2**28  # bytes that wait at most
 _waiting: dict[int, list[np.ndarray]] = {}  # by bytes, the latest last
 # Between threads. The collector may drop a tensor in a thread that holds it: each change is one that nothing divides.
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """In a forked process, where a thread that holds it does not go on."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # as not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
