@@ -83,9 +83,9 @@ def run_and_gradients(module, dnc, inputs, given, **options):
 LENGTHS_AND_RESET = {"lengths": torch.tensor([1, 2]), "reset": torch.tensor([[0, 0], [0, 1]]).bool()}
 
 
-def check_compiled(backend, options):
+def check_compiled(backend, options, **changes):
     torch._dynamo.reset()
-    dnc, inputs = make(), make_inputs(2, 2).requires_grad_()
+    dnc, inputs = make(**changes), make_inputs(2, 2).requires_grad_()
     given = warm_state(dnc, 2)
     compiled = torch.compile(dnc, fullgraph=True, backend=backend)
     got, expected = (run_and_gradients(module, dnc, inputs, given, **options) for module in (compiled, dnc))
@@ -95,6 +95,10 @@ def check_compiled(backend, options):
 @pytest.mark.parametrize("options", [{}, LENGTHS_AND_RESET], ids=["plain", "lengths, reset"])
 def test_compiles_to_one_graph(options):
     check_compiled("aot_eager", options)
+
+
+def test_compiles_step_by_step_with_a_bound_of_gradients():
+    check_compiled("aot_eager", {}, num_writes=2, max_activation_gradient=0.01)
 
 
 @pytest.mark.slow

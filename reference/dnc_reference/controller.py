@@ -110,9 +110,20 @@ class _LimitGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.clamp(-ctx.bound, ctx.bound), None
 
+
+class _LimitGradientForwardMode(_LimitGradient):
+    """With the forward-mode derivative, for which `torch.compile` refuses to trace a function."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return tangent.view_as(tangent)
+
+
+def _limit_gradient(x: Tensor, bound: float) -> Tensor:
+    plain = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    limit = _LimitGradient if plain else _LimitGradientForwardMode
+    limited: Tensor = limit.apply(x, bound)
+    return limited
 
 
 CONTROLLERS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell, "feedforward": FeedForwardCell}
@@ -168,7 +179,7 @@ class Controller(nn.Module):
         for index, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
             hidden, layer_state = layer(self.dropout(hidden) if index else hidden, layer_state)
             if self.max_activation_gradient is not None:
-                hidden = _LimitGradient.apply(hidden, self.max_activation_gradient)
+                hidden = _limit_gradient(hidden, self.max_activation_gradient)
                 layer_state = (hidden, *layer_state[1:]) if layer_state else ()
             states.append(layer_state)
         return hidden, tuple(states)
