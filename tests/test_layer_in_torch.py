@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.utils
 from small_layer import BATCH, CLOSE, EXACT, LENGTHS, gradients, make, make_inputs, row, total, warm_state
 from torch import nn
 from torch.export import Dim
@@ -104,6 +105,17 @@ def test_compiles_step_by_step_with_a_bound_of_gradients():
 @pytest.mark.slow
 def test_compiles_with_inductor():
     check_compiled("inductor", LENGTHS_AND_RESET)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backward_that_is_compiled_as_it_goes(compiled):
+    torch._dynamo.reset()
+    dnc, inputs = make(), make_inputs(2, 2).requires_grad_()
+    expected = gradients(total(dnc(inputs)), inputs, dnc)
+    loss = total((torch.compile(dnc, backend="aot_eager") if compiled else dnc)(inputs))
+    with torch._dynamo.utils.maybe_enable_compiled_autograd(True, fullgraph=True, dynamic=False):
+        loss.backward()
+    assert_close((inputs.grad, *(parameter.grad for parameter in dnc.parameters())), expected, **CLOSE)
 
 
 def test_exports():

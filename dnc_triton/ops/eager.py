@@ -37,7 +37,7 @@ def is_transformed() -> bool:
 
 def refuse_batched(gradients: list[Tensor]) -> None:
     """Raise RuntimeError if gradients are many in one, which a backward written by hand cannot take apart."""
-    if any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
         raise RuntimeError(
             "is_grads_batched, vectorize: expected backend='reference', whose backward takes gradients in batches, got "
             "an operation whose backward is written by hand"
