@@ -375,8 +375,8 @@ def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tenso
     lengths = lengths.long()
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape [{batch}], one per row of the batch, got {list(lengths.shape)}")
-    # While a graph is captured, or a transform is at work, values cannot be looked at.
-    hidden = torch.compiler.is_compiling() or is_transformed()
+    # While a graph is captured, or a transform is at work, values cannot be looked at; and fake tensors have none.
+    hidden = torch.compiler.is_compiling() or is_transformed() or type(lengths) is not Tensor
     hidden = hidden or (lengths.is_cuda and torch.cuda.is_current_stream_capturing())
     if batch > 0 and not hidden:
         shortest, longest = int(lengths.min()), int(lengths.max())

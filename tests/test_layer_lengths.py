@@ -9,6 +9,7 @@ from small_layer import (
     CLOSE,
     EXACT,
     LENGTHS,
+    OUTPUTS,
     RESETS,
     STEPS,
     gradients,
@@ -19,6 +20,7 @@ from small_layer import (
     warm_state,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -82,6 +84,12 @@ def test_padding_changes_nothing(filler):
 def test_lengths_of_any_integer_kind(lengths):
     dnc, inputs = make(), make_inputs()
     assert_close(dnc(inputs, lengths=lengths), dnc(inputs, lengths=LENGTHS), **EXACT)
+
+
+def test_lengths_that_have_no_values():
+    with FakeTensorMode():
+        outputs, _ = make()(make_inputs(), lengths=torch.tensor(LENGTHS))
+    assert outputs.shape == (BATCH, STEPS, OUTPUTS)
 
 
 def test_full_lengths_are_no_lengths():
