@@ -47,7 +47,8 @@ class DNC(DNCCell):
             every step (the backend "triton_split" keeps every fourth link). An integer k: at every k-th; the backward
             computes the others again, to the same bits, which takes time. "auto": at every step while that takes at
             most 256 MiB on a CPU or a quarter of a GPU's memory, else at every √T-th; at every step wherever the layer
-            runs step by step, as with several write heads or parts of your own.
+            runs step by step, as with several write heads or parts of your own, and in a program that is exported for
+            a batch or T left open.
         backend: "auto", or the name of the one to use; see `explain`.
         device, dtype: of the parameters and the state; None for torch's defaults.
 

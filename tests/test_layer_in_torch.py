@@ -137,14 +137,32 @@ def test_exported_program_survives_a_file(options):
     assert_close(torch.export.load(file).module()(inputs, **options), dnc(inputs, **options), **CLOSE)
 
 
-def test_exports_for_any_size(monkeypatch):
-    monkeypatch.setattr(pool, "MOST", 2**14)
-    dnc, inputs = make(), make_inputs(3, 20)
-    with torch.no_grad():  # a program that may be trained keeps what depends on the number of steps
-        shapes = {"inputs": {0: Dim("B", min=2, max=8), 1: Dim("T", min=2, max=40)}}
-        program = torch.export.export(dnc, (inputs,), dynamic_shapes=shapes)
-    for inputs in (make_inputs(2, 2), make_inputs(8, 40)):
-        assert_close(program.module()(inputs), dnc(inputs), **CLOSE)
+def check_exported(dnc, inputs, shapes, others, strict):
+    program = torch.export.export(dnc, (inputs,), dynamic_shapes={"inputs": shapes}, strict=strict)
+    for batch, steps in others:
+        other = make_inputs(batch, steps)
+        assert_close(program.module()(other), dnc(other), **CLOSE)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("most", [2**14, 2**28])
+def test_exports_for_any_size(most, strict, monkeypatch):
+    """Whatever of them "auto" would keep."""
+    monkeypatch.setattr(pool, "MOST", most)
+    dnc, batch = make(), {0: Dim("B")}
+    check_exported(dnc, make_inputs(3, 5), batch, [(2, 5), (30, 5)], strict)
+    check_exported(dnc, make_inputs(3, 50), batch, [(2, 50), (8, 50)], strict)
+    check_exported(dnc, make_inputs(3, 5), {**batch, 1: Dim("T", min=3)}, [(2, 3), (8, 50)], strict)
+    with torch.no_grad():  # a program that may be trained keeps something between any two steps
+        check_exported(dnc, make_inputs(3, 5), {**batch, 1: Dim("T", min=2)}, [(2, 2), (8, 50)], strict)
+
+
+def test_exports_what_auto_keeps_of_a_known_size(monkeypatch):
+    for most, expected in ((2**14, 8), (2**28, 1)):
+        monkeypatch.setattr(pool, "MOST", most)
+        program = torch.export.export(make(), (make_inputs(3, 50),))
+        (node,) = (node for node in program.graph.nodes if node.target is torch.ops.dnc_triton.sequence.default)
+        assert node.args[-4] == expected
 
 
 def test_functional_calls():

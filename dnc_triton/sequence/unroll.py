@@ -170,7 +170,13 @@ def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, l
     if checkpoint is None:
         return 1
     per_step = (memory.memory.numel() + memory.link.numel() // link_every) * memory.memory.element_size()
-    if steps * per_step <= _most_kept(memory.memory.device):
+    kept, most = steps * per_step, _most_kept(memory.memory.device)
+    if torch.compiler.is_exporting():  # a program for sizes that are left open must not ask how large they are
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes half a second
+
+        if not statically_known_true(kept > most):
+            return 1
+    elif kept <= most:
         return 1
     root = torch.sym_int(torch.sym_sqrt(steps - 1))  # of a number of steps that a compiler leaves open, too
     return max(link_every, root + 1)  # with fewer steps more links were kept than with all
