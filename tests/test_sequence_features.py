@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -133,6 +134,18 @@ def test_what_the_backward_needs_may_not_change():
             change(final).add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             outputs.sum().backward()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_outputs_may_be_overwritten(batch_first):
+    def run(backend):
+        dnc = make(backend=backend, batch_first=batch_first)
+        outputs, _ = dnc(torch.linspace(-1, 1, math.prod(INPUTS), dtype=torch.float64).view(INPUTS))
+        outputs.mul_(2)[:, 0] = 0
+        outputs.square().sum().backward()
+        return outputs.detach(), [parameter.grad for parameter in dnc.parameters()]
+
+    assert_close(run("torch_sequence"), run("reference"), rtol=1e-10, atol=1e-12)
 
 
 def test_autocast_rounds_products_and_not_the_memory():

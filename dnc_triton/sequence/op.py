@@ -360,7 +360,7 @@ class _Sequence(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Outputs and the state after the last step. `others`: states and parameters, `counts` of each, and dropout."""
         state, parameters, dropout = _divide(others, counts)
-        with torch._C._AutoDispatchBelowAutograd():  # as in an operator
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # as in an operator
             results = _run(settings, inputs, state, parameters, lengths, reset, dropout, True)
         handed, history = results[: 1 + len(state)], results[1 + len(state) :]
         if not any(ctx.needs_input_grad[4 : 3 + len(state) + len(parameters)]):  # only the output layer learns
