@@ -18,7 +18,16 @@ PROMISES = [
     ("repeat_copy", range(3), {"1 to 4 vectors, 1 to 4 times, as trained": 0.99}),
     ("associative_recall", range(3), {"2 to 6 items, as trained": 0.99}),
     ("key_value", range(3), {"2 to 8 pairs, as trained": 0.99, "9 to 16 pairs": 0.95}),
+    ("priority_sort", range(1), {"6 highest of 8, as trained": 0.9}),
     ("translation", range(3), {"all styles": 0.95}),
+    (
+        "graph_traversal",
+        range(1),
+        {
+            "lesson 1: 3 to 10 nodes, 2 to 4 edges out of each, 1 step": 0.99,
+            "lesson 2: 3 to 10 nodes, 2 to 4 edges out of each, 1 to 2 steps": 0.99,
+        },
+    ),
     (
         "shortest_path",
         range(3),
