@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = add("evaluate", _evaluate, "say how many sequences a run's models solve, which it was not trained on")
     _add_run(evaluate)
-    text = "least number per row of the table, as many of each size (default: 1000)"
+    text = "at least so many per row of the table, as many of each size (default: 1000)"
     evaluate.add_argument("--sequences", type=int, default=1000, help=text)
 
     trace = add("trace", _trace, "draw what a run's DNC does with its memory: memory.png, and memory.html to play with")
