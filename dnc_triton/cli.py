@@ -106,7 +106,12 @@ def _parser() -> argparse.ArgumentParser:
 
     trace = add("trace", _trace, "draw what a run's DNC does with its memory: memory.png, and memory.html to play with")
     _add_run(trace)
-    trace.add_argument("--size", type=int, help="of the sequence (default: the last of those trained on)")
+    trace.add_argument(
+        "--size",
+        type=int,
+        help="of the sequence, as the task counts: vectors, items; the number "
+        "of a lesson, kind or style (default: the last of those trained on)",
+    )
     trace.add_argument("--index", type=int, default=0, help="which sequence of that size (default: 0)")
     trace.add_argument("--output", type=Path, help="folder for the pictures (default: the run's)")
 

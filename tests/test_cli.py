@@ -222,6 +222,8 @@ def test_trace_draws_the_memory(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.startswith("input ")
     assert main(["trace", str(run), "--index", "-1"]) == 2
     assert "index: expected at least 0, got -1" in capsys.readouterr().err
+    assert main(["trace", str(run), "--size", "0"]) == 2
+    assert "size: expected an integer, at least 1, got 0" in capsys.readouterr().err
 
 
 def test_the_settings_a_run_leaves_give_the_same_run(run: Path, tmp_path: Path) -> None:

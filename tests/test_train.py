@@ -85,6 +85,19 @@ def test_right_outputs_are_right_and_each_flip_is_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_a_size_that_there_is_none_of_is_refused(name: str) -> None:
+    """Not wrapped around to another lesson, nor by an error of PyTorch's."""
+    task = Settings.read(name).make_task()
+    largest = {"translation": 4, "babi": 3, "graph_traversal": 2, "shortest_path": 3, "block_puzzle": 3}
+    least = {"associative_recall": 2, "repeat_copy": 1001}.get(name, 1)
+    task.sample(1, least, generator(0, "test", 0))
+    sizes = [-1, 0, least - 1] + ([largest[name] + 1] if name in largest else [])
+    for size in sizes + ([3000] if name == "repeat_copy" else []):
+        with pytest.raises(ValueError, match=f"^size: expected .*, got {size}$"):
+            task.sample(1, size, generator(0, "test", 0))
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_a_batch_is_what_its_number_says(name: str) -> None:
     """The same from any worker, in any order; another number, seed or split gives another."""
     task = Settings.read(name).make_task()

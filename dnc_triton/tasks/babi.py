@@ -137,6 +137,9 @@ class BabiTask(SymbolTask):
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         """Stories of one kind; see `Task.sample`."""
+        kinds = KINDS if self.stories is None else self.stories
+        if size not in kinds:
+            raise ValueError(f"size: expected the number of a kind, {', '.join(map(str, kinds))}, got {size}")
         if self.stories is None:
             drawn = self._generate(batch_size, size, self.facts, generator)
         else:

@@ -67,6 +67,9 @@ class Task(ABC):
 
         `split` is "train", "validation" or "test". A task that makes its sequences at random may ignore it, since
         no two splits share a seed; one that reads them from a file, or has few, keeps the splits apart.
+
+        Raises:
+            ValueError: the task has no sequence of this size.
         """
 
     def sample_training(self, batch_size: int, lesson: int, generator: torch.Generator) -> Batch:

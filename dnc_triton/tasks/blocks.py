@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_triton.tasks.base import Batch
-from dnc_triton.tasks.curriculum import Span, describe, integers, read_curriculum, with_earlier
+from dnc_triton.tasks.curriculum import Span, describe, integers, lesson_of, read_curriculum, with_earlier
 from dnc_triton.tasks.planning import Judged, PlanningTask, log_sum
 
 TRIES = 100  # rounds of puzzles drawn before there is none of that kind
@@ -189,7 +189,7 @@ class BlockPuzzleTask(PlanningTask):
         return make_world(self.board_size, (self.least_blocks, self.num_blocks))
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
-        lesson = self.curriculum[size - 1]
+        lesson = lesson_of(self.curriculum, size)
         starts: list[int] = []
         stated: list[list[tuple[int, int]]] = []  # (letter, constraint), in the order in which they are said
         for _ in range(TRIES):

@@ -45,6 +45,7 @@ class CopyTask(BitTask):
         }
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        check_at_least("size", size, 1)
         bits = torch.randint(2, (batch_size, size, self.num_bits), generator=generator).float()
         steps = 2 * size + 1
         inputs = torch.zeros(batch_size, steps, self.input_size)
@@ -120,6 +121,8 @@ class RepeatCopyTask(BitTask):
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         length, repeats = divmod(size, 1000)
+        if length < 1 or repeats < 1:
+            raise ValueError(f"size: expected 1000 · length + repeats, 3004 say, both at least 1, got {size}")
         bits = torch.randint(2, (batch_size, length, self.num_bits), generator=generator).float()
         asked, steps = length + 1, length * (repeats + 1) + 3
         inputs = torch.zeros(batch_size, steps, self.input_size)
@@ -160,6 +163,7 @@ class DelayedCopyTask(SymbolTask):
         self.evaluations = {f"delay {delay}, as trained": [delay]}
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        check_at_least("size", size, 1)
         symbols = torch.randint(self.num_symbols, (batch_size,), generator=generator)
         given = torch.full((batch_size, size + 1), self.num_symbols)
         wanted = given.clone()

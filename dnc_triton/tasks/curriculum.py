@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Span = tuple[int, int]  # both ends included
+Lesson = TypeVar("Lesson")
 
 
 def read_curriculum(text: str, example: str, least: Sequence[int], most: Sequence[int]) -> list[list[Span]]:
@@ -37,6 +39,13 @@ def read_curriculum(text: str, example: str, least: Sequence[int], most: Sequenc
             )
         lessons.append(spans)
     return lessons
+
+
+def lesson_of(curriculum: Sequence[Lesson], size: int) -> Lesson:
+    """The lesson that a size, its number from 1, names; a ValueError if there is none."""
+    if not 1 <= size <= len(curriculum):
+        raise ValueError(f"size: expected the number of a lesson, 1 to {len(curriculum)}, got {size}")
+    return curriculum[size - 1]
 
 
 def describe(spans: Sequence[Span], names: Sequence[str]) -> str:

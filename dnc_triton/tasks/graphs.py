@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnc_triton.tasks.base import Batch, SymbolTask, check_at_least
-from dnc_triton.tasks.curriculum import Span, describe, integers, read_curriculum, with_earlier
+from dnc_triton.tasks.curriculum import Span, describe, integers, lesson_of, read_curriculum, with_earlier
 from dnc_triton.tasks.planning import Judged, PlanningTask, first_answer, log_sum
 
 TRIES = 100  # rounds of graphs drawn before there is none with such a path
@@ -169,7 +169,7 @@ class GraphTraversalTask(GraphTask):
         self.lessons = with_earlier(len(self.curriculum))
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
-        lesson = self.curriculum[size - 1]
+        lesson = lesson_of(self.curriculum, size)
         graphs = draw_graphs(batch_size, lesson, self.num_labels, generator)
         rows = torch.arange(batch_size)
         here = graphs.present.float().multinomial(1, generator=generator).squeeze(1)
@@ -299,7 +299,7 @@ class ShortestPathTask(PlanningTask, GraphTask):
 
     def _draw(self, batch_size: int, size: int, generator: torch.Generator) -> tuple[Graphs, Tensor, Tensor, Tensor]:
         """Graphs, and in each a start and a goal [B] with the length [B] of the shortest path between them."""
-        lesson = self.curriculum[size - 1]
+        lesson = lesson_of(self.curriculum, size)
         lengths = integers(lesson.length, (batch_size,), generator)
         found: Graphs | None = None
         missing = torch.ones(batch_size, dtype=torch.bool)

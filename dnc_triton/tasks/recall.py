@@ -52,6 +52,7 @@ class AssociativeRecallTask(BitTask):
             self.evaluations[f"{max_items + 1} to {2 * max_items} items"] = range(max_items + 1, 2 * max_items + 1)
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        check_at_least("size", size, 2)
         length, bits = self.item_length, self.num_bits
         items = _different_bits(batch_size, size, length * bits, generator).unflatten(-1, (length, bits))
         asked = torch.randint(size - 1, (batch_size,), generator=generator)
@@ -105,6 +106,7 @@ class KeyValueTask(BitTask):
             self.evaluations[f"{max_pairs + 1} to {2 * max_pairs} pairs"] = range(max_pairs + 1, 2 * max_pairs + 1)
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        check_at_least("size", size, 1)
         keys = _different_bits(batch_size, size, self.num_bits, generator)
         values = torch.randint(2, keys.shape, generator=generator).float()
         order = torch.rand(batch_size, size, generator=generator).argsort(1)
@@ -153,6 +155,7 @@ class PrioritySortTask(BitTask):
         self.evaluations = {f"{num_highest} highest of {num_vectors}, as trained": [num_vectors]}
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
+        check_at_least("size", size, 1)
         bits = torch.randint(2, (batch_size, size, self.num_bits), generator=generator).float()
         priorities = 2 * torch.rand(batch_size, size, generator=generator) - 1
         order = priorities.argsort(stable=True, dim=1, descending=True)[:, : self.num_highest]

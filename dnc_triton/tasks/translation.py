@@ -87,6 +87,8 @@ class DatesTask(SymbolTask):
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         """Sequences of one style, `STYLES[size - 1]`; see `Task.sample`."""
+        if size not in self.formats:
+            raise ValueError(f"size: expected the number of a style, {', '.join(map(str, self.formats))}, got {size}")
         formats, days = self.formats[size], self.days[split]
         chosen = days[torch.randint(len(days), (batch_size,), generator=generator)].tolist()
         written = torch.randint(len(formats), (batch_size,), generator=generator).tolist()
