@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dnc_triton import checkpoint
 from dnc_triton.dispatch import use_backend
@@ -69,8 +70,12 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
     size = task.lessons[-1][-1] if size is None else size
     batch = task.sample(1, size, generator(run.settings.seed, "validation", index), split="validation")
     batch = batch._replace(inputs=batch.inputs.to(dnc.output.weight.dtype)).to(run.fabric.device)
+    given: list[Tensor] = []
     with torch.no_grad(), use_backend("reference"):  # which alone keeps a trace, whatever the environment asks for
-        outputs = task.run(dnc, batch)
+        with dnc.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0])):
+            outputs = task.run(dnc, batch)
+        # What the network's own moves led to, where it sees that, in the place of what the target's would have.
+        batch = batch._replace(inputs=torch.cat(given, 1))
         _, _, trace = dnc(batch.inputs, lengths=batch.lengths, trace=True)
     folder.mkdir(parents=True, exist_ok=True)
     draw_memory(trace, batch.inputs[0], batch.targets[0], folder / "memory.png")

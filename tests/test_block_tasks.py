@@ -5,12 +5,18 @@ Boards are lists of columns here, bottom block first.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from answering import Answering, random
 
+from dnc_triton.report import draw
+from dnc_triton.settings import Settings
 from dnc_triton.tasks import Batch, BlockPuzzleTask
 from dnc_triton.tasks.blocks import LETTERS, MINI_SHRDLU, RELATIONS, make_world
+from dnc_triton.train import Run
 
 
 def columns_of(task: BlockPuzzleTask, step: torch.Tensor) -> list[list[int]]:
@@ -179,3 +185,31 @@ def test_a_lesson_is_described_by_its_ranges() -> None:
         "lesson 1: 1 goal, 3 blocks, 1 constraint each, 1 move deep",
         "lesson 2: 1 to 2 goals, 3 blocks, 2 constraints each, 1 to 2 moves deep",
     ]
+
+
+def test_a_trace_is_of_what_the_network_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The boards that its own moves led to, in the page, the pictures and the words, as in its evaluation."""
+    settings = Settings("block_puzzle", {"curriculum": "1/3/1/3"}, hidden_size=8, memory_size=4, word_size=4)
+    run = Run(settings, tmp_path)
+    pages: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "dnc_triton.report.write_page", lambda trace, path, **lists: pages.append({**lists, "of": trace})
+    )
+    fed: list[torch.Tensor] = []
+    monkeypatch.setattr("dnc_triton.report.draw_memory", lambda trace, inputs, targets, path: fed.append(inputs))
+    differing = 0
+    for index in range(10):
+        words = draw(run, tmp_path, index=index)
+        page = pages[-1]
+        first = page["targets"].index(next(filter(None, page["targets"])))
+        boards = [[list(map(int, column)) for column in text.split("! ")[-1].split("|")]
+                  for text in page["inputs"][first:]]  # fmt: skip
+        for board, move, new in zip(boards, page["outputs"][first:], boards[1:], strict=False):
+            assert new == (moved(board, move) or board)
+        differing += page["outputs"][first:-1] != page["targets"][first:-1]
+        dnc = run.learners["dnc"].model
+        with torch.no_grad():
+            answers = dnc(fed[-1].unsqueeze(0))[0][0, first:].argmax(-1).tolist()
+        assert [run.task.vocabulary[answer] for answer in answers] == page["outputs"][first:]
+        assert page["inputs"][-1].split()[-1] in words
+    assert differing
