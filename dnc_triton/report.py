@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_triton import checkpoint
@@ -78,7 +79,12 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
         batch = batch._replace(inputs=torch.cat(given, 1))
         _, _, trace = dnc(batch.inputs, lengths=batch.lengths, trace=True)
     folder.mkdir(parents=True, exist_ok=True)
-    draw_memory(trace, batch.inputs[0], batch.targets[0], folder / "memory.png")
+    targets = batch.targets[0]
+    if (
+        not targets.is_floating_point()
+    ):  # the numbers of symbols, of which a picture with a scale from 0 to 1 says nothing
+        targets = F.one_hot(targets, task.output_size // targets.shape[-1]).flatten(1) * batch.scored[0].unsqueeze(1)
+    draw_memory(trace, batch.inputs[0], targets, folder / "memory.png")
     words = task.symbols(outputs, batch)
     title = f"{task.name}, size {size}, sequence {index}, step {run.step}"
     lists = {f"{name}s": words[name] for name in ("input", "target", "output")}

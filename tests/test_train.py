@@ -19,6 +19,7 @@ from small_runs import SMALL, assert_same_run, start
 
 from dnc_triton import checkpoint
 from dnc_triton.cli import main
+from dnc_triton.report import draw
 from dnc_triton.settings import Settings
 from dnc_triton.tasks import TASKS, Batch, CopyTask, DelayedCopyTask, Task
 from dnc_triton.tasks.data import TrainingBatches, generator
@@ -95,6 +96,22 @@ def test_a_size_that_there_is_none_of_is_refused(name: str) -> None:
     for size in sizes + ([3000] if name == "repeat_copy" else []):
         with pytest.raises(ValueError, match=f"^size: expected .*, got {size}$"):
             task.sample(1, size, generator(0, "test", 0))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_picture_shows_targets_on_the_channels_of_the_output(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Symbols one-hot, nothing where nothing is asked for: such outputs would be right."""
+    run = Run(Settings.read(name, hidden_size=8, memory_size=4, baseline=False), tmp_path)
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr("dnc_triton.report.write_page", lambda *arguments, **named: None)
+    monkeypatch.setattr("dnc_triton.report.draw_memory", lambda trace, inputs, targets, path: drawn.append(targets))
+    draw(run, tmp_path)
+    batch = run.task.sample(1, run.task.lessons[-1][-1], generator(0, "validation", 0), split="validation")
+    assert drawn[0].shape == (batch.inputs.shape[1], run.task.output_size)
+    assert not drawn[0][~batch.scored[0]].any()
+    assert run.task.right(20 * (2 * drawn[0].float() - 1).unsqueeze(0), batch).all()
 
 
 @pytest.mark.parametrize("name", TASKS)
