@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     for task in TASKS.values():
         _add_settings(_add_training(tasks, task), task)
 
-    evaluate = add("evaluate", _evaluate, "say how many sequences a run's models solve, which it was not trained on")
+    evaluate = add(
+        "evaluate", _evaluate, "say how many sequences a run's models solve, drawn apart from those of its training"
+    )
     _add_run(evaluate)
     text = "at least so many per row of the table, as many of each size (default: 1000)"
     evaluate.add_argument("--sequences", type=int, default=1000, help=text)

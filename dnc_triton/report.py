@@ -27,7 +27,7 @@ Scores = dict[str, dict[str, dict[str, float]]]  # evaluation → model → what
 
 
 def evaluate(run: Run, sequences: int) -> Scores:
-    """How each model does in each evaluation of the task, on sequences that no training saw."""
+    """How each model does in each evaluation of the task, on sequences drawn apart from those of training."""
     return {name: run.score(list(sizes), sequences, "test") for name, sizes in run.task.evaluations.items()}
 
 
