@@ -15,7 +15,7 @@ from answering import Answering, random
 from dnc_triton.report import draw
 from dnc_triton.settings import Settings
 from dnc_triton.tasks import Batch, BlockPuzzleTask
-from dnc_triton.tasks.blocks import LETTERS, MINI_SHRDLU, RELATIONS, make_world
+from dnc_triton.tasks.blocks import LETTERS, MINI_SHRDLU, RELATIONS, _count_boards, make_world
 from dnc_triton.train import Run
 
 
@@ -185,6 +185,22 @@ def test_a_lesson_is_described_by_its_ranges() -> None:
         "lesson 1: 1 goal, 3 blocks, 1 constraint each, 1 move deep",
         "lesson 2: 1 to 2 goals, 3 blocks, 2 constraints each, 1 to 2 moves deep",
     ]
+
+
+@pytest.mark.parametrize(("size", "blocks", "count"), [(3, (2, 6), None), (3, (8, 8), 120960), (4, (3, 4), None)])
+def test_worlds_that_are_made_have_as_many_boards_as_are_allowed_for(
+    size: int, blocks: tuple[int, int], count: int | None
+) -> None:
+    counted = _count_boards(size, *blocks)
+    assert counted == (count or len(make_world(size, blocks).boards))
+
+
+@pytest.mark.parametrize(("curriculum", "size"), [("1/9/1/1", 4), ("1/24/1/1", 5), ("1/3/1/1", 9)])
+def test_a_world_that_could_not_be_made_is_refused(curriculum: str, size: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"board_size, curriculum: expected at most 1000000 boards, .* got {size} col"
+    ):
+        BlockPuzzleTask(curriculum, board_size=size)
 
 
 def test_a_trace_is_of_what_the_network_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

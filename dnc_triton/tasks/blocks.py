@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from dnc_triton.tasks.curriculum import Span, describe, integers, lesson_of, rea
 from dnc_triton.tasks.planning import Judged, PlanningTask, log_sum
 
 TRIES = 100  # rounds of puzzles drawn before there is none of that kind
+MOST_BOARDS = 1_000_000  # whose moves are all made ahead, in under a minute
 FAR = 2**31  # moves to a goal that cannot be reached
 RELATIONS = ("above", "below", "left of", "right of")  # in which two blocks touch
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -173,6 +175,12 @@ class BlockPuzzleTask(PlanningTask):
         self.num_letters, self.board_size = num_letters, board_size
         self.least_blocks = min(lesson.blocks[0] for lesson in self.curriculum)
         self.num_blocks = max(lesson.blocks[1] for lesson in self.curriculum)
+        boards = _count_boards(board_size, self.least_blocks, self.num_blocks)
+        if boards > MOST_BOARDS:
+            raise ValueError(
+                f"board_size, curriculum: expected at most {MOST_BOARDS} boards, all of which are made, "
+                f"got {board_size} columns, {self.num_blocks} blocks: {boards} boards"
+            )
         self.vocabulary = [f"{a + 1}>{b + 1}" for a, b in moves_of(board_size)] + ["pass"]
         self.output_size = len(self.vocabulary)
         self.said_size = num_letters + 2 * self.num_blocks + len(RELATIONS)  # letter and constraint
@@ -357,6 +365,15 @@ def _moves_to(goal: Tensor, world: World, most: int) -> Tensor:
             break
         level = level[:, world.after].any(2) & (moves == FAR)
     return moves
+
+
+def _count_boards(size: int, least: int, most: int) -> int:
+    """How many boards a world has, or heights of columns to look through, if those are more."""
+    ways = [1] + [0] * most  # to have so many blocks in the columns so far
+    for _ in range(size):
+        ways = [sum(ways[max(0, blocks - size) : blocks + 1]) for blocks in range(most + 1)]
+    boards = sum(ways[blocks] * math.factorial(blocks) for blocks in range(least, most + 1))
+    return max(boards, (size + 1) ** size)
 
 
 def _split(order: tuple[int, ...], heights: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
