@@ -80,9 +80,7 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
         _, _, trace = dnc(batch.inputs, lengths=batch.lengths, trace=True)
     folder.mkdir(parents=True, exist_ok=True)
     targets = batch.targets[0]
-    if (
-        not targets.is_floating_point()
-    ):  # the numbers of symbols, of which a picture with a scale from 0 to 1 says nothing
+    if not targets.is_floating_point():  # numbers of symbols, which mean nothing on a scale from 0 to 1
         targets = F.one_hot(targets, task.output_size // targets.shape[-1]).flatten(1) * batch.scored[0].unsqueeze(1)
     draw_memory(trace, batch.inputs[0], targets, folder / "memory.png")
     words = task.symbols(outputs, batch)
