@@ -15,14 +15,14 @@ class StandIn:
     """In the place of `graphs.Engine`. As there a capture computes nothing: its results are NaN until a replay.
 
     Attributes:
-        captures, replays: how many there were.
+        captures, replays, waits: how many there were.
         is_ready: what `ready` answers.
         failure: what a capture raises, if anything.
         extra: bytes of work space of each capture.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.captures = self.replays = self.extra = 0
+        self.captures = self.replays = self.waits = self.extra = 0
         self.is_ready = True
         self.failure: Exception | None = None
 
@@ -31,6 +31,9 @@ class StandIn:
 
     def memory(self) -> int:
         return 2**30
+
+    def wait(self) -> None:
+        self.waits += 1
 
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         if self.failure is not None:

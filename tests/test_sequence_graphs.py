@@ -189,6 +189,9 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     assert captured.size == 50
     captured.replay()
     graph.replay.assert_called_once_with()
+    engine.wait()
+    cuda["default_stream"].assert_called_once_with(torch.device("cuda", 1))
+    cuda["default_stream"].return_value.synchronize.assert_called_once_with()
 
     # Whether PyTorch has ended its part of a capture that failed, or not.
     number = Mock()
@@ -217,7 +220,7 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
 
 
 CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "current_stream", "memory_reserved"]
-CALLED += ["MemPool", "use_mem_pool", "get_allocator_backend", "synchronize", "empty_cache"]
+CALLED += ["default_stream", "MemPool", "use_mem_pool", "get_allocator_backend", "synchronize", "empty_cache"]
 
 
 @pytest.mark.parametrize(("capturing", "side_stream"), [(False, False), (True, False), (False, True)])

@@ -159,6 +159,7 @@ def test_the_least_recently_used_is_given_up(monkeypatch: pytest.MonkeyPatch, wi
         assert_same_bits(results(dnc, *draw(dnc, seed, 4)), without(results, dnc, *draw(dnc, seed, 4)))
     assert cache().instances[0] is short
     assert len(cache().instances) == 2
+    assert engine().waits == 1  # for what it replays
     assert sum(instance.size for instance in cache().instances) <= cache().bound()
     captures = engine().captures
     for seed in range(3):  # what was given up waits for more calls than before
@@ -204,6 +205,7 @@ def test_a_backward_beyond_the_bound(monkeypatch: pytest.MonkeyPatch, without: A
     engine().extra = 2**20
     actual = torch.autograd.grad(outputs.sum(), list(dnc.parameters()))
     assert not cache().instances
+    assert engine().waits == 1
     assert instance.size > cache().bound()
     assert_same_bits(actual, without(lambda: torch.autograd.grad(dnc(*draw(dnc, 1))[0].sum(), list(dnc.parameters()))))
 
@@ -237,8 +239,8 @@ def test_a_bound_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_few_signatures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "SIGNATURES", 2)
     """Those that were used last."""
+    monkeypatch.setattr(graphs, "SIGNATURES", 2)
     dnc = make()
     for steps in (1, 2, 3, 2):
         results(dnc, *draw(dnc, 0, steps))
@@ -255,4 +257,6 @@ def test_forgetting() -> None:
         for seed in range(2):
             results(dnc, *draw(dnc, seed, 2))
         assert len(cache().instances) == 2
+        assert engine().waits == 0
     assert cache().instances == [known]
+    assert engine().waits == 1

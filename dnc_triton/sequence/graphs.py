@@ -97,6 +97,10 @@ class Engine:
         """Bytes."""
         return int(torch.cuda.get_device_properties(self.device).total_memory)
 
+    def wait(self) -> None:
+        """Until all that was replayed has ended."""
+        torch.cuda.default_stream(self.device).synchronize()
+
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         """A call as a graph. The device is the current one."""
         call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
@@ -381,7 +385,7 @@ class Graphs:
         signature.size = max(signature.size, instance.size)
         if self._make_room(0):
             return True
-        self.instances.remove(instance)
+        self.forget([instance])
         return False
 
     def _make_room(self, size: int) -> bool:
@@ -399,17 +403,27 @@ class Graphs:
                 )
             return False
         while sum(x.size for x in self.instances) + size > bound:
-            self.instances.remove(next(x for x in self.instances if x.is_free))
+            self.forget([next(x for x in self.instances if x.is_free)])
         return True
+
+    def forget(self, instances: list[Instance]) -> None:
+        """Give them up, once what they replay has ended.
+
+        PyTorch may hand their memory back to the device at once, and with expandable segments waits for nothing but the
+        stream that it was captured on.
+        """
+        if instances:
+            self.engine.wait()
+            self.instances = [x for x in self.instances if x not in instances]
 
     def _give_up(self, signature: Signature, error: Exception) -> None:
         signature.failed = True
-        self.instances = [x for x in self.instances if x.signature is not signature]
         logger.warning(
             "CUDA graphs: a capture failed, calls of its kind are launched step by step from now on: %s: %s",
             type(error).__name__,
             error,
         )
+        self.forget([x for x in self.instances if x.signature is signature])
 
 
 _graphs: dict[torch.device, Graphs] = {}
@@ -470,7 +484,7 @@ def forgetting() -> Iterator[None]:
     finally:
         with _lock:
             for graphs in _graphs.values():
-                graphs.instances = [x for x in graphs.instances if x.signature in known]
+                graphs.forget([x for x in graphs.instances if x.signature not in known])
 
 
 def _serving(tensor: Tensor) -> Graphs | None:
