@@ -67,6 +67,14 @@ def test_plain_pytorch_serves_a_cpu():
         assert choose(replace(PROBLEM, **change)) is BACKENDS["reference"]
 
 
+@pytest.mark.parametrize(
+    ("steps", "needs_gradient", "chosen"),
+    [(1, False, "reference"), (1, True, "torch_sequence"), (2, False, "torch_sequence")],
+)
+def test_a_single_step_without_a_backward_is_not_worth_a_sequence(steps, needs_gradient, chosen):
+    assert choose(replace(PROBLEM, steps=steps, needs_gradient=needs_gradient)) is BACKENDS[chosen]
+
+
 def test_precedence(add_backends, monkeypatch):
     """The argument, then use_backend, then the environment, then the first that serves."""
     spies = {name: Spy() for name in ("first", "named", "used", "environment")}
