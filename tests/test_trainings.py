@@ -36,6 +36,14 @@ PROMISES = [
             "lesson 3: 5 to 20 nodes, 1 to 2 edges out of each, 2 steps": 0.9,
         },
     ),
+    (
+        "block_puzzle",
+        range(2),
+        {
+            "lesson 2: 2 goals, 3 blocks, 1 constraint each, 1 move deep": 0.95,
+            "lesson 3: 2 goals, 3 blocks, 1 to 2 constraints each, 1 to 2 moves deep": 0.9,
+        },
+    ),
 ]
 
 
