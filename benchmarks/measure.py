@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -23,6 +23,9 @@ LEAST_ROUNDS = 5  # however long they take
 SLOW_SECONDS = 0.3  # of one call; a peer that takes longer is content with one round of warming up, and with
 SLOW_ROUNDS = 3  # that many of timing
 SHORT_SECONDS = 0.05  # of one call; one that takes less is made once more before it is timed
+# Of calls that a GPU computes while Python prepares the next one, as in a training: made in a row, and waited for once,
+# until they take that long together, or are so many.
+ROW_SECONDS, MOST_IN_A_ROW = 0.05, 10
 COMPILED_CALLS = 3  # checked: CUDA graphs are warmed up in the first, captured in the second, replayed in the third
 COMPILE_SECONDS = 45.0  # that compiling may take, so that none is begun shortly before the deadline
 MISSING, DECLINED, LEFT_OUT, WRONG, FAILED, MEASURED = "missing", "declined", "left out", "wrong", "failed", "measured"
@@ -43,6 +46,7 @@ class Row:
         backend: of ours, which one ran.
         error, allowed_error: as `verify.error` has it; None for peers that compute something else.
         rounds: how often it was timed.
+        calls: that were made in a row each time.
         ms_per_step_p20, ms_per_step_p50, ms_per_step_p80: per time step of the whole batch, over the rounds.
         ratio: its median over that of this project's layer in the same rounds; above 1 it is slower. A slow peer has
             fewer rounds; one that is measured apart (`Peer.apart`) has its own, in another process some minutes before.
@@ -61,6 +65,7 @@ class Row:
     error: float | None = None
     allowed_error: float | None = None
     rounds: int | None = None
+    calls: int | None = None
     ms_per_step_p20: float | None = None
     ms_per_step_p50: float | None = None
     ms_per_step_p80: float | None = None
@@ -161,12 +166,18 @@ def measure(
             runs = {}
         session.report(f"{case.configuration}, {mode}: timing")
         try:
-            seconds = _time_in_turns(runs, session)
+            in_a_row = _calls_in_a_row(runs, mode, session)
+            seconds = _time_in_turns(runs, session, in_a_row)
         except Exception as error:  # whose fault it was is not known, and the next mode may do
             note = _what_happened("timing", case, error, session)
             checked |= {name: replace(checked[name], status=FAILED, note=note) for name in runs}
-            seconds, runs = {}, {}
-        checked = {name: _timed(checked[name], seconds.get(name), seconds.get(OURS), session) for name in peers}
+            seconds, in_a_row, runs = {}, {}, {}
+        checked = {
+            name: _timed(
+                replace(checked[name], calls=in_a_row.get(name)), seconds.get(name), seconds.get(OURS), session
+            )
+            for name in peers
+        }
         if session.peak_memory and mode not in ("step", CAPTURED):
             session.report(f"{case.configuration}, {mode}: memory")
             checked |= {name: _with_peak(checked[name], networks[name], call, session) for name, call in runs.items()}
@@ -256,8 +267,25 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def _time_in_turns(runs: dict[str, Callable[[], Any]], session: Session) -> dict[str, list[float]]:
-    """Seconds of every call. A disturbance of the machine meets all peers, and each goes first as often as another.
+def _calls_in_a_row(runs: dict[str, Callable[[], Any]], mode: str, session: Session) -> dict[str, int]:
+    """How many calls each makes in a row: one on a CPU, and of a single step, where it counts when it is there."""
+    counts = dict.fromkeys(runs, 1)
+    if session.device.type == "cpu" or mode == "step":
+        return counts
+    for name, call in runs.items():
+        start = time.perf_counter()
+        call()
+        synchronize(session.device)
+        counts[name] = max(1, min(MOST_IN_A_ROW, round(ROW_SECONDS / (time.perf_counter() - start))))
+    return counts
+
+
+def _time_in_turns(
+    runs: dict[str, Callable[[], Any]], session: Session, in_a_row: Mapping[str, int]
+) -> dict[str, list[float]]:
+    """Seconds of a call, each the mean of so many in a row.
+
+    A disturbance of the machine meets all peers, and each goes first as often as another.
 
     A short call is made once more before it is timed: in a loop it finds its code and data in the processor's caches,
     here it would where the one before it is of its kind.
@@ -279,9 +307,10 @@ def _time_in_turns(runs: dict[str, Callable[[], Any]], session: Session) -> dict
                 runs[name]()
             synchronize(session.device)
             start = time.perf_counter()
-            runs[name]()
+            for _ in range(in_a_row[name]):
+                runs[name]()
             synchronize(session.device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / in_a_row[name])
     return seconds
 
 

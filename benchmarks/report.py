@@ -11,9 +11,10 @@ from benchmarks.modes import MODES
 from benchmarks.peers import OURS, all_peers, is_ours
 
 Record = dict[str, Any]
-OF_PEAKS = (
+OF_A_GPU = (
     "Peaks are of tensors, with plain launches. A CUDA graph of this layer keeps its memory from call to call, within "
-    "the bound of `DNC_TRITON_GRAPH_MEMORY`."
+    "the bound of `DNC_TRITON_GRAPH_MEMORY`. Of calls in a row, as a training makes them, only the last one is waited "
+    "for; a single step always is."
 )
 
 
@@ -33,7 +34,7 @@ def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
         parts += [means] if (means := geometric_means(rows_of_mode)) else []
     if machine.get("device") == "cuda":
         parts += ["## Goals, set for an H200", goals.table(goals.TIMES, rows)]
-    parts += ["## Every figure", *([OF_PEAKS] if machine.get("device") == "cuda" else []), every_figure(rows)]
+    parts += ["## Every figure", *([OF_A_GPU] if machine.get("device") == "cuda" else []), every_figure(rows)]
     notes = notes_of(results)
     parts += ["## Not measured", "\n".join(f"- {note}" for note in notes)] if notes else []
     return "\n\n".join(parts) + "\n"
@@ -99,8 +100,8 @@ def geometric_means(rows: list[Record]) -> str:
 
 def every_figure(rows: list[Record]) -> str:
     """A line per row that has a time, or would have if it were right. What is empty throughout has no column."""
-    titles = ["configuration (N, W, R, H; B, T)", "mode", "who", "ms per step", "20th to 80th percentile", "ratio"]
-    titles += ["peak MB", "GB/s", "of the floor's speed", "error"]
+    titles = ["configuration (N, W, R, H; B, T)", "mode", "who", "ms per step", "20th to 80th percentile"]
+    titles += ["calls in a row", "ratio", "peak MB", "GB/s", "of the floor's speed", "error"]
     lines = []
     for row in rows:
         cells = [f"{row['configuration']} ({sizes_of(row)})", row["mode"], label_of(row["peer"])]
@@ -109,13 +110,14 @@ def every_figure(rows: list[Record]) -> str:
             cells += [
                 milliseconds(row["ms_per_step_p50"]),
                 spread,
+                str(calls) if (calls := row.get("calls") or 1) > 1 else "",
                 _number(row.get("ratio"), "{:.2f}"),
                 _number(row.get("peak_bytes"), "{:.1f}", 1e-6),
                 _number(row.get("bytes_per_second"), "{:.1f}", 1e-9),
                 _number(row.get("floor_share"), "{:.1%}"),
             ]
         elif row["status"] in ("wrong", "failed"):
-            cells += [row["status"], *[""] * 5]
+            cells += [row["status"], *[""] * 6]
         else:
             continue
         lines.append([*cells, _number(row.get("error"), "{:.0e}")])

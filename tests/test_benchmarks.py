@@ -24,7 +24,16 @@ from dnc_triton.dispatch import BACKENDS
 COLUMNS = [
     *("configuration", "sweep", "source", "batch", "steps", "memory_size", "word_size", "num_reads", "hidden_size"),
     *("num_layers", "input_size", "output_size", "dtype", "mode", "peer", "status", "backend", "error"),
-    *("allowed_error", "rounds", "ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80", "ratio", "peak_bytes"),
+    *(
+        "allowed_error",
+        "rounds",
+        "calls",
+        "ms_per_step_p20",
+        "ms_per_step_p50",
+        "ms_per_step_p80",
+        "ratio",
+        "peak_bytes",
+    ),
     *("floor_bytes", "bytes_per_second", "floor_share", "note"),
     *("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date"),
 ]
@@ -150,9 +159,9 @@ def test_each_mode_is_written_when_it_is_done(tmp_path, monkeypatch):
     exact = measure._time_in_turns
     written = []
 
-    def time_in_turns(runs, session):
+    def time_in_turns(runs, session, in_a_row):
         written.append([len(json.loads(file.read_text())["rows"]) for file in tmp_path.glob("*.json")])
-        return exact(runs, session)
+        return exact(runs, session, in_a_row)
 
     monkeypatch.setattr(measure, "_time_in_turns", time_in_turns)
     run(tmp_path)

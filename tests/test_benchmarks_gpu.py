@@ -60,11 +60,35 @@ def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
     assert state.memory.link.data_ptr() != made[-1].data_ptr()
 
 
-def test_a_device_is_waited_for_before_and_after_each_call(monkeypatch):
+def test_a_device_is_waited_for_before_and_after_the_calls(monkeypatch):
     happened = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("wait"))
-    measure._time_in_turns({"a": lambda: happened.append("call")}, session(device=torch.device("cuda"), rounds=1))
-    assert happened == ["wait", "call", "wait"]
+    runs = {"a": lambda: happened.append("call")}
+    measure._time_in_turns(runs, session(device=torch.device("cuda"), rounds=1), {"a": 2})
+    assert happened == ["wait", "call", "call", "wait"]
+
+
+def test_calls_that_a_gpu_queues_are_timed_in_a_row(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    now = iter([0.0, 0.012, 1.0, 1.4, 2.0, 2.0001])  # 12 ms, 400 ms, 0.1 ms
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    runs = {name: lambda: None for name in ("ours", "slow", "fast")}
+    on_gpu = session(device=torch.device("cuda"))
+    assert measure._calls_in_a_row(runs, "training", on_gpu) == {"ours": 4, "slow": 1, "fast": measure.MOST_IN_A_ROW}
+    assert measure._calls_in_a_row(runs, "step", on_gpu) == dict.fromkeys(runs, 1)
+    assert measure._calls_in_a_row(runs, "training", session()) == dict.fromkeys(runs, 1)
+
+
+def test_seconds_are_of_one_call_however_many_are_made(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += 0.25
+
+    seconds = measure._time_in_turns({"a": call}, session(device=torch.device("cuda"), rounds=2), {"a": 4})
+    assert seconds == {"a": [0.25, 0.25]}
 
 
 def test_the_floor_knows_an_h200_and_measures_others(monkeypatch):

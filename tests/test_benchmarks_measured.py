@@ -30,24 +30,26 @@ def test_peers_take_turns(short, order, monkeypatch):
     monkeypatch.setattr(measure, "SHORT_SECONDS", short)
     calls = []
     runs = {peer: partial(calls.append, peer) for peer in "ab"}
-    seconds = measure._time_in_turns(runs, session(rounds=3))
+    seconds = measure._time_in_turns(runs, session(rounds=3), {"a": 1, "b": 1})
     assert "".join(calls) == order
     assert {peer: len(times) for peer, times in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_what_takes_long_gets_fewer_rounds():
-    seconds = measure._time_in_turns({"a": lambda: time.sleep(0.002)}, session(rounds=1000, case_seconds=0.03))
+    runs, once = {"a": lambda: time.sleep(0.002)}, {"a": 1}
+    seconds = measure._time_in_turns(runs, session(rounds=1000, case_seconds=0.03), once)
     assert measure.LEAST_ROUNDS <= len(seconds["a"]) <= 16
-    seconds = measure._time_in_turns({"a": lambda: None}, session(rounds=1000, case_seconds=0.0))
+    seconds = measure._time_in_turns({"a": lambda: None}, session(rounds=1000, case_seconds=0.0), once)
     assert len(seconds["a"]) == measure.LEAST_ROUNDS
 
 
 def test_who_is_slow_gets_fewer_rounds_than_others(monkeypatch):
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0.02)
     runs = {"slow": lambda: time.sleep(0.03), "fast": lambda: None}
-    seconds = measure._time_in_turns(runs, session(rounds=1000, case_seconds=0.0))
+    once = dict.fromkeys(runs, 1)
+    seconds = measure._time_in_turns(runs, session(rounds=1000, case_seconds=0.0), once)
     assert {name: len(times) for name, times in seconds.items()} == {"slow": 3, "fast": 5}
-    seconds = measure._time_in_turns(runs, session(rounds=7, case_seconds=100.0))
+    seconds = measure._time_in_turns(runs, session(rounds=7, case_seconds=100.0), once)
     assert {name: len(times) for name, times in seconds.items()} == {"slow": 7, "fast": 7}
 
 
@@ -56,7 +58,7 @@ def test_who_is_slow_is_warmed_up_once_unless_it_has_graphs(monkeypatch, name, s
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0.0 if slow else 100.0)
     called = []
     monkeypatch.setattr(measure, "call_of", lambda mode, network, inputs: lambda: called.append(mode))
-    monkeypatch.setattr(measure, "_time_in_turns", lambda runs, session: {})
+    monkeypatch.setattr(measure, "_time_in_turns", lambda *arguments: {})
     measure.measure(CASE, [name], ["forward"], session())
     assert called == ["forward"] * rounds
 

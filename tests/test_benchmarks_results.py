@@ -102,7 +102,7 @@ def test_geometric_means_are_over_what_both_have(results):
     assert "| dnc_triton | 1.50× (1) | 0.25× (1) |" in lines  # of a single step
     page = report.markdown(results)
     assert "Goals" not in page
-    assert report.OF_PEAKS not in page
+    assert report.OF_A_GPU not in page
 
 
 def test_what_is_empty_throughout_has_no_column(results):
@@ -130,7 +130,7 @@ def test_goals_are_reached_missed_or_not_measured(results):
         measured["peak_bytes"] = 60 if measured["peer"] == "reference" else 30
     rows[0]["peak_bytes"] = 6
     page = report.markdown(results)
-    assert report.OF_PEAKS in page
+    assert report.OF_A_GPU in page
     verdicts = dict(line[2:].split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
     assert verdicts["deepmind_repeat_copy, training, µs per time step"] == "≤ 20 | 19 | reached |"
     assert verdicts["adnc_babi, training, µs per time step"] == "≤ 60 | 61 | missed |"

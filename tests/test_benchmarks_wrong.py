@@ -157,7 +157,7 @@ def test_a_device_that_stops_working_costs_nothing_that_was_measured(tmp_path, m
         if broken:
             raise RuntimeError(message)
 
-    def time_in_turns(runs, session):
+    def time_in_turns(runs, session, in_a_row):
         return break_it() if place == "timing" and len(list(tmp_path.iterdir())) else {name: [1e-3] for name in runs}
 
     monkeypatch.setattr(measure, "synchronize", synchronize)
