@@ -29,7 +29,7 @@ from benchmarks.floors import KNOWN_BYTES_PER_SECOND, L2_BYTES, L2_BYTES_PER_SEC
 from benchmarks.machine import describe_machine
 from benchmarks.measure import in_a_line
 from benchmarks.modes import aside, draw_inputs
-from benchmarks.peers import Network, dnc_layer
+from benchmarks.peers import Network, compile_reference, dnc_layer
 from dnc_reference import MemoryState, interface_step
 from dnc_reference.interface import interface_sizes
 from dnc_triton.cli import INTERRUPTED
@@ -230,7 +230,7 @@ def sequence_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock
 def reference_row(row: Row, *, device: torch.device, compiled: bool, clock: Clock) -> Row:
     """The reference, whose backward is what forward and backward take beyond the forward."""
     torch.compiler.reset()  # what is compiled for a second size takes any size, and is slower than it need be
-    step = torch.compile(oracle_step) if compiled else oracle_step
+    step = compile_reference(oracle_step, row.memory_size) if compiled else oracle_step
     (state,) = states_of(row, device, 1)
     forward, both = (clock(reference_call(step, *state, row.num_reads, backward)) for backward in (False, True))
     return replace(row, forward_us=forward, backward_us=both - forward)

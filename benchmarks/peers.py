@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -30,6 +31,7 @@ PYPI_DNC_VERSION = "2.0.0b1"
 OURS = "dnc_triton"
 EAGER = "reference"
 SEED = 0
+MIXED_ORDERS = "triton.mix_order_reduction"
 
 
 def is_ours(peer: str) -> bool:
@@ -168,7 +170,7 @@ def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
         raise MissingPeerError("CUDA graphs need a GPU")
     _check_compiler(device)
     cell = reference_cell(case, device, torch.float32)
-    step, whole_step = (torch.compile(call, mode=mode) for call in (cell.advance, cell.forward))
+    step, whole_step = (compile_reference(call, case.memory_size, mode) for call in (cell.advance, cell.forward))
 
     def begin(inputs: Tensor, state: Any) -> Any:
         if mode == "reduce-overhead":  # graphs may take back the memory of what the call before returned
@@ -193,6 +195,18 @@ def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
         return outputs, state
 
     return Network(cell, run, single=single)
+
+
+def compile_reference(call: Callable[..., Any], memory_size: int, mode: str = "default") -> Any:
+    """What computes steps of the reference, with `torch.compile`.
+
+    On an H200 PyTorch 2.11 stopped at an assertion of its compiler's from N = 192 on ("190 v.s. 189"), about reductions
+    in different orders in the backward of `cumprod`. For more than 64 slots it is told not to fuse such ones.
+    """
+    options = torch._inductor.list_mode_options(mode)
+    if memory_size > 64 and MIXED_ORDERS in torch._inductor.list_options():
+        options[MIXED_ORDERS] = False
+    return torch.compile(call, options=options)
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -285,10 +299,10 @@ def all_peers() -> dict[str, Peer]:
             compiles=True,
             gpu_only=True,
             hides_memory=True,
-            # In one process with our layer's own CUDA graphs it ended in an illegal memory access on an H200, with
-            # PyTorch 2.11, while steps were timed; without ours it did not, nor did ours without it. What fits it: the
-            # compiler makes PyTorch forget the workspaces of products that ours used. They have some of their own now
-            # (`sequence.graphs.Engine`), which no GPU has seen yet.
+            # For a large memory it compiles for minutes, which only the end of its process cuts short. And with PyTorch
+            # 2.11 it was not at peace with our layer's own CUDA graphs while steps were timed, until those had
+            # workspaces of their own (`sequence.graphs.Engine`); trainings of both have been timed in one process
+            # since, steps have not.
             apart=True,
         ),
         "pypi_dnc": Peer(f"PyPI dnc {PYPI_DNC_VERSION}", make_pypi_dnc, checked=False),

@@ -77,7 +77,7 @@ def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys)
 
 def test_everybody_runs(monkeypatch):
     """With a compiler that leaves the code as it is: what is around it. A backend with its own takes half a minute."""
-    monkeypatch.setattr(torch, "compile", lambda step, mode: step)
+    monkeypatch.setattr(torch, "compile", lambda step, options: step)
     peers = [peer for peer in all_peers() if peer != "torch_compiled"]
     rows = measure.measure(CASE, peers, modes_on("cpu"), session(compile_seconds=100.0))
     statuses = {peer: {row.status for row in rows if row.peer == peer} for peer in peers}

@@ -29,8 +29,8 @@ def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
     monkeypatch.setattr(peers, "_check_compiler", lambda device: None)
     made = []
 
-    def compile_nothing(step, mode):
-        assert mode == "reduce-overhead"
+    def compile_nothing(step, options):
+        assert options == {"triton.cudagraphs": True}
 
         def recorded(*arguments):
             features, state = step(*arguments)
@@ -116,7 +116,7 @@ def test_who_compiles_has_a_single_step_compiled_whole(monkeypatch):
     """Its output layer, too, and nothing but that step: a layer of ours has no more to do."""
     compiled, called = [], []
 
-    def compile_nothing(call, mode):
+    def compile_nothing(call, options):
         compiled.append(call)
         return lambda *arguments: called.append(call) or call(*arguments)
 
@@ -127,6 +127,20 @@ def test_who_compiles_has_a_single_step_compiled_whole(monkeypatch):
     assert set(called) == {network.module.forward}
     call_of("forward", network, draw_inputs(CASE, CPU))()
     assert set(called) == set(compiled) == {network.module.forward, network.module.advance}
+
+
+def test_of_a_large_memory_the_compiler_is_kept_from_its_assertion():
+    """With PyTorch 2.11 on a GPU it did not compile; the option is one that this version knows."""
+    assert peers.MIXED_ORDERS in torch._inductor.list_options()
+    compiled = peers.compile_reference(lambda x: x + 1, 256, "reduce-overhead")
+    assert torch.equal(compiled(torch.ones(3)), torch.full([3], 2.0))
+
+
+@pytest.mark.parametrize(("slots", "added"), [(64, {}), (65, {"triton.mix_order_reduction": False})])
+def test_what_the_compiler_is_told(slots, added, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, options: options)
+    assert peers.compile_reference(len, slots) == added
+    assert peers.compile_reference(len, slots, "reduce-overhead") == {"triton.cudagraphs": True} | added
 
 
 # --- captured ---------------------------------------------------------------------------------------------------------

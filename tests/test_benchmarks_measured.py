@@ -98,7 +98,7 @@ def test_what_a_step_computes(num_layers):
 
 
 def test_compiling_has_a_budget(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda step, mode: step)
+    monkeypatch.setattr(torch, "compile", lambda step, options: step)
     for settings in ({"compile_seconds": 0.0}, {"deadline": time.monotonic() + 30}):
         rows = {row.peer: row for row in measure.measure(CASE, [OURS, "compiled"], ["step"], session(**settings))}
         assert (rows[OURS].status, rows["compiled"].status) == ("measured", "left out")
