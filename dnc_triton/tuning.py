@@ -1,12 +1,16 @@
 """Which candidate is the fastest, measured once and remembered: in the process, and in the user's cache directory.
 
 A sequence is measured as a sequence, of `STEPS` steps at most, with a controller of its kind; a memory step, or what
-must go step by step, as a step. A problem is remembered by its bucket: the device's model, the versions of this package
-and of what generates code, dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to
-powers of two; for a sequence also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not
-at all, so that any number of processes may measure at once; what is in a file that cannot be understood is measured
-again. What a bucket lacks, not asked for before or left when time was up, is measured when it is asked for next.
-Most of the time goes into compiling kernels, so those of several candidates compile at once, before they are measured.
+must go step by step, as a step. Where sequences are replayed as CUDA graphs Python does the same for all candidates,
+and takes longer for it than a small network's kernels do: there it is the time that the device works that counts,
+which is that in a graph of the user's too; else the time of the whole call.
+
+A problem is remembered by its bucket: the device's model, the versions of this package and of what generates code,
+dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of two; for a sequence
+also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not at all, so that any number of
+processes may measure at once; what is in a file that cannot be understood is measured again. What a bucket lacks, not
+asked for before or left when time was up, is measured when it is asked for next. Most of the time goes into compiling
+kernels, so those of several candidates compile at once, before they are measured.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless something is
 remembered), DNC_TRITON_CACHE names another directory.
@@ -40,11 +44,14 @@ from dnc_triton.version import __version__
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-FORMAT = 8  # of what is remembered; another one where kernels changed so much that old times mislead
+FORMAT = 9  # of what is remembered; another one where kernels changed so much that old times mislead
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
 SECONDS = 1.0  # per candidate, compilation not counted
+# By which a device is kept waiting before it is to work, for each second that Python takes to say at what, and for how
+# many seconds at most: at 2 GHz for twice as long.
+CYCLES, LONGEST_WAIT = 4e9, 0.02
 TOTAL_SECONDS = 60.0  # per call, compilation counted; candidates that are not reached wait for the next call
 
 logger = logging.getLogger("dnc_triton")
@@ -147,7 +154,7 @@ def _bucket(problem: Problem) -> str:
     if measures_sequence(problem):
         key["controller"] = f"{problem.num_layers}×{problem.controller} {problem.hidden_size}"
         key["steps"] = _measured_steps(problem)
-        key["graphs"] = os.environ.get(graphs.GRAPHS_VARIABLE) != "0"
+        key["graphs"] = _are_replayed(problem)
     return json.dumps(key, sort_keys=True)
 
 
@@ -196,6 +203,11 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
                 raise
     except OSError as error:  # a read-only home, a full disk: the process still remembers
         logger.warning("cannot keep the measured times in %s: %s", path.parent, error)
+
+
+def _are_replayed(problem: Problem) -> bool:
+    """Whether calls are replayed as CUDA graphs once they have come twice."""
+    return measures_sequence(problem) and os.environ.get(graphs.GRAPHS_VARIABLE) != "0"
 
 
 def _power_of_two(size: int) -> int:
@@ -356,12 +368,17 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
     # A candidate is measured as it would be used, in a graph, and leaves no memory behind.
     with _as_measured(problem), graphs.forgetting():
         for _ in range(WARM_UP):
+            begun = time.perf_counter()
             run()
-        torch.cuda.synchronize()
+            launching = time.perf_counter() - begun
+            torch.cuda.synchronize()
+        wait = int(CYCLES * min(launching, LONGEST_WAIT)) if _are_replayed(problem) else 0
         times: list[float] = []
         deadline = time.perf_counter() + SECONDS
         while len(times) < REPETITIONS and (not times or time.perf_counter() < deadline):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if wait:  # else the time between the events would be Python's
+                torch.cuda._sleep(wait)
             start.record()
             run()
             end.record()

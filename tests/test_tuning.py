@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -78,6 +79,71 @@ def test_what_compiles_does_so_before_what_is_measured(
     candidates = {("fused", FAST): "fast", ("split", SLOW): "slow", ("reference", REFERENCE): "reference"}
     assert tuning.fastest(PROBLEM, candidates) == ("fused", FAST)
     assert "".join(events) == order
+
+
+class Device:
+    """A device that works on what it is told in order, and the clock of a Python that takes its time to tell."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, launching: float, working: float) -> None:
+        self.launching, self.working = launching, working
+        self.now = self.busy_until = self.waited = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "Event", partial(Mark, self))
+
+    def work(self, seconds: float) -> None:
+        self.busy_until = max(self.now, self.busy_until) + seconds
+
+    def sleep(self, cycles: int) -> None:
+        self.waited = cycles / 2e9
+        self.work(self.waited)
+
+    def synchronize(self, device: object = None) -> None:
+        self.now = max(self.now, self.busy_until)
+
+    def run(self) -> None:
+        self.now += self.launching
+        self.work(self.working)
+
+
+class Mark:
+    """An event: when the device came by."""
+
+    def __init__(self, device: Device, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.device = device
+
+    def record(self) -> None:
+        self.when = max(self.device.now, self.device.busy_until)
+
+    def synchronize(self) -> None:
+        self.device.synchronize()
+
+    def elapsed_time(self, other: Mark) -> float:
+        return 1000 * (other.when - self.when)
+
+
+EXACT_MEASURE = tuning._measure
+
+
+@pytest.mark.parametrize(
+    ("change", "graphs", "launching", "expected"),
+    [
+        ({}, "1", 0.003, 400.0),
+        ({}, "0", 0.003, 3400.0),  # launch by launch Python is part of what it takes
+        ({"controller": None}, "1", 0.003, 3400.0),
+        ({}, "1", 1.0, 960_400.0),  # who takes that long is not waited for in vain
+    ],
+    ids=["replayed", "launched", "a step", "slow"],
+)
+def test_of_what_is_replayed_the_work_of_the_device_counts(
+    change: dict, graphs: str, launching: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", graphs)
+    device = Device(monkeypatch, launching=launching, working=0.0004)
+    assert EXACT_MEASURE(replace(PROBLEM, **change), device.run) == pytest.approx(expected)
+    assert device.waited == pytest.approx(0 if expected == 3400.0 else 2 * min(launching, 0.02))
 
 
 def test_another_process_reads_what_this_one_measured(clock: Clock) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +94,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.jit import JITFunction
 
 from benchmarks.modes import aside
-from dnc_triton import memory_step, tuning
+from dnc_triton import DNC, memory_step, tuning
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels.layout import Layout
 
@@ -208,6 +209,17 @@ def test_what_compiles_ahead_is_what_is_launched(
     for _, unroll in candidates:
         run(unroll)
     assert not compiled
+
+
+def test_python_is_no_part_of_what_a_replay_takes(device: torch.device) -> None:
+    problem = DNC(4, 4, 4, memory_size=4, word_size=4, device=device).problem(torch.zeros(1, 4, 4, device=device))
+    numbers = torch.zeros(8, device=device)
+
+    def run() -> None:
+        time.sleep(0.005)
+        numbers.add_(1)
+
+    assert 0 < tuning._measure(problem, run) < 1000  # µs
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
