@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PEERS = {
-    "this layer": "dnc_triton",
-    "`torch_compiled`": "torch_compiled",
-    "eager reference": "reference",
-    "`torch.compile`": "compiled",
-    "PyPI `dnc` 2.0.0b1": "pypi_dnc",
-    "`nn.LSTM`": "lstm",
-    "cuDNN's `nn.LSTM`": "lstm",
+COLUMNS = {  # peer and mode
+    "this layer": ("dnc_triton", "training"),
+    "`torch_compiled`": ("torch_compiled", "training"),
+    "eager reference": ("reference", "training"),
+    "`torch.compile`": ("compiled", "training"),
+    "PyPI `dnc` 2.0.0b1": ("pypi_dnc", "training"),
+    "`nn.LSTM`": ("lstm", "training"),
+    "cuDNN's `nn.LSTM`": ("lstm", "training"),
+    "this layer in one graph": ("dnc_triton", "captured"),
 }
-ELSEWHERE = {"this layer in one graph"}  # runs that chose the design, of which there is no table
 TABLE = re.compile(r"^\| configuration .*\n\|[-:|]+\|\n((?:\| .*\n)+)", re.MULTILINE)
 FIGURE = re.compile(r"([\d.]+)(?: \(([\d.]+)×\))?")
 
@@ -41,23 +41,22 @@ def agree(figure: str, measured: float) -> bool:
 def test_the_tables_of_times_are_the_files(columns, rows, file):
     results = json.loads((ROOT / file).with_suffix(".json").read_text())["rows"]
     times = {
-        (row["configuration"], row["peer"]): (row["ms_per_step_p50"], row["ratio"])
+        (row["configuration"], row["peer"], row["mode"]): (row["ms_per_step_p50"], row["ratio"])
         for row in results
-        if row["mode"] == "training" and not row["sweep"] and row["status"] == "measured"
+        if not row["sweep"] and row["status"] == "measured"
     }
-    assert {name for name, _ in times} == {row.split()[1] for row in rows}
+    assert {name for name, *_ in times} == {row.split()[1] for row in rows}
     for row in rows:
         name, cells = row.split()[1], [cell.strip() for cell in row.split("|")[2:-1]]
         for column, cell in zip(columns, cells, strict=True):
-            if column in ELSEWHERE:
-                continue
+            key = name, *COLUMNS[column]
             if cell == "not measured":
-                assert (name, PEERS[column]) not in times, (name, column)
+                assert key not in times, key
                 continue
             figure, ratio = FIGURE.fullmatch(cell).groups()
-            time, times_as_long = times[name, PEERS[column]]
-            assert agree(figure, time), (name, column, cell, time)
-            assert ratio is None or agree(ratio, times_as_long), (name, column, cell, times_as_long)
+            time, times_as_long = times[key]
+            assert agree(figure, time), (key, cell, time)
+            assert ratio is None or agree(ratio, times_as_long), (key, cell, times_as_long)
 
 
 def test_there_are_two_of_them():
