@@ -81,6 +81,9 @@ def _compare_rows(
         elif old["status"] != new["status"]:
             found.incomparable.append(f"{name}: {old['status']} before, {new['status']} now")
         return
+    if (old.get("calls") or new.get("calls") or 1) > 1 and None in (old.get("calls"), new.get("calls")):
+        found.incomparable.append(f"{name}: calls in a row on one side, each waited for on the other")
+        return
     found.compared += 1
     before, now = (f"{row['ms_per_step_p20']:.4g} to {row['ms_per_step_p80']:.4g} ms" for row in (old, new))
     change = new["ms_per_step_p50"] / old["ms_per_step_p50"] - 1

@@ -288,6 +288,21 @@ def test_a_time_that_was_lost_is_told(results, status, is_regression):
     assert compare(new, results).regressions == []
 
 
+def test_calls_in_a_row_are_not_compared_with_calls_that_were_waited_for(results):
+    new, many = copy.deepcopy(results), copy.deepcopy(results)
+    for rows, calls in ((new["rows"], 1), (many["rows"], 10)):
+        for row in rows:
+            row["calls"] = calls
+    for row in results["rows"]:
+        row.pop("calls", None)  # as files were written before
+    measured = sum(row["status"] == "measured" for row in results["rows"])
+    assert compare(results, new).compared == compare(new, many).compared == measured
+    for before, now in ((results, many), (many, results)):
+        found = compare(before, now)
+        assert found.compared == 0
+        assert sum(": calls in a row on one side" in text for text in found.incomparable) == measured
+
+
 def test_another_machine_is_a_caution(results):
     new = copy.deepcopy(results)
     new["machine"] |= {"gpu": "a GPU", "torch": "2.13.0"}
