@@ -32,8 +32,8 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 480.0
 # By when a part stops by itself, as a part of all the time. What one does not need the later ones have.
 PARITY = 0.5
-# Those that a goal is set against and that do not compile for minutes. `torch.compile` of the reference, and our backends
-# one by one, are for `make bench`, which has more time.
+# Those that a goal is set against and that do not compile for minutes. `torch.compile` of the reference, and our
+# backends one by one, are for `make bench`, which has more time.
 PEERS = "dnc_triton,reference,pypi_dnc,lstm"
 PARTS = [
     ("the memory step", 0.6, "benchmarks.gpu --seconds {seconds} --output {folder}"),
