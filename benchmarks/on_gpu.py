@@ -1,9 +1,9 @@
 """Everything that is done on a GPU, in under nine minutes: `make gpu`.
 
-First parity, in several processes at once, since what takes time there is compiling. Beside it the benchmark runs once
-for what it compiles, which the compilers keep; its times are thrown away. Then one thing at a time: the memory step in
-every layout, the memory that training takes, and the benchmark with its report. Each part stops by itself when its time
-is up and has written what it has until then; one that does not stop is interrupted, and in the end killed.
+First parity, in several processes at once, since what takes time there is compiling. Beside it the benchmarks run once
+for what they compile, which the compilers keep; their times are thrown away. Then one thing at a time: the memory step
+in every layout, the memory that training takes, and the benchmark with its report. Each part stops by itself when its
+time is up and has written what it has until then; one that does not stop is interrupted, and in the end killed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ PARITY = 0.5
 # Those that a goal is set against and that do not compile for minutes. `torch.compile` of the reference, and our
 # backends one by one, are for `make bench`, which has more time.
 PEERS = "dnc_triton,reference,pypi_dnc,lstm"
+STEP = "benchmarks.gpu --seconds {seconds} --output {folder}"
 PARTS = [
-    ("the memory step", 0.6, "benchmarks.gpu --seconds {seconds} --output {folder}"),
+    ("the memory step", 0.6, STEP),
     ("lean memory", 0.64, "benchmarks.lean --device cuda --output {folder}/lean-gpu.json"),
     (
         "the benchmark",
@@ -53,6 +54,7 @@ ONCE = (
 OVERTIME, LAST_WORDS = 30.0, 15.0  # seconds until a part is interrupted; from then on until it is killed
 MANY_CORES, MOST_TESTS = 16, 12  # from that many cores on that many processes for parity; with fewer one for two cores
 MOST_COMPILERS = 4  # beside them, which take cores from what is tested
+COMPILING = 0.75  # one more, for the memory step, which begins nothing after this part of parity's time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +106,7 @@ def word(status: int) -> str:
 
 
 def run_parity(output: Path, seconds: float) -> int:
-    """The tests in tests/gpu and, for the sake of the compilers' caches, the benchmark; the status of the tests."""
+    """The tests in tests/gpu and, for the sake of the compilers' caches, the benchmarks; the status of the tests."""
     machine = describe_machine("make gpu")
     record = output / f"gpu-parity-{machine['date'][:10]}.txt"
     record.write_text(json.dumps(machine, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -116,6 +118,7 @@ def run_parity(output: Path, seconds: float) -> int:
         compiling = min(count, MOST_COMPILERS)
         names = [",".join(list(CONFIGURATIONS)[part::compiling]) for part in range(compiling)]
         compilers = [fill_in(ONCE, seconds, names=some, folder=folder) for some in names if some]
+        compilers.append(fill_in(STEP, COMPILING * seconds, folder=folder))
         variables = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "DNC_TRITON_CACHE": folder}
         logs = [Path(folder, f"{index}.log") for index in range(len(tests + compilers))]
         statuses = run_all(tests + compilers, seconds, logs, variables)[:count]

@@ -146,7 +146,7 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
     folder = tmp_path / "with a space"
     assert on_gpu.main(["--seconds", "100", "--output", str(folder)]) == 1
     parity, *others = called
-    assert [command[0] for command in parity[0]] == ["pytest"] * 2 + ["benchmarks"] * 2
+    assert [command[0] for command in parity[0]] == ["pytest"] * 2 + ["benchmarks"] * 2 + ["benchmarks.gpu"]
     assert [command[0] for commands, _ in others for command in commands] == [
         "benchmarks.gpu",
         "benchmarks.lean",
@@ -173,8 +173,9 @@ def test_cores_are_shared_between_tests_and_compilers(tmp_path, monkeypatch, cor
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(on_gpu, "describe_machine", lambda command: {"date": "2026-01-02T03", "gpu": "a GPU"})
     on_gpu.run_parity(tmp_path, 10.0)
-    assert [command[0] for command in called] == ["pytest"] * tests + ["benchmarks"] * compilers
-    names = [command[command.index("--configurations") + 1] for command in called[tests:]]
+    assert [command[0] for command in called] == ["pytest"] * tests + ["benchmarks"] * compilers + ["benchmarks.gpu"]
+    assert called[-1][called[-1].index("--seconds") + 1] == "8", "it is to have ended when the tests have"
+    names = [command[command.index("--configurations") + 1] for command in called[tests:-1]]
     assert sorted(",".join(names).split(",")) == sorted(on_gpu.CONFIGURATIONS)
 
 
