@@ -81,7 +81,7 @@ def _compare_rows(
         elif old["status"] != new["status"]:
             found.incomparable.append(f"{name}: {old['status']} before, {new['status']} now")
         return
-    if (old.get("calls") or new.get("calls") or 1) > 1 and None in (old.get("calls"), new.get("calls")):
+    if ((old.get("calls") or 1) > 1) != ((new.get("calls") or 1) > 1):
         found.incomparable.append(f"{name}: calls in a row on one side, each waited for on the other")
         return
     found.compared += 1

@@ -50,6 +50,7 @@ BUCKETS = (
 H200 = "NVIDIA H200"
 STATES = 4  # each with a step in the graph
 REPLAYS = 30
+WAIT = 1_000_000  # clocks, half a millisecond: longer than it takes to launch a graph, which is no part of its kernels
 # The kernels' float32 against the float64 oracle, largest error over largest number of a tensor. Rounding alone leaves
 # about 1e-6; tf32 would leave 1e-3.
 ALLOWED_ERROR = 2e-5
@@ -329,16 +330,21 @@ def graph_time(call: Callable[[], Any]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return call_time(graph.replay)
+    return call_time(graph.replay, wait=WAIT)
 
 
-def call_time(call: Callable[[], Any]) -> float:
-    """Median µs of a call as the device sees it, launches included where they are what takes the time."""
+def call_time(call: Callable[[], Any], wait: int = 0) -> float:
+    """Median µs of a call as the device sees it, launches included where they are what takes the time.
+
+    With `wait` the device is kept waiting for so many clocks before, until the call is launched.
+    """
     for _ in range(5):
         call()
     times = []
     for _ in range(REPLAYS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if wait:
+            torch.cuda._sleep(wait)
         start.record()
         call()
         end.record()

@@ -1,9 +1,9 @@
 """Which candidate is the fastest, measured once and remembered: in the process, and in the user's cache directory.
 
 A sequence is measured as a sequence, of `STEPS` steps at most, with a controller of its kind; a memory step, or what
-must go step by step, as a step. Where sequences are replayed as CUDA graphs Python does the same for all candidates,
-and takes longer for it than a small network's kernels do: there it is the time that the device works that counts,
-which is that in a graph of the user's too; else the time of the whole call.
+must go step by step, as a step. Where a sequence is replayed as a CUDA graph Python does the same for one candidate as
+for another, and takes longer for it than a small network's kernels do: there it is the time that the device works that
+counts, which is that in a graph of the user's too; where it is launched, the time of the whole call.
 
 A problem is remembered by its bucket: the device's model, the versions of this package and of what generates code,
 dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of two; for a sequence
@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -206,8 +206,9 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
 
 
 def _are_replayed(problem: Problem) -> bool:
-    """Whether calls are replayed as CUDA graphs once they have come twice."""
-    return measures_sequence(problem) and os.environ.get(graphs.GRAPHS_VARIABLE) != "0"
+    """Whether calls are replayed as CUDA graphs once they have come twice, if there is room for these."""
+    wanted = os.environ.get(graphs.GRAPHS_VARIABLE) != "0"
+    return wanted and measures_sequence(problem) and problem.steps <= graphs.LONGEST
 
 
 def _power_of_two(size: int) -> int:
@@ -365,14 +366,16 @@ def _draw(problem: Problem, shape: tuple[int, ...]) -> Tensor:
 
 def _measure(problem: Problem, run: Callable[[], None]) -> float:
     """Median time of a run in µs."""
-    # A candidate is measured as it would be used, in a graph, and leaves no memory behind.
-    with _as_measured(problem), graphs.forgetting():
+    # A candidate is measured as it would be used, in a graph or not, and leaves no memory behind.
+    launched = nullcontext() if _are_replayed(problem) else graphs.launching()
+    with _as_measured(problem), graphs.forgetting(), launched:
         for _ in range(WARM_UP):
-            begun = time.perf_counter()
+            replays, begun = graphs.replays(problem.device), time.perf_counter()
             run()
-            launching = time.perf_counter() - begun
+            told = time.perf_counter() - begun
             torch.cuda.synchronize()
-        wait = int(CYCLES * min(launching, LONGEST_WAIT)) if _are_replayed(problem) else 0
+        is_replayed = graphs.replays(problem.device) > replays
+        wait = int(CYCLES * min(told, LONGEST_WAIT)) if is_replayed else 0
         times: list[float] = []
         deadline = time.perf_counter() + SECONDS
         while len(times) < REPETITIONS and (not times or time.perf_counter() < deadline):

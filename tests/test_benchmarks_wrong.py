@@ -133,6 +133,29 @@ def test_an_oracle_that_breaks_leaves_the_case_without_times(monkeypatch):
     assert rows[0].note == "the oracle failed on tiny: ZeroDivisionError: division by zero"
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "mode", "checks"),
+    [
+        (OURS, "cuda", "training", 3),
+        ("torch_sequence", "cuda", "forward", 3),
+        (OURS, "cuda", "captured", 1),
+        (OURS, "cpu", "training", 1),
+        (EAGER, "cuda", "training", 1),
+        ("lstm", "cuda", "training", 0),
+    ],
+)
+def test_what_is_replayed_is_checked_when_it_is(monkeypatch, name, device, mode, checks):
+    """It is captured in the second call, so one is not enough."""
+    network, inputs = all_peers()[name].make(CASE, CPU), draw_inputs(CASE, CPU)
+    truth, checked = verify.find_truth(CASE, inputs, ["training", "forward"]), []
+    truth.allowed["captured"] = truth.allowed["training"]
+    monkeypatch.setattr(verify, "error", lambda network, mode, truth: checked.append(mode) or 0.0)
+    monkeypatch.setattr(measure, "synchronize", lambda device: None)
+    monkeypatch.setattr(measure, "call_of", lambda *arguments: lambda: None)
+    row, _ = measure._check(CASE, mode, name, network, truth, inputs, session(device=torch.device(device)))
+    assert (row.status, checked) == ("measured", [mode] * checks)
+
+
 def test_a_failure_while_timing_or_counting_memory_is_noted(monkeypatch):
     monkeypatch.setattr(measure, "cpu_peak", lambda *arguments: 1 / 0)
     (row,) = measure.measure(CASE, [OURS], ["training"], session(peak_memory=True))

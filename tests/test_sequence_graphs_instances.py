@@ -96,6 +96,32 @@ def test_forgotten_results_end_it(last: str) -> None:
     assert instance.is_free
 
 
+def test_a_backward_that_is_interrupted_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here when a gradient that the next one has not is copied."""
+    dnc = make()
+
+    def gradients(*, of_memory: bool) -> Any:
+        outputs, state = dnc(*draw(dnc, 0))
+        loss = outputs.sum() + (state.memory.memory.sum() if of_memory else 0)
+        return torch.autograd.grad(loss, list(dnc.parameters()))
+
+    expected = [gradients(of_memory=False) for _ in range(3)][-1]
+    exact, copies = graphs._copy, []
+
+    def copy(into: list[Tensor], tensors: list[Tensor]) -> None:
+        exact(into, tensors)
+        copies.append(len(tensors))
+        if len(copies) == 3:  # after what the forward is given and what it returns
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(graphs, "_copy", copy)
+    with pytest.raises(KeyboardInterrupt):
+        gradients(of_memory=True)
+    monkeypatch.setattr(graphs, "_copy", exact)
+    assert copies[2] == 2
+    assert_same_bits(gradients(of_memory=False), expected)
+
+
 def test_used_twice_in_one_graph(without: Any) -> None:
     """And several forwards before their backwards: the second finds no instance at first."""
     dnc = make()

@@ -64,6 +64,21 @@ def test_not_ready(without: Any) -> None:
     assert_same_bits(actual, without(lambda: torch.autograd.grad(dnc(*draw(dnc, 3))[0].sum(), list(dnc.parameters()))))
 
 
+def test_where_launches_are_asked_for() -> None:
+    dnc, device = make(), torch.device("cpu")
+    assert graphs.replays(device) == 0
+    expected, *_ = [results(dnc, *draw(dnc, 0)) for _ in range(3)]
+    replays = graphs.replays(device)
+    assert replays == engine().replays == 4  # forward and backward of the second and the third
+    with graphs.launching():
+        with graphs.launching():
+            pass
+        assert_same_bits(results(dnc, *draw(dnc, 0)), expected)
+    assert graphs.replays(device) == engine().replays == replays
+    results(dnc, *draw(dnc, 0))
+    assert graphs.replays(device) == replays + 2
+
+
 def test_other_numerics_in_the_backward() -> None:
     dnc = make()
     for seed in range(2):

@@ -27,6 +27,7 @@ from dnc_triton import dispatch, tuning
 from dnc_triton.kernels import ahead
 from dnc_triton.kernels.layout import sequence_layouts
 from dnc_triton.problem import Problem
+from dnc_triton.sequence import graphs
 
 
 def test_the_fastest_is_chosen_and_measured_once(clock: Clock) -> None:
@@ -84,9 +85,11 @@ def test_what_compiles_does_so_before_what_is_measured(
 class Device:
     """A device that works on what it is told in order, and the clock of a Python that takes its time to tell."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, launching: float, working: float) -> None:
-        self.launching, self.working = launching, working
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, launching: float, working: float, has_room: bool) -> None:
+        self.launching, self.working, self.has_room = launching, working, has_room
         self.now = self.busy_until = self.waited = 0.0
+        self.replays = 0
+        monkeypatch.setattr(graphs, "replays", lambda device: self.replays)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
@@ -105,6 +108,7 @@ class Device:
     def run(self) -> None:
         self.now += self.launching
         self.work(self.working)
+        self.replays += self.has_room and not graphs._launching
 
 
 class Mark:
@@ -128,22 +132,31 @@ EXACT_MEASURE = tuning._measure
 
 
 @pytest.mark.parametrize(
-    ("change", "graphs", "launching", "expected"),
+    ("change", "has_room", "launching", "expected"),
     [
-        ({}, "1", 0.003, 400.0),
-        ({}, "0", 0.003, 3400.0),  # launch by launch Python is part of what it takes
-        ({"controller": None}, "1", 0.003, 3400.0),
-        ({}, "1", 1.0, 960_400.0),  # who takes that long is not waited for in vain
+        ({}, True, 0.003, 400.0),
+        ({}, False, 0.003, 3400.0),  # launch by launch Python is part of what it takes
+        ({"controller": None}, True, 0.003, 3400.0),
+        ({"steps": 5000}, True, 0.003, 3400.0),
+        ({}, True, 1.0, 960_400.0),  # who takes that long is not waited for in vain
     ],
-    ids=["replayed", "launched", "a step", "slow"],
+    ids=["replayed", "no room", "a step", "a long one", "slow"],
 )
 def test_of_what_is_replayed_the_work_of_the_device_counts(
-    change: dict, graphs: str, launching: float, expected: float, monkeypatch: pytest.MonkeyPatch
+    change: dict, has_room: bool, launching: float, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DNC_TRITON_GRAPHS", graphs)
-    device = Device(monkeypatch, launching=launching, working=0.0004)
+    device = Device(monkeypatch, launching=launching, working=0.0004, has_room=has_room)
     assert EXACT_MEASURE(replace(PROBLEM, **change), device.run) == pytest.approx(expected)
     assert device.waited == pytest.approx(0 if expected == 3400.0 else 2 * min(launching, 0.02))
+    assert not graphs._launching
+
+
+def test_a_sequence_too_long_to_be_replayed_has_a_measurement_of_its_own(clock: Clock) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    tuning.fastest(replace(PROBLEM, steps=graphs.LONGEST), STEPS)
+    measured = len(clock.asked)
+    tuning.fastest(replace(PROBLEM, steps=graphs.LONGEST + 1), STEPS)
+    assert len(clock.asked) == measured + 3
 
 
 def test_another_process_reads_what_this_one_measured(clock: Clock) -> None:

@@ -251,6 +251,7 @@ class Instance:
         """Likewise, any number of times."""
         assert self.backward is not None
         given = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        self.filled.update(given)  # whatever interrupts the copy
         _copy([self.gradients[index] for index in given], [gradients[index] for index in given])  # type: ignore[misc]
         others = self.filled.difference(given)
         if others:
@@ -270,6 +271,7 @@ class Graphs:
         self.engine = engine
         self.instances: list[Instance] = []
         self.signatures: dict[Hashable, Signature] = {}
+        self.replays = 0  # so far
         self._uses = count()
         self._told = False
 
@@ -290,6 +292,7 @@ class Graphs:
             signature = self._signature(key, given)
             instance = self._take(signature, given, run, handed)
             if instance is not None:
+                self.replays += 1
                 return instance.run_forward(given)
         results = run(given)
         signature.size = max(signature.size, _size(given) + _size(results))
@@ -311,6 +314,7 @@ class Graphs:
                 return None
             if not instance.serves(wanted) and not self._capture_backward(instance, run, wanted):
                 return None
+            self.replays += 1
             return instance.run_backward(gradients, wanted)
 
     def _signature(self, key: Hashable, given: list[Tensor]) -> Signature:
@@ -427,6 +431,7 @@ class Graphs:
 
 
 _graphs: dict[torch.device, Graphs] = {}
+_launching: list[None] = []  # an entry for each block that wants no replays
 
 
 def forward(
@@ -487,9 +492,26 @@ def forgetting() -> Iterator[None]:
                 graphs.forget([x for x in graphs.instances if x.signature not in known])
 
 
+@contextmanager
+def launching() -> Iterator[None]:
+    """Nothing is replayed in the block, by other threads neither: plain launches are right at any time."""
+    _launching.append(None)
+    try:
+        yield
+    finally:
+        _launching.pop()
+
+
+def replays(device: torch.device) -> int:
+    """How many there were on a device."""
+    return _graphs[device].replays if device in _graphs else 0
+
+
 def _serving(tensor: Tensor) -> Graphs | None:
     """The graphs of a tensor's device, if they may be used now."""
     device = tensor.device
+    if _launching:
+        return None
     if device.type not in ENGINES or tensor.numel() == 0 or os.environ.get(GRAPHS_VARIABLE) == "0":
         return None
     if is_compiling_ahead():  # there are no launches to capture

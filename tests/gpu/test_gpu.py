@@ -97,6 +97,7 @@ from benchmarks.modes import aside
 from dnc_triton import DNC, memory_step, tuning
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels.layout import Layout
+from dnc_triton.sequence import graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -212,14 +213,17 @@ def test_what_compiles_ahead_is_what_is_launched(
 
 
 def test_python_is_no_part_of_what_a_replay_takes(device: torch.device) -> None:
-    problem = DNC(4, 4, 4, memory_size=4, word_size=4, device=device).problem(torch.zeros(1, 4, 4, device=device))
-    numbers = torch.zeros(8, device=device)
+    dnc = DNC(4, 4, 4, memory_size=4, word_size=4, device=device, backend="triton_fused")
+    inputs = torch.zeros(1, 4, 4, device=device)
 
     def run() -> None:
         time.sleep(0.005)
-        numbers.add_(1)
+        with torch.no_grad():
+            dnc(inputs)
 
-    assert 0 < tuning._measure(problem, run) < 1000  # µs
+    assert 0 < tuning._measure(dnc.problem(inputs), run) < 2000  # µs
+    with graphs.launching():
+        assert tuning._measure(dnc.problem(inputs), run) > 5000
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
