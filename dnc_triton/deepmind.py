@@ -135,7 +135,11 @@ def from_deepmind(
 def as_tensor(argument: str, name: str, value: Any) -> Tensor:
     """A variable of that name in float64, whatever holds it; an error names the argument that it came with."""
     try:
-        array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        if isinstance(value, Tensor):
+            array = value.detach().cpu()
+        else:  # in this machine's order of bytes, whatever another has written
+            held = np.array(value)
+            array = torch.from_numpy(held.astype(held.dtype.newbyteorder("=")))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{argument}: expected {name!r} to be a floating array, got {type(value).__name__}") from error
     if not array.is_floating_point():

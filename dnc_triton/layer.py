@@ -45,7 +45,8 @@ class DNC(DNCCell):
             controller, at every step, which bounds what goes back through time; None for none. The paper has 10.
         checkpoint: at which steps memory and link, by far the largest tensors, are kept for the backward. None: at
             every step (the backend "triton_split" keeps every fourth link). An integer k: at every k-th; the backward
-            computes the others again, to the same bits, which takes time. "auto": at every step while that takes at
+            computes the others again, to the same bits, which takes time; parts of your own are called again for it,
+            hooks too, and what these change on the way is changed twice. "auto": at every step while that takes at
             most 256 MiB on a CPU or a quarter of a GPU's memory, else at every √T-th; at every step wherever the layer
             runs step by step, as with several write heads or parts of your own, and in a program that is exported for
             a batch or T left open.
@@ -197,6 +198,8 @@ class DNC(DNCCell):
         batch, steps = problem.batch, problem.steps
         if state is None:
             state = self._begin(problem)
+            if self.controller_kind == "custom":  # whose initial state may be anything
+                self._check_controller_state(state.controller, batch)
         else:
             self._check_state(state, batch)
         if lengths is not None:
@@ -364,8 +367,8 @@ def _outline(nest: Any) -> str:
 
 
 def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tensor:
-    try:
-        lengths = torch.as_tensor(lengths)
+    try:  # a tensor stays on its device, whatever the default one is
+        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths: expected a tensor or a list of integers, got a {type(lengths).__name__}") from error
     if lengths.is_meta:
@@ -373,7 +376,7 @@ def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tenso
     integers = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
     if not integers and lengths.numel() > 0:  # an empty list has no integers to tell its dtype from
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
-    lengths = lengths.long()
+    lengths = lengths.to(torch.long, copy=True)  # which a backward wants as they are now
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape [{batch}], one per row of the batch, got {list(lengths.shape)}")
     # While a graph is captured, or a transform is at work, values cannot be looked at; and fake tensors have none.

@@ -34,6 +34,13 @@ def test_the_variables_below_would_do():
     assert (dnc.input_size, dnc.hidden_size, dnc.output_size) == (3, 6, 2)
 
 
+@pytest.mark.parametrize("dtype", [">f4", "<f8", ">f8"])
+def test_variables_in_either_order_of_bytes(dtype):
+    variables = {name: np.full(array.shape, 0.5, dtype) for name, array in deepmind_variables().items()}
+    dnc = from_deepmind(variables, **SIZES)
+    assert torch.equal(dnc.output.weight, torch.full_like(dnc.output.weight, 0.5))
+
+
 def test_the_layer_is_on_the_cpu():
     """Whatever the default device; on "meta" weights would be lost."""
     with torch.device("meta"):

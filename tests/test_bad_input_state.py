@@ -150,3 +150,50 @@ def test_state_of_a_controller_of_your_own(change, error, expected, came):
 def test_output_of_a_controller_of_your_own():
     with refuses(ValueError, "controller", "[4, 6]", "[4, 5]"):
         make(controller=NarrowController)(INPUTS)
+
+
+# --- what a controller of your own returns
+
+
+class Own(nn.Module):
+    """A controller whose initial state and what it returns are as it is told."""
+
+    def __init__(self, hidden_size, begin, returns):
+        super().__init__()
+        self.hidden_size, self.begin, self.returns = hidden_size, begin, returns
+
+    def initial_state(self, batch_size, *, device, dtype):
+        return self.begin(torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype))
+
+    def forward(self, inputs, state):
+        return self.returns(inputs.new_zeros(len(inputs), self.hidden_size))
+
+
+def own(begin, returns):
+    return make(controller=lambda inputs, hidden: Own(hidden, begin, returns))
+
+
+@pytest.mark.parametrize(
+    ("returns", "came"),
+    [
+        case(lambda hidden: hidden, "Tensor", id="no state"),
+        case(lambda hidden: (hidden, hidden, hidden), "tuple of 3", id="three"),
+        case(lambda hidden: None, "NoneType", id="nothing"),
+    ],
+)
+def test_a_controller_returns_an_output_and_a_state(returns, came):
+    with refuses(TypeError, "controller", "an output and a state", came):
+        own(lambda hidden: (hidden,), returns)(INPUTS)
+
+
+def test_the_state_of_a_controller_keeps_its_structure():
+    dnc = own(lambda hidden: (hidden,), lambda hidden: (hidden, [hidden]))
+    dnc(INPUTS)
+    with refuses(ValueError, "state.controller", "one structure in every step", "list"):
+        dnc(INPUTS, lengths=[1] * BATCH)
+
+
+def test_the_initial_state_of_a_controller_has_the_batch_first():
+    dnc = own(lambda hidden: hidden.unsqueeze(0), lambda hidden: (hidden, hidden.unsqueeze(0)))
+    with refuses(ValueError, "state.controller", f"batch {BATCH} first", f"[1, {BATCH}, 6]"):
+        dnc(INPUTS)

@@ -86,6 +86,21 @@ def test_lengths_of_any_integer_kind(lengths):
     assert_close(dnc(inputs, lengths=lengths), dnc(inputs, lengths=LENGTHS), **EXACT)
 
 
+def test_lengths_may_change_before_the_backward():
+    dnc, inputs, lengths = make(), make_inputs(), torch.tensor(LENGTHS)
+    expected = gradients(total(dnc(inputs, lengths=LENGTHS)), list(dnc.parameters()))
+    loss = total(dnc(inputs, lengths=lengths))
+    lengths.zero_()
+    assert_close(gradients(loss, list(dnc.parameters())), expected, **EXACT)
+
+
+def test_lengths_stay_where_they_are_whatever_the_default_device():
+    dnc, inputs, lengths = make(device="cpu"), make_inputs(), torch.tensor(LENGTHS)
+    expected = dnc(inputs, lengths=lengths)[0]
+    with torch.device("meta"):
+        assert_close(dnc(inputs, lengths=lengths)[0], expected, **EXACT)
+
+
 def test_lengths_that_have_no_values():
     with FakeTensorMode():
         outputs, _ = make()(make_inputs(), lengths=torch.tensor(LENGTHS))

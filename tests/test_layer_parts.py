@@ -156,6 +156,52 @@ def test_an_output_layer_of_ones_own():
     assert backend_of(dnc) == "reference"
 
 
+@pytest.mark.parametrize("compute", [prune.identity, nn.utils.spectral_norm], ids=["prune", "spectral_norm"])
+def test_an_output_layer_whose_weight_a_hook_makes_is_converted_like_any_other(compute):
+    """The weight itself is then no parameter, and as it was until the hook runs again."""
+    dnc = make(dtype=torch.float32)
+    compute(dnc.output, "weight")
+    dnc.double()
+    outputs, state = dnc(draw())
+    assert outputs.dtype == state.read_words.dtype == dnc.initial_state(2).read_words.dtype == torch.float64
+
+
+def test_an_output_layer_is_looked_at_without_computing_its_weight():
+    """Which would take a step of its power iteration each time."""
+    dnc = make()
+    nn.utils.parametrizations.spectral_norm(dnc.output)
+    before = {name: value.clone() for name, value in dnc.state_dict().items()}
+    dnc.initial_state(2)
+    explain(dnc, draw())
+    assert_same_bits(dict(dnc.state_dict()), before)
+
+
+class Quantized(nn.Module):
+    """A linear layer with the weight in eight bits."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", (linear.weight * 100).to(torch.int8))
+        self.scale = nn.Parameter(torch.tensor(0.01, dtype=torch.float64))
+
+    def forward(self, features):
+        return features @ (self.weight.to(features.dtype).T * self.scale)
+
+
+def test_an_output_layer_with_a_weight_of_integers():
+    dnc = make()
+    dnc.output = Quantized(dnc.output)
+    assert dnc(draw())[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["torch_sequence", "reference"])
+def test_an_output_layer_that_has_no_part_in_the_loss_gets_no_gradient(backend):
+    """Not one of zeros, with which a weight decays."""
+    dnc = make(backend=backend)
+    dnc(draw())[1].read_words.sum().backward()
+    assert [name for name, x in dnc.named_parameters() if x.grad is None] == ["output.weight", "output.bias"]
+
+
 def test_a_layer_without_parameters_is_told_apart():
     dnc = make(controller=lambda inputs, hidden: Still(hidden))
     dnc.interface, dnc.output = nn.Identity(), nn.Identity()

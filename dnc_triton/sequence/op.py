@@ -317,8 +317,13 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, state, parameters = nested[:3]
     given = _zero_filled(gradients[: 1 + len(state)], inputs, state, parameters)
     d_inputs, *others = _sequence_backward(given, *nested, *ctx.settings)
-    d_state, d_parameters = others[: len(state)], others[len(state) :]
+    d_state, d_parameters = others[: len(state)], _without_unused(others[len(state) :], gradients[0])
     return d_inputs, d_state, d_parameters, None, None, [None] * len(nested[5]), *[None] * (len(ctx.settings) + 1)
+
+
+def _without_unused(given_back: list[Any], d_outputs: Tensor | None) -> list[Any]:
+    """Without gradients by the output layer, the last two, where no loss saw the outputs: with zeros it would decay."""
+    return given_back if d_outputs is not None else [*given_back[:-2], None, None]
 
 
 def _zero_filled(
@@ -385,7 +390,7 @@ class _Sequence(torch.autograd.Function):
             wanted = list(ctx.needs_input_grad[4 : 5 + len(state) + len(parameters)])
             with torch._C._AutoDispatchBelowAutograd():
                 d_given = _run_backward(ctx.settings, list(gradients), *given, (memory, link), history, wanted)
-        return None, None, None, None, *d_given, *[None] * len(dropout)
+        return None, None, None, None, *_without_unused(d_given, gradients[0]), *[None] * len(dropout)
 
 
 def _divide(tensors: Iterable[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]:

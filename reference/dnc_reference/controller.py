@@ -161,7 +161,7 @@ class Controller(nn.Module):
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
         self.layers = nn.ModuleList(cell(size, hidden_size, device=device, dtype=dtype) for size in sizes)
         self.dropout = nn.Dropout(dropout)
-        self.max_activation_gradient = max_activation_gradient
+        self.max_activation_gradient = None if max_activation_gradient is None else float(max_activation_gradient)
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -119,7 +119,8 @@ class DNCCell(nn.Module):
         self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, output_size
         self.memory_size, self.word_size = memory_size, word_size
         self.num_reads, self.num_writes = num_reads, num_writes
-        self.num_layers, self.clip = num_layers, clip
+        # A compiler takes no number but Python's own.
+        self.num_layers, self.clip = num_layers, None if clip is None else float(clip)
         self.strength, self.stop_usage_gradient = strength, stop_usage_gradient
         self.controller_kind = controller if isinstance(controller, str) else "custom"
 
@@ -155,12 +156,16 @@ class DNCCell(nn.Module):
         Raises:
             TypeError: no parameter is floating point.
         """
-        weight: Any = getattr(self.output, "weight", None)
-        if isinstance(weight, Tensor):
+        # Asked by its name a weight may be computed by a parametrization, or not have been converted with its parts.
+        weight = self.output._parameters.get("weight")
+        if weight is not None and weight.is_floating_point():
             return weight
         for parameter in self.parameters():  # the output layer may be one of the user's
             if parameter.is_floating_point():
                 return parameter
+        replicated = getattr(self.output, "weight", None)  # of a replica, which has no parameters
+        if isinstance(replicated, Tensor) and replicated.is_floating_point():
+            return replicated
         raise TypeError("parameters: expected one of a floating dtype at least, whose dtype and device the state has")
 
     def initial_state(self, batch_size: int) -> DNCState:
@@ -214,9 +219,13 @@ class DNCCell(nn.Module):
         def carried(x: Any) -> Any:  # as it goes on to the next step, whatever autocast made of it
             return self._clip(x.to(dtype)) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-        hidden, controller_state = self.controller(
-            torch.cat([inputs, state.read_words.flatten(1)], dim=-1), state.controller
-        )
+        returned = self.controller(torch.cat([inputs, state.read_words.flatten(1)], dim=-1), state.controller)
+        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+            raise TypeError(
+                f"controller: expected it to return an output and a state, got {type(returned).__name__}"
+                + (f" of {len(returned)}" if isinstance(returned, (tuple, list)) else "")
+            )
+        hidden, controller_state = returned
         if hidden.shape != (inputs.shape[0], self.hidden_size):
             raise ValueError(
                 f"controller: expected it to return an output of shape {[inputs.shape[0], self.hidden_size]}, "

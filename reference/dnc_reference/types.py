@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import _register_namedtuple, tree_map
+from torch.utils._pytree import _register_namedtuple, tree_map, tree_structure
 
 
 class Interface(NamedTuple):
@@ -138,8 +138,12 @@ class DNCState(NamedTuple):
         """This state in the batch rows where `rows` ([B], bool) is True, `other` in the rest.
 
         Raises:
-            ValueError: the states are not of one shape, as those of a controller that grows its state are not.
+            ValueError: the states are not of one shape, as those of a controller that grows its state are not, or not
+                of one structure.
         """
+        here, there = tree_structure(self.controller), tree_structure(other.controller)
+        if here != there:
+            raise ValueError(f"state.controller: expected one structure in every step, got {here} and {there}")
 
         def pick(a: Tensor, b: Tensor) -> Tensor:
             if a.shape != b.shape:
