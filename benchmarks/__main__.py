@@ -21,7 +21,7 @@ from benchmarks import apart, compare, files, report
 from benchmarks.configurations import CONFIGURATIONS, SWEEPS, Case, LeftOutError, case_of, sweep_cases
 from benchmarks.floors import bytes_per_second, product_speed
 from benchmarks.machine import describe_machine
-from benchmarks.measure import FAILED, WRONG, Row, Session, measure
+from benchmarks.measure import FAILED, MEASURED, WRONG, Row, Session, measure
 from benchmarks.modes import CAPTURED, MODES, TRAINING, TRAINS, modes_on
 from benchmarks.peers import all_peers, is_ours
 from benchmarks.progress import Progress
@@ -114,7 +114,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
 
         def write() -> list[dict[str, Any]]:
             rows = apart.merge(records, records_apart, [case.configuration for case in cases], modes, named)
-            if rows or not another:
+            if _tried(rows) or not another:
                 files.write_results(stem, machine, rows, session.left_out)
             return rows
 
@@ -140,14 +140,20 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
             interrupted = True
             session.left_out.append(f"{now} and what follows: interrupted")
         rows = write()
-    if not rows:
-        print("Nothing was measured:", *session.left_out, sep="\n- ", file=sys.stderr)
+    if not _tried(rows):
+        notes = report.notes_of({"left_out": session.left_out, "rows": rows})
+        print("Nothing was measured:", *notes, sep="\n- ", file=sys.stderr)
         return INTERRUPTED if interrupted else 2
     if not options.no_report:
         _write_report({"machine": machine, "left_out": session.left_out, "rows": rows}, stem)
     if interrupted:
         return INTERRUPTED
     return 1 if session.lost or any(row["status"] == WRONG or _broke(row) for row in rows) else 0
+
+
+def _tried(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether anything was measured, or found to be wrong or to fail."""
+    return any(row["status"] in (MEASURED, WRONG, FAILED) for row in rows)
 
 
 def _broke(row: dict[str, Any]) -> bool:
@@ -189,13 +195,17 @@ def _write_report(results: dict[str, Any], stem: Path) -> None:
     else:
         print("No pictures: matplotlib is not installed; install it with: pip install matplotlib", file=sys.stderr)
     page = report.markdown(results, [path.name for path in pictures])
-    stem.with_suffix(".md").write_text(page, encoding="utf-8")
+    _beside(stem, ".md").write_text(page, encoding="utf-8")
     print(page)
     print(f"Written: {', '.join(str(path) for path in [*_written(stem), *pictures])}")
 
 
 def _written(stem: Path) -> list[Path]:
-    return [path for path in (stem.with_suffix(suffix) for suffix in (".json", ".csv", ".md")) if path.exists()]
+    return [path for path in (_beside(stem, suffix) for suffix in (".json", ".csv", ".md")) if path.exists()]
+
+
+def _beside(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)  # a stem may have a dot of its own
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -204,7 +214,11 @@ def _report(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    _write_report(results, options.result.with_suffix(""))
+    try:
+        _write_report(results, options.result.with_suffix(""))
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

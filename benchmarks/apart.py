@@ -63,7 +63,7 @@ def measure_apart(
                 records += results["rows"]
                 notes = results.get("left_out", [])
                 session.left_out += [f"{where}: {note}" for note in notes]
-                if notes and status.startswith(NOTHING):  # they say why
+                if (notes or results["rows"]) and status.startswith(NOTHING):  # they say why
                     status = ""
         if status:
             session.left_out.append(f"{where}: {status}")

@@ -10,6 +10,8 @@ import pickle
 import re
 import shlex
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -200,13 +202,19 @@ def load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent}: expected the folder of a run, with a {path.name}, got none")
     content = path.read_bytes()
     try:
+        # PyTorch does not look whether what is stored is what was stored.
+        if zipfile.is_zipfile(io.BytesIO(content)) and (record := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+            raise ValueError(f"{record} in it is damaged; if there is a copy of it, take that, or start anew")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: expected a checkpoint of a run, got a file that cannot be read, or holds more than tensors, "
             "numbers and texts; nothing in it was executed. If it was good once, take a copy of it, or start anew"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        *(RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+        *(zipfile.BadZipFile, NotImplementedError, zlib.error),
+    ) as error:
         raise ValueError(f"{path}: expected a checkpoint of a run, got a file that cannot be read: {error}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__

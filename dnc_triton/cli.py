@@ -207,7 +207,10 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in OWN}
+    given = {name: value for name, value in vars(options).items() if name not in OWN}
+    if "path" in given:  # of data, which a run wants wherever it is gone on with
+        given["path"] = os.path.abspath(given["path"])
+    return given
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -131,6 +131,8 @@ class Settings:
             raise ValueError(
                 f"{source}: expected the arguments of the task in a table [task], got task = {arguments!r}"
             )
+        if (named := arguments.pop("name", task)) != task:
+            raise ValueError(f"{source}: expected settings of the task {task!r}, got those of {named!r}")
         names = {setting.name for setting in fields(cls)} - {"task", "task_arguments"}
         for name, value in changes.items():
             (settings if name in names else arguments)[name] = value
@@ -146,7 +148,8 @@ class Settings:
             if "meaning" in setting.metadata:
                 # JSON's numbers, strings, booleans and lists are TOML's.
                 lines.append(f"{setting.name} = {json.dumps(getattr(self, setting.name))}")
-        given = {name: value for name, value in self.task_arguments.items() if value is not None}
+        given = {"name": self.task}
+        given |= {name: value for name, value in self.task_arguments.items() if value is not None}
         arguments = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
         return "\n".join([*lines, "", "[task]", *arguments, ""])
 

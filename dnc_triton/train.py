@@ -336,7 +336,7 @@ class Run:
 
     def _validate(self) -> dict[str, float]:
         """A row of the validations, on the same sequences each time."""
-        sizes = self.task.lessons[-1]
+        sizes = sorted(set(self.task.lessons[-1]))  # one that comes again would bring the same sequences
         spread = np.linspace(0, len(sizes) - 1, min(len(sizes), VALIDATION_SIZES)).round().astype(int)
         row: dict[str, float] = {"step": self.step}
         for name, value in self.score([sizes[index] for index in spread], VALIDATION_SEQUENCES, "validation").items():

@@ -217,10 +217,20 @@ def test_after_the_time_is_up_nothing_is_started(tmp_path, capsys):
     assert "- tiny, training: the time is up" in capsys.readouterr().err
 
 
-def test_a_run_that_measures_nothing_leaves_the_results_of_another(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--seconds", "0"], "tiny, training: the time is up"),
+        (["--peers", "triton_fused"], "triton_fused: device is the CPU"),
+        (["--peers", "compiled_cuda_graphs"], "CUDA graphs need a GPU"),
+    ],
+    ids=["no time", "declined", "missing"],
+)
+def test_a_run_that_measures_nothing_leaves_the_results_of_another(tmp_path, capsys, arguments, reason):
     run(tmp_path, "--modes", "step", "--peers", "lstm")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert run(tmp_path, "--seconds", "0")[0] == 2
+    assert run(tmp_path, *arguments)[0] == 2
+    assert f"- {reason}" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

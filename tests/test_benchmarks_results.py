@@ -162,6 +162,21 @@ def test_goals_of_a_step_and_of_memory():
     assert [line.split(" | ", 1)[1] for line in lines] == ["≤ 0.333 | 0.25 | reached |", "≤ 0.1 | 0.125 | missed |"]
 
 
+def test_a_report_is_named_after_all_of_a_file_s_name(tmp_path, results, capsys):
+    (tmp_path / "cpu.md").write_text("precious")
+    assert main(["report", str(written(tmp_path, "cpu.v2.json", results))]) == 0
+    assert (tmp_path / "cpu.md").read_text() == "precious"
+    assert f"Written: {tmp_path / 'cpu.v2.json'}, {tmp_path / 'cpu.v2.md'}, " in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_a_line(tmp_path, results, monkeypatch, capsys):
+    path = written(tmp_path, "cpu.json", results)
+    monkeypatch.setattr("benchmarks.__main__.find_spec", lambda name: None)
+    (tmp_path / "cpu.md").mkdir()
+    assert main(["report", str(path)]) == 2
+    assert str(tmp_path / "cpu.md") in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_there_are_no_pictures_of_what_was_not_measured(tmp_path, results):
     results["rows"] = [row("copy", "training", "dnc_triton", status="wrong", note="dnc_triton is wrong")]
     assert main(["report", str(written(tmp_path, "cpu.json", results))]) == 0

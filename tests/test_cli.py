@@ -241,6 +241,7 @@ def test_the_settings_a_run_leaves_give_the_same_run(run: Path, tmp_path: Path) 
         ("task = 3", ["a table [task]", "got task = 3"]),
         ("[task]\nmax_length = 'long'", ["max_length", "expected a value of type int", "got 'long'"]),
         ("steps = ", ["expected a TOML file"]),
+        ("[task]\nname = 'repeat_copy'", ["settings of the task 'copy'", "got those of 'repeat_copy'"]),
     ],
 )
 def test_a_file_of_settings_that_is_none_is_refused(
@@ -273,6 +274,14 @@ def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
         path = tmp_path / "settings.toml"
         path.write_text(Settings("babi", given).toml(), encoding="utf-8")
         assert Settings.read("babi", path).task_arguments == {k: v for k, v in given.items() if v is not None}
+
+
+def test_data_are_found_from_wherever_a_run_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "babi", "--path", "en-10k", "--run", "run"]) == 2
+    assert f"got {tmp_path / 'en-10k'}: no such folder" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_arguments_that_nobody_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -42,6 +42,18 @@ def test_copy_sequences_are_what_the_task_says() -> None:
     assert lengths == {2, 3, 4, 5}
 
 
+@pytest.mark.parametrize("task", ["graph_traversal", "block_puzzle", "copy", "shortest_path"])
+def test_no_sequence_is_validated_twice(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lesson that has a size more often than others has the same sequences again."""
+    run = Run(Settings.read(task, hidden_size=8, baseline=False), tmp_path)
+    asked = []
+    monkeypatch.setattr(run, "score", lambda sizes, *arguments: asked.append(sizes) or {"dnc": {"loss": 1.0}})
+    run._validate()
+    (sizes,) = asked
+    assert sorted(set(sizes)) == sorted(sizes)
+    assert max(sizes) == max(run.task.lessons[-1])
+
+
 def test_delayed_copy_gives_the_symbol_back_at_the_end() -> None:
     task = DelayedCopyTask(delay=4)
     batch = task.sample(100, 4, torch.Generator().manual_seed(0))

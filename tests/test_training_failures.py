@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,22 @@ def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="cannot be read"):
+        Run.resume(tmp_path)
+
+
+def test_a_checkpoint_with_other_numbers_than_were_stored_is_refused(tmp_path: Path) -> None:
+    """PyTorch loads it without a word."""
+    Run(small(), tmp_path).save()
+    path = tmp_path / "checkpoint.pt"
+    with zipfile.ZipFile(path) as archive:
+        tensors = [record for record in archive.infolist() if "/data/" in record.filename]
+        largest = max(tensors, key=lambda record: record.file_size)
+        stored = archive.read(largest)
+    content = path.read_bytes()
+    assert content.count(stored) == 1
+    path.write_bytes(content.replace(stored, bytes(len(stored))))
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match=f"cannot be read: {largest.filename} in it is damaged"):
         Run.resume(tmp_path)
 
 
