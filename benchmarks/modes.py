@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.configurations import Case
 from benchmarks.peers import SEED, Network
-from dnc_triton.sequence.graphs import Engine
+from dnc_triton.sequence.engine import Engine
 
 TRAINING, CAPTURED = "training", "captured"
 MODES = {

@@ -301,7 +301,7 @@ def all_peers() -> dict[str, Peer]:
             hides_memory=True,
             # For a large memory it compiles for minutes, which only the end of its process cuts short. And with PyTorch
             # 2.11 it was not at peace with our layer's own CUDA graphs while steps were timed, until those had
-            # workspaces of their own (`sequence.graphs.Engine`); trainings of both have been timed in one process
+            # workspaces of their own (`sequence.engine`); trainings of both have been timed in one process
             # since, steps have not.
             apart=True,
         ),

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnc_triton.sequence.graphs import Captured
+from dnc_triton.sequence.engine import Captured
 
 
 class StandIn:
-    """In the place of `graphs.Engine`. As there a capture computes nothing: its results are NaN until a replay.
+    """In the place of `engine.Engine`. As there a capture computes nothing: its results are NaN until a replay.
 
     Attributes:
         captures, replays, waits: how many there were.

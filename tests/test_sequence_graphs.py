@@ -20,6 +20,7 @@ from replays import BATCH, INPUTS, STEPS, _empty, _without, cache, check_two_thr
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from dnc_triton.sequence import engine as engines
 from dnc_triton.sequence import graphs
 
 # --- the same bits
@@ -170,13 +171,13 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     ones = MagicMock()
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones)
     monkeypatch.setattr(torch, "addmm", products := Mock())
-    monkeypatch.setattr(graphs, "_workspaces", cached(graphs._workspaces.__wrapped__))
+    monkeypatch.setattr(engines, "_workspaces", cached(engines._workspaces.__wrapped__))
 
     def call() -> list[Tensor]:
         begun.append((cuda["graph"].return_value.__enter__.called, products.call_count))
         return [result]
 
-    engine = graphs.Engine(torch.device("cuda", 1))
+    engine = engines.Engine(torch.device("cuda", 1))
     captured = engine.capture(call, pool=(0, 7))
     assert begun == [(False, 0), (True, 1)]
     stream, graph = cuda["Stream"].return_value, cuda["CUDAGraph"].return_value
@@ -230,4 +231,4 @@ def test_an_engine_is_ready_on_the_default_stream(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: int(side_stream))
-    assert graphs.Engine(torch.device("cuda", 1)).ready() is not (capturing or side_stream)
+    assert engines.Engine(torch.device("cuda", 1)).ready() is not (capturing or side_stream)

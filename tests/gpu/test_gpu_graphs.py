@@ -27,20 +27,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.modes import aside
 from dnc_triton import DNC
+from dnc_triton.sequence import engine as engines
 from dnc_triton.sequence import graphs
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["triton_fused", "triton_split", "torch_sequence"]  # of any controller
 
 
-class Counting(graphs.Engine):
+class Counting(engines.Engine):
     """An engine that counts."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.captures = self.replays = 0
 
-    def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> graphs.Captured:
+    def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> engines.Captured:
         captured = super().capture(call, pool)
         self.captures += 1
 
@@ -309,7 +310,7 @@ def test_what_a_library_keeps_for_its_products_may_be_forgotten(device: torch.de
     expected = without(train, second, 6, steps=100)
     train(first, 3)
     assert_same_bits(train(second, 3, steps=100), expected[:3])
-    (pool,) = map(graphs._workspaces, graphs._graphs)
+    (pool,) = map(engines._workspaces, graphs._graphs)
     assert sum(segment["allocated_size"] for segment in pool.snapshot()) > 0
     captures = engine().captures
     del cache().instances[0]

@@ -1,0 +1,134 @@
+"""What is asked of a CUDA device around graphs: to capture a call, with memory that no other graph depends on."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Captured(NamedTuple):
+    """A graph.
+
+    Attributes:
+        results: what the call returned, written anew by each replay.
+        replay: does what the call did.
+        size: bytes that results and work space take.
+        pool: where they are; another graph of the same instance may share it.
+    """
+
+    results: list[Tensor]
+    replay: Callable[[], None]
+    size: int
+    pool: Any
+
+
+@cache
+def _workspaces(device: torch.device) -> torch.cuda.MemPool:
+    """Memory of the device, the current one, for what `_provide_workspace` is about, until the process ends."""
+    pool = torch.cuda.MemPool()
+    # Its end would free memory, and take the process with it where CUDA has failed.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+    return pool
+
+
+class Engine:
+    """What is asked of a CUDA device, in one place."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: torch.cuda.Stream | None = None  # until a capture wants one
+        self.broken: list[torch.cuda.CUDAGraph] = []
+
+    def ready(self) -> bool:
+        """Whether the current stream is the default one, and not captured."""
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        return torch.cuda.current_stream(self.device) == torch.cuda.default_stream(self.device)
+
+    def memory(self) -> int:
+        """Bytes."""
+        return int(torch.cuda.get_device_properties(self.device).total_memory)
+
+    def wait(self) -> None:
+        """Until all that was replayed has ended."""
+        torch.cuda.default_stream(self.device).synchronize()
+
+    def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
+        """A call as a graph. The device is the current one."""
+        call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
+        # PyTorch hands out the same 32 streams of each priority in turn. On one of these nothing else multiplies.
+        self.stream = self.stream or torch.cuda.Stream(self.device, priority=-1)
+        self._provide_workspace(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        try:
+            # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),
+            ):
+                before = torch.cuda.memory_reserved()
+                results = call()
+                size = torch.cuda.memory_reserved() - before
+        except BaseException:
+            self._end(graph, pool)
+            self._release_generator()
+            raise
+        return Captured(results, graph.replay, max(size, size_of(results)), pool)
+
+    def _provide_workspace(self, stream: torch.cuda.Stream) -> None:
+        """Where the library that multiplies puts its partial sums, for this thread and stream, in memory for just that.
+
+        PyTorch makes it at a product if there is none, and all graphs have the place of the one that they meet. Made
+        during a capture it would be in the memory of that graph, on which the later ones would depend without knowing:
+        PyTorch forgets all such places when its compiler captures graphs, and since 2.12 those of a stream when any
+        graph that was captured on it is destroyed. Then the first graph's memory can be in use for something else, or
+        freed. With memory of their own they are made again there, and that memory is never given to anything else.
+
+        For such memory PyTorch 2.11 gives up nothing that it caches, as for that of a graph, and so that is given up
+        before, as `torch.cuda.graph` does.
+
+        Source: https://github.com/pytorch/pytorch/issues/193402, https://github.com/pytorch/pytorch/issues/159674.
+        """
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        native = torch.cuda.get_allocator_backend() == "native"  # others know no pools
+        pool = torch.cuda.use_mem_pool(_workspaces(self.device), self.device) if native else nullcontext()
+        with torch.cuda.stream(stream), pool:
+            ones = torch.ones(16, 16, device=self.device)
+            torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a place of its own
+
+    def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Where the device refuses a capture PyTorch does not end its own part, and would ask the graph for ever."""
+        try:
+            torch._C._cuda_endAllocateToPool(self.device.index, pool)
+        except RuntimeError:  # it has ended
+            return
+        torch._C._cuda_releasePool(self.device.index, pool)
+        self.broken.append(graph)
+
+    def _release_generator(self) -> None:
+        """Likewise the device's random generator would wait for an end, and refuse to draw until then.
+
+        It waits for that of any capture, so one that succeeds tells it. In the place of its state another one could be
+        put, but then graphs that were captured before, the user's too, would go on asking the old one.
+        """
+        with suppress(Exception):  # what went wrong first is what is to be told
+            number = torch.zeros(1, device=self.device)
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                number.zero_()  # PyTorch warns of graphs that do nothing
+
+
+def size_of(tensors: list[Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
