@@ -24,17 +24,8 @@ from dnc_triton.dispatch import BACKENDS
 COLUMNS = [
     *("configuration", "sweep", "source", "batch", "steps", "memory_size", "word_size", "num_reads", "hidden_size"),
     *("num_layers", "input_size", "output_size", "dtype", "mode", "peer", "status", "backend", "error"),
-    *(
-        "allowed_error",
-        "rounds",
-        "calls",
-        "ms_per_step_p20",
-        "ms_per_step_p50",
-        "ms_per_step_p80",
-        "ratio",
-        "peak_bytes",
-    ),
-    *("floor_bytes", "bytes_per_second", "floor_share", "note"),
+    *("allowed_error", "rounds", "calls", "ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80", "ratio"),
+    *("peak_bytes", "floor_bytes", "bytes_per_second", "floor_share", "note"),
     *("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date"),
 ]
 
