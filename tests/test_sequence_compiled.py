@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.sequence.compiled import CompiledSequence
-from dnc_triton.sequence.compiler import like_of
+from dnc_triton.sequence.compiler import like_of, machine_code
 
 BACKEND = "torch_compiled"
 CELLS = test_sequence_goldens.CELLS
@@ -71,6 +71,51 @@ def test_parity_of_a_larger_memory():
     inputs, state = draw(dnc)
     assert_parity(dnc, inputs, state)
     assert_parity(dnc, inputs, state, lengths=[5, 2, 4])
+
+
+def count_allocations(size, call, *arguments):
+    """How often a call asks for so many bytes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call(*arguments)
+    events = profile.profiler.kineto_results.events()
+    return sum(event.name() == "[memory]" and event.nbytes() == size for event in events)
+
+
+def test_what_is_copied_to_a_buffer_is_written_there_at_once():
+    """Though it is written by way of one view, and read by way of another."""
+
+    def traced(numbers, memory, link, words, new_link):
+        own = torch.empty_like(link)
+        own.squeeze(1).copy_(link.squeeze(1) + numbers)
+        words.copy_(torch.bmm(own.squeeze(1), memory))
+        new_link.copy_(own)
+        return ()
+
+    memory, link = torch.randn(3, 96, 24), torch.randn(3, 1, 96, 96)
+    tensors = memory, link, torch.empty_like(memory), torch.empty_like(link)
+    compiled = machine_code(traced, tuple(map(like_of, tensors)), like_of(memory))
+    assert count_allocations(link.nbytes, torch.empty_like, link) == 1
+    assert count_allocations(link.nbytes, compiled, *tensors) == 0
+    expected = link + torch.arange(96.0)
+    torch.testing.assert_close(tensors[3], expected)
+    torch.testing.assert_close(tensors[2], expected.squeeze(1) @ memory)
+
+
+@pytest.mark.slow  # compiles
+def test_links_are_written_once():
+    """A step asks for no room for a second one, by itself or in a sequence."""
+    dnc = make(BACKEND, memory_size=96, checkpoint=2)
+    inputs, state = draw(dnc, steps=8)
+    link = state.memory.link.nbytes
+    with torch.no_grad():
+        dnc.step(inputs[0], state)
+        assert count_allocations(link, dnc.step, inputs[0], state) == 1
+    dnc(inputs, state)[0].sum().backward()
+    assert count_allocations(link, dnc, inputs[:6], state) == count_allocations(link, dnc, inputs, state)
+    outputs = dnc(inputs, state)[0].sum()
+    whole = count_allocations(link, outputs.backward)
+    short = dnc(inputs[:6], state)[0].sum()
+    assert whole - count_allocations(link, short.backward) == 2  # one for each adjoint
 
 
 def test_without_gradients():

@@ -6,18 +6,45 @@ from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+
+_aten = torch.ops.aten
+_VIEWS = {_aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.default, _aten.view.default}
 
 
 class WriteOnce(CustomGraphPass):
     """What is copied to a buffer in the end goes there at once, and is read from there. Else it is written twice."""
 
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        for copy in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+    def __call__(self, graph: Graph) -> None:
+        for copy in graph.find_nodes(op="call_function", target=_aten.copy_.default):
             buffer, source = copy.args[:2]
-            to, of = (node.meta["val"] for node in (buffer, source))
-            if len(buffer.users) == 1 and source.op == "call_function" and (to.dtype, to.shape) == (of.dtype, of.shape):
-                source.append(copy)
-                source.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            if source.target is _aten.copy.default and _form(source.args[1]) == _form(source):
+                source.replace_all_uses_with(source.args[1])
+                graph.erase_node(source)
+                source = copy.args[1]
+            if len(buffer.users) == 1 and source.op == "call_function" and _form(buffer) == _form(source):
+                _read_instead(graph, source, copy)
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
+
+
+def _form(node: Node) -> tuple[torch.dtype, torch.Size]:
+    return node.meta["val"].dtype, node.meta["val"].shape
+
+
+def _read_instead(graph: Graph, source: Node, copy: Node) -> None:
+    """Lets the copy follow at once, and all others read it instead of the source, and of what that is a view of."""
+    chain = [source]
+    while chain[0].target in _VIEWS and chain[0].args[0].op == "call_function":  # type: ignore[union-attr]
+        chain.insert(0, chain[0].args[0])  # type: ignore[arg-type]
+    for node, view in zip(chain, [*chain[1:], copy], strict=True):
+        node.append(view)
+    for node in chain:
+        others = [user for user in node.users if user is not copy and user not in chain]
+        if others:
+            with graph.inserting_after(copy):
+                seen = graph.call_function(_aten.view.default, (copy, node.meta["val"].shape))
+            seen.meta = dict(node.meta)
+            for user in others:
+                user.replace_input_with(node, seen)
