@@ -20,8 +20,9 @@ import torch
 from benchmarks import apart, compare, files, report
 from benchmarks.configurations import CONFIGURATIONS, SWEEPS, Case, LeftOutError, case_of, sweep_cases
 from benchmarks.floors import bytes_per_second, product_speed
+from benchmarks.goals import MOST_MICROSECONDS
 from benchmarks.machine import describe_machine
-from benchmarks.measure import FAILED, MEASURED, WRONG, Row, Session, measure
+from benchmarks.measure import FAILED, MEASURED, WRONG, Row, Session, in_a_line, measure
 from benchmarks.modes import CAPTURED, MODES, TRAINING, TRAINS, modes_on
 from benchmarks.peers import all_peers, is_ours
 from benchmarks.progress import Progress
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         its exit status. 1: this project's layer or a backend was wrong or failed somewhere, the device stopped working,
-        or `compare` found a regression. 2: nothing was measured, or a file could not be read. 130: it was interrupted.
+        or `compare` found a regression. 2: nothing was measured, or compared, or a file could not be read. 130: it was
+        interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
@@ -169,6 +171,8 @@ def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[s
             cases.append(case_of(name, CONFIGURATIONS[name], device))
         except LeftOutError as reason:
             notes.append(str(reason))
+    if not options.configurations and not options.sweeps:
+        notes.append("neither configurations nor sweeps were asked for")
     return cases + sweep_cases(options.sweeps, device), notes
 
 
@@ -177,8 +181,11 @@ def _jobs(cases: Sequence[Case], modes: list[str]) -> list[tuple[Case, list[str]
 
     A sweep shows how training scales, unless that was not asked for.
     """
-    groups = [[mode for mode in modes if mode in some] for some in ({TRAINING}, {CAPTURED}, MODES.keys() - TRAINS)]
-    jobs = [(case, some) for some in groups if some for case in cases if not case.sweep]
+    networks = [case for case in cases if not case.sweep]
+    with_goals = [case for case in networks if case.configuration in MOST_MICROSECONDS]
+    others = [case for case in networks if case not in with_goals]
+    order = [(with_goals, TRAINS), (others, [TRAINING]), (others, [CAPTURED]), (networks, MODES.keys() - TRAINS)]
+    jobs = [(case, some) for group, of in order if (some := [mode for mode in modes if mode in of]) for case in group]
     return jobs + [(case, [TRAINING] if TRAINING in modes else modes) for case in cases if case.sweep]
 
 
@@ -219,6 +226,9 @@ def _report(options: argparse.Namespace) -> int:
     except OSError as error:
         print(error, file=sys.stderr)
         return 2
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # of numbers that `run` never writes
+        print(f"{options.result}: expected results as `run` writes them: {in_a_line(error)}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -230,7 +240,7 @@ def _compare(options: argparse.Namespace) -> int:
         return 2
     comparison = compare.compare(old, new, options.margin / 100)
     print(compare.describe(comparison, options.margin / 100))
-    return 1 if comparison.regressions else 0
+    return 1 if comparison.regressions else 0 if comparison.compared else 2
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -249,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="measure, write the results, print the tables", epilog=_epilog()))
     told = commands.add_parser("report", help="tables and pictures of a result, beside it")
     told.add_argument("result", type=Path, metavar="RESULT", help="a JSON file that `run` has written")
-    compared = commands.add_parser("compare", help="what became slower from one result to the next; status 1 if any")
+    compared = commands.add_parser("compare", help="what became slower: status 1 if anything, 2 if nothing can be told")
     compared.add_argument("old", type=Path, metavar="OLD", help="a JSON file that `run` has written")
     compared.add_argument("new", type=Path, metavar="NEW", help="a later one, of the same machine")
     compared.add_argument(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.configurations import Case
-from benchmarks.measure import Row
+from benchmarks.measure import MEASURED, Row
 from dnc_triton.checkpoint import write, write_table
 
 # What stands in every row of the CSV, that it may be read by itself.
@@ -56,4 +56,9 @@ def read_results(path: Path) -> dict[str, Any]:
         missing = [key for key in NEEDED if not isinstance(row, dict) or key not in row]
         if missing:
             raise ValueError(f"{path}: expected rows with {', '.join(NEEDED)}; {missing[0]} is missing in one")
+        names, times = [row[key] for key in NEEDED[:4]], [row[key] for key in NEEDED[4:]]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path}: expected text for {', '.join(NEEDED[:4])}, got {names}")
+        if row["status"] == MEASURED and not all(isinstance(ms, int | float) and ms > 0 for ms in times):
+            raise ValueError(f"{path}: expected times above 0 where a row was measured, got {times}")
     return results

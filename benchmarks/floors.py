@@ -21,15 +21,20 @@ MULTIPLIED = {"cpu": 2048, "cuda": 8192}  # rows and columns of square matrices
 REPEATS = 7
 
 
-def floor_bytes(case: Case, mode: str) -> int:
-    """The bytes of link and memory that a time step in float32 must read and write, for the whole batch.
+def step_bytes(batch: int, slots: int, word: int) -> tuple[int, int]:
+    """The bytes of link and memory that a step in float32 must read and write, forward and backward.
 
-    Forward both are read and written: 8 N² + 8 N W. Backward the old link is read, its adjoint read and written, and so
-    is the memory's adjoint: 12 N² + 8 N W. What fits into a cache may be faster than memory.
+    Forward both are read and written: 8 N² + 8 N W. Backward the old ones are read, their adjoints read and written:
+    12 N² + 12 N W. What fits into a cache may be faster than memory.
     """
-    slots, words = case.memory_size**2, case.memory_size * case.word_size
-    forward, backward = 8 * slots + 8 * words, 12 * slots + 8 * words
-    return case.batch * (forward + backward if mode in TRAINS else forward)
+    numbers = batch * slots * (slots + word)
+    return 8 * numbers, 12 * numbers
+
+
+def floor_bytes(case: Case, mode: str) -> int:
+    """Those of a time step in a mode, for the whole batch."""
+    forward, backward = step_bytes(case.batch, case.memory_size, case.word_size)
+    return forward + backward if mode in TRAINS else forward
 
 
 def products(case: Case) -> int:
@@ -85,6 +90,12 @@ def bytes_per_second(device: torch.device) -> float:
     """What the floor is reckoned with: the known speed of this GPU's memory, else the copy's."""
     known = KNOWN_BYTES_PER_SECOND.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return known or copy_speed(device)
+
+
+def cache_bytes_per_second(device: torch.device, size: int) -> float | None:
+    """The same of its L2 cache; None where so many bytes do not fit, or it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return L2_BYTES_PER_SECOND[name] if size <= L2_BYTES.get(name, 0) else None
 
 
 def synchronize(device: torch.device) -> None:

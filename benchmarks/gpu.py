@@ -25,9 +25,9 @@ from torch import Tensor
 
 from benchmarks import files, goals, verify
 from benchmarks.configurations import BASE, case_of
-from benchmarks.floors import KNOWN_BYTES_PER_SECOND, L2_BYTES, L2_BYTES_PER_SECOND
+from benchmarks.floors import bytes_per_second, cache_bytes_per_second, step_bytes
 from benchmarks.machine import describe_machine
-from benchmarks.measure import in_a_line
+from benchmarks.measure import COMPILE_SECONDS, in_a_line
 from benchmarks.modes import aside, draw_inputs
 from benchmarks.peers import Network, compile_reference, dnc_layer
 from dnc_reference import MemoryState, interface_step
@@ -47,7 +47,7 @@ BUCKETS = (
     (32, 192, 64, 4),
     (64, 512, 64, 8),
 )
-H200 = "NVIDIA H200"
+COMPILED = "reference, compiled"
 STATES = 4  # each with a step in the graph
 REPLAYS = 30
 WAIT = 1_000_000  # clocks, half a millisecond: longer than it takes to launch a graph, which is no part of its kernels
@@ -69,8 +69,9 @@ class Row:
         who: the layout, or the reference eager or compiled.
         error: largest error over largest number, forward and backward; None for the reference.
         forward_us, backward_us: median µs of a step; None if it was wrong, or does not apply.
-        forward_floor_us, backward_floor_us: the bytes of link and memory that must move, as fast as an H200 copies.
-        forward_l2_floor_us, backward_l2_floor_us: the same at the speed of its L2 cache; None if they do not fit.
+        forward_floor_us, backward_floor_us: the bytes of link and memory that must move, as fast as the device copies.
+        forward_l2_floor_us, backward_l2_floor_us: the same at the speed of its L2 cache; None if they do not fit, or
+            that speed is not known.
         note: why something is missing.
     """
 
@@ -100,12 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     parser.add_argument("--seconds", type=float, default=300, help="start nothing after this time (default: 300)")
+    parser.add_argument("--no-compiled", action="store_true", help="without torch.compile, which may take minutes")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing was measured.", file=sys.stderr)
         return 2
-    started = time.perf_counter()
+    started, device = time.perf_counter(), torch.device("cuda")
     machine = {"device": "cuda", **describe_machine(shlex.join(["python", "-m", "benchmarks.gpu", *arguments]))}
+    machine["bytes_per_second"] = bytes_per_second(device)
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"gpu-step-{machine['date'][:10]}"
     rows: list[Row] = []
@@ -116,8 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files.write_results(stem, machine, [asdict(row) for row in rows], left_out)
 
     try:
-        for row, measure in jobs(BUCKETS, torch.device("cuda"), graph_time, call_time):
-            if time.perf_counter() - started > options.seconds:
+        for row, measure in jobs(BUCKETS, device, graph_time, call_time, compiled=not options.no_compiled):
+            needed = COMPILE_SECONDS if row.who == COMPILED else 0
+            if time.perf_counter() - started + needed > options.seconds:
                 left_out.append(f"{sizes_of(row)}, {row.who}: the time is up")
                 continue
             rows.append(measure_one(row, measure))
@@ -130,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Nothing was measured:", *left_out, sep="\n- ", file=sys.stderr)
         return INTERRUPTED if interrupted else 2
     write()
-    reached = goals.table(goals.STEPS, [asdict(row) for row in rows])
+    reached = "Goals, set for an H200:\n\n" + goals.table(goals.STEPS, [asdict(row) for row in rows])
     print(markdown(rows), *left_out, "", reached, "", f"Written: {stem}.json, {stem}.csv", sep="\n")
     if any(row.is_wrong for row in rows):
         return 1
@@ -138,18 +142,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def jobs(
-    buckets: Sequence[tuple[int, int, int, int]], device: torch.device, kernel_time: Clock, eager_time: Clock
+    buckets: Sequence[tuple[int, int, int, int]],
+    device: torch.device,
+    kernel_time: Clock,
+    eager_time: Clock,
+    *,
+    compiled: bool = True,
 ) -> Iterator[tuple[Row, Callable[[Row], Row]]]:
     """Rows without figures, each with what fills them in; what matters most first, what compiles for long last.
 
     The clocks come as arguments: a graph's for kernels, an eager one for the reference.
     """
+    speed = bytes_per_second(device)
 
     def row_of(bucket: tuple[int, int, int, int], who: str) -> Row:
-        batch, slots, word, _ = bucket
-        moved = [batch * (link * slots * slots + 8 * slots * word) for link in (8, 12)]
-        memory = [1e6 * size / KNOWN_BYTES_PER_SECOND[H200] for size in moved]  # µs
-        cache = [1e6 * size / L2_BYTES_PER_SECOND[H200] if size <= L2_BYTES[H200] else None for size in moved]
+        moved = step_bytes(*bucket[:3])
+        memory = [1e6 * size / speed for size in moved]  # µs
+        from_cache = [cache_bytes_per_second(device, size) for size in moved]
+        cache = [fast and 1e6 * size / fast for size, fast in zip(moved, from_cache, strict=True)]
         return Row(
             *bucket,
             who,
@@ -169,8 +179,8 @@ def jobs(
             yield row, partial(sequence_row, device=device, layout=layout, clock=kernel_time)
         row = row_of(bucket, "reference, eager")
         yield row, partial(reference_row, device=device, compiled=False, clock=eager_time)
-    for bucket in buckets:
-        row = row_of(bucket, "reference, compiled")
+    for bucket in buckets if compiled else ():
+        row = row_of(bucket, COMPILED)
         yield row, partial(reference_row, device=device, compiled=True, clock=eager_time)
 
 

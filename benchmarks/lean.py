@@ -91,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("There is no GPU here: nothing was measured.", file=sys.stderr)
         return 2
     output = options.output or (RESULT.with_name("lean-gpu.json") if on_gpu else RESULT)
+    if output.is_dir():
+        parser.error(f"argument --output: expected a file, got the folder {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     machine = describe_machine("python -m benchmarks.lean" + (" --device cuda" if on_gpu else ""))
     machine["threads"] = 1

@@ -273,7 +273,7 @@ def in_a_line(error: Exception) -> str:
 def _calls_in_a_row(runs: dict[str, Callable[[], Any]], mode: str, session: Session) -> dict[str, int]:
     """How many calls each makes in a row: one on a CPU, and of a single step, where it counts when it is there."""
     counts = dict.fromkeys(runs, 1)
-    if session.device.type == "cpu" or mode == "step":
+    if session.device.type == "cpu" or mode == "step" or session.over:
         return counts
     for name, call in runs.items():
         fastest = float("inf")
@@ -298,19 +298,25 @@ def _time_in_turns(
     A short call is made once more before it is timed: in a loop it finds its code and data in the processor's caches,
     here it would where the one before it is of its kind.
 
-    Once the time for it is over, a slow peer takes no part beyond `SLOW_ROUNDS`, and none beyond `LEAST_ROUNDS`.
+    Once the time for it is over, only those go on that have not had their share of it, or have had too few rounds:
+    `LEAST_ROUNDS`, a slow peer `SLOW_ROUNDS`, and one where all time is up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
     names = list(runs)
     started = time.monotonic()
+
+    def goes_on(name: str) -> bool:
+        slow = bool(seconds[name]) and min(seconds[name]) > SLOW_SECONDS
+        least = LEAST_ROUNDS if not slow else 1 if session.over else SLOW_ROUNDS
+        in_time = time.monotonic() - started <= session.case_seconds
+        more = not session.over and (in_time or spent[name] <= session.case_seconds / len(names))
+        return len(seconds[name]) < least or more
+
     for turn in range(session.rounds if runs else 0):
-        late = session.over or time.monotonic() - started > session.case_seconds
-        if turn >= LEAST_ROUNDS and late:
-            break
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            if late and turn >= SLOW_ROUNDS and min(seconds[name]) > SLOW_SECONDS:
-                continue
+        for name in filter(goes_on, names[first:] + names[:first]):
+            begun = time.monotonic()
             if seconds[name] and min(seconds[name]) < SHORT_SECONDS:
                 runs[name]()
             synchronize(session.device)
@@ -319,6 +325,7 @@ def _time_in_turns(
                 runs[name]()
             synchronize(session.device)
             seconds[name].append((time.perf_counter() - start) / in_a_row[name])
+            spent[name] += time.monotonic() - begun
     return seconds
 
 

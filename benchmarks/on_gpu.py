@@ -27,6 +27,7 @@ import torch
 from benchmarks.__main__ import main as benchmark
 from benchmarks.configurations import CONFIGURATIONS
 from benchmarks.machine import describe_machine
+from dnc_triton.cli import INTERRUPTED
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 480.0
@@ -35,7 +36,7 @@ PARITY = 0.5
 # Those that a goal is set against and that do not compile for minutes. `torch.compile` of the reference, and our
 # backends one by one, are for `make bench`, which has more time.
 PEERS = "dnc_triton,reference,pypi_dnc,lstm"
-STEP = "benchmarks.gpu --seconds {seconds} --output {folder}"
+STEP = "benchmarks.gpu --no-compiled --seconds {seconds} --output {folder}"
 PARTS = [
     ("the memory step", 0.6, STEP),
     ("lean memory", 0.64, "benchmarks.lean --device cuda --output {folder}/lean-gpu.json"),
@@ -58,7 +59,7 @@ COMPILING = 0.75  # one more, for the memory step, which begins nothing after th
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns its exit status: 0 if all of parity ran and nothing failed.
+    """Run the command line. Returns its exit status: 0 if all of parity ran and nothing failed, 130 if interrupted.
 
     Without a GPU what is left is the comparison on this CPU, and its status.
     """
@@ -83,11 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    statuses = {"parity": run_parity(folder, left(PARITY))}
-    for name, share, command in PARTS:
-        seconds = left(share)
-        print(f"--- {name}: {seconds:.0f} s", flush=True)
-        (statuses[name],) = run_all([fill_in(command, seconds, folder=folder)], seconds)
+    try:
+        statuses = {"parity": run_parity(folder, left(PARITY))}
+        for name, share, command in PARTS:
+            seconds = left(share)
+            print(f"--- {name}: {seconds:.0f} s", flush=True)
+            (statuses[name],) = run_all([fill_in(command, seconds, folder=folder)], seconds)
+    except KeyboardInterrupt:
+        print(f"Interrupted. What was measured until then is in {folder}.", file=sys.stderr)
+        return INTERRUPTED
     print(
         f"Done in {time.monotonic() - started:.0f} s.",
         *(f"{name}: {word(status)}." for name, status in statuses.items()),
@@ -178,17 +183,26 @@ def run_all(
             )
             if log:
                 log.close()
-        for limit, number in ((deadline, signal.SIGINT), (deadline + LAST_WORDS, signal.SIGKILL)):
-            for process in processes:
-                try:
-                    process.wait(max(0.0, limit - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(number)
+        try:
+            _stop(processes, deadline)
+        except KeyboardInterrupt:  # which a group of its own does not hear of
+            _stop(processes, time.monotonic())
+            raise
         return [process.wait() for process in processes]
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> None:
+    """Wait for all until then, interrupt those that go on, and kill those that still do `LAST_WORDS` later."""
+    for limit, number in ((deadline, signal.SIGINT), (deadline + LAST_WORDS, signal.SIGKILL)):
+        for process in processes:
+            try:
+                process.wait(max(0.0, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
 
 
 if __name__ == "__main__":

@@ -139,11 +139,13 @@ def test_training_comes_first(tmp_path, monkeypatch):
 
 
 def test_what_goals_are_set_for_comes_first():
-    """On a GPU training, then training in a graph, each of all networks before anything else."""
-    cases = [case_of(name, TINY, "cuda") for name in ("one", "two")]
+    """On a GPU training, in calls and in a graph, of networks with goals; then of the others; then anything else."""
+    names = ("one", "adnc_babi", "two")
+    cases = [case_of(name, TINY, "cuda") for name in names]
     done = [(case.configuration, mode) for case, modes in _jobs(cases, list(MODES)) for mode in modes]
-    assert done[:4] == [(name, mode) for mode in ("training", "captured") for name in ("one", "two")]
-    assert sorted(done[4:]) == [(name, mode) for name in ("one", "two") for mode in ("forward", "step")]
+    assert done[:2] == [("adnc_babi", "training"), ("adnc_babi", "captured")]
+    assert done[2:6] == [(name, mode) for mode in ("training", "captured") for name in ("one", "two")]
+    assert sorted(done[6:]) == sorted((name, mode) for name in names for mode in ("forward", "step"))
 
 
 def test_each_mode_is_written_when_it_is_done(tmp_path, monkeypatch):
@@ -214,8 +216,9 @@ def test_after_the_time_is_up_nothing_is_started(tmp_path, capsys):
         (["--seconds", "0"], "tiny, training: the time is up"),
         (["--peers", "triton_fused"], "triton_fused: device is the CPU"),
         (["--peers", "compiled_cuda_graphs"], "CUDA graphs need a GPU"),
+        (["--configurations", ","], "neither configurations nor sweeps were asked for"),
     ],
-    ids=["no time", "declined", "missing"],
+    ids=["no time", "declined", "missing", "nothing asked for"],
 )
 def test_a_run_that_measures_nothing_leaves_the_results_of_another(tmp_path, capsys, arguments, reason):
     run(tmp_path, "--modes", "step", "--peers", "lstm")

@@ -242,7 +242,7 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
         return gpu.Row(16, 16, 16, 4, kind), measure
 
     def run(*kinds, seconds="100"):
-        monkeypatch.setattr(gpu, "jobs", lambda *arguments: map(measured, kinds))
+        monkeypatch.setattr(gpu, "jobs", lambda *arguments, **options: map(measured, kinds))
         status = gpu.main(["--output", str(tmp_path), "--seconds", seconds])
         (file,) = tmp_path.glob("gpu-step-*.json")
         lines = file.with_suffix(".csv").read_text(encoding="utf-8").splitlines()
@@ -252,13 +252,14 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     machine = {**dict.fromkeys(files.MEANS[1:]), "date": "2026-01-02T03"}
-    monkeypatch.setattr(gpu, "describe_machine", lambda command: machine)
+    monkeypatch.setattr(gpu, "describe_machine", lambda command: dict(machine))
+    monkeypatch.setattr(gpu, "bytes_per_second", lambda device: 1e12)
     assert run("good")[0] == 0
     assert run("good", "interrupted", "good")[0] == 130
     assert run("good", "failing")[0] == 1
     before = run("good", "reference that is failing")
     assert before[0] == 0, "others may"
-    monkeypatch.setattr(gpu, "jobs", lambda *arguments: map(measured, ["interrupted"]))
+    monkeypatch.setattr(gpu, "jobs", lambda *arguments, **options: map(measured, ["interrupted"]))
     assert gpu.main(["--output", str(tmp_path)]) == 130
     assert gpu.main(["--output", str(tmp_path), "--seconds", "-1"]) == 2
     (file,) = tmp_path.glob("gpu-step-*.json")
@@ -270,17 +271,28 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
     assert [row["who"] for row in content["rows"]] == ["slow"]
     assert content["left_out"] == ["16, 16, 16, 4, late: the time is up"]
     assert content["left_out"][0] in capsys.readouterr().out
+    status, content = run("good", gpu.COMPILED, seconds="30")
+    assert content["left_out"] == [f"16, 16, 16, 4, {gpu.COMPILED}: the time is up"], "which has none to compile"
+    assert content["machine"]["bytes_per_second"] == 1e12
 
 
-def test_floors_of_a_cache_are_of_what_fits_into_it():
-    """Of N = 256 at a batch of 64 what a step moves, 42 MB, does, and what its adjoint moves, 59 MB, does not."""
+def test_floors_of_a_cache_are_of_what_fits_into_it(monkeypatch):
+    """Of N = 256 at a batch of 64 what a step moves, 42 MB, does, and what its adjoint moves, 63 MB, does not."""
     from benchmarks import gpu
 
-    rows = [row for row, _ in gpu.jobs([(64, 256, 64, 4), (64, 512, 64, 8)], CPU, None, None) if "eager" in row.who]
+    def rows_on(card):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+        jobs = gpu.jobs([(64, 256, 64, 4), (64, 512, 64, 8)], torch.device("cuda"), None, None, compiled=False)
+        return [row for row, _ in jobs if "reference" in row.who]
+
+    rows = rows_on("NVIDIA H200")
     assert [row.forward_floor_us > 9 and row.backward_floor_us > 13 for row in rows] == [True, True]
     assert rows[0].forward_l2_floor_us == pytest.approx(41.943 / 6, 1e-3)
     assert [rows[0].backward_l2_floor_us, rows[1].forward_l2_floor_us, rows[1].backward_l2_floor_us] == [None] * 3
     assert [line.split(" | ")[-1] for line in gpu.markdown(rows).splitlines()[2:]] == ["6.99, – |", "–, – |"]
+    monkeypatch.setattr(floors, "copy_speed", lambda device: 2e12)
+    (row, _) = rows_on("another")
+    assert (row.forward_floor_us, row.forward_l2_floor_us) == (pytest.approx(41.943 / 2, 1e-3), None)
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_so(capsys, monkeypatch):

@@ -53,6 +53,23 @@ def test_who_is_slow_gets_fewer_rounds_than_others(monkeypatch):
     assert {name: len(times) for name, times in seconds.items()} == {"slow": 7, "fast": 7}
 
 
+def test_who_is_fast_has_its_share_of_the_time_when_the_others_have_had_theirs(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.02)
+    runs = {"slow": lambda: time.sleep(0.03), "fast": lambda: None}
+    seconds = measure._time_in_turns(runs, session(rounds=20, case_seconds=0.05), dict.fromkeys(runs, 1))
+    assert {name: len(times) for name, times in seconds.items()} == {"slow": 3, "fast": 20}
+
+
+def test_once_all_time_is_up_who_is_slow_is_timed_once(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.02)
+    runs = {"slow": lambda: time.sleep(0.03), "fast": lambda: None}
+    up = session(rounds=20, case_seconds=100.0, deadline=0.0)
+    seconds = measure._time_in_turns(runs, up, dict.fromkeys(runs, 1))
+    assert {name: len(times) for name, times in seconds.items()} == {"slow": 1, "fast": measure.LEAST_ROUNDS}
+    up.device = torch.device("cuda")
+    assert measure._calls_in_a_row({"slow": lambda: 1 / 0}, "training", up) == {"slow": 1}
+
+
 @pytest.mark.parametrize(("name", "slow", "rounds"), [(EAGER, True, 1), (EAGER, False, 2), (OURS, True, 2)])
 def test_who_is_slow_is_warmed_up_once_unless_it_has_graphs(monkeypatch, name, slow, rounds):
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0.0 if slow else 100.0)
@@ -70,7 +87,7 @@ def test_percentiles_and_what_follows_from_them():
     percentiles = timed.ms_per_step_p20, timed.ms_per_step_p50, timed.ms_per_step_p80
     assert percentiles == pytest.approx((3, 6, 9))
     assert (timed.rounds, timed.ratio) == (11, pytest.approx(2))
-    assert timed.floor_bytes == 2 * (8 * 36 + 8 * 24 + 12 * 36 + 8 * 24)
+    assert timed.floor_bytes == 2 * (8 * 36 + 8 * 24 + 12 * 36 + 12 * 24)
     assert timed.bytes_per_second == pytest.approx(timed.floor_bytes / 0.006)
     assert timed.floor_share == pytest.approx(timed.bytes_per_second / 1e6)
     step = measure._timed(replace(row, mode="step"), seconds, None, session())
@@ -143,6 +160,9 @@ def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
     """On the CPU in its place; the count of a call is made up."""
     assert lean.main(["--device", "cuda"]) == 2
     assert "There is no GPU here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        lean.main(["--output", str(tmp_path)])
+    assert "--output: expected a file, got the folder" in capsys.readouterr().err
     exact, peaks, out = lean.train_once, iter([100, 30, 30]), tmp_path / "lean-gpu.json"
     small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)
 

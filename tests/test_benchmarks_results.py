@@ -184,6 +184,12 @@ def test_there_are_no_pictures_of_what_was_not_measured(tmp_path, results):
     assert "| copy (16, 8, 4, 32; 2, 3) | training | dnc_triton | wrong |" in (tmp_path / "cpu.md").read_text()
 
 
+DAMAGED = {
+    **dict(configuration="copy", peer="lstm", mode="step", status="measured"),
+    **{f"ms_per_step_p{percentile}": 1.0 for percentile in (20, 50, 80)},
+}
+
+
 def test_without_matplotlib_there_are_tables(tmp_path, results, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.__main__.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "benchmarks.pictures", None)
@@ -199,6 +205,10 @@ def test_without_matplotlib_there_are_tables(tmp_path, results, monkeypatch, cap
         ("{", "Expecting property name"),
         ("[]", "expected a JSON object with machine and rows"),
         ('{"machine": {}, "rows": [{"peer": "lstm"}]}', "configuration is missing in one"),
+        (json.dumps({"machine": {}, "rows": [{**DAMAGED, "mode": ["step"]}]}), "expected text for configuration"),
+        (json.dumps({"machine": {}, "rows": [{**DAMAGED, "ms_per_step_p50": None}]}), "expected times above 0"),
+        (json.dumps({"machine": {}, "rows": [{**DAMAGED, "ms_per_step_p20": "1"}]}), "expected times above 0"),
+        (json.dumps({"machine": {}, "rows": [{**DAMAGED, "ms_per_step_p80": 0}]}), "expected times above 0"),
     ],
 )
 def test_a_file_without_results_is_explained(tmp_path, text, message, capsys):
@@ -212,7 +222,20 @@ def test_a_file_without_results_is_explained(tmp_path, text, message, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_report_on_what_no_run_writes_is_explained(tmp_path, results, capsys):
+    results["rows"][0]["floor_share"] = "much"
+    path = written(tmp_path, "odd.json", results)
+    assert main(["report", str(path)]) == 2
+    assert f"{path}: expected results as `run` writes them" in capsys.readouterr().err
+
+
 # --- compare ----------------------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_can_be_compared_that_is_no_success(tmp_path, results):
+    paths = [str(written(tmp_path, "old.json", results)), str(written(tmp_path, "new.json", {**results, "rows": []}))]
+    assert main(["compare", *paths]) == 2
+    assert main(["compare", paths[0], paths[0]]) == 0
 
 
 def changed(results, factor, place=0):

@@ -105,6 +105,34 @@ def test_what_does_not_stop_is_interrupted_and_killed(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
+def test_who_interrupts_all_interrupts_each_part(tmp_path, monkeypatch, capsys):
+    """Which may then write what it has."""
+    (tmp_path / "asleep.py").write_text(
+        "import pathlib, time\npathlib.Path('TMP/ready').touch()\ntry:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    pathlib.Path('TMP/written').touch()".replace("TMP", str(tmp_path))
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(on_gpu, "run_parity", lambda *arguments: 0)
+    monkeypatch.setattr(on_gpu, "PARTS", [("sleep", 1.0, "asleep"), ("again", 1.0, "asleep")])
+    exact = on_gpu._stop
+
+    def stop(processes, deadline):
+        if deadline > time.monotonic() + 1:  # the first time
+            while not (tmp_path / "ready").exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+        exact(processes, deadline)
+
+    monkeypatch.setattr(on_gpu, "_stop", stop)
+    assert on_gpu.main(["--seconds", "60", "--output", str(tmp_path)]) == 130
+    assert (tmp_path / "written").exists()
+    said = capsys.readouterr()
+    assert f"Interrupted. What was measured until then is in {tmp_path}" in said.err
+    assert "again" not in said.out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
 def test_a_part_is_interrupted_also_where_a_shell_runs_it_in_the_background(tmp_path, monkeypatch, capsys):
     (tmp_path / "asleep.py").write_text(
         "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemExit(5)"

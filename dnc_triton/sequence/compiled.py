@@ -120,16 +120,17 @@ class _Memory(TorchMemory):
         d_write_weights: Tensor,
         d_precedence: Tensor,
     ) -> None:
-        """Without a diagonal, or a sum of outer products, that is written on its own."""
+        """Without a diagonal, or a sum of outer products, that is written on its own; in place, which caches like."""
         linked = self.linked.unbind(1)
         terms = zip(linked[: 2 * self.reads], linked[self.reads :], strict=True)
-        d_new = self._off_diagonal(reduce(torch.add, (a.unsqueeze(2) * b.unsqueeze(1) for a, b in terms), d_link))
+        by_new = reduce(torch.add, (a.unsqueeze(2) * b.unsqueeze(1) for a, b in terms), d_link)
+        d_link.copy_(self._off_diagonal(by_new))
         d_forward, _, d_backward = self.linked.split(self.reads, 1)
         d_read_weights.copy_(torch.bmm(d_forward, new_link) + torch.bmm(d_backward, new_link.mT))
-        by_row = (d_new * (precedence - prev_link)).sum(2)
-        d_write_weights.add_(by_row.unsqueeze(1) - sum_down(d_new * prev_link))
-        d_precedence.add_(torch.bmm(write_weights, d_new))
-        d_link.copy_(d_new * (1 - write_weights.mT - write_weights))
+        by_row = (d_link * (precedence - prev_link)).sum(2)
+        d_write_weights.add_(by_row.unsqueeze(1) - sum_down(d_link * prev_link))
+        d_precedence.add_(torch.bmm(write_weights, d_link))
+        d_link.mul_(1 - write_weights.mT - write_weights)
 
     def _off_diagonal(self, link: Tensor) -> Tensor:
         return torch.where(self.numbers == self.numbers.unsqueeze(1), 0, link)
