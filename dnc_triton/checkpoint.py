@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import os
 import pickle
 import re
 import shlex
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -74,6 +76,16 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
         _remove(path)
         raise
     return True
+
+
+def give_up(folder: Path) -> None:
+    """The inverse, for a run that ended before it left anything: another may have the folder."""
+    if any((folder / name).exists() for name in OF_A_RUN[:-1]):
+        return
+    _remove(folder / "settings.toml")
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    with suppress(OSError):  # unless there is something else in it
+        folder.rmdir()
 
 
 @contextmanager
@@ -174,7 +186,8 @@ def rescue(folder: Path, content: dict[str, Any], error: OSError) -> NoReturn:
         OSError: always: it says where the run is now, or what is lost, and how to go on.
     """
     name = "-".join(re.findall(r"\w+", str(folder.resolve())))[-60:]  # a file's name has 255 bytes
-    rescued = Path(tempfile.gettempdir()) / f"{name}-{content['step']}.pt"
+    own = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]  # others may have the same words
+    rescued = Path(tempfile.gettempdir()) / f"{name}-{own}-{content['step']}.pt"
     resume = f"--resume {shlex.quote(str(folder))}"
     try:
         save(rescued, content)
@@ -215,7 +228,8 @@ def load(path: Path) -> dict[str, Any]:
         *(RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError),
         *(zipfile.BadZipFile, NotImplementedError, zlib.error),
     ) as error:
-        raise ValueError(f"{path}: expected a checkpoint of a run, got a file that cannot be read: {error}") from error
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) or not str(error) else error
+        raise ValueError(f"{path}: expected a checkpoint of a run, got a file that cannot be read: {reason}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(

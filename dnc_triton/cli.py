@@ -207,13 +207,13 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    given = {name: value for name, value in vars(options).items() if name not in OWN}
-    if "path" in given:  # of data, which a run wants wherever it is gone on with
-        given["path"] = os.path.abspath(given["path"])
-    return given
+    from dnc_triton.settings import with_whole_path
+
+    return with_whole_path({name: value for name, value in vars(options).items() if name not in OWN})
 
 
 def _train(options: argparse.Namespace) -> int:
+    from dnc_triton import checkpoint
     from dnc_triton.report import report
     from dnc_triton.train import Run
 
@@ -232,9 +232,17 @@ def _train(options: argparse.Namespace) -> int:
     processes = f", {run.fabric.world_size} processes" if run.fabric.world_size > 1 else ""
     say = print if run.fabric.is_global_zero else lambda text: None
     say(f"{'Going on with' if run.step else 'Training'} {task} in {run.folder}/ on {options.device}{processes}")
-    if not run.train():
-        say(f"Stopped at step {run.step} of {run.settings.steps}. To go on: "
-            f"python -m dnc_triton train {task} --resume {shlex.quote(str(run.folder))}")  # fmt: skip
+    try:
+        finished = run.train()
+    except Exception:
+        if run.step == 0 and run.fabric.is_global_zero:
+            checkpoint.give_up(run.folder)
+        raise
+    if not finished:
+        again = ["python", "-m", "dnc_triton", "train", task, "--resume", str(run.folder)]
+        for name, default in (("device", "cpu"), ("workers", 0)):  # which are no settings
+            again += [f"--{name}", str(where[name])] if where[name] != default else []
+        say(f"Stopped at step {run.step} of {run.settings.steps}. To go on: {shlex.join(again)}")
         return INTERRUPTED
     say(report(run))
     return 0

@@ -47,7 +47,7 @@ class Journal:
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter of a name that it cannot encode
             self._writer = None
             say(f"TensorBoard gets no more of this run: {error}")
 

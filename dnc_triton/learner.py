@@ -44,7 +44,8 @@ def make_fabric(device: str, precision: str) -> Fabric:
             precision=precision,  # type: ignore[arg-type]
         )
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        raise ValueError(f"--device: expected a device that this machine has, got {device!r}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device: expected a device that this machine has, got {device!r}: {reason}") from error
     fabric.launch()
     return fabric
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from dnc_triton.checkpoint import write
 from dnc_triton.trace import Trace
 
 COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}
@@ -58,7 +60,7 @@ def draw_learning_curve(
         right_axes.set_ylabel("right in validation, %")
         right_axes.set_ylim(-2, 102)
         right_axes.set_xlabel("step")
-        figure.savefig(path, dpi=150)
+        _save(figure, path)
 
 
 def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str) -> None:
@@ -68,9 +70,16 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
         trace: whose first row is that sequence.
         inputs, targets: of the sequence, [T, channels].
         path: of the PNG.
+
+    Raises:
+        ValueError: inputs or targets of another number of axes or steps.
+        OSError: it could not be written; one that was there is as it was.
     """
     first = {name: tensor[0].detach().float().cpu().numpy() for name, tensor in trace._asdict().items()}
     steps = len(first["usage"])
+    for name, given in (("inputs", inputs), ("targets", targets)):
+        if given.dim() != 2 or len(given) != steps:
+            raise ValueError(f"{name}: expected the shape [{steps}, channels] of one sequence, got {list(given.shape)}")
     panels: list[tuple[str, np.ndarray, float]] = [
         ("input", inputs.detach().float().cpu().numpy().T, 1.0),
         ("target", targets.detach().float().cpu().numpy().T, 1.0),
@@ -102,7 +111,14 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
         axes[-1].set_xlabel("time step")
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[-1].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.95), ncols=len(gates))
-        figure.savefig(path, dpi=150)
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: Path | str) -> None:
+    """As a PNG, which is whole or not there."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write(Path(path), picture.getvalue())
 
 
 def _whole_ticks(axes: Axes, count: int) -> None:

@@ -86,7 +86,8 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
     words = task.symbols(outputs, batch)
     title = f"{task.name}, size {size}, sequence {index}, step {run.step}"
     lists = {f"{name}s": words[name] for name in ("input", "target", "output")}
-    write_page(trace, folder / "memory.html", **lists, title=title)
+    wrong = task.wrong(outputs, batch)[0].any(-1).tolist()
+    write_page(trace, folder / "memory.html", **lists, title=title, wrong=wrong)
     return task.show(outputs, batch)
 
 
@@ -106,9 +107,7 @@ def report(run: Run) -> str:
 
 
 def _write(run: Run, scores: Scores) -> str:
-    """The pictures and `result.json`; returns an example in words."""
-    example = draw(run, run.folder)
-    draw_learning_curve(run.rows, run.validations, run.task.unit, run.folder / "learning_curve.png")
+    """`result.json`, for which there is room where there is none for pictures, and these; an example in words."""
     device = run.fabric.device
     result = {
         "sequences_right": _one_of(scores, "right"),
@@ -125,4 +124,5 @@ def _write(run: Run, scores: Scores) -> str:
         "torch": torch.__version__,
     }
     checkpoint.write(run.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    return example
+    draw_learning_curve(run.rows, run.validations, run.task.unit, run.folder / "learning_curve.png")
+    return draw(run, run.folder)

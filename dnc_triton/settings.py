@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -139,7 +140,7 @@ class Settings:
         for name in settings:
             if name not in names:
                 raise ValueError(f"{source}: {name} is no setting; expected some of {', '.join(sorted(names))}")
-        return cls(task, arguments, **settings)
+        return cls(task, with_whole_path(arguments), **settings)
 
     def toml(self) -> str:
         """All settings as a file for `--config`."""
@@ -185,6 +186,12 @@ class Settings:
     def _raise(self, network: nn.Module, task: Task) -> None:
         # In whatever kind of network, the weights on the input come first.
         next(network.parameters())[:, : task.input_size] *= self.input_gain
+
+
+def with_whole_path(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, a path of data among them absolute: a run wants it wherever it is gone on with."""
+    path = arguments.get("path")
+    return {**arguments, "path": os.path.abspath(path)} if isinstance(path, str) else arguments
 
 
 def _check_type(name: str, value: Any, kind: type) -> None:

@@ -23,7 +23,7 @@ PACKAGES = ("numpy", "lightning-fabric", "tensorboard", "matplotlib")
 
 
 def bench(settings: Settings, device: str) -> str:
-    """Time a batch of the longest sequences that a task trains on: medians, in words.
+    """Time a batch of the last size of a task's last lesson, most often its longest: medians, in words.
 
     Args:
         settings: of the run to time; nothing is written.

@@ -109,6 +109,10 @@ class Run:
             ValueError: it is of a run with other settings; it names them.
         """
         here, there = asdict(self.settings), content["settings"]
+        if others := sorted(here.keys() ^ there.keys()):  # another version's
+            raise ValueError(
+                f"checkpoint: expected the settings {', '.join(here)}; these are on one side alone: {', '.join(others)}"
+            )
         differing = [f"{name} is {here.get(name)!r} here and {there.get(name)!r} there"
                      for name in here | there if here.get(name) != there.get(name)]  # fmt: skip
         if differing:

@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -33,8 +34,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState
+from dnc_reference.memory import without_autocast
 from dnc_triton.kernels import ahead
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
@@ -98,6 +101,8 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
 
 
 def _captures() -> bool:
+    if is_in_torch_dispatch_mode() or torch.jit.is_tracing():  # which would see it, or fake it
+        return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -248,7 +253,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         except Exception as error:  # it does not compile, or does not fit: into memory, a block into a multiprocessor
             torch.cuda.synchronize(problem.device)  # raises if CUDA is of no more use
             logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, error)
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)):
                 no_room.add((name, layout))
                 continue
             failure, microseconds = error.with_traceback(None), math.inf  # its frames hold memory
@@ -292,6 +297,7 @@ def _as_measured(problem: Problem) -> Iterator[None]:
         torch.cuda.device(problem.device),
         torch.inference_mode(False),
         torch.set_grad_enabled(problem.needs_gradient),
+        without_autocast(problem.device),
     ):
         yield
 

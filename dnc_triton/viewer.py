@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from dnc_triton.checkpoint import write
 from dnc_triton.trace import Trace
 
 # From 0 to 1: what is written in the orange of the other pictures, what is read in their blue, what stays in grey.
@@ -33,7 +34,14 @@ TITLE_PIXELS = 30
 
 
 def write_page(
-    trace: Trace, path: Path | str, *, inputs: list[str], targets: list[str], outputs: list[str], title: str
+    trace: Trace,
+    path: Path | str,
+    *,
+    inputs: list[str],
+    targets: list[str],
+    outputs: list[str],
+    title: str,
+    wrong: list[bool] | None = None,
 ) -> None:
     """Write the page that shows a sequence's memory at work: time to the right, slots down, the link beside.
 
@@ -49,11 +57,13 @@ def write_page(
         trace: whose first row is the sequence.
         path: of the page.
         inputs, targets, outputs: one string per step, as `bit_symbols` makes them from bits; line breaks in it are
-            kept. A target of "" asks for nothing; an output that differs from any other target is marked as wrong.
+            kept. A target of "" asks for nothing.
         title: of the page.
+        wrong: which outputs are marked as wrong, one per step; None: those that differ from a target.
 
     Raises:
-        ValueError: no row, no step, or not as many strings as steps; numbers in the trace that are not finite.
+        ValueError: no row, no step, or not as many strings or marks as steps; numbers in the trace that are not finite.
+        OSError: the page could not be written; one that was there is as it was.
         TypeError: no `Trace`; symbols that are no strings.
     """
     if not isinstance(trace, Trace):
@@ -68,12 +78,15 @@ def write_page(
             raise ValueError(f"trace.{name}: expected finite numbers, got others from step {step} on")
     symbols = {"input": inputs, "target": targets, "output": outputs}
     for name, strings in symbols.items():
-        if not all(isinstance(string, str) for string in strings):
+        if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
             raise TypeError(f"{name}s: expected a list of strings, got {strings!r}")
         if len(strings) != steps:
             raise ValueError(f"{name}s: expected {steps} strings, one per step of the trace, got {len(strings)}")
+    if wrong is None:
+        wrong = [target not in ("", output) for target, output in zip(targets, outputs, strict=True)]
+    if len(wrong) != steps:
+        raise ValueError(f"wrong: expected {steps} marks, one per step of the trace, got {len(wrong)}")
 
-    wrong = [target not in ("", output) for target, output in zip(targets, outputs, strict=True)]
     written = (row["write_weights"] >= WRITTEN).any(1)  # [T, N]
     first_write = np.where(written.any(0), written.argmax(0), steps)
     orders = {"first_write": np.argsort(first_write, kind="stable"), "number": np.arange(slots)}
@@ -109,7 +122,7 @@ def write_page(
     }
     template = (Path(__file__).parent / "viewer.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
-    Path(path).write_text(page, encoding="utf-8")
+    write(Path(path), page.encode())
 
 
 def bit_symbols(bits: Tensor) -> list[str]:
@@ -120,7 +133,12 @@ def bit_symbols(bits: Tensor) -> list[str]:
 
     Returns:
         T strings of as many lines as there are channels.
+
+    Raises:
+        ValueError: bits of another number of axes.
     """
+    if bits.dim() != 2:
+        raise ValueError(f"bits: expected the shape [T, channels] of one sequence, got {list(bits.shape)}")
     return ["\n".join("■" if bit else "·" for bit in vector) for vector in (bits > 0.5).tolist()]
 
 

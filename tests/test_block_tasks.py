@@ -195,7 +195,7 @@ def test_worlds_that_are_made_have_as_many_boards_as_are_allowed_for(
     assert counted == (count or len(make_world(size, blocks).boards))
 
 
-@pytest.mark.parametrize(("curriculum", "size"), [("1/9/1/1", 4), ("1/24/1/1", 5), ("1/3/1/1", 9)])
+@pytest.mark.parametrize(("curriculum", "size"), [("1/9/1/1", 4), ("1/24/1/1", 5), ("1/3/1/1", 9), ("1/3/1/1", 3000)])
 def test_a_world_that_could_not_be_made_is_refused(curriculum: str, size: int) -> None:
     with pytest.raises(
         ValueError, match=rf"board_size, curriculum: expected at most 1000000 boards, .* got {size} col"

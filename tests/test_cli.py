@@ -273,15 +273,18 @@ def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
     for given in ({"path": "data/📚 é", "kinds": "1"}, {"path": None}):
         path = tmp_path / "settings.toml"
         path.write_text(Settings("babi", given).toml(), encoding="utf-8")
-        assert Settings.read("babi", path).task_arguments == {k: v for k, v in given.items() if v is not None}
+        whole = {"path": os.path.abspath("data/📚 é"), "kinds": "1"} if given["path"] else {}
+        assert Settings.read("babi", path).task_arguments == whole
 
 
 def test_data_are_found_from_wherever_a_run_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "babi", "--path", "en-10k", "--run", "run"]) == 2
-    assert f"got {tmp_path / 'en-10k'}: no such folder" in capsys.readouterr().err
+    (tmp_path / "of_a_file.toml").write_text('[task]\npath = "en-10k"\n')
+    for given in (["--path", "en-10k"], ["--config", "of_a_file.toml"]):
+        assert main(["train", "babi", *given, "--run", "run"]) == 2
+        assert f"got {tmp_path / 'en-10k'}: no such folder" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_arguments_that_nobody_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -302,6 +305,46 @@ def test_a_command_that_is_printed_can_be_given_to_a_shell(
     assert f"--resume '{folder}'" in capsys.readouterr().out
     assert main([*SHORT, "--run", str(folder)]) == 2
     assert f"--resume '{folder}', or" in capsys.readouterr().err
+
+
+def test_a_command_that_is_printed_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Run, "train", lambda run: run.save())
+    again = f"--resume {tmp_path / 'run'}"
+    assert main([*SHORT, "--run", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().out.endswith(f"{again}\n")
+    arguments = ["train", "copy", "--resume", str(tmp_path / "run"), "--device", "cpu:0", "--workers", "1"]
+    assert main(arguments) == 130
+    assert capsys.readouterr().out.endswith(f"{again} --device cpu:0 --workers 1\n")
+
+
+def test_a_run_that_cannot_begin_keeps_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The mistake put right, it is there for the next one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("precious")
+    small = ["train", "shortest_path", *SMALL[:-2], "--steps", "2"]  # without what copying alone has
+    for folder in (["--run", "run"], ["--run", "mine"], []):
+        assert main([*small, *folder, "--curriculum", "3/1/5"]) == 2
+        assert "got none for lesson 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "runs").iterdir())
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+    assert main([*small, "--run", "run", "--curriculum", "3-4/1-2/1-2"]) == 0
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    for device in ("mps", "cuda", "nope"):
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        if device == "mps" and torch.backends.mps.is_available():
+            continue
+        assert main(["info", "--device", device]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--device: expected a device that this machine has, got {device!r}: " in line
 
 
 def test_what_is_printed_is_printed_wherever_it_goes(run: Path) -> None:

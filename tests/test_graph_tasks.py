@@ -330,6 +330,13 @@ def test_bad_arguments_of_the_graph_tasks(task_type: type, arguments: dict, word
         assert word in str(caught.value)
 
 
+def test_labels_too_many_to_draw_are_refused() -> None:
+    """Each graph permutes them all."""
+    GraphTraversalTask(base=10, num_digits=6)
+    with pytest.raises(ValueError, match=r"base, num_digits: expected at most 1000000 labels.*, got 10, 20"):
+        GraphTraversalTask(base=10, num_digits=20)
+
+
 def test_paths_that_no_graph_has_are_refused() -> None:
     task = ShortestPathTask("3/2/4")  # three nodes, all joined
     with pytest.raises(ValueError, match="expected graphs in which there are such paths, got none for lesson 1"):

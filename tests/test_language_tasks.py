@@ -407,6 +407,8 @@ def test_long_stories_are_left_out_of_training_only(encoding: str, tmp_path: Pat
         ({"min_facts": 9}, "min_facts, max_facts: .* got 9, 8"),
         ({"questions": 0}, "questions: expected an integer, at least 1, got 0"),
         ({"encoding": "letters"}, "encoding: expected one of words, sentences, got 'letters'"),
+        ({"path": "nowhere", "questions": -5}, "questions: expected an integer, at least 1, got -5"),
+        ({"path": "nowhere", "max_facts": -1}, "max_facts: expected an integer, at least 1, got -1"),
         ({"path": "nowhere"}, r"path: expected the folder en-10k of bAbI .* 40 files .* got nowhere: no such folder"),
     ],
 )
@@ -435,7 +437,7 @@ def test_a_folder_that_is_not_whole_says_what_is_missing(tmp_path: Path) -> None
         ("1 Mary moved to the garden.\n2 Where is Mary?", "line 2: expected a question and its answer"),
         ("1 Mary moved to the garden.\tgarden\t1", "line 1: .* or a statement and none"),
         ("1 Mary moved to the garden.\n3 Where is Mary?\tgarden\t1", "line 2: expected number 2 or 1"),
-        ("2 Mary moved to the garden.", "line 1: expected number 1 or 1"),
+        ("2 Mary moved to the garden.", "line 1: expected number 1, got"),
         ("Mary moved to the garden.", "line 1: expected a number, a space and a sentence"),
         ("1 Where is Mary?\t\t1", "line 1: expected question, tab, answer, tab"),
         ("1 Where - is Mary?\tgarden\t1", "line 1: expected no '-'"),

@@ -286,3 +286,7 @@ def test_forgetting() -> None:
         assert engine().waits == 0
     assert cache().instances == [known]
     assert engine().waits == 1
+    assert list(cache().signatures.values()) == [known.signature]
+    for seed in range(2):  # captured from the second call on, as if nothing had been measured
+        results(dnc, *draw(dnc, seed, 2))
+    assert len(cache().instances) == 2

@@ -126,6 +126,18 @@ def test_a_picture_shows_targets_on_the_channels_of_the_output(
     assert run.task.right(20 * (2 * drawn[0].float() - 1).unsqueeze(0), batch).all()
 
 
+def test_another_way_that_is_right_is_not_marked_as_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several shortest paths the target is one."""
+    run = Run(Settings.read("shortest_path", hidden_size=8, memory_size=4, baseline=False), tmp_path)
+    judged = torch.tensor([[[False], [True]]])
+    pages: list[dict[str, Any]] = []
+    monkeypatch.setattr("dnc_triton.report.draw_memory", lambda *arguments: None)
+    monkeypatch.setattr("dnc_triton.report.write_page", lambda *arguments, **named: pages.append(named))
+    monkeypatch.setattr(run.task, "wrong", lambda outputs, batch: judged.expand(1, 2, 1))
+    draw(run, tmp_path)
+    assert pages[0]["wrong"] == [False, True]
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_batch_is_what_its_number_says(name: str) -> None:
     """The same from any worker, in any order; another number, seed or split gives another."""

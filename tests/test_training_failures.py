@@ -300,16 +300,48 @@ def test_the_best_is_what_best_pt_holds(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_rescued_runs_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("a/runs/copy", "a/runs/babi", "b/runs/copy")
+    names = ("a/runs/copy", "a/runs/babi", "b/runs/copy", "a/runs-copy")  # the last has the words of the first
     folders = [tmp_path / f"{name}-20260101-000000" for name in names]
     (tmp_path / "rescue").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
     for folder in folders:
         run = Run(small(steps=1, baseline=False), folder)
         monkeypatch.setattr(run, "save", lambda *name: checkpoint.write(Path("/dev/null/nowhere"), b""))
-        with pytest.raises(OSError, match=f"{folder.name}-1.pt"):
+        with pytest.raises(OSError, match=rf"{folder.name}-[0-9a-f]{{8}}-1\.pt"):
             run.train()
-    assert len(list((tmp_path / "rescue").glob("*.pt"))) == 3
+    assert len(list((tmp_path / "rescue").glob("*.pt"))) == 4
+
+
+def test_a_result_is_written_before_pictures_that_take_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What finds no room leaves the page that was there."""
+    run = Run(small(steps=2, baseline=False), tmp_path)
+    monkeypatch.setattr("dnc_triton.report.EVALUATION_SEQUENCES", 10)
+    assert run.train()
+    (tmp_path / "memory.html").write_text("as it was")
+    write = checkpoint.write
+
+    def full(path: Path, content: bytes) -> None:
+        if path.suffix == ".html":
+            raise OSError(errno.ENOSPC, "No space left", str(path))
+        write(path, content)
+
+    monkeypatch.setattr("dnc_triton.viewer.write", full)
+    with pytest.raises(OSError, match=r"No space left: .*memory\.html"):
+        report(run)
+    assert json.loads((tmp_path / "result.json").read_text())["settings"]["steps"] == 2
+    assert (tmp_path / "memory.html").read_text() == "as it was"
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_tensorboard_cannot_encode_is_no_harm(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
+    assert Run(small(steps=2, baseline=False), folder).train()
+    assert "TensorBoard gets no more of this run" in capsys.readouterr().err
 
 
 def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,13 +439,14 @@ def test_nothing_in_a_checkpoint_is_executed(
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (b"", "cannot be read"),
+        (b"", "cannot be read: EOFError: "),
         (b"no checkpoint at all", "cannot be read"),
+        (b"hello", "cannot be read: KeyError: 101"),
         ({"format": 99}, "expected a checkpoint of format 3, got 99"),
         ([1, 2], "got 'list'"),
         ({"format": checkpoint.FORMAT}, "expected 'settings' of type dict in the checkpoint, got nothing"),
     ],
-    ids=["empty", "garbage", "another version", "a list", "without contents"],
+    ids=["empty", "garbage", "text", "another version", "a list", "without contents"],
 )
 def test_a_damaged_checkpoint_is_refused(
     content: Any, word: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -457,6 +490,13 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path, capsys
     other = Run(small(memory_size=5, num_reads=2), tmp_path / "other")
     with pytest.raises(ValueError, match=r"memory_size is 5 here and 4 there, num_reads is 2 here and 1 there"):
         other.load(content)
+
+    # An earlier version's.
+    earlier = {name: value for name, value in content["settings"].items() if name != "clip"}
+    with pytest.raises(
+        ValueError, match=r"expected the settings task, .*, clip, .* these are on one side alone: clip$"
+    ):
+        other.load({**content, "settings": earlier})
 
     # Settings that do not fit the weights beside them.
     content["settings"]["hidden_size"] = 9

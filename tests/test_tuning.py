@@ -346,6 +346,31 @@ def test_nothing_is_measured_during_capture_but_the_memory_is_used(
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
 
 
+def test_nothing_is_measured_where_a_mode_would_see_it(clock: Clock) -> None:
+    """Or fake it: what was measured of that would be remembered for calls that are real."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for mode in (FakeTensorMode, partial(FlopCounterMode, display=False)):
+        with mode():
+            assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW), "the first"
+    assert not clock.asked
+    assert not files()
+    tuning.fastest(PROBLEM, STEPS)
+    with FakeTensorMode():
+        assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST), "what is remembered"
+
+
+def test_it_is_measured_without_the_autocast_of_a_call() -> None:
+    """Of which its name in the file says nothing."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with tuning._as_measured(PROBLEM):
+            assert not torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 def test_nothing_is_measured_while_tracing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the default for the size is taken, whatever is remembered: a traced function may not look at a file."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -402,17 +427,26 @@ def test_what_fails_is_not_chosen_and_said_once(
     assert message.endswith(str(out_of(what)))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["PyTorch", "Triton", "cuBLAS"],
+)
 def test_what_finds_no_memory_is_not_chosen_in_this_process(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another one may have more, and the batch that is measured is up to twice as large."""
-    clock = Clock(fast=out_of("memory"), slow=30.0, reference=900.0)
+    clock = Clock(fast=error, slow=30.0, reference=900.0)
     monkeypatch.setattr(tuning, "_measure", clock)
     for _ in range(2):
         assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
         assert tuning.is_settled(PROBLEM, STEPS)
     (message,) = caplog.messages
-    assert message.endswith("CUDA out of memory")
+    assert message.endswith(str(error))
     forget()
     assert not tuning.is_settled(PROBLEM, STEPS)
     clock.microseconds["fast"] = 10.0

@@ -44,6 +44,9 @@ def make_trace(batch: int = 2, steps: int = STEPS) -> Trace:
 def test_bit_symbols_are_columns():
     assert bit_symbols(torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])) == ["■\n·\n·", "·\n·\n■"]
     assert bit_symbols(torch.zeros(0, 3)) == []
+    for bits in (torch.zeros(4, 4, 3), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"^bits: expected the shape \[T, channels\] of one sequence, got \["):
+            bit_symbols(bits)
 
 
 def test_a_trace_with_its_graph_is_drawn(tmp_path):
@@ -60,6 +63,10 @@ def test_a_trace_with_its_graph_is_drawn(tmp_path):
     for name in ("memory.png", "again.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     write_page(trace, tmp_path / "memory.html", **SYMBOLS, title=TITLE)
+    for name, given in (("inputs", (inputs, targets)), ("targets", (inputs[0], targets[:3]))):
+        with pytest.raises(ValueError, match=rf"^{name}: expected the shape \[{STEPS}, channels\] of one sequence"):
+            draw_memory(trace, *given, tmp_path / "bad.png")
+    assert not (tmp_path / "bad.png").exists()
 
 
 def test_a_long_sequence_in_a_large_memory_stays_small(tmp_path):
@@ -80,6 +87,10 @@ def test_symbols_are_one_string_per_step(name, tmp_path):
         write_page(make_trace(), tmp_path / "page.html", **(SYMBOLS | {name: ["a"] * 5}), title="")
     with pytest.raises(TypeError, match=rf"^{name}: expected a list of strings, got \[0, 0, 0, 0, 0, 0\]"):
         write_page(make_trace(), tmp_path / "page.html", **(SYMBOLS | {name: [0] * 6}), title="")
+    with pytest.raises(TypeError, match=rf"^{name}: expected a list of strings, got None"):
+        write_page(make_trace(), tmp_path / "page.html", **(SYMBOLS | {name: None}), title="")
+    with pytest.raises(ValueError, match=r"^wrong: expected 6 marks, one per step of the trace, got 1"):
+        write_page(make_trace(), tmp_path / "page.html", **SYMBOLS, title="", wrong=[True])
     assert not list(tmp_path.iterdir())
 
 

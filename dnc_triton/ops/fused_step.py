@@ -152,6 +152,16 @@ def _zero_filled(gradients: tuple[Tensor | None, ...], state: list[Tensor]) -> l
 _step.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _no_second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "second derivatives: expected backend='reference', whose backward is differentiable, got the step's kernels, "
+        "whose backward is written by hand"
+    )
+
+
+_step_backward.register_autograd(_no_second_backward)
+
+
 class _Step(torch.autograd.Function):
     """The operator for autograd in eager mode: without schemas and checks."""
 

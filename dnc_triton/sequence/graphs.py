@@ -373,6 +373,7 @@ def forgetting() -> Iterator[None]:
         with _lock:
             for graphs in _graphs.values():
                 graphs.forget([x for x in graphs.instances if x.signature not in known])
+                graphs.signatures = {key: x for key, x in graphs.signatures.items() if x in known}
 
 
 @contextmanager

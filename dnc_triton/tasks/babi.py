@@ -60,9 +60,9 @@ class BabiTask(SymbolTask):
         "path": "the folder en-10k of bAbI; without it stories of the kinds 1 to 3 are generated",
         "kinds": "numbers of the kinds, with commas between them; without it all",
         "max_words": "longer stories are left out of training; with a path",
-        "min_facts": "statements in the shortest generated story",
-        "max_facts": "statements in the longest generated story",
-        "questions": "questions in a generated story, fewer where it has too few statements",
+        "min_facts": "statements in the shortest generated story; without a path",
+        "max_facts": "statements in the longest generated story; without a path",
+        "questions": "questions in a generated story, fewer where it has too few statements; without a path",
         "encoding": "words: a step is a word; sentences: a step is all words of a sentence, without their order",
     }
 
@@ -80,8 +80,9 @@ class BabiTask(SymbolTask):
             raise ValueError(f"encoding: expected one of {', '.join(ENCODINGS)}, got {encoding!r}")
         self.encoding = encoding
         numbers = _kinds(kinds, PUBLISHED_KINDS if path is not None else KINDS)
+        for name, number in (("questions", questions), ("min_facts", min_facts), ("max_facts", max_facts)):
+            check_at_least(name, number, 1)
         if path is None:
-            check_at_least("questions", questions, 1)
             if not max(numbers) <= min_facts <= max_facts:
                 raise ValueError(
                     f"min_facts, max_facts: expected {max(numbers)} ≤ min_facts ≤ max_facts with kind {max(numbers)}, "

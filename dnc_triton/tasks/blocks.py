@@ -179,7 +179,8 @@ class BlockPuzzleTask(PlanningTask):
         if boards > MOST_BOARDS:
             raise ValueError(
                 f"board_size, curriculum: expected at most {MOST_BOARDS} boards, all of which are made, "
-                f"got {board_size} columns, {self.num_blocks} blocks: {boards} boards"
+                f"got {board_size} columns, {self.num_blocks} blocks: "
+                + (f"{boards} boards" if boards < 10**15 else "more than 10**15 boards")
             )
         self.vocabulary = [f"{a + 1}>{b + 1}" for a, b in moves_of(board_size)] + ["pass"]
         self.output_size = len(self.vocabulary)

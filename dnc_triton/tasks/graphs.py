@@ -12,6 +12,7 @@ from dnc_triton.tasks.base import Batch, SymbolTask, check_at_least
 from dnc_triton.tasks.curriculum import Span, describe, integers, lesson_of, read_curriculum, with_earlier
 from dnc_triton.tasks.planning import Judged, PlanningTask, first_answer, log_sum
 
+MOST_LABELS = 10**6
 TRIES = 100  # rounds of graphs drawn before there is none with such a path
 FAR = 2**31  # moves to a goal that cannot be reached
 
@@ -107,6 +108,11 @@ class GraphTask(SymbolTask):
             raise ValueError(
                 f"base, num_digits: expected a label for each of up to {most} nodes, got {base}, {num_digits}: "
                 f"{self.num_labels} labels"
+            )
+        if self.num_labels > MOST_LABELS:
+            raise ValueError(
+                f"base, num_digits: expected at most {MOST_LABELS} labels, of which each graph draws its own, "
+                f"got {base}, {num_digits}"
             )
         self.vocabulary = [str(digit) for digit in range(base)]
         self.output_size = 3 * num_digits * base

@@ -64,7 +64,8 @@ def read_stories(path: Path) -> list[list[Line]]:
         if int(numbered[1]) == 1:
             stories.append([])
         elif int(numbered[1]) != expected:
-            raise ValueError(f"{where}: expected number {expected} or 1, got {line!r}")
+            numbers = "1" if expected == 1 else f"{expected} or 1"
+            raise ValueError(f"{where}: expected number {numbers}, got {line!r}")
         text, *rest = (part.strip() for part in numbered[2].split("\t"))
         if ANSWER in words(text):
             raise ValueError(f"{where}: expected no {ANSWER!r}, which stands for an answer, got {line!r}")
