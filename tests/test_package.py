@@ -73,8 +73,8 @@ def test_the_wheel_puts_two_names_into_site_packages(wheel, installed):
 def test_the_wheel_has_all_modules_types_and_the_license(wheel):
     names = contents(wheel)
     for package, source in (("dnc_triton", ROOT / "dnc_triton"), ("dnc_reference", ROOT / "reference/dnc_reference")):
-        modules = {f"{package}/{path.relative_to(source).as_posix()}" for path in source.rglob("*.py")}
-        assert modules <= names
+        sources = [path for kind in ("py", "cpp", "html", "toml") for path in source.rglob(f"*.{kind}")]
+        assert {f"{package}/{path.relative_to(source).as_posix()}" for path in sources} <= names
         assert f"{package}/py.typed" in names
     assert f"dnc_triton-{dnc_triton.__version__}.dist-info/licenses/LICENSE" in names
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dnc_triton.sequence import pool
+from dnc_reference.types import MemoryState
+from dnc_triton.sequence import link, pool
 from dnc_triton.sequence.compiler import Like, like_of, machine_code, sum_down
 from dnc_triton.sequence.history import Carried, History, Plan, Settings
 from dnc_triton.sequence.loop import Before, Sequence
@@ -86,13 +87,13 @@ def step_alone(
     What a sequence prepares takes longer than such a step.
     """
     state = before.flatten()
-    memory, link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
+    new_memory, new_link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
     tensors = [inputs.contiguous(), *state, *parameters]
     likes = tuple(map(like_of, tensors))
     settings, counts = settings._replace(checkpoint=1), (1, len(state), len(parameters))
     compiled = _compile_alone(settings, before.words.shape[1], counts, likes, torch.get_num_threads())
-    outputs, usage, *others = compiled(*tensors, memory, link)
-    return outputs, [memory, usage, link, *others]
+    outputs, usage, *others = compiled(*tensors, new_memory, new_link)
+    return outputs, [new_memory, usage, new_link, *others]
 
 
 class _Memory(TorchMemory):
@@ -100,9 +101,27 @@ class _Memory(TorchMemory):
 
     Attributes:
         numbers: [N], of the slots. To compare integers takes vectors of floating-point numbers several instructions.
+        own_link: whether link.cpp makes the link.
     """
 
     numbers: Tensor
+    own_link: bool
+
+    def replay(self, step: int, prev: MemoryState, new: MemoryState) -> None:
+        """To the same bits: by what made the link the first time, whatever is read from it."""
+        if not self.own_link:
+            super().replay(step, prev, new)
+            return
+        self._write(step, prev, new)
+        link.follow(*_of_link(prev, new), new.link)
+
+    def _follow(self, prev: MemoryState, new: MemoryState, backward: Tensor, forward: Tensor) -> None:
+        if not self.own_link:
+            super()._follow(prev, new, backward, forward)
+            return
+        followed = link.follow(*_of_link(prev, new), new.link)
+        for weights, made in zip((backward, forward), followed, strict=True):
+            weights.copy_(made)
 
     def _update_link(self, prev_link: Tensor, precedence: Tensor, write_weights: Tensor, link: Tensor) -> None:
         """Without a diagonal that is written on its own."""
@@ -121,6 +140,12 @@ class _Memory(TorchMemory):
         d_precedence: Tensor,
     ) -> None:
         """Without a diagonal, or a sum of outer products, that is written on its own; in place, which caches like."""
+        if self.own_link:
+            d_read, d_write, d_before = link.follow_backward(prev_link, precedence, write_weights, self.linked, d_link)
+            d_read_weights.copy_(d_read)
+            d_write_weights.add_(d_write)
+            d_precedence.add_(d_before)
+            return
         linked = self.linked.unbind(1)
         terms = zip(linked[: 2 * self.reads], linked[self.reads :], strict=True)
         by_new = reduce(torch.add, (a.unsqueeze(2) * b.unsqueeze(1) for a, b in terms), d_link)
@@ -137,6 +162,11 @@ class _Memory(TorchMemory):
 
     def _sum_of_later(self, row: Tensor) -> Tensor:
         return torch.where(self.numbers > self.numbers.unsqueeze(1), row.unsqueeze(1), 0).sum(2)
+
+
+def _of_link(prev: MemoryState, new: MemoryState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the new link, and what is read from it, is made of."""
+    return prev.link, prev.precedence, new.write_weights, prev.read_weights
 
 
 class _Step(Sequence):
@@ -182,7 +212,7 @@ class _Step(Sequence):
         self.vectors = vectors.unbind(0)
         self.cells = self._make_cells()
         self.memory = self._memory(before.memory.memory, before.words.shape[1])
-        self.memory.numbers = numbers
+        self.memory.numbers, self.memory.own_link = numbers, link.serves(before.memory.memory)
 
     def _at(self, step: int) -> Carried:
         return self.states[step]
@@ -233,14 +263,15 @@ def _compile(
         parameters, running, reset, dropout, before, after, kept, gradients = (
             list(islice(remaining, count)) for count in counts
         )
-        memory, link, row = before
+        memory, prev_link, row = before
         hidden_size = parameters[-2].shape[1] - reads * memory.shape[-1]
         plan = Plan(settings, memory, reads, hidden_size)
         of_network = settings, parameters, input_size, running, reset, dropout
-        prev = Carried.of(memory, link, plan.carried.cut(row), layers)
+        prev = Carried.of(memory, prev_link, plan.carried.cut(row), layers)
         # What is written forward goes to tensors of its own, which are copied at the end, each buffer as a whole: of
         # writes to parts of what it is given the compiler loses the order.
-        own_memory, own_link = after[:2] if part == "backward" else map(torch.empty_like, (memory, link))
+        own_memory, own_link = after[:2] if part == "backward" else map(torch.empty_like, (memory, prev_link))
+        own_link = after[1] if link.serves(memory) else own_link
         if part == "forward":
             light, own = ([row.new_empty(shape) for shape in parts.shapes] for parts in (plan.carried, plan.kept))
             gates, others = [tensor.clone() for tensor in kept[:layers]], list(map(torch.empty_like, kept[layers:]))
@@ -261,8 +292,7 @@ def _compile(
             else:
                 d, (d_hidden, d_words, *made) = gradients[: len(prev.flatten())], gradients[len(prev.flatten()) :]
                 results = step.run_backward(Carried.unflatten(d, layers), d_hidden, d_words)
-        for buffer, result in zip(made, results, strict=True):
-            buffer.copy_(result)
+        _copy_all(made, results)
         return ()
 
     return machine_code(traced, likes, likes[sum(counts[:4])])
@@ -281,22 +311,28 @@ def _compile_alone(
         remaining = iter(tensors)
         (inputs,), state, parameters, large = (list(islice(remaining, count)) for count in (*counts, 2))
         prev = Carried.unflatten(state, settings.num_layers)
-        memory, link = prev.memory.memory, prev.memory.link
+        memory, prev_link = prev.memory.memory, prev.memory.link
         plan = Plan(settings, memory, reads, parameters[-2].shape[1] - reads * memory.shape[-1])
         carried, (free_list,), *each, kept = (
             [memory.new_empty(shape, dtype=parts.dtype) for shape in parts.shapes]
             for parts in (plan.carried, *plan.others, *plan.by_step)
         )
         *gates, vector = (tensor for (tensor,) in each)
-        new = Carried.of(torch.empty_like(memory), torch.empty_like(link), carried, settings.num_layers)
+        own_link = large[1] if link.serves(memory) else torch.empty_like(prev_link)
+        new = Carried.of(torch.empty_like(memory), own_link, carried, settings.num_layers)
         if settings.cell.states == 0:  # where hidden vectors go, which are not returned
             prev = prev._replace(layers=new.layers)
         cells, of_memory = plan.split(kept)
         written = gates, vector, cells, [*of_memory, free_list]
         step = _Step(settings, parameters, inputs.shape[-1], [], [], [], prev, new, *written, numbers)
         outputs, states = step.run_alone(inputs), new.flatten()[: len(state)]
-        for buffer, result in zip(large, (states.pop(0), states.pop(1)), strict=True):
-            buffer.copy_(result)
+        _copy_all(large, [states.pop(0), states.pop(1)])
         return [outputs, *states]
 
     return machine_code(traced, (*likes, likes[1], likes[3]), likes[1], returns=True)
+
+
+def _copy_all(buffers: list[Tensor], results: list[Tensor]) -> None:
+    for buffer, result in zip(buffers, results, strict=True):
+        if buffer is not result:
+            buffer.copy_(result)

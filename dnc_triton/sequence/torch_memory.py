@@ -203,16 +203,15 @@ class TorchMemory:
         )  # fmt: skip
         torch.lerp(write_content, allocation, allocation_gate, out=row)
         torch.mul(row, write_gate, out=write_weights)
-        self.replay(step, prev, new)
+        self._write(step, prev, new)
         self._norm(new.memory, kept.new_norms)
         torch.sum(write_weights, -1, keepdim=True, out=self.sum)
         torch.sub(one, self.sum, out=self.sum)
         torch.addcmul(write_weights, self.sum, prev.precedence.squeeze(1), out=new.precedence.squeeze(1))
 
         # Read.
-        link, (backward, forward, content) = new.link.squeeze(1), kept.ways.unbind(0)
-        torch.bmm(prev.read_weights, link, out=backward)
-        torch.bmm(prev.read_weights, link.mT, out=forward)
+        backward, forward, content = kept.ways.unbind(0)
+        self._follow(prev, new, backward, forward)
         self._look_up(
             new.memory, kept.new_norms, raw.keys[:, :reads], kept.key_norms[:, :reads], kept.strengths[:, :reads],
             kept.read_similarity, content, self.heads,
@@ -222,18 +221,17 @@ class TorchMemory:
         torch.bmm(new.read_weights, new.memory, out=read_words)
 
     def replay(self, step: int, prev: MemoryState, new: MemoryState) -> None:
-        """Memory and link of `new` from `prev` and the write weights of `new`, without the addressing before them.
+        """Memory and link of `new` from `prev` and the write weights of `new`, without the addressing before them."""
+        self._write(step, prev, new)
+        self._update_link(prev.link.squeeze(1), prev.precedence, new.write_weights, new.link.squeeze(1))
 
-        M' = M ∘ (1 − w eᵀ) + w vᵀ;  L'[i,j] = L + w[i] (p[j] − L) − w[j] L, in two passes over L.
-        """
+    def _write(self, step: int, prev: MemoryState, new: MemoryState) -> None:
+        """M' = M ∘ (1 − w eᵀ) + w vᵀ."""
         column = new.write_weights.mT
         erase, *_ = self._gates(self.kept[step].squashed)
         torch.addcmul(self.one, column, erase.unsqueeze(1), value=-1, out=self.words)
         torch.mul(prev.memory, self.words, out=new.memory)
         new.memory.addcmul_(column, self.vectors[step].write_vector)
-
-        prev_link, link = prev.link.squeeze(1), new.link.squeeze(1)
-        self._update_link(prev_link, prev.precedence, new.write_weights, link)
 
     def begin_backward(self, usage: Tensor, read_weights: Tensor, write_weights: Tensor, d_vectors: Tensor) -> None:
         """Before the last step: all slopes.
@@ -373,8 +371,15 @@ class TorchMemory:
         self.d_vectors[step].mul_(slopes.vectors)
         return d
 
+    def _follow(self, prev: MemoryState, new: MemoryState, backward: Tensor, forward: Tensor) -> None:
+        """Sets the link of `new` and the backward and forward weights [B, R, N]."""
+        link = new.link.squeeze(1)
+        self._update_link(prev.link.squeeze(1), prev.precedence, new.write_weights, link)
+        torch.bmm(prev.read_weights, link, out=backward)
+        torch.bmm(prev.read_weights, link.mT, out=forward)
+
     def _update_link(self, prev_link: Tensor, precedence: Tensor, write_weights: Tensor, link: Tensor) -> None:
-        """Sets `link` [B, N, N]; precedence and write weights [B, 1, N]."""
+        """L'[i,j] = L + w[i] (p[j] − L) − w[j] L, in two passes over L. Sets `link` [B, N, N]; rows are [B, 1, N]."""
         torch.lerp(prev_link, precedence, write_weights.mT, out=link)
         link.addcmul_(prev_link, write_weights, value=-1)
         link.diagonal(dim1=-2, dim2=-1).zero_()

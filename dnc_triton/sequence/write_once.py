@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ def _read_instead(graph: Graph, source: Node, copy: Node) -> None:
     chain = [source]
     while chain[0].target in _VIEWS and chain[0].args[0].op == "call_function":  # type: ignore[union-attr]
         chain.insert(0, chain[0].args[0])  # type: ignore[arg-type]
+    if (
+        chain[0].target is operator.getitem
+    ):  # of an operator that writes where it likes, or, told so later, to the buffer
+        return
     for node, view in zip(chain, [*chain[1:], copy], strict=True):
         node.append(view)
     for node in chain:

@@ -1,0 +1,167 @@
+"""A large link on a CPU by link.cpp: against its equations, and in the compiled sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from sequence_parity import assert_parity, draw, make, operation, outcome, total
+from torch import Tensor
+
+from dnc_triton import dispatch
+from dnc_triton.sequence import compiled, link
+
+pytestmark = pytest.mark.skipif(not dispatch.HAS_COMPILER, reason="no C++ compiler")
+
+# Less than a vector, no multiple of one, more than one chunk of rows; a batch of one.
+SIZES = [(2, 1, 1), (2, 5, 1), (3, 37, 3), (2, 130, 4), (1, 300, 8)]
+
+
+def problem(batch: int, slots: int, reads: int, dtype: torch.dtype, *, grad: bool = False) -> list[Tensor]:
+    """Link [B, 1, N, N], precedence and write weights [B, 1, N], read weights [B, R, N]."""
+    torch.manual_seed(0)
+    shapes = ((1, slots, slots), (1, slots), (1, slots), (reads, slots))
+    before, *others = (torch.rand(batch, *shape, dtype=torch.float64) / slots for shape in shapes)
+    before.diagonal(dim1=2, dim2=3).zero_()
+    return [x.to(dtype).requires_grad_(grad) for x in (before, *others)]
+
+
+def followed(before: Tensor, precedence: Tensor, write_weights: Tensor, read_weights: Tensor) -> tuple[Tensor, ...]:
+    """The equations: the new link, backward and forward weights."""
+    before = before.squeeze(1)
+    column, off_diagonal = write_weights.mT, ~torch.eye(before.shape[-1], dtype=torch.bool)
+    new = (before + column * (precedence - before) - write_weights * before) * off_diagonal
+    return new.unsqueeze(1), read_weights @ new, read_weights @ new.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_forward_and_backward_are_what_the_equations_say(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    close = {torch.float64: dict(rtol=1e-13, atol=1e-15), torch.float32: dict(rtol=1e-5, atol=1e-6)}[dtype]
+    given = problem(*sizes, dtype)
+    new = torch.full_like(given[0], torch.nan)
+    made = new, *link.follow(*given, new)
+    leaves = problem(*sizes, torch.float64, grad=True)
+    expected = followed(*leaves)
+    for actual, right in zip(made, expected, strict=True):
+        torch.testing.assert_close(actual, right.detach().to(dtype), **close)
+
+    gradients = [torch.randn_like(x) for x in expected]
+    right = torch.autograd.grad(expected, leaves, gradients)
+    d_link, d_backward, d_forward = (x.to(dtype) for x in gradients)
+    linked = torch.cat([d_forward, given[3], d_backward], 1)
+    d_read, d_write, d_precedence = link.follow_backward(given[0].squeeze(1), *given[1:3], linked, d_link.squeeze(1))
+    for actual, expects in zip((d_link, d_precedence, d_write, d_read), right, strict=True):
+        torch.testing.assert_close(actual, expects.to(dtype), rtol=close["rtol"], atol=50 * close["atol"])
+
+
+def test_the_same_bits_by_any_number_of_threads() -> None:
+    given = problem(3, 300, 4, torch.float32)
+    linked, d_link = torch.randn(3, 12, 300), torch.randn(3, 300, 300)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            new, d = torch.empty_like(given[0]), d_link.clone()
+            results.append((new, *link.follow(*given, new), d, *link.follow_backward(given[0], *given[1:3], linked, d)))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert_same_bits(others, results[0])
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    given = problem(2, 40, 2, torch.float32)
+    right = torch.empty_like(given[0])
+    link.follow(*given, right)
+    given[0][1, 0, 3, 4] = torch.nan
+    new = torch.empty_like(right)
+    backward, forward = link.follow(*given, new)
+    assert_same_bits(new[0], right[0])
+    assert new[1, 0, 3, 4].isnan()
+    assert backward[1, :, 4].isnan().all()
+    assert forward[1, :, 3].isnan().all()
+
+
+def test_operators() -> None:
+    given = problem(2, 5, 2, torch.float64)
+    torch.library.opcheck(link.follow, (*given, torch.empty_like(given[0])))
+    linked, d_link = torch.randn(2, 6, 5, dtype=torch.float64), torch.randn(2, 5, 5, dtype=torch.float64)
+    torch.library.opcheck(link.follow_backward, (given[0].squeeze(1), *given[1:3], linked, d_link))
+
+
+def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = (torch.empty(8, slots, 1, device="meta") for slots in (256, 255))
+    assert link.serves(large)
+    assert not link.serves(small)
+    assert not link.serves(large.bfloat16())
+    monkeypatch.setattr("sys.platform", "win32")
+    assert not link.serves(large)
+
+
+# --- in the compiled sequence
+
+
+@pytest.fixture(name="all_are_large")
+def _all_are_large(monkeypatch: pytest.MonkeyPatch):
+    """What is compiled meanwhile is not for others, nor what was before."""
+    caches = compiled._compile, compiled._compile_alone
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(link, "LARGE", 1)
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("all_are_large")
+def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    exact = link._call
+    monkeypatch.setattr(link, "_call", lambda name, *others: called.append(name) or exact(name, *others))
+    dnc = make("torch_compiled", clip=0.1, memory_size=9)
+    inputs, state = draw(dnc)
+    assert_parity(dnc, inputs, state)
+    assert set(called) == {"link_forward", "link_backward"}
+
+
+@pytest.mark.slow  # compiles for a minute, as the next one
+@pytest.mark.usefixtures("all_are_large")
+def test_lean_and_full() -> None:
+    lean, full = (make("torch_compiled", clip=0.1, memory_size=9, checkpoint=every) for every in (2, None))
+    assert_same_bits(*(outcome(operation, each, *draw(each)) for each in (lean, full)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("all_are_large")
+@pytest.mark.parametrize("choice", [dict(controller="gru"), dict(num_reads=1, memory_size=70)], ids=str)
+def test_parity_with_masks_and_by_steps(choice: dict) -> None:
+    dnc = make("torch_compiled", stop_usage_gradient=True, **choice)
+    inputs, state = draw(dnc)
+    reset = torch.zeros(inputs.shape[:2], dtype=torch.bool)
+    if "memory_size" not in choice:  # of many empty slots, which an ulp tells apart, no order is right
+        reset[2, 1] = reset[0, 0] = True
+    assert_parity(dnc, inputs, state, lengths=[5, 2, 4], reset=reset)
+    with torch.no_grad():
+        whole, last = dnc(inputs, state)
+        for step, given in enumerate(inputs):
+            output, state = dnc.step(given, state)
+            torch.testing.assert_close(output, whole[step], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(total(state), total(last), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.slow  # compiles
+def test_large_links_are_written_where_they_belong() -> None:
+    """No copy of one before link.cpp writes to it, and none after."""
+    from test_sequence_compiled import count_allocations
+
+    dnc = make("torch_compiled", memory_size=512, dtype=torch.float32)
+    inputs, state = draw(dnc, steps=4, batch=2)
+    size = state.memory.link.nbytes
+    with torch.no_grad():
+        dnc.step(inputs[0], state)
+        assert count_allocations(size, dnc.step, inputs[0], state) == 0, "its own is large enough for the pool"
+    dnc(inputs, state)[0].sum().backward()
+    assert count_allocations(size, dnc, inputs, state) == 0
+    outputs = dnc(inputs, state)[0].sum()
+    assert count_allocations(size, outputs.backward) == 0
