@@ -142,7 +142,7 @@ def test_parity_with_masks_and_by_steps(choice: dict) -> None:
     if "memory_size" not in choice:  # of many empty slots, which an ulp tells apart, no order is right
         reset[2, 1] = reset[0, 0] = True
     assert_parity(dnc, inputs, state, lengths=[5, 2, 4], reset=reset)
-    with torch.no_grad():
+    with torch.inference_mode():
         whole, last = dnc(inputs, state)
         for step, given in enumerate(inputs):
             output, state = dnc.step(given, state)

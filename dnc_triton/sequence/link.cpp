@@ -1,5 +1,5 @@
-// Links on a CPU, each read and written once a step: forward the new link and what is read from it, backward the adjoint
-// of both. Compiled with NUMBER, float or double, and READS, which is R. Equations and letters are those of
+// Links on a CPU, each read and written once a step: forward the new link and what is read from it, backward the
+// adjoint of both. Compiled with NUMBER, float or double, and READS, which is R. Equations and letters are those of
 // torch_memory.py; all is contiguous.
 
 #include <cstdint>
@@ -11,7 +11,7 @@ constexpr int64_t LANES = sizeof(Vector) / sizeof(NUMBER);
 constexpr int TOGETHER = 4;     // rows, for which what belongs to a column is loaded once
 constexpr int64_t CHUNK = 128;  // rows over which columns are added up at a time, however many threads there are
 
-// Ask for what will be read, or written, when the next rows are due: a row is too short for the processor to foresee it.
+// Ask for what will be read, or written, when the next rows are due: a row is too short for a processor to foresee it.
 inline void expect_read(const NUMBER *place) { __builtin_prefetch(place, 0); }
 inline void expect_write(const NUMBER *place) { __builtin_prefetch(place, 1); }
 
@@ -52,8 +52,8 @@ struct Forward {
     NUMBER of_row(int which, int64_t row) const { return read_weights[which * slots + row]; }
 
     template <class V, int ROWS>
-    void columns(int64_t row, int64_t j, V number, const NUMBER (&write_weight)[ROWS], const NUMBER (&reads)[ROWS][OF_ROW],
-                 V (&down)[DOWN], V (&across)[ROWS][ACROSS]) const {
+    void columns(int64_t row, int64_t j, V number, const NUMBER (&write_weight)[ROWS],
+                 const NUMBER (&reads)[ROWS][OF_ROW], V (&down)[DOWN], V (&across)[ROWS][ACROSS]) const {
         using At = Columns<V>;
         V p = At::load(precedence + j), w = At::load(write_weights + j), weights[READS];
         V before[ROWS];
@@ -93,8 +93,8 @@ struct Backward {
     NUMBER of_row(int which, int64_t row) const { return linked[which * slots + row]; }
 
     template <class V, int ROWS>
-    void columns(int64_t row, int64_t j, V number, const NUMBER (&write_weight)[ROWS], const NUMBER (&left)[ROWS][OF_ROW],
-                 V (&down)[DOWN], V (&across)[ROWS][ACROSS]) const {
+    void columns(int64_t row, int64_t j, V number, const NUMBER (&write_weight)[ROWS],
+                 const NUMBER (&left)[ROWS][OF_ROW], V (&down)[DOWN], V (&across)[ROWS][ACROSS]) const {
         using At = Columns<V>;
         V p = At::load(precedence + j), w = At::load(write_weights + j), right[2 * READS];
         for (int r = 0; r < 2 * READS; ++r) right[r] = At::load(linked + (READS + r) * slots + j);
@@ -144,7 +144,8 @@ template <int ROWS, class Pass> void rows(const Pass &pass, NUMBER *sums, int64_
     int64_t j = 0;
     for (; j + LANES <= pass.slots; j += LANES, number += NUMBER(LANES))
         add_columns<Pass, Vector, ROWS>(pass, sums, row, j, number, write_weight, of_row, across);
-    for (; j < pass.slots; ++j) add_columns<Pass, NUMBER, ROWS>(pass, sums, row, j, NUMBER(j), write_weight, of_row, rest);
+    for (; j < pass.slots; ++j)
+        add_columns<Pass, NUMBER, ROWS>(pass, sums, row, j, NUMBER(j), write_weight, of_row, rest);
     for (int k = 0; k < ROWS; ++k)
         for (int which = 0; which < Pass::ACROSS; ++which)
             pass.finish(which, row + k, Columns<Vector>::sum(across[k][which]) + rest[k][which]);
@@ -168,8 +169,13 @@ extern "C" void link_forward(int64_t threads, int64_t batch, int64_t slots, NUMB
 #pragma omp for collapse(2)
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t c = 0; c < chunks; ++c) {
-                Forward pass{slots,           link + b * square,         precedence + b * slots, write_weights + b * slots,
-                             read_weights + b * heads, new_link + b * square, forward + b * heads};
+                Forward pass{slots,
+                             link + b * square,
+                             precedence + b * slots,
+                             write_weights + b * slots,
+                             read_weights + b * heads,
+                             new_link + b * square,
+                             forward + b * heads};
                 chunk(pass, sums + (b * chunks + c) * Forward::DOWN * slots, c * CHUNK);
             }
 #pragma omp for
@@ -184,16 +190,22 @@ extern "C" void link_forward(int64_t threads, int64_t batch, int64_t slots, NUMB
 
 // sums: [B, chunks, READS + 2, N]. linked: [B, 3R, N]. d_write_weights, d_precedence: [B, N]. Others as above.
 extern "C" void link_backward(int64_t threads, int64_t batch, int64_t slots, NUMBER *sums, const NUMBER *link,
-                              const NUMBER *precedence, const NUMBER *write_weights, const NUMBER *linked, NUMBER *d_link,
-                              NUMBER *d_read_weights, NUMBER *d_write_weights, NUMBER *d_precedence) {
+                              const NUMBER *precedence, const NUMBER *write_weights, const NUMBER *linked,
+                              NUMBER *d_link, NUMBER *d_read_weights, NUMBER *d_write_weights, NUMBER *d_precedence) {
     const int64_t chunks = (slots + CHUNK - 1) / CHUNK, square = slots * slots, heads = READS * slots;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for collapse(2)
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t c = 0; c < chunks; ++c) {
-                Backward pass{slots,          link + b * square, precedence + b * slots, write_weights + b * slots,
-                              linked + 3 * b * heads, d_link + b * square, d_read_weights + b * heads, d_write_weights + b * slots};
+                Backward pass{slots,
+                              link + b * square,
+                              precedence + b * slots,
+                              write_weights + b * slots,
+                              linked + 3 * b * heads,
+                              d_link + b * square,
+                              d_read_weights + b * heads,
+                              d_write_weights + b * slots};
                 chunk(pass, sums + (b * chunks + c) * Backward::DOWN * slots, c * CHUNK);
             }
 #pragma omp for
