@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 from helpers import assert_same_bits
@@ -68,6 +71,15 @@ def test_the_same_bits_by_any_number_of_threads() -> None:
         torch.set_num_threads(threads)
     for others in results[1:]:
         assert_same_bits(others, results[0])
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nothing to look into a library with")
+def test_a_library_shows_no_more_than_its_two_functions() -> None:
+    """Others, with other numbers of read heads, have parts of the same names."""
+    library = link._library(torch.float32, 4)._name
+    table = subprocess.run(["nm", "-DC", library], capture_output=True, text=True, check=True)
+    shown = [line.split() for line in table.stdout.splitlines() if line[:1].isalnum()]  # what has an address in it
+    assert [name.lstrip("_") for _, _, *names in shown for name in names] == ["link_backward", "link_forward"]
 
 
 def test_a_nan_stays_in_its_row() -> None:

@@ -11,6 +11,8 @@ constexpr int64_t LANES = sizeof(Vector) / sizeof(NUMBER);
 constexpr int TOGETHER = 4;     // rows, for which what belongs to a column is loaded once
 constexpr int64_t CHUNK = 128;  // rows over which columns are added up at a time, however many threads there are
 
+namespace {  // of which another library, for other READS, has functions of the same name
+
 // Ask for what will be read, or written, when the next rows are due: a row is too short for a processor to foresee it.
 inline void expect_read(const NUMBER *place) { __builtin_prefetch(place, 0); }
 inline void expect_write(const NUMBER *place) { __builtin_prefetch(place, 1); }
@@ -159,6 +161,8 @@ template <class Pass> void chunk(const Pass &pass, NUMBER *sums, int64_t first) 
     for (; row < end; ++row) rows<1>(pass, sums, row);
 }
 
+}  // namespace
+
 // sums: [B, chunks, READS, N]. link to new_link: [B, N, N]. precedence, write_weights: [B, N]. Others: [B, R, N].
 extern "C" void link_forward(int64_t threads, int64_t batch, int64_t slots, NUMBER *sums, const NUMBER *link,
                              const NUMBER *precedence, const NUMBER *write_weights, const NUMBER *read_weights,
@@ -178,7 +182,7 @@ extern "C" void link_forward(int64_t threads, int64_t batch, int64_t slots, NUMB
                              forward + b * heads};
                 chunk(pass, sums + (b * chunks + c) * Forward::DOWN * slots, c * CHUNK);
             }
-#pragma omp for
+#pragma omp for collapse(2)
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t place = 0; place < heads; ++place) {
                 NUMBER total = 0;
@@ -208,7 +212,7 @@ extern "C" void link_backward(int64_t threads, int64_t batch, int64_t slots, NUM
                               d_write_weights + b * slots};
                 chunk(pass, sums + (b * chunks + c) * Backward::DOWN * slots, c * CHUNK);
             }
-#pragma omp for
+#pragma omp for collapse(2)
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t place = 0; place < Backward::DOWN * slots; ++place) {
                 NUMBER total = 0;
