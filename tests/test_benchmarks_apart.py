@@ -42,7 +42,8 @@ if how == "half":
 @pytest.fixture
 def child(tmp_path, monkeypatch):
     """Has the peer's process do as it is told. Returns what sets that, and the list of commands that were asked for."""
-    record = apart.files.record_of(measure.Row(CASE, "", "", "measured", ms_per_step_p50=6.0))
+    times = {f"ms_per_step_p{percentile}": 6.0 for percentile in (20, 50, 80)}
+    record = apart.files.record_of(measure.Row(CASE, "", "", "measured", **times))
     exact, asked = apart._command, []
 
     def be(how):
