@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,6 +43,18 @@ def refuse_batched(gradients: list[Tensor]) -> None:
             "is_grads_batched, vectorize: expected backend='reference', whose backward takes gradients in batches, got "
             "an operation whose backward is written by hand"
         )
+
+
+def no_second_backward(what: str) -> Callable[..., Any]:
+    """The backward of a backward that is written by hand: it raises RuntimeError, with the remedy."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise RuntimeError(
+            f"second derivatives: expected backend='reference', whose backward is differentiable, got {what}, whose "
+            "backward is written by hand"
+        )
+
+    return refuse
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

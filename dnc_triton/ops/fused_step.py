@@ -17,7 +17,7 @@ from torch import Tensor
 from dnc_reference import Interface, MemoryState
 from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
-from dnc_triton.ops.eager import is_eager, on_device, refuse_batched
+from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched
 
 
 @torch.library.custom_op("dnc_triton::step", mutates_args=())
@@ -150,16 +150,7 @@ def _zero_filled(gradients: tuple[Tensor | None, ...], state: list[Tensor]) -> l
 
 
 _step.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _no_second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-    raise RuntimeError(
-        "second derivatives: expected backend='reference', whose backward is differentiable, got the step's kernels, "
-        "whose backward is written by hand"
-    )
-
-
-_step_backward.register_autograd(_no_second_backward)
+_step_backward.register_autograd(no_second_backward("the step's kernels"))
 
 
 class _Step(torch.autograd.Function):

@@ -101,22 +101,22 @@ class _Memory(TorchMemory):
 
     Attributes:
         numbers: [N], of the slots. To compare integers takes vectors of floating-point numbers several instructions.
-        own_link: whether link.cpp makes the link.
+        native_link: whether link.cpp makes the link.
     """
 
     numbers: Tensor
-    own_link: bool
+    native_link: bool
 
     def replay(self, step: int, prev: MemoryState, new: MemoryState) -> None:
         """To the same bits: by what made the link the first time, whatever is read from it."""
-        if not self.own_link:
+        if not self.native_link:
             super().replay(step, prev, new)
             return
         self._write(step, prev, new)
         link.follow(*_of_link(prev, new), new.link)
 
     def _follow(self, prev: MemoryState, new: MemoryState, backward: Tensor, forward: Tensor) -> None:
-        if not self.own_link:
+        if not self.native_link:
             super()._follow(prev, new, backward, forward)
             return
         followed = link.follow(*_of_link(prev, new), new.link)
@@ -139,8 +139,8 @@ class _Memory(TorchMemory):
         d_write_weights: Tensor,
         d_precedence: Tensor,
     ) -> None:
-        """Without a diagonal, or a sum of outer products, that is written on its own; in place, which caches like."""
-        if self.own_link:
+        """Without a diagonal, or a sum of outer products, that is written on its own; in place: less to cache."""
+        if self.native_link:
             d_read, d_write, d_before = link.follow_backward(prev_link, precedence, write_weights, self.linked, d_link)
             d_read_weights.copy_(d_read)
             d_write_weights.add_(d_write)
@@ -212,7 +212,7 @@ class _Step(Sequence):
         self.vectors = vectors.unbind(0)
         self.cells = self._make_cells()
         self.memory = self._memory(before.memory.memory, before.words.shape[1])
-        self.memory.numbers, self.memory.own_link = numbers, link.serves(before.memory.memory)
+        self.memory.numbers, self.memory.native_link = numbers, link.serves(before.memory.memory)
 
     def _at(self, step: int) -> Carried:
         return self.states[step]

@@ -1,6 +1,6 @@
 // Links on a CPU, each read and written once a step: forward the new link and what is read from it, backward the
-// adjoint of both. Compiled with NUMBER, float or double, and READS, which is R. Equations and letters are those of
-// torch_memory.py; all is contiguous.
+// adjoint of both. Compiled with NUMBER, float or double, READS, which is R, and CHUNK, the rows over which columns are
+// added up at a time. Equations and letters are those of torch_memory.py; all is contiguous.
 
 #include <cstdint>
 
@@ -8,8 +8,7 @@ typedef NUMBER Vector __attribute__((vector_size(64)));
 typedef NUMBER Anywhere __attribute__((vector_size(64), aligned(sizeof(NUMBER)), may_alias));
 
 constexpr int64_t LANES = sizeof(Vector) / sizeof(NUMBER);
-constexpr int TOGETHER = 4;     // rows, for which what belongs to a column is loaded once
-constexpr int64_t CHUNK = 128;  // rows over which columns are added up at a time, however many threads there are
+constexpr int TOGETHER = 4;  // rows, for which what belongs to a column is loaded once
 
 namespace {  // of which another library, for other READS, has functions of the same name
 
@@ -161,68 +160,67 @@ template <class Pass> void chunk(const Pass &pass, NUMBER *sums, int64_t first) 
     for (; row < end; ++row) rows<1>(pass, sums, row);
 }
 
+// All rows of all batch elements, pass_of(b) of each; then take(b, place, total) for each of its sums [DOWN, N].
+template <class PassOf, class Take>
+void run(int64_t threads, int64_t batch, int64_t slots, NUMBER *sums, const PassOf &pass_of, const Take &take) {
+    using Pass = decltype(pass_of(0));
+    const int64_t chunks = (slots + CHUNK - 1) / CHUNK, size = Pass::DOWN * slots;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2)
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t c = 0; c < chunks; ++c) chunk(pass_of(b), sums + (b * chunks + c) * size, c * CHUNK);
+#pragma omp for collapse(2)
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t place = 0; place < size; ++place) {
+                NUMBER total = 0;
+                for (int64_t c = 0; c < chunks; ++c) total += sums[(b * chunks + c) * size + place];
+                take(b, place, total);
+            }
+    }
+}
+
 }  // namespace
 
 // sums: [B, chunks, READS, N]. link to new_link: [B, N, N]. precedence, write_weights: [B, N]. Others: [B, R, N].
 extern "C" void link_forward(int64_t threads, int64_t batch, int64_t slots, NUMBER *sums, const NUMBER *link,
                              const NUMBER *precedence, const NUMBER *write_weights, const NUMBER *read_weights,
                              NUMBER *new_link, NUMBER *backward, NUMBER *forward) {
-    const int64_t chunks = (slots + CHUNK - 1) / CHUNK, square = slots * slots, heads = READS * slots;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for collapse(2)
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t c = 0; c < chunks; ++c) {
-                Forward pass{slots,
-                             link + b * square,
-                             precedence + b * slots,
-                             write_weights + b * slots,
-                             read_weights + b * heads,
-                             new_link + b * square,
-                             forward + b * heads};
-                chunk(pass, sums + (b * chunks + c) * Forward::DOWN * slots, c * CHUNK);
-            }
-#pragma omp for collapse(2)
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t place = 0; place < heads; ++place) {
-                NUMBER total = 0;
-                for (int64_t c = 0; c < chunks; ++c) total += sums[(b * chunks + c) * heads + place];
-                backward[b * heads + place] = total;
-            }
-    }
+    const int64_t square = slots * slots, heads = READS * slots;
+    auto pass_of = [=](int64_t b) {
+        return Forward{slots,
+                       link + b * square,
+                       precedence + b * slots,
+                       write_weights + b * slots,
+                       read_weights + b * heads,
+                       new_link + b * square,
+                       forward + b * heads};
+    };
+    run(threads, batch, slots, sums, pass_of,
+        [=](int64_t b, int64_t place, NUMBER total) { backward[b * heads + place] = total; });
 }
 
 // sums: [B, chunks, READS + 2, N]. linked: [B, 3R, N]. d_write_weights, d_precedence: [B, N]. Others as above.
 extern "C" void link_backward(int64_t threads, int64_t batch, int64_t slots, NUMBER *sums, const NUMBER *link,
                               const NUMBER *precedence, const NUMBER *write_weights, const NUMBER *linked,
                               NUMBER *d_link, NUMBER *d_read_weights, NUMBER *d_write_weights, NUMBER *d_precedence) {
-    const int64_t chunks = (slots + CHUNK - 1) / CHUNK, square = slots * slots, heads = READS * slots;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for collapse(2)
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t c = 0; c < chunks; ++c) {
-                Backward pass{slots,
-                              link + b * square,
-                              precedence + b * slots,
-                              write_weights + b * slots,
-                              linked + 3 * b * heads,
-                              d_link + b * square,
-                              d_read_weights + b * heads,
-                              d_write_weights + b * slots};
-                chunk(pass, sums + (b * chunks + c) * Backward::DOWN * slots, c * CHUNK);
-            }
-#pragma omp for collapse(2)
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t place = 0; place < Backward::DOWN * slots; ++place) {
-                NUMBER total = 0;
-                for (int64_t c = 0; c < chunks; ++c) total += sums[(b * chunks + c) * Backward::DOWN * slots + place];
-                if (place < heads)
-                    d_read_weights[b * heads + place] += total;
-                else if (place < heads + slots)
-                    d_write_weights[b * slots + place - heads] -= total;
-                else
-                    d_precedence[b * slots + place - heads - slots] = total;
-            }
-    }
+    const int64_t square = slots * slots, heads = READS * slots;
+    auto pass_of = [=](int64_t b) {
+        return Backward{slots,
+                        link + b * square,
+                        precedence + b * slots,
+                        write_weights + b * slots,
+                        linked + 3 * b * heads,
+                        d_link + b * square,
+                        d_read_weights + b * heads,
+                        d_write_weights + b * slots};
+    };
+    run(threads, batch, slots, sums, pass_of, [=](int64_t b, int64_t place, NUMBER total) {
+        if (place < heads)
+            d_read_weights[b * heads + place] += total;
+        else if (place < heads + slots)
+            d_write_weights[b * slots + place - heads] -= total;
+        else
+            d_precedence[b * slots + place - heads - slots] = total;
+    });
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LARGE = 2**19  # numbers in all links; of fewer the compiler's own code takes as long
-_CHUNK = 128  # as in link.cpp
+_CHUNK = 128  # rows over which columns are added up at a time, however many threads there are: to the same bits
 _NUMBERS = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -99,9 +99,9 @@ def _library(dtype: torch.dtype, reads: int) -> Any:
     from torch._inductor.codecache import CppCodeCache  # takes a second
 
     source = Path(__file__).with_name("link.cpp").read_text(encoding="utf-8")
-    library = CppCodeCache.load(
-        f"#define NUMBER {_NUMBERS[dtype]}\n#define READS {reads}\n{source}", extra_flags=("-ffp-contract=fast",)
-    )
+    values = {"NUMBER": _NUMBERS[dtype], "READS": reads, "CHUNK": _CHUNK}
+    defined = "".join(f"#define {name} {value}\n" for name, value in values.items())
+    library = CppCodeCache.load(defined + source, extra_flags=("-ffp-contract=fast",))
     for name, count in (("link_forward", 8), ("link_backward", 9)):
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * count, None

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dnc_reference.memory import without_autocast
 from dnc_triton.kernels.ahead import overlapping
 from dnc_triton.kernels.layout import Layout
-from dnc_triton.ops.eager import is_eager, on_device, refuse_batched
+from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched
 from dnc_triton.sequence import graphs, pool
 from dnc_triton.sequence.compiled import CompiledSequence, step_alone
 from dnc_triton.sequence.history import Carried, Settings, zeros
@@ -340,14 +340,7 @@ def _zero_filled(
 _sequence.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_second_backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    raise RuntimeError(
-        "second derivatives: expected backend='reference', whose backward is differentiable, got a sequence operation, "
-        "whose backward is written by hand"
-    )
-
-
-_sequence_backward.register_autograd(_no_second_backward)
+_sequence_backward.register_autograd(no_second_backward("a sequence operation"))
 
 
 class _Sequence(torch.autograd.Function):

@@ -39,9 +39,7 @@ def _read_instead(graph: Graph, source: Node, copy: Node) -> None:
     chain = [source]
     while chain[0].target in _VIEWS and chain[0].args[0].op == "call_function":  # type: ignore[union-attr]
         chain.insert(0, chain[0].args[0])  # type: ignore[arg-type]
-    if (
-        chain[0].target is operator.getitem
-    ):  # of an operator that writes where it likes, or, told so later, to the buffer
+    if chain[0].target is operator.getitem:  # of an operator, which writes where it likes, or was given the buffer
         return
     for node, view in zip(chain, [*chain[1:], copy], strict=True):
         node.append(view)
