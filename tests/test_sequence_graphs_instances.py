@@ -78,8 +78,31 @@ def test_more_is_wanted(without: Any) -> None:
     (instance,) = cache().instances
     states = [*state.memory, state.read_words, *state.controller[0]]
     backwards = [*parameters, *parameters, inputs, *parameters, inputs, *states]  # also what was replaced
-    tensors = [*instance.given, *instance.forward.results, *instance.gradients, *backwards]
+    d_outputs, *others = instance.gradients
+    assert others == [None] * len(states)
+    tensors = [*instance.given, *instance.forward.results, d_outputs, *backwards]
     assert instance.size == sum(x.numel() * x.element_size() for x in tensors)
+
+
+def test_more_is_given(without: Any) -> None:
+    """A graph takes the gradients that its first backward was given; it is made anew for others, and then takes all."""
+    dnc = make()
+    parameters = list(dnc.parameters())
+
+    def gradients(used: list[int]) -> Any:
+        outputs, state = dnc(*draw(dnc, 0))
+        results = outputs, state.memory.link, state.read_words
+        return torch.autograd.grad(sum(results[index].square().sum() for index in used), parameters, allow_unused=True)
+
+    uses = [[0], [0, 1], [2], [0, 1, 2]]
+    expected = [without(gradients, used) for used in uses]
+    captures, taken = [], []
+    for index in (0, 0, 0, 1, 0, 2, 3, 1, 0):
+        assert_same_bits(gradients(uses[index]), expected[index])
+        captures.append(engine().captures)
+        taken.append(sum(x is not None for x in cache().instances[0].gradients) if cache().instances else 0)
+    assert captures == [0, 2, 2, 3, 3, 4, 4, 4, 4]
+    assert taken == [0, 1, 1, 2, 2, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("last", ["outputs", "state"])
@@ -198,7 +221,8 @@ def test_bytes_are_those_of_the_tensors() -> None:
     for seed in range(2):
         results(dnc, *draw(dnc, seed))
     (instance,) = cache().instances
-    tensors = [*instance.given, *instance.forward.results, *instance.gradients, *instance.backward.results]
+    taken = [x for x in instance.gradients if x is not None]
+    tensors = [*instance.given, *instance.forward.results, *taken, *instance.backward.results]
     assert instance.size == sum(x.numel() * x.element_size() for x in tensors)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -129,6 +129,6 @@ class Engine:
                 number.zero_()  # PyTorch warns of graphs that do nothing
 
 
-def size_of(tensors: list[Tensor]) -> int:
-    """Bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def size_of(tensors: Sequence[Tensor | None]) -> int:
+    """Bytes of those that are there."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

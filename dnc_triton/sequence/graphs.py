@@ -89,7 +89,7 @@ class Instance:
         handed: how many of its results are copied out; the others are the history.
         places: where the history stands.
         size: bytes.
-        gradients: copies of what a backward is given, zeros where that is None.
+        gradients: copies of what a backward is given; zeros where that is None, or None where it always was.
         filled: which of them may be something else than zero.
         backward: the graph.
         made: which results it has; the others were not wanted when it was captured.
@@ -102,7 +102,7 @@ class Instance:
     handed: int
     places: list[int]
     size: int
-    gradients: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
     filled: set[int] = field(default_factory=set)
     backward: Captured | None = None
     made: list[bool] = field(default_factory=list)
@@ -126,9 +126,13 @@ class Instance:
         self.lease = [StorageWeakRef(tensor.untyped_storage()) for tensor in history]
         return [*_clones(self.forward.results[: self.handed]), *history]
 
-    def serves(self, wanted: list[bool]) -> bool:
-        """Whether there is a backward that makes all of that."""
-        return self.backward is not None and all(map(operator.le, wanted, self.made))
+    def serves(self, gradients: list[Tensor | None], wanted: list[bool]) -> bool:
+        """Whether there is a backward that takes all of the former and makes all of the latter."""
+        if self.backward is None or not all(map(operator.le, wanted, self.made)):
+            return False
+        return all(
+            taken is not None for taken, given in zip(self.gradients, gradients, strict=True) if given is not None
+        )
 
     def run_backward(self, gradients: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
         """Likewise, any number of times."""
@@ -138,7 +142,7 @@ class Instance:
         _copy([self.gradients[index] for index in given], [gradients[index] for index in given])  # type: ignore[misc]
         others = self.filled.difference(given)
         if others:
-            torch._foreach_zero_([self.gradients[index] for index in others])
+            torch._foreach_zero_([self.gradients[index] for index in others])  # type: ignore[misc]
         self.filled = set(given)
         self.backward.replay()
         results = iter(self.backward.results)
@@ -195,7 +199,7 @@ class Graphs:
             instance = next((x for x in self.instances if x.places == places), None)
             if instance is None or instance.signature.numerics != _numerics():
                 return None
-            if not instance.serves(wanted) and not self._capture_backward(instance, run, wanted):
+            if not instance.serves(gradients, wanted) and not self._capture_backward(instance, run, gradients, wanted):
                 return None
             self.replays += 1
             return instance.run_backward(gradients, wanted)
@@ -240,15 +244,20 @@ class Graphs:
         return instance
 
     def _capture_backward(
-        self, instance: Instance, run: Callable[..., list[Tensor | None]], wanted: list[bool]
+        self,
+        instance: Instance,
+        run: Callable[..., list[Tensor | None]],
+        gradients: list[Tensor | None],
+        wanted: list[bool],
     ) -> bool:
-        """In the place of one that did not make all that is wanted, if there is one."""
+        """In the place of one that did not take all that is given, or make all that is wanted, if there is one."""
         signature = instance.signature
         if signature.failed:
             return False
-        kept = 0
+        kept, taken = 0, [gradient is not None for gradient in gradients]
         if instance.backward is not None:
             wanted = list(map(operator.or_, wanted, instance.made))
+            taken = [now or before is not None for now, before in zip(taken, instance.gradients, strict=True)]
             kept = instance.backward.size  # the pool keeps it, and how much of it the new one takes is not known
             instance.size -= size_of(instance.gradients) + kept
             instance.backward, instance.gradients, instance.filled = None, [], set()
@@ -261,7 +270,10 @@ class Graphs:
 
         try:
             with _ordinary_tensors():
-                copies = [torch.zeros_like(result, memory_format=torch.contiguous_format) for result in handed]
+                copies = [
+                    torch.zeros_like(result, memory_format=torch.contiguous_format) if is_taken else None
+                    for result, is_taken in zip(handed, taken, strict=True)
+                ]
                 captured = self.engine.capture(call, instance.forward.pool)
         except Exception as error:
             self._give_up(signature, error)
