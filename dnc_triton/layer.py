@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -21,6 +22,10 @@ from dnc_triton.problem import Problem
 from dnc_triton.sequence.history import zeros
 from dnc_triton.sequence.unroll import begins_with_zeros, is_plain
 from dnc_triton.trace import Trace, traced_unroll
+
+# Numbers of a link, of all batch elements, from which zeros that begin a sequence are those of one element for all: to
+# fill them would take longer than a launch.
+SHARED_FROM = {"cuda": 2**20}
 
 
 class DNC(DNCCell):
@@ -258,19 +263,27 @@ class DNC(DNCCell):
         )
 
     def _begin(self, problem: Problem) -> DNCState:
-        """`initial_state` in one buffer, for a call that does not hand it out."""
+        """`initial_state` in one buffer, for a call that does not hand it out; memory and link may be shared."""
         weight, batch = self.like(), problem.batch
         ours = begins_with_zeros(self) and problem.controller != "custom"
         if not ours or problem.steps == 0 or not is_eager([weight]):
             return self.initial_state(batch)
         shapes = MemoryState.shapes(batch, self.memory_size, self.word_size, self.num_reads, self.num_writes)
+        shared = math.prod(shapes["link"]) >= SHARED_FROM.get(weight.device.type, math.inf)
+        if shared:
+            shapes |= {name: (1, *shapes[name][1:]) for name in ("memory", "link")}
         per_layer = CONTROLLERS[self.controller_kind].states
         states = [(batch, self.hidden_size)] * (self.num_layers * per_layer)
         words = (batch, self.num_reads, self.word_size)
         read_words, *tensors = zeros([words, *shapes.values(), *states], weight.detach())
         remaining = iter(tensors[len(shapes) :])
         layers = tuple(tuple(islice(remaining, per_layer)) for _ in range(self.num_layers))
-        return DNCState(layers, MemoryState(*tensors[: len(shapes)]), read_words)
+        memory = MemoryState(*tensors[: len(shapes)])
+        if shared:
+            memory = memory._replace(
+                memory=memory.memory.expand(batch, -1, -1), link=memory.link.expand(batch, -1, -1, -1)
+            )
+        return DNCState(layers, memory, read_words)
 
     def _check_state(self, state: DNCState, batch: int) -> None:
         if not isinstance(state, DNCState):

@@ -78,8 +78,12 @@ def draw_batch(seed: int, index: int, rows: int) -> tuple[Batch, Problem]:
         word=choose([1, 2, 3, 4, 5, 17]),
         reads=choose([1, 1, 2, 2, 3, 4]),
         dtype=choose([torch.float64, torch.float32]),
-        layout=Layout(
-            choose([True, False]), choose([16, 16, 32]), choose([16, 32]), 4, backward_rows=choose([0, 0, 32])
+        layout=choose(
+            [
+                Layout(True, choose([16, 16, 32]), choose([16, 32]), 4, backward_rows=choose([0, 0, 32])),
+                Layout(False, choose([16, 16, 32]), choose([16, 32]), 4, backward_rows=choose([0, 0, 32])),
+                Layout(False, choose([16, 32]), choose([16, 32]), 4, spread=True),
+            ]
         ),
         raw=choose([True, False]),
         strength=choose(["oneplus", "softplus"]),

@@ -15,7 +15,7 @@ from dnc_triton.kernels.launch import Launch, launches
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.products import LSTM_BACKWARD, LSTM_FORWARD, PRODUCT, Tiles
 from dnc_triton.kernels.sizes import Sizes
-from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE
+from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, RANK, WHOLE
 
 SHAPES = [(16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)]  # N, W, R
 LARGEST = (1024, 256, 16)
@@ -42,7 +42,7 @@ PRODUCTS = [
 ]  # W, R, H: with whole vectors in all rows and without
 PRODUCTS_OF_A_STEP = ("lstm product", "product")
 CONTROLLER = ("lstm", *PRODUCTS_OF_A_STEP, "weights")  # phases that know no memory
-PHASES = {"first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
+PHASES = {"rank": RANK, "first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
 # What kernels are compiled as beside the plain ones: a step whose interface is activated already, one with rows that
 # have ended or are reset; and sequences with such rows, without a clip, with weights in bfloat16.
 STEP_VARIANTS = ("", "activated", "marked")
@@ -68,7 +68,8 @@ class Case:
         if self.phase in CONTROLLER:
             reads = "" if self.phase == "lstm" else "{1}x{2}".format(*self.shape)
             return f"{self.direction} {self.phase} {reads}h{self.hidden_size} {self.dtype} {self.target}"
-        layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
+        spread = " spread" if self.layout.spread else ""
+        layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}{spread}"
         variant = f" {self.variant}" if self.variant else ""
         return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}{variant}"
 
@@ -139,6 +140,8 @@ def cases(complete: bool = False) -> list[Case]:
     for shape in SHAPES:
         for target in TARGETS:
             found += step(shape, target)
+    for target in ("sm_90", "gfx942"):
+        found += step(SHAPES[-1], target, layout=spread(SHAPES[-1]))
     # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
     found += step(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
     for dtype in TRITON_TYPES:
@@ -167,6 +170,7 @@ def _everything() -> list[Case]:
     for dtype in TRITON_TYPES:
         for target in TARGETS:
             found += step(LARGEST, target, dtype=dtype)
+            found += step(LARGEST, target, dtype=dtype, layout=spread(LARGEST))
     for layout in layouts(LONGEST[0]):
         found += step(LONGEST, "sm_90", layout=layout)
     for target in TARGETS:
@@ -198,11 +202,17 @@ def step(
     """Every launch of a step and its backward."""
     layout = layout or default_layout(shape[0])
     phases = ("whole",) if layout.fused else ("first", "middle", "last")
+    before = ("rank",) if layout.spread else ()
     return [
         Case(direction, phase, shape, layout_of(layout, direction), dtype, target, variant=variant)
         for direction in DIRECTIONS
-        for phase in phases
+        for phase in ((*before, *phases) if direction == "forward" else phases)
     ]
+
+
+def spread(shape: tuple[int, int, int]) -> Layout:
+    """The first layout of a size whose phases are spread."""
+    return next(layout for layout in layouts(shape[0]) if layout.spread)
 
 
 def layout_of(layout: Layout, direction: str) -> Layout:

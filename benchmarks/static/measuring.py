@@ -36,6 +36,7 @@ ARGUMENTS = {
     "lengths_ptr": [3, 2],
     "reset_ptr": [1, 1, 0, 1, 1, 0],
     "marks_ptr": [FRESH.value | LOST.value, ENDED.value],
+    "shared": 0,
 }
 # Of the kernel that makes links again: from two steps back.
 BEHIND = {"behind": 2, "row": 12, "precedence_ptr": 192, "write_weights_ptr": 96}

@@ -1,6 +1,7 @@
 """Phase one of a step, a program per batch element: usage, allocation, write content lookup, write weights, precedence.
 
-Its adjoint is the last phase of the backward. The tuples of pointers are those of `buffers`, of one batch element.
+Where phases are spread, what can be done for some slots at a time is done before it, by many programs (`rank`). Its
+adjoint is the last phase of the backward. The tuples of pointers are those of `buffers`, of one batch element.
 """
 
 import triton
@@ -29,20 +30,30 @@ def in_allocation(usage):
 
 
 @triton.jit
-def sort_key(usage, offs_n, mask_n, COMPUTE: tl.constexpr):
-    """Integers that sort as the free list does: 1 − u descending, the lower slot first; the slot in the low bits.
+def taken(usage, COMPUTE: tl.constexpr):
+    """Integers that sort as the free list does, 1 − u descending, from −2²³ to 127·2²³, in float64 of 64 bits.
 
-    A number that is not negative sorts as its bits do. In float64 the slot takes the place of the last 9 bits, and has
-    10. A NaN sorts first, and makes all that comes after it one too.
+    A number that is not negative sorts as its bits do. A NaN sorts first, and makes all that comes after it one too.
     """
     free = tl.maximum(1.0 - in_allocation(usage), 0.0)
     free = tl.where(usage == usage, free, 2.0)  # the bits of a NaN may sort anywhere; compiled, the maximum drops it
     if COMPUTE == tl.float64:
-        taken = 0x3FF0000000000000 - free.to(tl.int64, bitcast=True)
-        key = ((taken << 1) & -1024) | offs_n
+        bits = 0x3FF0000000000000 - free.to(tl.int64, bitcast=True)
     else:
-        taken = 0x3F800000 - free.to(tl.int32, bitcast=True)
-        key = (taken.to(tl.int64) << 32) | offs_n
+        bits = 0x3F800000 - free.to(tl.int32, bitcast=True)
+    return bits
+
+
+@triton.jit
+def sort_key(usage, offs_n, mask_n, COMPUTE: tl.constexpr):
+    """`taken` with the slot in the low bits, the lower slot first.
+
+    In float64 the slot takes the place of the last 9 bits, and has 10.
+    """
+    if COMPUTE == tl.float64:
+        key = ((taken(usage, COMPUTE) << 1) & -1024) | offs_n
+    else:
+        key = (taken(usage, COMPUTE).to(tl.int64) << 32) | offs_n
     return tl.where(mask_n, key, 0x7FFFFFFFFFFFFFFF)
 
 
@@ -60,46 +71,95 @@ def free_slots(usage_ptr, free_list_ptr, offs_n, mask_n, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def address(interface, old, new, kept, sizes: tl.constexpr):
-    """Where to write."""
-    N: tl.constexpr = sizes.N
-    W: tl.constexpr = sizes.W
+def update_usage(interface, old, new, usage_ptr, offs_n, mask_n, sizes: tl.constexpr):
+    """The usage of all slots [BLOCK_N] after the step, which it stores at `usage_ptr` as well."""
     COMPUTE: tl.constexpr = sizes.COMPUTE
-    offs_n = tl.arange(0, sizes.BLOCK_N)
-    mask_n = offs_n < N
-
     usage = tl.load(old.usage + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
     written = tl.load(old.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-    precedence = tl.load(old.precedence + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-    offs_w = tl.arange(0, sizes.BLOCK_W)
-    mask_w = offs_w < W
-    write_key = tl.load(interface.write_keys + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
-    write_strength = strength(tl.load(interface.write_strengths).to(COMPUTE), sizes)
-    allocation_gate = gate(tl.load(interface.allocation_gates).to(COMPUTE), sizes)
-    write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
     retention = tl.full([sizes.BLOCK_N], 1.0, COMPUTE)
     for head in range(sizes.R):
         free_gate = gate(tl.load(interface.free_gates + head).to(COMPUTE), sizes)
-        weights = tl.load(old.read_weights + head * N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+        weights = tl.load(old.read_weights + head * sizes.N + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
         retention = retention * (1.0 - free_gate * weights)
     usage = rounded((usage + (1.0 - usage) * written) * retention, new.usage)
-    tl.store(new.usage + offs_n, usage, mask=mask_n)
+    tl.store(usage_ptr + offs_n, usage, mask=mask_n)
+    return usage
 
-    key = tl.sort(sort_key(usage, offs_n, mask_n, COMPUTE))
-    SLOTS: tl.constexpr = 1023 if COMPUTE == tl.float64 else 2047
-    tl.store(kept.free_list + offs_n, (key & SLOTS).to(tl.int32), mask=mask_n)
 
+@triton.jit
+def look_up(first, end, CHUNK: tl.constexpr, interface, old, kept, sizes: tl.constexpr):
+    """How similar the words before the step are to the write key, from slot `first` to `end`; kept, as are norms."""
+    W: tl.constexpr = sizes.W
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    offs_w = tl.arange(0, sizes.BLOCK_W)
+    mask_w = offs_w < W
+    write_key = tl.load(interface.write_keys + offs_w, mask=mask_w, other=0.0).to(COMPUTE)
     key_norm = tl.sqrt(tl.sum(term(write_key, write_key)) + NORM_EPSILON)
-    for start in range(0, N, sizes.CHUNK):
-        rows = start + tl.arange(0, sizes.CHUNK)
-        mask = (rows < N)[:, None] & mask_w[None, :]
+    for start in range(first, end, CHUNK):
+        rows = start + tl.arange(0, CHUNK)
+        mask = (rows < sizes.N)[:, None] & mask_w[None, :]
         memory = tl.load(old.memory + rows[:, None] * W + offs_w[None, :], mask=mask, other=0.0).to(COMPUTE)
         norm = tl.sqrt(tl.sum(tile_term(memory, memory, sizes), 1) + NORM_EPSILON)
         similarity = tl.sum(tile_term(memory, write_key[None, :], sizes), 1) / (norm * key_norm + SIMILARITY_EPSILON)
-        tl.store(kept.write_similarity + rows, similarity, mask=rows < N)
-        tl.store(kept.norms + rows, norm, mask=rows < N)
+        tl.store(kept.write_similarity + rows, similarity, mask=rows < sizes.N)
+        tl.store(kept.norms + rows, norm, mask=rows < sizes.N)
 
-    tl.debug_barrier()  # usage, free list and similarity are read by other threads than wrote them
+
+@triton.jit
+def rank(block, interface, old, new, kept, scratch, sizes: tl.constexpr):
+    """What `address` begins with where the phases are spread, in a launch before it, for RANKED slots.
+
+    Where a slot stands in the free list is how many stand before it. The usage of all slots every program works out by
+    itself, in a work space of its own: to wait for each other takes a launch more.
+    """
+    N: tl.constexpr = sizes.N
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    LAST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if COMPUTE == tl.float64 else 0x7FFFFFFF
+    offs_n = tl.arange(0, sizes.BLOCK_N)
+    usage_ptr = scratch.usage + block * N
+    update_usage(interface, old, new, usage_ptr, offs_n, offs_n < N, sizes)
+    tl.debug_barrier()  # read by other threads than wrote it
+    rows = block * sizes.RANKED + tl.arange(0, sizes.RANKED)
+    usage = tl.load(usage_ptr + rows, mask=rows < N, other=0.0)
+    tl.store(new.usage + rows, usage, mask=rows < N)
+    slot_taken = taken(usage, COMPUTE)
+    before = tl.full([sizes.RANKED, sizes.AGAINST], 0, tl.int32)
+    others = tl.arange(0, sizes.AGAINST)
+    next_usage = tl.load(usage_ptr + others, mask=others < N, other=0.0)
+    for start in range(0, N, sizes.AGAINST):
+        other_taken = tl.where(others < N, taken(next_usage, COMPUTE), LAST)[None, :]
+        next_usage = tl.load(usage_ptr + others + sizes.AGAINST, mask=others + sizes.AGAINST < N, other=0.0)
+        first = block * sizes.RANKED - start  # of the rows, among those they are held against
+        if (first >= 0) & (first < sizes.AGAINST):
+            among = (other_taken == slot_taken[:, None]) & (others[None, :] < rows[:, None])
+            before += ((other_taken < slot_taken[:, None]) | among).to(tl.int32)
+        else:  # of equals all those before them come first, or none of those after them
+            up_to = slot_taken + (first > 0).to(tl.int32)
+            before += (other_taken < up_to[:, None]).to(tl.int32)
+        others += sizes.AGAINST
+    tl.store(kept.free_list + tl.sum(before, 1), rows, mask=rows < N)
+    CHUNK: tl.constexpr = sizes.CHUNK if sizes.CHUNK < sizes.RANKED else sizes.RANKED
+    look_up(block * sizes.RANKED, (block + 1) * sizes.RANKED, CHUNK, interface, old, kept, sizes)
+
+
+@triton.jit
+def address(interface, old, new, kept, sizes: tl.constexpr):
+    """Where to write; after `rank` where the phases are spread."""
+    N: tl.constexpr = sizes.N
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    offs_n = tl.arange(0, sizes.BLOCK_N)
+    mask_n = offs_n < N
+    precedence = tl.load(old.precedence + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    write_strength = strength(tl.load(interface.write_strengths).to(COMPUTE), sizes)
+    allocation_gate = gate(tl.load(interface.allocation_gates).to(COMPUTE), sizes)
+    write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
+    if not sizes.SPREAD:
+        usage = update_usage(interface, old, new, new.usage, offs_n, mask_n, sizes)
+        key = tl.sort(sort_key(usage, offs_n, mask_n, COMPUTE))
+        SLOTS: tl.constexpr = 1023 if COMPUTE == tl.float64 else 2047
+        tl.store(kept.free_list + offs_n, (key & SLOTS).to(tl.int32), mask=mask_n)
+        look_up(0, N, sizes.CHUNK, interface, old, kept, sizes)
+        tl.debug_barrier()  # usage, free list and similarity are read by other threads than wrote them
     slots, x, x_before = free_slots(new.usage, kept.free_list, offs_n, mask_n, COMPUTE)
     tl.store(kept.allocation + slots, (1.0 - x) * tl.cumprod(x_before, 0), mask=mask_n)
     tl.debug_barrier()  # from the order of the free list to that of the slots
@@ -190,6 +250,40 @@ def lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface,
 
 
 @triton.jit
+def mixture_backward(interface, new, kept, d_weights, d_new, d_interface, d_old, scratch, runs, sizes: tl.constexpr):
+    """Of the adjoint of `address` what does not go by the free list, from `by_write_weights`.
+
+    Gradients of the gates and the strength that mix the write weights, and of the precedence.
+    """
+    N: tl.constexpr = sizes.N
+    COMPUTE: tl.constexpr = sizes.COMPUTE
+    offs_n = tl.arange(0, sizes.BLOCK_N)
+    mask_n = (offs_n < N) & runs
+    allocation_gate = gate(tl.load(interface.allocation_gates).to(COMPUTE), sizes)
+    write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
+    d_mixed = d_weights * write_gate
+    # write weights: w = gʷ (gᵃ a + (1 − gᵃ) c)
+    content, d_scaled = by_scaled_similarity(interface, kept, d_weights, offs_n, mask_n, sizes)
+    allocation = tl.load(kept.allocation + offs_n, mask=mask_n, other=0.0)
+    similarity = tl.load(kept.write_similarity + offs_n, mask=mask_n, other=0.0)
+    d_allocation_gate = tl.sum(term(d_mixed, allocation - content))
+    mixed = allocation_gate * allocation + (1.0 - allocation_gate) * content
+    d_write_gate = tl.sum(term(d_weights, mixed))
+    tl.store(d_interface.allocation_gates, d_gate(d_allocation_gate, allocation_gate, sizes))
+    tl.store(d_interface.write_gates, d_gate(d_write_gate, write_gate, sizes))
+    raw_strength = tl.load(interface.write_strengths).to(COMPUTE)
+    d_write_strength = d_strength(tl.sum(term(d_scaled, similarity)), raw_strength, sizes)
+    tl.store(d_interface.write_strengths, d_write_strength)
+
+    # precedence: p' = (1 − Σ w) p + w
+    write_weights = tl.load(new.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    d_new_precedence = tl.load(d_new.precedence + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
+    d_precedence = (1.0 - tl.sum(write_weights)) * d_new_precedence
+    d_precedence = add_parts(d_precedence, scratch.d_precedence + offs_n, mask_n, N, sizes.ROW_BLOCKS)
+    tl.store(d_old.precedence + offs_n, d_precedence, mask=mask_n)
+
+
+@triton.jit
 def address_backward(
     first_head,
     interface,
@@ -208,8 +302,8 @@ def address_backward(
     """The adjoint of `address` but for its lookup in memory, after that of linking, from `by_write_weights`.
 
     Takes in what the tiles left of the gradients of the precedence and of the previous read weights. Of those it writes
-    HEADS heads, from `first_head` on; and all else if the first is among them. Of an element that has ended (not
-    `runs`) no gradient by the state is written.
+    HEADS heads, from `first_head` on; and all else if the first is among them, but for `mixture_backward` where the
+    phases are spread. Of an element that has ended (not `runs`) no gradient by the state is written.
     """
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
@@ -270,25 +364,8 @@ def address_backward(
             d_written = tl.full([sizes.BLOCK_N], 0.0, COMPUTE)
         tl.store(d_old.write_weights + offs_n, d_written, mask=mask_n)
 
-        # write weights: w = gʷ (gᵃ a + (1 − gᵃ) c)
-        content, d_scaled = by_scaled_similarity(interface, kept, d_weights, offs_n, mask_n, sizes)
-        allocation = tl.load(kept.allocation + offs_n, mask=mask_n, other=0.0)
-        similarity = tl.load(kept.write_similarity + offs_n, mask=mask_n, other=0.0)
-        d_allocation_gate = tl.sum(term(d_mixed, allocation - content))
-        mixed = allocation_gate * allocation + (1.0 - allocation_gate) * content
-        d_write_gate = tl.sum(term(d_weights, mixed))
-        tl.store(d_interface.allocation_gates, d_gate(d_allocation_gate, allocation_gate, sizes))
-        tl.store(d_interface.write_gates, d_gate(d_write_gate, write_gate, sizes))
-        raw_strength = tl.load(interface.write_strengths).to(COMPUTE)
-        d_write_strength = d_strength(tl.sum(term(d_scaled, similarity)), raw_strength, sizes)
-        tl.store(d_interface.write_strengths, d_write_strength)
-
-        # precedence: p' = (1 − Σ w) p + w
-        write_weights = tl.load(new.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-        d_new_precedence = tl.load(d_new.precedence + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
-        d_precedence = (1.0 - tl.sum(write_weights)) * d_new_precedence
-        d_precedence = add_parts(d_precedence, scratch.d_precedence + offs_n, mask_n, N, sizes.ROW_BLOCKS)
-        tl.store(d_old.precedence + offs_n, d_precedence, mask=mask_n)
+        if not sizes.SPREAD:
+            mixture_backward(interface, new, kept, d_weights, d_new, d_interface, d_old, scratch, runs, sizes)
     d_retention = d_usage * (usage + (1.0 - usage) * written)
     d_factors = d_retention[None, :] * others
     d_free_gates = d_gate(-tl.sum(term(d_factors, weights), 1), free_gates, sizes)

@@ -14,6 +14,8 @@ from dnc_reference.types import Interface, MemoryState
 # What a step of a sequence may mark a batch element with: it begins from zeros; it has ended, and its memory and link
 # stay; the next step begins from zeros. A step whose elements all run on has no marks.
 FRESH, ENDED, LOST = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+# What of memory and link is shared by all batch elements, as zeros may be: of the state before, of the gradient after.
+MEMORY, LINK, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 
 class Kept(NamedTuple):
@@ -38,10 +40,11 @@ class Behind(NamedTuple):
 
 
 class ForwardScratch(NamedTuple):
-    """What the tiles of the link leave for the last phase, which adds it up."""
+    """What the tiles of the link leave for the last phase, which adds it up; before them the place is another's."""
 
     forward: tl.tensor  # [COLUMN_BLOCKS, R, N], forward weights, of a tile's rows
     backward: tl.tensor  # [ROW_BLOCKS, R, N], backward weights, of a tile's columns
+    usage: tl.tensor  # [N / RANKED, N], where slots are ranked, of each program its own
 
 
 class BackwardScratch(NamedTuple):
@@ -78,11 +81,12 @@ def interface_at(ptr, entry, sizes: tl.constexpr):
 
 
 @triton.jit
-def state_at(state, entry, sizes: tl.constexpr):
+def state_at(state, entry, sizes: tl.constexpr, memory_shared=False, link_shared=False):
+    """With memory or link of the first entry, where these are shared."""
     return MemoryState(
-        state.memory + entry * sizes.N * sizes.W,
+        state.memory + tl.where(memory_shared, 0, entry) * sizes.N * sizes.W,
         state.usage + entry * sizes.N,
-        state.link + entry * sizes.N * sizes.N,
+        state.link + tl.where(link_shared, 0, entry) * sizes.N * sizes.N,
         state.precedence + entry * sizes.N,
         state.read_weights + entry * sizes.R * sizes.N,
         state.write_weights + entry * sizes.N,
@@ -119,7 +123,7 @@ def kept_at(ptr, free_list_ptr, entry, sizes: tl.constexpr):
 @triton.jit
 def forward_scratch_at(ptr, entry, sizes: tl.constexpr):
     ptr += entry * sizes.FORWARD_SCRATCH
-    return ForwardScratch(ptr, ptr + sizes.COLUMN_BLOCKS * sizes.R * sizes.N)
+    return ForwardScratch(ptr, ptr + sizes.COLUMN_BLOCKS * sizes.R * sizes.N, ptr)
 
 
 @triton.jit

@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_triton.kernels.ahead import launch_or_compile, overlapping
-from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
+from dnc_triton.kernels.buffers import GRADIENT, LINK, MEMORY
+from dnc_triton.kernels.layout import Layout, compute_dtype, is_shared, kept_shapes
 from dnc_triton.kernels.sizes import Sizes
-from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, WHOLE, step_backward_kernel, step_forward_kernel
+from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, RANK, WHOLE, step_backward_kernel, step_forward_kernel
 
 
 class StepResult(NamedTuple):
@@ -105,7 +106,7 @@ def launch_forward(
     """Launch the forward into buffers that are there already.
 
     Args:
-        interface, state, raw, strength_offset, layout: as in `step_forward`.
+        interface, state, raw, strength_offset, layout: as in `step_forward`; memory and link may be shared.
         result: where everything goes, contiguous.
         scratch: as `forward_scratch` makes it.
         marks: [B] uint8, of FRESH and ENDED, or None. Of what has ended memory and link stay, and all else is nobody's.
@@ -125,10 +126,17 @@ def launch_forward(
             scratch,
             marks,
             zeros,
+            _shared_of(state),
             PHASE=launch.phase,
             sizes=launch.sizes,
             **compile_options(layout, launch.num_warps),
         )
+
+
+def _shared_of(state: tuple[Tensor, ...]) -> int:
+    """What of memory and link is, as the kernels take it."""
+    memory, _, link, *_ = state
+    return MEMORY.value * is_shared(memory) | LINK.value * is_shared(link)
 
 
 def count_zeros(slots: int, word: int, num_reads: int) -> int:
@@ -207,7 +215,7 @@ def launch_backward(
     Args:
         interface, state, raw, strength_offset, stop_usage_gradient, layout: as in `step_backward`.
         result: of the forward: memory, usage, read weights, write weights, `kept` and `free_list`.
-        gradients: as in `step_backward`; not where `gradient` goes.
+        gradients: as in `step_backward`; not where `gradient` goes. Those by memory and link may both be shared.
         gradient: where everything goes, contiguous.
         scratch: as `backward_scratch` makes it.
         marks, zeros: as in `launch_forward`, LOST as well. Of what has ended no gradient by the state is written.
@@ -238,6 +246,7 @@ def launch_backward(
             scratch,
             marks,
             zeros,
+            _shared_of(state) | GRADIENT.value * is_shared(gradients[1]),
             behind,
             row * state[0].element_size() // 16,
             PHASE=launch.phase,
@@ -290,9 +299,15 @@ def launches(
         return (launch(WHOLE, layout.num_warps, lambda sizes: 1),)
     middle = launch(MIDDLE, layout.num_warps, lambda sizes: sizes.TILES + sizes.SLOT_BLOCKS)
     # Of the phases around it, which wait for memory more than they compute.
-    first = launch(FIRST, 8 if slots <= 256 else 16, lambda sizes: 1)
+    heads = num_reads if layout.spread else 1  # that have a program each
+    first = launch(FIRST, 8 if slots <= 256 else 16, lambda sizes: heads if backward else 1)
     warps = min(16, max(4, triton.next_power_of_2(slots) // 64))
-    last = launch(LAST, warps, lambda sizes: sizes.PARTS + backward * num_reads)
+    if backward:
+        last = launch(LAST, warps, lambda sizes: sizes.PARTS + num_reads + layout.spread)
+    else:
+        last = launch(LAST, warps, lambda sizes: sizes.PARTS * heads)
+    if layout.spread and not backward:
+        return launch(RANK, 4, lambda sizes: triton.cdiv(slots, sizes.RANKED)), first, middle, last
     return first, middle, last
 
 

@@ -1,10 +1,11 @@
-"""How the kernels of a step are cut up, and what they keep. Without Triton: it is asked before anything is compiled."""
+"""How the kernels of a step are cut up, what they take and keep. Without Triton: it is asked before any is compiled."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 LINK_EVERY = 4  # with three launches; chosen for the memory: 1 and 8 took the same time on an H200
 
@@ -19,6 +20,8 @@ class Layout(NamedTuple):
         whole: all steps of a sequence in one launch, the controller's too; else a step at a time. Only if fused.
         backward_rows: of the backward's tiles, where they are not as many; else 0.
         overlaps: a launch begins while the one before it ends, where the device can (`ahead.overlapping`).
+        spread: the phases around the link have a program for each read head, and the slots are ranked in a launch of
+            its own, before the others, by many programs. Only if not fused.
     """
 
     fused: bool
@@ -28,6 +31,7 @@ class Layout(NamedTuple):
     whole: bool = False
     backward_rows: int = 0
     overlaps: bool = False
+    spread: bool = False
 
     @property
     def of_backward(self) -> Layout:
@@ -49,13 +53,13 @@ class Layout(NamedTuple):
     @classmethod
     def from_operand(cls, values: list[int]) -> Layout:
         """The inverse."""
-        fused, rows, columns, num_warps, whole, backward_rows, overlaps = values
-        return cls(bool(fused), rows, columns, num_warps, bool(whole), backward_rows, bool(overlaps))
+        fused, rows, columns, num_warps, whole, backward_rows, overlaps, spread = values
+        return cls(bool(fused), rows, columns, num_warps, bool(whole), backward_rows, bool(overlaps), bool(spread))
 
     def describe(self) -> str:
         """Of layouts of one kind, which."""
         tiles = " and ".join(f"{rows}×{self.columns}" for rows in (self.rows, self.backward_rows) if rows)
-        return f"{tiles}, {self.num_warps} warp{'s' if self.num_warps > 1 else ''}"
+        return f"{tiles}, {self.num_warps} warp{'s' if self.num_warps > 1 else ''}{', spread' if self.spread else ''}"
 
 
 def layouts(memory_size: int) -> list[Layout]:
@@ -64,12 +68,15 @@ def layouts(memory_size: int) -> list[Layout]:
     The order and the choice are from times on an H200, at B = 16 and 64: in three launches one warp, which needs no
     shared memory, was the fastest, and which rows depends on B: the more there are the fewer parts are left to be added
     up in the last launch, and the fewer programs. One launch was faster than three at N = 16 and slower at N = 128;
-    where it was tried, it gained nothing by overlapping at N = 64, and a tenth at N = 16.
+    where it was tried, it gained nothing by overlapping at N = 64, and a tenth at N = 16. What is spread was not
+    measured yet: the phases around the link took 89 of 313 µs at B = 8, N = 2048, in a few programs for an element.
     """
     block = _block(memory_size)
     split = Layout(False, 16, min(block, 128), 1, overlaps=True)
     if memory_size > 256:
-        return [split._replace(rows=rows) for rows in (32, 64, 16)]
+        rows = 32 if memory_size <= 1024 else 64
+        wide = [split._replace(rows=count) for count in (rows, 2 * rows, rows // 2)]
+        return [*wide, *(layout._replace(spread=True) for layout in wide[:2])]
     if memory_size > 64:
         fused = [] if memory_size > 128 else [Layout(True, 16, block, 8)]
         return [split, split._replace(backward_rows=32), split._replace(rows=8), *fused]
@@ -97,6 +104,11 @@ def default_layout(memory_size: int) -> Layout:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the arithmetic, for tensors of a dtype."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether a tensor [B, ...] has one entry that stands for all batch elements, expanded."""
+    return tensor.stride(0) == 0 and tensor.shape[0] > 1
 
 
 def kept_shapes(batch: int, slots: int, reads: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,4 +1,5 @@
-"""Phase three of a step, a program per part of the words: read content weights, read weights, the words read.
+"""Phase three of a step, a program per part of the words, or for each head of it where the phases are spread: read
+content weights, read weights, the words read.
 
 Its adjoint is the first phase of the backward. The tuples of pointers are those of `buffers`, of one batch element.
 """
@@ -10,8 +11,8 @@ from dnc_triton.kernels.common import add_parts, d_strength, read_modes, rounded
 
 
 @triton.jit
-def read(part, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexpr):
-    """Where to read, and what: PLACES numbers of every word, those of this part.
+def read(part, first_head, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexpr):
+    """Where HEADS_READ heads read, and what: PLACES numbers of every word, those of this part.
 
     Sums up what the tiles of the link left. The first part keeps forward weights, backward weights and read weights.
     """
@@ -19,7 +20,7 @@ def read(part, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexp
     W: tl.constexpr = sizes.W
     R: tl.constexpr = sizes.R
     COMPUTE: tl.constexpr = sizes.COMPUTE
-    offs_n, offs_r = tl.arange(0, sizes.BLOCK_N), tl.arange(0, sizes.BLOCK_R)
+    offs_n, offs_r = tl.arange(0, sizes.BLOCK_N), first_head + tl.arange(0, sizes.HEADS_READ)
     offs_p = part * sizes.PLACES + tl.arange(0, sizes.PLACES)
     mask_r, mask_n, mask_p = offs_r < R, offs_n < N, offs_p < W
     offsets = offs_r[:, None] * N + offs_n[None, :]
@@ -28,7 +29,7 @@ def read(part, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexp
     mask_memory = mask_n[None, None, :] & mask_p[None, :, None]
     memory = tl.load(new.memory + at_memory, mask=mask_memory, other=0.0).to(COMPUTE)
 
-    nothing = tl.full([sizes.BLOCK_R, sizes.BLOCK_N], 0.0, COMPUTE)
+    nothing = tl.full([sizes.HEADS_READ, sizes.BLOCK_N], 0.0, COMPUTE)
     backward = add_parts(nothing, scratch.backward + offsets, mask, R * N, sizes.ROW_BLOCKS, sizes.AT_ONCE)
     forward = add_parts(nothing, scratch.forward + offsets, mask, R * N, sizes.COLUMN_BLOCKS, sizes.AT_ONCE)
     strengths = tl.load(interface.read_strengths + offs_r, mask=mask_r, other=0.0).to(COMPUTE)
@@ -48,8 +49,8 @@ def read(part, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexp
 
 
 @triton.jit
-def read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, scratch, sizes: tl.constexpr):
-    """The adjoint of `read`: gradients of the forward weights, the backward weights and the similarity.
+def read_backward(first_head, interface, new, kept, d_read_words_ptr, d_new, d_interface, scratch, sizes: tl.constexpr):
+    """The adjoint of `read`: gradients of the forward weights, the backward weights and the similarity of its heads.
 
     What the words read give back to the memory is left to the row blocks.
     """
@@ -57,7 +58,9 @@ def read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, sc
     W: tl.constexpr = sizes.W
     R: tl.constexpr = sizes.R
     COMPUTE: tl.constexpr = sizes.COMPUTE
-    offs_n, offs_r, offs_w = tl.arange(0, sizes.BLOCK_N), tl.arange(0, sizes.BLOCK_R), tl.arange(0, sizes.BLOCK_W)
+    HEADS: tl.constexpr = sizes.HEADS if sizes.HEADS < sizes.HEADS_READ else sizes.HEADS_READ
+    offs_n, offs_w = tl.arange(0, sizes.BLOCK_N), tl.arange(0, sizes.BLOCK_W)
+    offs_r = first_head + tl.arange(0, sizes.HEADS_READ)
     mask_r, mask_w = offs_r < R, offs_w < W
 
     # words: r = w M'; the gradient of w goes through memory, from rows to whole heads
@@ -66,8 +69,8 @@ def read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, sc
         slots, places = by_slot[:, :, None], offs_w[None, None, :]
         mask_memory = (slots < N) & mask_w[None, None, :]
         memory = tl.load(new.memory + slots * W + places, mask=mask_memory, other=0.0).to(COMPUTE)
-        for head in range(0, R, sizes.HEADS):
-            offs_h = head + tl.arange(0, sizes.HEADS)[:, None]
+        for head in range(first_head, first_head + 1 if sizes.SPREAD else R, HEADS):
+            offs_h = head + tl.arange(0, HEADS)[:, None]
             heads, at_heads = offs_h[:, :, None], offs_h * N + by_slot
             mask_words, mask_heads = (heads < R) & mask_w[None, None, :], (offs_h < R) & (by_slot < N)
             d_words = tl.load(d_read_words_ptr + heads * W + places, mask=mask_words, other=0.0).to(COMPUTE)

@@ -13,6 +13,9 @@ from dnc_reference.interface import interface_sizes
 from dnc_reference.types import Interface
 from dnc_triton.kernels.layout import Layout
 
+# Slots that a program ranks, and how many it holds them against at once: with four warps no more are in registers, and
+# with more slots to rank there are fewer programs.
+RANKED, AGAINST = 32, 128
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -35,6 +38,9 @@ class Sizes(NamedTuple):
         AT_ONCE: partial sums of read weights that are loaded at once.
         CHUNK: words that are taken at once elsewhere.
         HEADS: read heads at once where there are products with each.
+        HEADS_READ: read heads that a program of the phases around the link has: all, or one where these are spread.
+        SPREAD: whether they are, and a launch before them has ranked the slots.
+        RANKED, AGAINST: slots that a program ranks there, and those that it holds them against at once.
         FEW: read heads there are, at most four, which leave registers for more.
         ALONE: a thread may have a single element of a tile's row or column: of few slots, of short or long words, of
             many warps. `python -m benchmarks.static` fails where that is wrong.
@@ -67,6 +73,10 @@ class Sizes(NamedTuple):
     AT_ONCE: int
     CHUNK: int
     HEADS: int
+    HEADS_READ: int
+    SPREAD: bool
+    RANKED: int
+    AGAINST: int
     FEW: bool
     ALONE: bool
     FORWARD_SCRATCH: int
@@ -102,13 +112,15 @@ class Sizes(NamedTuple):
         """
         block_n, block_w = (max(16, triton.next_power_of_2(size)) for size in (slots, word))
         block_r, numbers = triton.next_power_of_2(num_reads), 32 * 32 * num_warps
+        heads_read, ranked = 1 if layout.spread else block_r, min(block_n, RANKED)
         rows, columns = layout.rows, layout.columns
         row_blocks, column_blocks = triton.cdiv(slots, rows), triton.cdiv(slots, columns)
         slots_at_once = min(block_n, max(1, 16 * 32 * layout.num_warps // block_w))
         slot_blocks = triton.cdiv(slots, slots_at_once)
-        places = min(block_w, max(4, (2 if layout.whole else 4) * numbers // (block_n * max(4, block_r))))
+        places = min(block_w, max(4, (2 if layout.whole else 4) * numbers // (block_n * max(4, heads_read))))
         most = min(64, block_w) if layout.whole and block_n > 64 else block_n
         chunk = min(most, max(1, 2 * numbers // block_w))
+        by_tiles = (row_blocks + column_blocks) * num_reads
         by_slot = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
         fields = interface_sizes(num_reads, 1, word)
         few = num_reads <= 4
@@ -133,12 +145,16 @@ class Sizes(NamedTuple):
             SLOT_BLOCKS=slot_blocks,
             PLACES=places,
             PARTS=triton.cdiv(word, places),
-            AT_ONCE=min(16, max(1, 4 * numbers // (block_n * block_r))),
+            AT_ONCE=min(16, max(1, 4 * numbers // (block_n * heads_read))),
             CHUNK=chunk,
             HEADS=min(block_r, max(1, numbers // max(rows * columns, block_n * block_w))),
+            HEADS_READ=heads_read,
+            SPREAD=layout.spread,
+            RANKED=ranked,
+            AGAINST=min(block_n, AGAINST),
             FEW=few,
             ALONE=alone,
-            FORWARD_SCRATCH=(row_blocks + column_blocks) * num_reads * slots,
+            FORWARD_SCRATCH=max(by_tiles, layout.spread * triton.cdiv(slots, ranked)) * slots,
             BACKWARD_SCRATCH=by_slot * slots + slot_blocks * (2 + num_reads) * word,
             INTERFACE=interface,
             OFFSETS=Interface(**dict(zip(fields, offsets, strict=True))),  # type: ignore[arg-type]

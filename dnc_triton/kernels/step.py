@@ -2,7 +2,8 @@
 
 In one launch a program does a whole step for its batch element, phase after phase; the phases hand over through buffers
 that stay in the cache. In three launches the middle phase, which reads and writes the link, has a program per tile of
-it, and the phases that read words have one per part of those. Which one is faster depends on N and B.
+it, and the phases that read words have one per part of those. Where these phases are spread they have one for each head
+of it as well, and forward a fourth launch ranks the slots before them. Which one is faster depends on N and B.
 
 K = 1. All tensors are contiguous, of one dtype, on one device; what is kept for the backward is in the dtype of the
 arithmetic, float32 unless the tensors are float64.
@@ -12,11 +13,21 @@ import triton
 import triton.language as tl
 
 from dnc_reference.types import MemoryState
-from dnc_triton.kernels.addressing import address, address_backward, by_write_weights, lookup_backward
+from dnc_triton.kernels.addressing import (
+    address,
+    address_backward,
+    by_write_weights,
+    lookup_backward,
+    mixture_backward,
+    rank,
+)
 from dnc_triton.kernels.buffers import (
     ENDED,
     FRESH,
+    GRADIENT,
+    LINK,
     LOST,
+    MEMORY,
     Behind,
     backward_scratch_at,
     forward_scratch_at,
@@ -36,14 +47,16 @@ from dnc_triton.kernels.linking import (
 )
 from dnc_triton.kernels.reading import read, read_backward
 
-# The phases of a direction, and all of them in one launch.
-FIRST, MIDDLE, LAST, WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# The phases of a direction, all of them in one launch, and what may come before the first one forward.
+FIRST, MIDDLE, LAST, WHOLE, RANK = (tl.constexpr(phase) for phase in range(5))
 
 
 @triton.jit
 def memory_step(interface, old, new, kept, scratch, read_words_ptr, runs, PHASE: tl.constexpr, sizes: tl.constexpr):
     """A phase of a step, or all of them, for a batch element; the tuples of pointers are those of `buffers`."""
-    if PHASE == FIRST:
+    if PHASE == RANK:
+        rank(tl.program_id(1), interface, old, new, kept, scratch, sizes)
+    elif PHASE == FIRST:
         address(interface, old, new, kept, sizes)
     elif PHASE == MIDDLE:
         piece = tl.program_id(1)
@@ -52,7 +65,11 @@ def memory_step(interface, old, new, kept, scratch, read_words_ptr, runs, PHASE:
         else:
             write(piece - sizes.TILES, interface, old, new, kept, runs, sizes)
     elif PHASE == LAST:
-        read(tl.program_id(1), interface, new, kept, scratch, read_words_ptr, sizes)
+        piece = tl.program_id(1)
+        if sizes.SPREAD:
+            read(piece % sizes.PARTS, piece // sizes.PARTS, interface, new, kept, scratch, read_words_ptr, sizes)
+        else:
+            read(piece, 0, interface, new, kept, scratch, read_words_ptr, sizes)
     else:
         address(interface, old, new, kept, sizes)
         tl.debug_barrier()
@@ -62,7 +79,7 @@ def memory_step(interface, old, new, kept, scratch, read_words_ptr, runs, PHASE:
             write(block, interface, old, new, kept, runs, sizes)
         tl.debug_barrier()
         for part in range(sizes.PARTS):
-            read(part, interface, new, kept, scratch, read_words_ptr, sizes)
+            read(part, 0, interface, new, kept, scratch, read_words_ptr, sizes)
 
 
 @triton.jit
@@ -86,7 +103,8 @@ def memory_step_backward(
     The old link lies `Behind`; in one launch of all phases it does not, and nobody asks.
     """
     if PHASE == FIRST or PHASE == WHOLE:
-        read_backward(interface, new, kept, d_read_words_ptr, d_new, d_interface, scratch, sizes)
+        first_head = tl.program_id(1) if sizes.SPREAD else 0
+        read_backward(first_head, interface, new, kept, d_read_words_ptr, d_new, d_interface, scratch, sizes)
     if PHASE == MIDDLE:
         piece = tl.program_id(1)
         if piece < sizes.TILES:
@@ -127,6 +145,8 @@ def memory_step_backward(
             part = tl.program_id(1)
             if part < sizes.PARTS:
                 lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface, d_old, runs, sizes)
+            elif sizes.SPREAD and part == sizes.PARTS + sizes.R:
+                mixture_backward(interface, new, kept, d_weights, d_new, d_interface, d_old, scratch, runs, sizes)
             else:
                 address_backward(
                     part - sizes.PARTS,
@@ -145,7 +165,7 @@ def memory_step_backward(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shared"])
 def step_forward_kernel(
     interface_ptr,
     memory_ptr,
@@ -166,18 +186,20 @@ def step_forward_kernel(
     scratch_ptr,
     marks_ptr,
     zeros_ptr,
+    shared,
     PHASE: tl.constexpr,
     sizes: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
 ):
     """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
-    With marks [B] come zeros, as many as the largest field of a state has numbers for a batch element.
+    With marks [B] come zeros, as many as the largest field of a state has numbers for a batch element. What is `shared`
+    may be MEMORY and LINK of the state before.
     """
     begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64)
     old = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)
-    old = state_at(old, element, sizes)
+    old = state_at(old, element, sizes, shared & MEMORY != 0, shared & LINK != 0)
     new = MemoryState(
         new_memory_ptr, new_usage_ptr, new_link_ptr, new_precedence_ptr, new_read_weights_ptr, new_write_weights_ptr
     )
@@ -200,7 +222,7 @@ def step_forward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["behind", "row"])
+@triton.jit(do_not_specialize=["shared", "behind", "row"])
 def step_backward_kernel(
     interface_ptr,
     memory_ptr,
@@ -232,6 +254,7 @@ def step_backward_kernel(
     scratch_ptr,
     marks_ptr,
     zeros_ptr,
+    shared,
     behind,
     row,
     PHASE: tl.constexpr,
@@ -240,14 +263,15 @@ def step_backward_kernel(
 ):
     """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
-    With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written. In three
+    With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written. What is
+    `shared` may be the GRADIENT by memory and link, too. In three
     launches the link may lie `behind` so many steps; precedence and write weights of these lie before those of the
     step, `row` units of 16 bytes apart, and their marks before its marks, B apart, rounded up to 16.
     """
     begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64)
     old = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)
-    old = state_at(old, element, sizes)
+    old = state_at(old, element, sizes, shared & MEMORY != 0, shared & LINK != 0)
     # The backward wants neither the new link nor the new precedence; the old ones stand in their places.
     new = MemoryState(
         new_memory_ptr, new_usage_ptr, link_ptr, precedence_ptr, new_read_weights_ptr, new_write_weights_ptr
@@ -261,7 +285,7 @@ def step_backward_kernel(
         d_new_read_weights_ptr,
         d_new_write_weights_ptr,
     )
-    d_new = state_at(d_new, element, sizes)
+    d_new = state_at(d_new, element, sizes, shared & GRADIENT != 0, shared & GRADIENT != 0)
     d_old = MemoryState(
         d_memory_ptr, d_usage_ptr, d_link_ptr, d_precedence_ptr, d_read_weights_ptr, d_write_weights_ptr
     )

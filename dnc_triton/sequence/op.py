@@ -19,14 +19,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dnc_reference.memory import without_autocast
+from dnc_reference.types import MemoryState
 from dnc_triton.kernels.ahead import overlapping
-from dnc_triton.kernels.layout import Layout
+from dnc_triton.kernels.layout import Layout, is_shared
 from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched
 from dnc_triton.sequence import graphs, pool
 from dnc_triton.sequence.compiled import CompiledSequence, step_alone
 from dnc_triton.sequence.history import Carried, Settings, zeros
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
+
+LARGE = {MemoryState._fields.index(name) for name in ("memory", "link")}  # where these are in a state
 
 
 class Given(NamedTuple):
@@ -40,9 +43,10 @@ class Given(NamedTuple):
     reset: Tensor | None
 
     def flatten(self) -> list[Tensor]:
-        """Those that are there, as a list."""
+        """Those that are there, as a list, one entry of what is shared."""
         masks = [mask for mask in (self.running, self.reset) if mask is not None]
-        return [self.inputs, *self.state, *self.parameters, *self.dropout, *masks]
+        state = (tensor[:1] if is_shared(tensor) else tensor for tensor in self.state)
+        return [self.inputs, *state, *self.parameters, *self.dropout, *masks]
 
     def replace(self, tensors: list[Tensor]) -> Given:
         """Others in their places, from such a list."""
@@ -51,6 +55,7 @@ class Given(NamedTuple):
         state, parameters, dropout = (
             [next(remaining) for _ in part] for part in (self.state, self.parameters, self.dropout)
         )
+        state = [x.expand_as(like) if is_shared(like) else x for x, like in zip(state, self.state, strict=True)]
         running, reset = (None if mask is None else next(remaining) for mask in (self.running, self.reset))
         return Given(inputs, state, parameters, dropout, running, reset)
 
@@ -102,7 +107,7 @@ def _run(
     keep: bool,
 ) -> list[Tensor]:
     """What the operator computes, by a graph where that is possible."""
-    given = _given(inputs, state, parameters, lengths, reset, dropout)
+    given = _given(settings, inputs, state, parameters, lengths, reset, dropout)
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
         return _forward(settings, given.replace(tensors), keep)
@@ -224,7 +229,7 @@ def _run_backward(
     wanted: list[bool],
 ) -> list[Any]:
     """What the operator's backward computes. A gradient that is None is zero; what is not wanted may be None."""
-    given = _given(inputs, state, parameters, lengths, reset, dropout)
+    given = _given(settings, inputs, state, parameters, lengths, reset, dropout)
 
     def run(
         gradients: list[Tensor | None],
@@ -270,7 +275,9 @@ def _backward_through_time(
     if d_outputs is None:
         d_outputs = inputs.new_zeros(*inputs.shape[:2], parameters[-1].shape[0])
     d_outputs = d_outputs.contiguous()
-    d_carried = Carried.unflatten(_filled(d_last, state, copied=kind.overwrites), settings.num_layers)
+    shares = _takes_shared(settings) and running is None
+    d_filled = _filled(d_last, state, copied=kind.overwrites, shares=shares)
+    d_carried = Carried.unflatten(d_filled, settings.num_layers)
     by_state = wanted[1 : 1 + len(state)]
     with overlapping(settings.layout, inputs.device):
         d_inputs, d_state, d_parameters = sequence.backward(
@@ -280,9 +287,13 @@ def _backward_through_time(
     return [d_inputs, *d_states, *d_parameters]
 
 
-def _filled(tensors: list[Tensor | None], like: list[Tensor], *, copied: bool) -> list[Tensor]:
-    """Zeros for what is None; and copies of the others, if they are to be overwritten."""
-    empty = iter(zeros([x.shape for x, tensor in zip(like, tensors, strict=True) if tensor is None], like[0]))
+def _filled(tensors: list[Tensor | None], like: list[Tensor], *, copied: bool, shares: bool) -> list[Tensor]:
+    """Zeros for what is None, those by memory and link shared; copies of the others, if they are to be overwritten."""
+    missing = [index for index, tensor in enumerate(tensors) if tensor is None]
+    one_for_all = LARGE if shares and LARGE.issubset(missing) else ()
+    shapes = [(1, *like[index].shape[1:]) if index in one_for_all else like[index].shape for index in missing]
+    made = zip(missing, zeros(shapes, like[0]), strict=True)
+    empty = iter([x.expand_as(like[index]) if index in one_for_all else x for index, x in made])
     given = [tensor for tensor in tensors if tensor is not None]
     if given and copied:
         copies = [pool.empty_like(tensor) for tensor in given]
@@ -433,7 +444,13 @@ def _as_operands(settings: Settings) -> list[Any]:
     return [*others, None if layout is None else layout.as_operand()]
 
 
+def _takes_shared(settings: Settings) -> bool:
+    """Whether memory and link before the first step, and gradients by those after the last, may be shared."""
+    return settings.layout is not None and not settings.layout.whole
+
+
 def _given(
+    settings: Settings,
     inputs: Tensor,
     state: list[Tensor],
     parameters: list[Tensor],
@@ -445,4 +462,6 @@ def _given(
     running = None
     if lengths is not None:
         running = torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
-    return Given(inputs, [tensor.contiguous() for tensor in state], parameters, dropout, running, reset)
+    shared = {index for index in LARGE if _takes_shared(settings) and is_shared(state[index])}
+    state = [x[:1].contiguous().expand_as(x) if i in shared else x.contiguous() for i, x in enumerate(state)]
+    return Given(inputs, state, parameters, dropout, running, reset)

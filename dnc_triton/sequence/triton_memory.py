@@ -23,7 +23,7 @@ from dnc_triton.kernels.launch import (
     launch_backward,
     launch_forward,
 )
-from dnc_triton.kernels.layout import Layout
+from dnc_triton.kernels.layout import Layout, is_shared
 
 
 class TritonMemory:
@@ -102,10 +102,12 @@ class TritonMemory:
     ) -> MemoryState:
         """As in `TorchMemory`. Two sets of buffers take turns as what is given and what is returned.
 
-        Of a row that has ended neither is written to: both begin with the gradient by its last state.
+        Of a row that has ended neither is written to: both begin with the gradient by its last state. What is shared is
+        no buffer to take turns with.
         """
         if self.spare is None:
-            self.spare = MemoryState(*(x.clone() if self.ends else torch.empty_like(x) for x in d))
+            empty = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in d)
+            self.spare = MemoryState(*(x.clone() for x in d) if self.ends else empty)
         spare = self.spare
         launch_backward(
             self.vectors[step],
@@ -123,7 +125,7 @@ class TritonMemory:
             behind=self.behind(step),
             row=self.row,
         )
-        self.spare = d
+        self.spare = None if is_shared(d.memory) else d
         return spare
 
     def _kept(self, step: int) -> tuple[Tensor, Tensor]:

@@ -206,6 +206,20 @@ class Launch:
 
         return run
 
+    def _redux(self, i: Instruction) -> Runner:
+        """The sum of a warp's numbers, for each of its threads."""
+        check(i.op == "redux.sync.add.s32", i)
+        target, source = (self.registers.target(i.operands[0], "s32"), self.registers.source(i.operands[1], "s32"))
+        member = self.registers.source(i.operands[2], "u32")
+
+        def run(mask: Mask) -> None:
+            check(np.all(member == 0xFFFFFFFF), i)
+            self._whole_warps(mask, i)
+            sums = np.broadcast_to(source, self.threads).reshape(-1, WARP).sum(1, dtype="i4")
+            np.copyto(target, np.repeat(sums, WARP), where=True if mask is None else mask)
+
+        return run
+
     def _matrices(self, i: Instruction, place: str) -> Callable[..., Array]:
         """Of `ldmatrix` and `stmatrix`: where the two numbers of matrix n are that are each thread's, side by side.
 

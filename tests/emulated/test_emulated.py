@@ -39,6 +39,7 @@ pytestmark = pytest.mark.slow
 GOLDENS = [
     case for case in test_kernel_goldens.CASES if load_golden(case.values[0]).meta["config"]["memory_size"] <= 16
 ]
+RANKED = Case(1, 140, 3, 1, layout="spread", interface="oneplus")
 # Of each dtype and layout the smallest, which comes last and stays.
 PARITY = {
     (case.dtype, case.layout): case
@@ -55,6 +56,11 @@ def test_memory_step(name: str, dtype: torch.dtype, backend: str, device: torch.
 @pytest.mark.parametrize("case", PARITY.values(), ids=str)
 def test_parity(case: Case, device: torch.device) -> None:
     test_kernel_parity.test_parity(case, device)
+
+
+def test_ranks_by_several_programs(device: torch.device) -> None:
+    """Of which each holds its slots against those of several turns."""
+    test_kernel_parity.test_parity(RANKED, device)
 
 
 @pytest.mark.parametrize("dtype", test_kernel_products.TOLERANCE, ids=str)

@@ -193,9 +193,10 @@ class Case(NamedTuple):
 
 
 def pick_layout(name: str, slots: int, word: int) -> Layout:
-    """The first layout that may be taken for this size, of those that are "fused", "split", or "split16"."""
+    """The first layout that may be taken for this size, of those that are "fused", "split", "split16" or "spread"."""
     candidates = [layout for layout in layouts(slots) if layout.fused == (name == "fused")]
-    return candidates[0]._replace(columns=16) if name == "split16" else candidates[0]  # several tiles beside each other
+    changes = {"split16": dict(columns=16), "spread": dict(spread=True)}  # several tiles beside each other; at any size
+    return candidates[0]._replace(**changes.get(name, {}))
 
 
 class Problem(NamedTuple):

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
+from dnc_reference.types import MemoryState
 from dnc_triton.kernels.common import exp, sigmoid, softplus, tanh
-from dnc_triton.kernels.launch import StepGradient, backward_scratch, launch_backward
+from dnc_triton.kernels.launch import StepGradient, backward_scratch, launch_backward, step_forward
 from dnc_triton.kernels.layout import Layout, kept_shapes
 
 FUNCTIONS = {"exp": torch.exp, "sigmoid": torch.sigmoid, "softplus": torch.nn.functional.softplus, "tanh": torch.tanh}
@@ -60,6 +61,25 @@ def test_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
 def test_where_there_is_no_number(name: str, device: torch.device) -> None:
     x = torch.tensor([-torch.inf, -200.0, -0.0, 0.0, 200.0, torch.inf, torch.nan], device=device)
     torch.testing.assert_close(run(name, x), FUNCTIONS[name](x), equal_nan=True, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ranks_are_the_order_of_a_sort(dtype: torch.dtype, device: torch.device) -> None:
+    """Of many that are equal, far from each other too, the lower slot first; and NaN before all others."""
+    slots = 300
+    levels = torch.randint(0, 5, (1, slots), generator=torch.Generator().manual_seed(0)) / 4
+    levels[0, [3, 140, 299]] = torch.nan
+    shapes = MemoryState.shapes(1, slots, 2, 1)
+    state = MemoryState(**{name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
+    state = state._replace(usage=levels.to(device, dtype))
+    interface = torch.zeros(1, sum(interface_sizes(1, 1, 2).values()), dtype=dtype, device=device)
+    lists = [
+        step_forward(interface, tuple(state), num_reads=1, raw=True, strength_offset=1.0, layout=layout).free_list
+        for layout in (Layout(False, 256, 256, 4), Layout(False, 256, 256, 4, spread=True))
+    ]
+    assert torch.equal(*lists)
+    expected = levels.nan_to_num(-1.0).sort(stable=True).indices
+    assert torch.equal(lists[0].cpu().long(), expected)
 
 
 def test_what_lies_far_behind() -> None:

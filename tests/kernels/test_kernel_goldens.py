@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import GOLDEN_NAMES, INTERFACE_KEYS, STATE_KEYS, as_leaves, load_golden
-from parity import margins
+from parity import margins, pick_layout
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_reference import DNCState, MemoryState
 from dnc_reference.addressing import softplus
 from dnc_triton import from_deepmind, memory_step
+from dnc_triton.ops.fused_step import fused_memory_step
 
 STEPS = [name for name in GOLDEN_NAMES if name.startswith("memory_step_") and "K1_" in name]
-# In float32 each file goes through one of the two layouts.
+# In float32 each file goes through one of the layouts.
 CASES = [
     pytest.param(name, dtype, backend, id=f"{name}-{dtype}-{backend}")
     for index, name in enumerate(STEPS)
     for dtype in (torch.float64, torch.float32)
-    for backend in ("triton_fused", "triton_split")
-    if load_golden(name).comparable(dtype)
-    and (dtype == torch.float64 or (backend == "triton_fused") == (index % 2 == 0))
+    for place, backend in enumerate(("triton_fused", "triton_split", "spread"))
+    if load_golden(name).comparable(dtype) and (dtype == torch.float64 or index % 3 == place)
 ]
 
 
@@ -42,7 +42,11 @@ def test_memory_step(name: str, dtype: torch.dtype, backend: str, device: torch.
         interface = raw._replace(
             read_strengths=softplus(raw.read_strengths), write_strengths=softplus(raw.write_strengths)
         )
-        read_words, new = memory_step(interface, prev, stop_usage_gradient=True, backend=backend)
+        if backend == "spread":
+            layout = pick_layout("spread", golden.meta["config"]["memory_size"], 0)
+            read_words, new = fused_memory_step(interface, prev, stop_usage_gradient=True, layout=layout)
+        else:
+            read_words, new = memory_step(interface, prev, stop_usage_gradient=True, backend=backend)
         results = {"out_read_words": read_words, **named("next_", STATE_KEYS, new)}
         loss = weighted(golden, results)
         strengths = {

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_bits
-from replays import _empty, _without, cache, draw, engine, make, train  # noqa: F401
+from replays import BATCH, _empty, _without, cache, draw, engine, make, train  # noqa: F401
 
+from dnc_triton import layer
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
 
@@ -26,6 +27,21 @@ def test_trainings_are_the_same(backend: str, choice: dict[str, Any], without: C
     assert_same_bits(train(dnc, 2, options, steps=2), without(train, dnc, 2, options, steps=2))
     assert engine().replays == 2
     assert cache().instances[0].is_free
+
+
+def test_zeros_of_one_element_for_all(without: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "SHARED_FROM", {"cpu": 0})
+    dnc = make(backend="triton_split")
+    parameters = list(dnc.parameters())
+
+    def gradients(seed: int) -> Any:
+        return torch.autograd.grad(dnc(draw(dnc, seed, 2)[0])[0].square().sum(), parameters)
+
+    for seed in range(3):
+        assert_same_bits(gradients(seed), without(gradients, seed))
+    assert engine().replays == 2 * 2
+    (instance,) = cache().instances
+    assert {len(tensor) for tensor in instance.given[1:7]} == {1, BATCH}
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ CASES = [
                 word=(1, 6, 12, 20, 32, 64),
                 reads=(1, 3, 4, 8),
                 dtype=("float32", "bfloat16", "float64", "float16"),
-                layout=("fused", "split", "split16"),
+                layout=("fused", "split", "split16", "spread"),
                 interface=("oneplus", "activated", "softplus"),
                 strides=("contiguous", "gaps", "transposed", "expanded"),
                 stop_usage_gradient=(False, True),
@@ -81,6 +81,8 @@ def test_pairwise() -> None:
         (Case(1, 3, 256, 16, "float32", interface="oneplus"), None),
         (Case(1, 3, 256, 16, "float64", "split"), None),
         (Case(1, 130, 3, 2, "float32", "split"), None),
+        (Case(1, 130, 3, 2, "float32", "spread"), None),
+        (Case(1, 300, 2, 1, "float64", "spread"), Layout(False, 256, 256, 4, spread=True)),
         # All of the 10 bits that the sort has for the slot.
         (Case(1, 1024, 1, 1, "float64", "split"), Layout(False, 256, 256, 4)),
         (Case(1, 1000, 2, 1, "float32", "split", "oneplus"), Layout(False, 256, 256, 4)),

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dnc_reference import MemoryState
 
-each_layout = pytest.mark.parametrize("layout", ["fused", "split"])
+each_layout = pytest.mark.parametrize("layout", ["fused", "split", "spread"])
 
 
 quietly = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what the interpreter computes

@@ -19,11 +19,12 @@ from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend, start, weigh
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dnc_triton import DNC, DNCState, MemoryState, explain, use_backend
+from dnc_triton import DNC, DNCState, MemoryState, dispatch, explain, layer, use_backend
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels import gradients, launch, lstm, products
-from dnc_triton.kernels.layout import default_layout, kept_shapes, sequence_layouts
-from dnc_triton.sequence import one_launch, op, small_product
+from dnc_triton.kernels.launch import launch_backward, launch_forward
+from dnc_triton.kernels.layout import default_layout, is_shared, kept_shapes, sequence_layouts
+from dnc_triton.sequence import one_launch, op, small_product, triton_memory
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 from dnc_triton.sequence.triton_memory import TritonMemory
 
@@ -97,9 +98,16 @@ def test_layouts(layout: Any, device: torch.device) -> None:
     assert_close((outputs, final), expected, **CLOSE)
 
 
-@pytest.mark.parametrize(("backend", "checkpoint"), [(BACKEND, None), ("triton_fused", 2), ("triton_split", None)])
-def test_lengths_and_resets_leave_nothing_unwritten(backend: str, checkpoint: int | None, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("backend", "checkpoint", "spread"),
+    [(BACKEND, None, False), ("triton_fused", 2, False), ("triton_split", None, False), ("triton_split", 2, True)],
+)
+def test_lengths_and_resets_leave_nothing_unwritten(
+    backend: str, checkpoint: int | None, spread: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that end early, or never run, and rows that begin anew, one of them with a spoilt state; NaN for padding."""
+    if spread:
+        monkeypatch.setattr(dispatch, "layouts", lambda slots: [pick_layout("spread", slots, 0)])
     dnc = make(device, clip=0.4, checkpoint=checkpoint)
     inputs, state = draw(dnc, 4, batch=4)
     reset = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0]], dtype=torch.bool, device=device)
@@ -112,6 +120,75 @@ def test_lengths_and_resets_leave_nothing_unwritten(backend: str, checkpoint: in
         inputs[1], inputs[2, 2:], inputs[3, 3:] = torch.nan, torch.nan, torch.nan
     with poisoned():
         assert_close(run(dnc, inputs, state, backend, **call), expected, **CLOSE, name="")
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "call"),
+    [
+        ("triton_split", {}, {}),
+        ("triton_split", dict(checkpoint=2), dict(lengths=[3, 0, 2])),
+        ("triton_fused", dict(checkpoint=2), {}),
+        (BACKEND, {}, {}),
+        ("torch_sequence", {}, {}),
+    ],
+)
+def test_zeros_of_one_element_for_all(
+    backend: str, options: dict[str, Any], call: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bits that zeros of every element make. The kernels of a step read them as they are; others have copies."""
+    dnc = make(device, **options)
+    inputs, _ = draw(dnc, 3, batch=3)
+    forwards: list[tuple[bool, bool]] = []  # of each step, whether memory and link before it are shared
+    backwards: list[tuple[bool, bool, bool]] = []  # and whether the gradient after it is
+
+    def forward(*arguments: Any, **options: Any) -> None:
+        memory, _, link, *_ = arguments[1]
+        forwards.append((is_shared(memory), is_shared(link)))
+        launch_forward(*arguments, **options)
+
+    def backward(*arguments: Any, **options: Any) -> None:
+        (memory, _, link, *_), (_, d_memory, *_) = arguments[1], arguments[3]
+        backwards.append((is_shared(memory), is_shared(link), is_shared(d_memory)))
+        launch_backward(*arguments, **options)
+
+    monkeypatch.setattr(triton_memory, "launch_forward", forward)
+    monkeypatch.setattr(triton_memory, "launch_backward", backward)
+
+    def gradients(least: dict[str, int]) -> Any:
+        forwards.clear()
+        backwards.clear()
+        monkeypatch.setattr(layer, "SHARED_FROM", least)
+        with use_backend(backend):
+            outputs, _ = dnc(inputs, **call)
+        return outputs, torch.autograd.grad(outputs.square().sum(), [inputs, *dnc.parameters()])
+
+    with poisoned():
+        actual = gradients({device.type: 0})
+    if backend in ("triton_split", "triton_fused"):
+        assert forwards[0] == (True, True)
+        assert not any(map(any, forwards[1:3]))
+        assert backwards[-1] == (True, True, False)
+        # Rows that have ended keep the gradient by their last state, for which it must be there.
+        assert [d_shared for *_, d_shared in backwards] == ["lengths" not in call, False, False]
+    assert_same_bits(actual, gradients({}))
+    assert not any(map(any, forwards))
+
+
+def test_a_state_of_one_element_for_all(device: torch.device) -> None:
+    """As an initial state that is learned may be."""
+    dnc = make(device)
+    inputs, state = draw(dnc, 3, batch=3)
+    memory, link = (x[:1].detach().requires_grad_() for x in (state.memory.memory, state.memory.link))
+
+    def gradients(backend: str) -> Any:
+        fields = state.memory._replace(memory=memory.expand(3, -1, -1), link=link.expand(3, -1, -1, -1))
+        with use_backend(backend):
+            outputs, final = dnc(inputs, state._replace(memory=fields))
+        return outputs, torch.autograd.grad(weighted((outputs, final)), [memory, link, inputs, *dnc.parameters()])
+
+    with poisoned():
+        actual = gradients("triton_split")
+    assert_close(actual, gradients("reference"), **CLOSE, name="")
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16, 17])
