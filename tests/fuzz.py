@@ -82,6 +82,7 @@ def draw_batch(seed: int, index: int, rows: int) -> tuple[Batch, Problem]:
             [
                 Layout(True, choose([16, 16, 32]), choose([16, 32]), 4, backward_rows=choose([0, 0, 32])),
                 Layout(False, choose([16, 16, 32]), choose([16, 32]), 4, backward_rows=choose([0, 0, 32])),
+                Layout(False, choose([16, 32]), choose([16, 32]), 4, spread=choose([True, False]), ranks=True),
                 Layout(False, choose([16, 32]), choose([16, 32]), 4, spread=True),
             ]
         ),

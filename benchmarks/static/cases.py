@@ -68,8 +68,8 @@ class Case:
         if self.phase in CONTROLLER:
             reads = "" if self.phase == "lstm" else "{1}x{2}".format(*self.shape)
             return f"{self.direction} {self.phase} {reads}h{self.hidden_size} {self.dtype} {self.target}"
-        spread = " spread" if self.layout.spread else ""
-        layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}{spread}"
+        layout = f"{self.layout.rows}x{self.layout.columns}/{self.layout.num_warps}"
+        layout += " spread" * self.layout.spread + " ranks" * self.layout.ranks
         variant = f" {self.variant}" if self.variant else ""
         return f"{self.direction} {self.phase} {shape} {layout} {self.dtype} {self.target}{variant}"
 
@@ -202,7 +202,7 @@ def step(
     """Every launch of a step and its backward."""
     layout = layout or default_layout(shape[0])
     phases = ("whole",) if layout.fused else ("first", "middle", "last")
-    before = ("rank",) if layout.spread else ()
+    before = ("rank",) if layout.ranks else ()
     return [
         Case(direction, phase, shape, layout_of(layout, direction), dtype, target, variant=variant)
         for direction in DIRECTIONS

@@ -1,6 +1,6 @@
 """Phase one of a step, a program per batch element: usage, allocation, write content lookup, write weights, precedence.
 
-Where phases are spread, what can be done for some slots at a time is done before it, by many programs (`rank`). Its
+Where a layout ranks, what can be done for some slots at a time is done before it, by many programs (`rank`). Its
 adjoint is the last phase of the backward. The tuples of pointers are those of `buffers`, of one batch element.
 """
 
@@ -107,7 +107,7 @@ def look_up(first, end, CHUNK: tl.constexpr, interface, old, kept, sizes: tl.con
 
 @triton.jit
 def rank(block, interface, old, new, kept, scratch, sizes: tl.constexpr):
-    """What `address` begins with where the phases are spread, in a launch before it, for RANKED slots.
+    """What `address` begins with where a layout ranks, in a launch before it, for RANKED slots.
 
     Where a slot stands in the free list is how many stand before it. The usage of all slots every program works out by
     itself, in a work space of its own: to wait for each other takes a launch more.
@@ -144,7 +144,7 @@ def rank(block, interface, old, new, kept, scratch, sizes: tl.constexpr):
 
 @triton.jit
 def address(interface, old, new, kept, sizes: tl.constexpr):
-    """Where to write; after `rank` where the phases are spread."""
+    """Where to write; after `rank` where a layout ranks."""
     N: tl.constexpr = sizes.N
     COMPUTE: tl.constexpr = sizes.COMPUTE
     offs_n = tl.arange(0, sizes.BLOCK_N)
@@ -153,7 +153,7 @@ def address(interface, old, new, kept, sizes: tl.constexpr):
     write_strength = strength(tl.load(interface.write_strengths).to(COMPUTE), sizes)
     allocation_gate = gate(tl.load(interface.allocation_gates).to(COMPUTE), sizes)
     write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
-    if not sizes.SPREAD:
+    if not sizes.RANKS:
         usage = update_usage(interface, old, new, new.usage, offs_n, mask_n, sizes)
         key = tl.sort(sort_key(usage, offs_n, mask_n, COMPUTE))
         SLOTS: tl.constexpr = 1023 if COMPUTE == tl.float64 else 2047

@@ -306,7 +306,7 @@ def launches(
         last = launch(LAST, warps, lambda sizes: sizes.PARTS + num_reads + layout.spread)
     else:
         last = launch(LAST, warps, lambda sizes: sizes.PARTS * heads)
-    if layout.spread and not backward:
+    if layout.ranks and not backward:
         return launch(RANK, 4, lambda sizes: triton.cdiv(slots, sizes.RANKED)), first, middle, last
     return first, middle, last
 

@@ -20,8 +20,9 @@ class Layout(NamedTuple):
         whole: all steps of a sequence in one launch, the controller's too; else a step at a time. Only if fused.
         backward_rows: of the backward's tiles, where they are not as many; else 0.
         overlaps: a launch begins while the one before it ends, where the device can (`ahead.overlapping`).
-        spread: the phases around the link have a program for each read head, and the slots are ranked in a launch of
-            its own, before the others, by many programs. Only if not fused.
+        spread: what reads has a program for each read head. Only if not fused.
+        ranks: the slots are ranked in a launch of its own, before the others, by many programs, instead of sorted by
+            one. Only if not fused.
     """
 
     fused: bool
@@ -32,6 +33,7 @@ class Layout(NamedTuple):
     backward_rows: int = 0
     overlaps: bool = False
     spread: bool = False
+    ranks: bool = False
 
     @property
     def of_backward(self) -> Layout:
@@ -53,13 +55,14 @@ class Layout(NamedTuple):
     @classmethod
     def from_operand(cls, values: list[int]) -> Layout:
         """The inverse."""
-        fused, rows, columns, num_warps, whole, backward_rows, overlaps, spread = values
-        return cls(bool(fused), rows, columns, num_warps, bool(whole), backward_rows, bool(overlaps), bool(spread))
+        fused, rows, columns, num_warps, whole, backward_rows, *others = values
+        return cls(bool(fused), rows, columns, num_warps, bool(whole), backward_rows, *map(bool, others))
 
     def describe(self) -> str:
         """Of layouts of one kind, which."""
         tiles = " and ".join(f"{rows}×{self.columns}" for rows in (self.rows, self.backward_rows) if rows)
-        return f"{tiles}, {self.num_warps} warp{'s' if self.num_warps > 1 else ''}{', spread' if self.spread else ''}"
+        warps = f"{self.num_warps} warp{'s' if self.num_warps > 1 else ''}"
+        return ", ".join([tiles, warps, *(name for name in ("spread", "ranks") if getattr(self, name))])
 
 
 def layouts(memory_size: int) -> list[Layout]:
@@ -76,10 +79,11 @@ def layouts(memory_size: int) -> list[Layout]:
     if memory_size > 256:
         rows = 32 if memory_size <= 1024 else 64
         wide = [split._replace(rows=count) for count in (rows, 2 * rows, rows // 2)]
-        return [*wide, *(layout._replace(spread=True) for layout in wide[:2])]
+        return [*wide, *(layout._replace(spread=True, ranks=True) for layout in wide[:2])]
     if memory_size > 64:
         fused = [] if memory_size > 128 else [Layout(True, 16, block, 8)]
-        return [split, split._replace(backward_rows=32), split._replace(rows=8), *fused]
+        spread = [] if memory_size <= 128 else [split._replace(spread=True)]
+        return [split, split._replace(backward_rows=32), split._replace(rows=8), *spread, *fused]
     warps = (4, 1) if memory_size <= 16 else (4, 8)
     return [*(Layout(True, block, block, num_warps) for num_warps in warps), split._replace(rows=8)]
 

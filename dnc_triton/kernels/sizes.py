@@ -38,9 +38,9 @@ class Sizes(NamedTuple):
         AT_ONCE: partial sums of read weights that are loaded at once.
         CHUNK: words that are taken at once elsewhere.
         HEADS: read heads at once where there are products with each.
-        HEADS_READ: read heads that a program of the phases around the link has: all, or one where these are spread.
-        SPREAD: whether they are, and a launch before them has ranked the slots.
-        RANKED, AGAINST: slots that a program ranks there, and those that it holds them against at once.
+        SPREAD, RANKS: of the layout.
+        HEADS_READ: read heads that a program reads for.
+        RANKED, AGAINST: slots that a program ranks, and those that it holds them against at once.
         FEW: read heads there are, at most four, which leave registers for more.
         ALONE: a thread may have a single element of a tile's row or column: of few slots, of short or long words, of
             many warps. `python -m benchmarks.static` fails where that is wrong.
@@ -73,8 +73,9 @@ class Sizes(NamedTuple):
     AT_ONCE: int
     CHUNK: int
     HEADS: int
-    HEADS_READ: int
     SPREAD: bool
+    RANKS: bool
+    HEADS_READ: int
     RANKED: int
     AGAINST: int
     FEW: bool
@@ -148,13 +149,14 @@ class Sizes(NamedTuple):
             AT_ONCE=min(16, max(1, 4 * numbers // (block_n * heads_read))),
             CHUNK=chunk,
             HEADS=min(block_r, max(1, numbers // max(rows * columns, block_n * block_w))),
-            HEADS_READ=heads_read,
             SPREAD=layout.spread,
+            RANKS=layout.ranks,
+            HEADS_READ=heads_read,
             RANKED=ranked,
             AGAINST=min(block_n, AGAINST),
             FEW=few,
             ALONE=alone,
-            FORWARD_SCRATCH=max(by_tiles, layout.spread * triton.cdiv(slots, ranked)) * slots,
+            FORWARD_SCRATCH=max(by_tiles, layout.ranks * triton.cdiv(slots, ranked)) * slots,
             BACKWARD_SCRATCH=by_slot * slots + slot_blocks * (2 + num_reads) * word,
             INTERFACE=interface,
             OFFSETS=Interface(**dict(zip(fields, offsets, strict=True))),  # type: ignore[arg-type]

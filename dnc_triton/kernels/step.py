@@ -2,8 +2,8 @@
 
 In one launch a program does a whole step for its batch element, phase after phase; the phases hand over through buffers
 that stay in the cache. In three launches the middle phase, which reads and writes the link, has a program per tile of
-it, and the phases that read words have one per part of those. Where these phases are spread they have one for each head
-of it as well, and forward a fourth launch ranks the slots before them. Which one is faster depends on N and B.
+it, and the phases that read words have one per part of those. Spread, these have one for each head of it as well; and a
+fourth launch may rank the slots before the forward's. Which one is faster depends on N and B.
 
 K = 1. All tensors are contiguous, of one dtype, on one device; what is kept for the backward is in the dtype of the
 arithmetic, float32 unless the tensors are float64.

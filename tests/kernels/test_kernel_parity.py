@@ -82,7 +82,7 @@ def test_pairwise() -> None:
         (Case(1, 3, 256, 16, "float64", "split"), None),
         (Case(1, 130, 3, 2, "float32", "split"), None),
         (Case(1, 130, 3, 2, "float32", "spread"), None),
-        (Case(1, 300, 2, 1, "float64", "spread"), Layout(False, 256, 256, 4, spread=True)),
+        (Case(1, 300, 2, 1, "float64", "spread"), Layout(False, 256, 256, 4, ranks=True)),
         # All of the 10 bits that the sort has for the slot.
         (Case(1, 1024, 1, 1, "float64", "split"), Layout(False, 256, 256, 4)),
         (Case(1, 1000, 2, 1, "float32", "split", "oneplus"), Layout(False, 256, 256, 4)),
