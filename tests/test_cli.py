@@ -126,7 +126,10 @@ def test_a_backend_that_cannot_serve_gets_a_clear_word(
     monkeypatch.setenv("DNC_TRITON_BACKEND", name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main([command, str(run)] if command == "evaluate" else [command, "copy", *SMALL]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *logged, line = capsys.readouterr().err.splitlines()
+    assert all("No CUDA runtime is found" in other for other in logged), (
+        "but for what PyTorch says of a GPU that is not there"
+    )
     assert line.startswith("dnc_triton: DNC_TRITON_BACKEND: expected 'auto' or ")
     assert f"got {name!r}" in line
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 
 _LINE = re.compile(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);")
-_SITE = re.compile(r"\s*\.loc\s+\d+ \d+ \d+.*//\s*(.*)")
+_SITE = re.compile(r"\s*\.loc\s+(\d+ \d+ \d+)(?:.*inlined_at (\d+ \d+ \d+))?.*//\s*(.*)")
+_FILE = re.compile(r'\.file\s+(\d+) ".*?(\w+\.py)"')
 _REGISTER = re.compile(r"%\w+")
 _ACCESS = re.compile(r"\b((?:ld|st|atom|red)\.(?:[a-z]+\.)*?global|cp\.async|cp\.reduce)\b")
 _WAIT = "griddepcontrol.wait;"
@@ -25,10 +26,10 @@ def uneven_sums(ptx: str) -> list[str]:
     """Where a kernel adds to a product of its own what came from another thread, each place once."""
     made: dict[str, tuple[str, list[str]]] = {}  # by what, and from which registers
     additions: list[tuple[str, str]] = []
-    site = "an unknown place"
+    site, callers, files = "an unknown place", dict[str, str](), dict(_FILE.findall(ptx))
     for line in ptx.splitlines():
         if located := _SITE.match(line):
-            site = _ours(located[1])
+            site = _ours(located, callers, files)
         elif statement := _LINE.match(line):
             operation, operands = statement.groups()
             results, given = _divide(operands)
@@ -41,10 +42,10 @@ def uneven_sums(ptx: str) -> list[str]:
 
 def early_accesses(ptx: str) -> list[str]:
     """Where a kernel accesses memory before it waits for the launch before it, each place once."""
-    found, site = set(), "an unknown place"
+    found, site, callers, files = set(), "an unknown place", dict[str, str](), dict(_FILE.findall(ptx))
     for line in ptx.partition(_WAIT)[0].splitlines():
         if located := _SITE.match(line):
-            site = _ours(located[1])
+            site = _ours(located, callers, files)
         elif not line.lstrip().startswith("//") and _ACCESS.search(line):
             found.add(site)
     return sorted(found)
@@ -74,7 +75,24 @@ def _comes_from_another_thread(register: str, made: dict[str, tuple[str, list[st
     return False
 
 
-def _ours(inlined: str) -> str:
-    """Of a place and where it was inlined, the innermost that is ours."""
-    places = re.findall(r"(\w+\.py:\d+):\d+", inlined)
-    return next((place for place in places if not place.startswith("standard.py")), inlined)
+def _ours(located: re.Match[str], callers: dict[str, str], files: dict[str, str]) -> str:
+    """Of a place and where it was inlined, the innermost that is ours.
+
+    Up to Triton 3.7 all of these stand beside the place. From 3.8 on only the next one does, which is to be followed.
+
+    Args:
+        located: of `_SITE`.
+        callers: of those met so far where each was inlined last; this one is added.
+        files: their names, by number.
+    """
+    place, caller, beside = located.groups()
+    places = re.findall(r"(\w+\.py:\d+):\d+", beside)
+    if caller:
+        callers[place] = caller
+        seen: set[str] = set()
+        while caller and caller not in seen:
+            seen.add(caller)
+            file, line, _ = caller.split()
+            places.append(f"{files.get(file)}:{line}")
+            caller = callers.get(caller)
+    return next((place for place in places if not place.startswith("standard.py")), beside)
