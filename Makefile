@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-oldest emulate fuzz bench gpu sanitize lint format clean help
+.PHONY: demo test test-slow test-oldest test-newest emulate fuzz bench gpu sanitize lint format clean help
 
 help:
 	@echo "make demo       train a DNC on the copy task (about a minute on two CPU cores); ARGS='--help' shows what it takes"
 	@echo "make test       the tests (under 10 minutes on two CPU cores)"
 	@echo "make test-slow  the tests that take longer: trainings, and every kernel for every target"
 	@echo "make test-oldest  the tests with the oldest supported versions, in .venv-oldest"
+	@echo "make test-newest  the tests with the newest versions that were tried, in .venv-newest, which takes 6 GB"
 	@echo "make emulate    the kernels as compiled for an NVIDIA GPU, in an emulator on the CPU; some minutes"
 	@echo "make fuzz       random small problems through the kernels; COUNT=1000000 says how many"
 	@echo "make bench      the times beside those of others, on a CPU or a GPU; ARGS='--help' shows what it takes"
@@ -30,9 +31,9 @@ test: .venv/.dev
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-oldest: export OMP_NUM_THREADS ?= 1
-test-oldest: .venv-oldest/.dev
-	.venv-oldest/bin/python -m pytest $(PARALLEL) $(ARGS)
+test-oldest test-newest: export OMP_NUM_THREADS ?= 1
+test-oldest test-newest: test-%: .venv-%/.dev
+	.venv-$*/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # A process of its own: in that of the other tests the kernels are interpreted, and not compiled.
 emulate: export OMP_NUM_THREADS ?= 1
@@ -79,14 +80,14 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # One stamp per set of extras: .venv/.train for users, .venv/.dev for the tests and linters on top.
 .venv/.train .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	$(call install,.venv,constraints.txt,$*)
 
-.venv-oldest/.dev: pyproject.toml constraints-oldest.txt
-	$(call install,.venv-oldest,constraints-oldest.txt,dev)
+.venv-oldest/.dev .venv-newest/.dev: .venv-%/.dev: pyproject.toml constraints-%.txt
+	$(call install,.venv-$*,constraints-$*.txt,dev)
 
 # What tests and benchmark compare with, without what it depends on, which they do not need; they do without it too.
 peer = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dnc==2.0.0b1 || true
