@@ -31,9 +31,13 @@ test: .venv/.dev
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-oldest test-newest: export OMP_NUM_THREADS ?= 1
-test-oldest test-newest: test-%: .venv-%/.dev
-	.venv-$*/bin/python -m pytest $(PARALLEL) $(ARGS)
+test-oldest: export OMP_NUM_THREADS ?= 1
+test-oldest: .venv-oldest/.dev
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+test-newest: export OMP_NUM_THREADS ?= 1
+test-newest: .venv-newest/.dev
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # A process of its own: in that of the other tests the kernels are interpreted, and not compiled.
 emulate: export OMP_NUM_THREADS ?= 1

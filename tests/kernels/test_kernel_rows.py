@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dnc_reference import MemoryState
 
-each_layout = pytest.mark.parametrize("layout", ["fused", "split", "spread"])
+each_layout = pytest.mark.parametrize("layout", ["fused", "split", pytest.param("spread", marks=pytest.mark.slow)])
 
 
 quietly = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what the interpreter computes

@@ -127,7 +127,7 @@ def test_lengths_and_resets_leave_nothing_unwritten(
     [
         ("triton_split", {}, {}),
         ("triton_split", dict(checkpoint=2), dict(lengths=[3, 0, 2])),
-        ("triton_fused", dict(checkpoint=2), {}),
+        pytest.param("triton_fused", dict(checkpoint=2), {}, marks=pytest.mark.slow),
         (BACKEND, {}, {}),
         ("torch_sequence", {}, {}),
     ],
