@@ -193,13 +193,10 @@ class Case(NamedTuple):
 
 
 def pick_layout(name: str, slots: int, word: int) -> Layout:
-    """The first layout that may be taken for this size, of those that are "fused", "split", "split16" or "spread"."""
-    candidates = [layout for layout in layouts(slots) if layout.fused == (name == "fused")]
-    changes = {
-        "split16": dict(columns=16),
-        "spread": dict(spread=True, ranks=True),
-    }  # several tiles beside each other; at any size
-    return candidates[0]._replace(**changes.get(name, {}))
+    """The first layout that may be taken for this size, of those that are "fused" or "split"; or "spread"."""
+    layout = next(layout for layout in layouts(slots) if layout.fused == (name == "fused"))
+    # At any size, and with several tiles beside each other.
+    return layout._replace(columns=16, spread=True, ranks=True) if name == "spread" else layout
 
 
 class Problem(NamedTuple):

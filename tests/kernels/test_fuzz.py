@@ -86,7 +86,7 @@ def test_a_mistake_ends_it_and_can_be_repeated(
     [
         Case(2, 5, 3, 2, "float64", "fused", "softplus"),
         Case(2, 40, 3, 1, "float64", "split", "activated"),
-        Case(1, 33, 17, 3, "float32", "split16", "oneplus", stop_usage_gradient=True),
+        Case(1, 33, 17, 3, "float32", "spread", "oneplus", stop_usage_gradient=True),
         Case(2, 1, 1, 1, "bfloat16", "fused", "oneplus"),
     ],
     ids=str,

@@ -35,7 +35,7 @@ def test_zeros_of_one_element_for_all(without: Callable[..., Any], monkeypatch: 
     parameters = list(dnc.parameters())
 
     def gradients(seed: int) -> Any:
-        return torch.autograd.grad(dnc(draw(dnc, seed, 2)[0])[0].square().sum(), parameters)
+        return torch.autograd.grad(dnc(draw(dnc, seed, 1)[0])[0].square().sum(), parameters)
 
     for seed in range(3):
         assert_same_bits(gradients(seed), without(gradients, seed))
