@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -23,9 +22,9 @@ from dnc_triton.sequence.history import zeros
 from dnc_triton.sequence.unroll import begins_with_zeros, is_plain
 from dnc_triton.trace import Trace, traced_unroll
 
-# Numbers of a link, of all batch elements, from which zeros that begin a sequence are those of one element for all: to
-# fill them would take longer than a launch.
-SHARED_FROM = {"cuda": 2**20}
+# Slots with which zeros that begin a sequence are those of one element for all. With fewer it may take one launch, with
+# more plain PyTorch, and these have every element's.
+SHARED = {"cuda": range(129, 2049)}
 
 
 class DNC(DNCCell):
@@ -269,7 +268,7 @@ class DNC(DNCCell):
         if not ours or problem.steps == 0 or not is_eager([weight]):
             return self.initial_state(batch)
         shapes = MemoryState.shapes(batch, self.memory_size, self.word_size, self.num_reads, self.num_writes)
-        shared = math.prod(shapes["link"]) >= SHARED_FROM.get(weight.device.type, math.inf)
+        shared = self.memory_size in SHARED.get(weight.device.type, ())
         if shared:
             shapes |= {name: (1, *shapes[name][1:]) for name in ("memory", "link")}
         per_layer = CONTROLLERS[self.controller_kind].states

@@ -31,7 +31,7 @@ def in_allocation(usage):
 
 @triton.jit
 def taken(usage, COMPUTE: tl.constexpr):
-    """Integers that sort as the free list does, 1 − u descending, from −2²³ to 127·2²³, in float64 of 64 bits.
+    """Integers that sort as the free list does, 1 − u descending: in float32 from −2²³ to 127·2²³, in float64 longer.
 
     A number that is not negative sorts as its bits do. A NaN sorts first, and makes all that comes after it one too.
     """
@@ -48,7 +48,8 @@ def taken(usage, COMPUTE: tl.constexpr):
 def sort_key(usage, offs_n, mask_n, COMPUTE: tl.constexpr):
     """`taken` with the slot in the low bits, the lower slot first.
 
-    In float64 the slot takes the place of the last 9 bits, and has 10.
+    In float64 the slot takes the place of the last 9 bits, and has 10: of usages as close as that the lower slot comes
+    first, where `rank` still tells them apart.
     """
     if COMPUTE == tl.float64:
         key = ((taken(usage, COMPUTE) << 1) & -1024) | offs_n

@@ -40,11 +40,14 @@ class Behind(NamedTuple):
 
 
 class ForwardScratch(NamedTuple):
-    """What the tiles of the link leave for the last phase, which adds it up; before them the place is another's."""
+    """What the tiles of the link leave for the last phase, which adds it up.
+
+    `usage` lies in the same place: the launch that ranks is over before the tiles begin.
+    """
 
     forward: tl.tensor  # [COLUMN_BLOCKS, R, N], forward weights, of a tile's rows
     backward: tl.tensor  # [ROW_BLOCKS, R, N], backward weights, of a tile's columns
-    usage: tl.tensor  # [N / RANKED, N], where slots are ranked, of each program its own
+    usage: tl.tensor  # [⌈N / RANKED⌉, N], where slots are ranked, of each program its own
 
 
 class BackwardScratch(NamedTuple):

@@ -156,7 +156,7 @@ def rounded(x, ptr):
 
 @triton.jit
 def read_modes(modes_ptr, offs_r, mask_r, sizes: tl.constexpr):
-    """Backward, forward and content mode of each head [BLOCK_R], activated."""
+    """Backward, forward and content mode of each of these heads, activated."""
     backward = tl.load(modes_ptr + 3 * offs_r, mask=mask_r, other=0.0).to(sizes.COMPUTE)
     forward = tl.load(modes_ptr + 3 * offs_r + 1, mask=mask_r, other=0.0).to(sizes.COMPUTE)
     content = tl.load(modes_ptr + 3 * offs_r + 2, mask=mask_r, other=0.0).to(sizes.COMPUTE)

@@ -215,7 +215,8 @@ def launch_backward(
     Args:
         interface, state, raw, strength_offset, stop_usage_gradient, layout: as in `step_backward`.
         result: of the forward: memory, usage, read weights, write weights, `kept` and `free_list`.
-        gradients: as in `step_backward`; not where `gradient` goes. Those by memory and link may both be shared.
+        gradients: as in `step_backward`; not where `gradient` goes. Those by memory and link may be shared,
+            both or neither.
         gradient: where everything goes, contiguous.
         scratch: as `backward_scratch` makes it.
         marks, zeros: as in `launch_forward`, LOST as well. Of what has ended no gradient by the state is written.
@@ -225,6 +226,7 @@ def launch_backward(
             rounded up to 16.
     """
     assert not (behind and layout.fused)
+    assert is_shared(gradients[1]) == is_shared(gradients[3])
     batch, slots, word = state[0].shape
     num_reads, layout = gradients[0].shape[1], layout.of_backward
     options = dict(
@@ -288,6 +290,7 @@ def launches(
     **options: Any,
 ) -> tuple[Launch, ...]:
     """The launches of a step in one direction, in order; none for an empty batch. `options` as in `Sizes.of`."""
+    assert not (layout.fused and (layout.spread or layout.ranks))
     if batch == 0:
         return ()
 

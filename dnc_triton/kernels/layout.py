@@ -71,8 +71,9 @@ def layouts(memory_size: int) -> list[Layout]:
     The order and the choice are from times on an H200, at B = 16 and 64: in three launches one warp, which needs no
     shared memory, was the fastest, and which rows depends on B: the more there are the fewer parts are left to be added
     up in the last launch, and the fewer programs. One launch was faster than three at N = 16 and slower at N = 128;
-    where it was tried, it gained nothing by overlapping at N = 64, and a tenth at N = 16. What is spread was not
-    measured yet: the phases around the link took 89 of 313 µs at B = 8, N = 2048, in a few programs for an element.
+    where it was tried, it gained nothing by overlapping at N = 64, and a tenth at N = 16. Above 1024 slots
+    64 rows were faster than 32 at B = 8; 128 were not tried. What is spread was not measured yet: the phases around the
+    link took 89 of 313 µs at B = 8, N = 2048, in a few programs for an element.
     """
     block = _block(memory_size)
     split = Layout(False, 16, min(block, 128), 1, overlaps=True)

@@ -263,10 +263,10 @@ def step_backward_kernel(
 ):
     """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
 
-    With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written. What is
-    `shared` may be the GRADIENT by memory and link, too. In three
-    launches the link may lie `behind` so many steps; precedence and write weights of these lie before those of the
-    step, `row` units of 16 bytes apart, and their marks before its marks, B apart, rounded up to 16.
+    With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written. Besides MEMORY
+    and LINK the GRADIENT by both may be `shared`. In three launches the link may lie `behind` so many steps; precedence
+    and write weights of these lie before those of the step, `row` units of 16 bytes apart, and their marks before its
+    marks, B apart, rounded up to 16.
     """
     begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64)

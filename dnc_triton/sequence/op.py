@@ -55,7 +55,9 @@ class Given(NamedTuple):
         state, parameters, dropout = (
             [next(remaining) for _ in part] for part in (self.state, self.parameters, self.dropout)
         )
-        state = [x.expand_as(like) if is_shared(like) else x for x, like in zip(state, self.state, strict=True)]
+        # A hook may have made what was shared whole since: what is given says whether it is one entry.
+        pairs = zip(state, self.state, strict=True)
+        state = [x if x.shape == like.shape else x.expand(like.shape) for x, like in pairs]
         running, reset = (None if mask is None else next(remaining) for mask in (self.running, self.reset))
         return Given(inputs, state, parameters, dropout, running, reset)
 

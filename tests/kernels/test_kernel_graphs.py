@@ -9,8 +9,10 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from replays import BATCH, _empty, _without, cache, draw, engine, make, train  # noqa: F401
+from torch import Tensor
 
 from dnc_triton import layer
+from dnc_triton.kernels.layout import is_shared
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
 
@@ -30,7 +32,7 @@ def test_trainings_are_the_same(backend: str, choice: dict[str, Any], without: C
 
 
 def test_zeros_of_one_element_for_all(without: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "SHARED_FROM", {"cpu": 0})
+    monkeypatch.setattr(layer, "SHARED", {"cpu": [5]})
     dnc = make(backend="triton_split")
     parameters = list(dnc.parameters())
 
@@ -42,6 +44,27 @@ def test_zeros_of_one_element_for_all(without: Callable[..., Any], monkeypatch: 
     assert engine().replays == 2 * 2
     (instance,) = cache().instances
     assert {len(tensor) for tensor in instance.given[1:7]} == {1, BATCH}
+
+
+def test_a_state_that_a_hook_makes_whole(without: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a forward that was replayed and the capture of its backward, as one may that moves what is large."""
+    monkeypatch.setattr(layer, "SHARED", {"cpu": [5]})
+    dnc = make(backend="triton_split")
+    shared: list[bool] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        shared.append(is_shared(tensor))
+        return tensor.contiguous() if shared[-1] else tensor
+
+    def gradients(seed: int) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs, _ = dnc(draw(dnc, seed, 1)[0])
+        return torch.autograd.grad(outputs.square().sum(), list(dnc.parameters()))
+
+    for seed in range(3):
+        assert_same_bits(gradients(seed), without(gradients, seed))
+    assert engine().replays == 2 * 2
+    assert any(shared)
 
 
 @torch.no_grad()

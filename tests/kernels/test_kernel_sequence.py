@@ -154,16 +154,16 @@ def test_zeros_of_one_element_for_all(
     monkeypatch.setattr(triton_memory, "launch_forward", forward)
     monkeypatch.setattr(triton_memory, "launch_backward", backward)
 
-    def gradients(least: dict[str, int]) -> Any:
+    def gradients(slots: dict[str, list[int]]) -> Any:
         forwards.clear()
         backwards.clear()
-        monkeypatch.setattr(layer, "SHARED_FROM", least)
+        monkeypatch.setattr(layer, "SHARED", slots)
         with use_backend(backend):
             outputs, _ = dnc(inputs, **call)
         return outputs, torch.autograd.grad(outputs.square().sum(), [inputs, *dnc.parameters()])
 
     with poisoned():
-        actual = gradients({device.type: 0})
+        actual = gradients({device.type: [5]})
     if backend in ("triton_split", "triton_fused"):
         assert forwards[0] == (True, True)
         assert not any(map(any, forwards[1:3]))
