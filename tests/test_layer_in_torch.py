@@ -225,7 +225,7 @@ def test_forward_mode_through_a_bound_of_gradients():
     assert_close(forward(make(max_activation_gradient=0.1)), forward(make()), **EXACT)
 
 
-@pytest.mark.parametrize("what", ["jvp", "grad", "vmap of grad"])
+@pytest.mark.parametrize("what", ["jvp", "grad", pytest.param("vmap of grad", marks=pytest.mark.slow)])
 def test_transforms_compile(what):
     dnc, inputs = make(), make_inputs(2, 2)
 

@@ -15,13 +15,20 @@ from dnc_triton import from_deepmind, memory_step
 from dnc_triton.ops.fused_step import fused_memory_step
 
 STEPS = [name for name in GOLDEN_NAMES if name.startswith("memory_step_") and "K1_" in name]
-# In float64 each file goes through two of the layouts, in float32 through the other one.
+LAYOUTS = ("triton_fused", "triton_split", "spread")
+# Each file goes through one layout in either dtype, one after the other; the slow tests are the others.
 CASES = [
-    pytest.param(name, dtype, backend, id=f"{name}-{dtype}-{backend}")
+    pytest.param(
+        name,
+        dtype,
+        backend,
+        id=f"{name}-{dtype}-{backend}",
+        marks=() if (index + number) % len(LAYOUTS) == place else pytest.mark.slow,
+    )
     for index, name in enumerate(STEPS)
-    for dtype in (torch.float64, torch.float32)
-    for place, backend in enumerate(("triton_fused", "triton_split", "spread"))
-    if load_golden(name).comparable(dtype) and (dtype == torch.float64) == (index % 3 != place)
+    for number, dtype in enumerate((torch.float64, torch.float32))
+    for place, backend in enumerate(LAYOUTS)
+    if load_golden(name).comparable(dtype)
 ]
 
 

@@ -85,7 +85,9 @@ def test_pairwise() -> None:
         (Case(1, 300, 2, 1, "float64", "spread"), Layout(False, 256, 256, 4, ranks=True)),
         # All of the 10 bits that the sort has for the slot.
         (Case(1, 1024, 1, 1, "float64", "split"), Layout(False, 256, 256, 4)),
-        (Case(1, 1000, 2, 1, "float32", "split", "oneplus"), Layout(False, 256, 256, 4)),
+        pytest.param(
+            Case(1, 1000, 2, 1, "float32", "split", "oneplus"), Layout(False, 256, 256, 4), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
