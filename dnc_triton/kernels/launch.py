@@ -116,6 +116,7 @@ def launch_forward(
     batch, slots, word = memory.shape
     num_reads = result.read_words.shape[1]
     options = dict(raw=raw, strength_offset=strength_offset, compute=scratch.dtype)
+    shared = _shared_of(state)
     for launch in launches(batch, slots, word, num_reads, layout, **options):
         launch_or_compile(
             step_forward_kernel,
@@ -126,7 +127,7 @@ def launch_forward(
             scratch,
             marks,
             zeros,
-            _shared_of(state),
+            shared,
             PHASE=launch.phase,
             sizes=launch.sizes,
             **compile_options(layout, launch.num_warps),
@@ -236,6 +237,7 @@ def launch_backward(
         far=behind * row >= 2**31,
         compute=scratch.dtype,
     )
+    shared = _shared_of(state) | GRADIENT.value * is_shared(gradients[1])
     for launch in launches(batch, slots, word, num_reads, layout, backward=True, **options):
         launch_or_compile(
             step_backward_kernel,
@@ -248,7 +250,7 @@ def launch_backward(
             scratch,
             marks,
             zeros,
-            _shared_of(state) | GRADIENT.value * is_shared(gradients[1]),
+            shared,
             behind,
             row * state[0].element_size() // 16,
             PHASE=launch.phase,
@@ -301,17 +303,18 @@ def launches(
     if layout.fused:
         return (launch(WHOLE, layout.num_warps, lambda sizes: 1),)
     middle = launch(MIDDLE, layout.num_warps, lambda sizes: sizes.TILES + sizes.SLOT_BLOCKS)
-    # Of the phases around it, which wait for memory more than they compute.
+    # The phases around it wait for memory more than they compute.
+    in_first = 8 if slots <= 256 else 16
+    in_last = min(16, max(4, triton.next_power_of_2(slots) // 64))
     heads = num_reads if layout.spread else 1  # that have a program each
-    first = launch(FIRST, 8 if slots <= 256 else 16, lambda sizes: heads if backward else 1)
-    warps = min(16, max(4, triton.next_power_of_2(slots) // 64))
     if backward:
-        last = launch(LAST, warps, lambda sizes: sizes.PARTS + num_reads + layout.spread)
-    else:
-        last = launch(LAST, warps, lambda sizes: sizes.PARTS * heads)
-    if layout.ranks and not backward:
-        return launch(RANK, 4, lambda sizes: triton.cdiv(slots, sizes.RANKED)), first, middle, last
-    return first, middle, last
+        first = launch(FIRST, in_first, lambda sizes: heads)
+        return first, middle, launch(LAST, in_last, lambda sizes: sizes.PARTS + num_reads + layout.spread)
+    first = launch(FIRST, in_first, lambda sizes: 1)
+    last = launch(LAST, in_last, lambda sizes: sizes.PARTS * heads)
+    if not layout.ranks:
+        return first, middle, last
+    return launch(RANK, 4, lambda sizes: triton.cdiv(slots, sizes.RANKED)), first, middle, last
 
 
 def is_capped(launch: Launch, dtype: torch.dtype) -> bool:

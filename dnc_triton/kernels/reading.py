@@ -1,7 +1,7 @@
-"""Phase three of a step, a program per part of the words, or for each head of it where the phases are spread: read
-content weights, read weights, the words read.
+"""Phase three of a step, a program per part of the words: read content weights, read weights, the words read.
 
-Its adjoint is the first phase of the backward. The tuples of pointers are those of `buffers`, of one batch element.
+Where the phases are spread it is a program for each head of a part. Its adjoint is the first phase of the backward. The
+tuples of pointers are those of `buffers`, of one batch element.
 """
 
 import triton

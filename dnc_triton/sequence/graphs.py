@@ -130,9 +130,7 @@ class Instance:
         """Whether there is a backward that takes all of the former and makes all of the latter."""
         if self.backward is None or not all(map(operator.le, wanted, self.made)):
             return False
-        return all(
-            taken is not None for taken, given in zip(self.gradients, gradients, strict=True) if given is not None
-        )
+        return all(copy is not None for copy, x in zip(self.gradients, gradients, strict=True) if x is not None)
 
     def run_backward(self, gradients: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
         """Likewise, any number of times."""

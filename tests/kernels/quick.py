@@ -18,7 +18,7 @@ def make_quick() -> None:
     _prepare_once_per_launch()
     _remember_numpy_dtypes()
     _remember_shapes()
-    # Three additions and comparisons more for each one of integers, to see whether these overflow: none here is large.
+    # To see whether integers overflow takes as many operations again, in 64 bits, and more. None here is large.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
