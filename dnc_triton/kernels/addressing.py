@@ -139,8 +139,7 @@ def rank(block, interface, old, new, kept, scratch, sizes: tl.constexpr):
             before += (other_taken < up_to[:, None]).to(tl.int32)
         others += sizes.AGAINST
     tl.store(kept.free_list + tl.sum(before, 1), rows, mask=rows < N)
-    CHUNK: tl.constexpr = sizes.CHUNK if sizes.CHUNK < sizes.RANKED else sizes.RANKED
-    look_up(block * sizes.RANKED, (block + 1) * sizes.RANKED, CHUNK, interface, old, kept, sizes)
+    look_up(block * sizes.RANKED, (block + 1) * sizes.RANKED, sizes.RANKED, interface, old, kept, sizes)
 
 
 @triton.jit
