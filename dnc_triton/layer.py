@@ -380,7 +380,7 @@ def _outline(nest: Any) -> str:
 
 def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tensor:
     try:  # a tensor stays on its device, whatever the default one is
-        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths: expected a tensor or a list of integers, got a {type(lengths).__name__}") from error
     if lengths.is_meta:

@@ -72,11 +72,13 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
         path: of the PNG.
 
     Raises:
-        ValueError: inputs or targets of another number of axes or steps.
+        ValueError: a trace without a row or a step; inputs or targets of another number of axes or steps.
         OSError: it could not be written; one that was there is as it was.
     """
+    batch, steps = trace.usage.shape[:2]
+    if batch == 0 or steps == 0:
+        raise ValueError(f"trace: expected at least 1 row and 1 step, got {batch} and {steps}")
     first = {name: tensor[0].detach().float().cpu().numpy() for name, tensor in trace._asdict().items()}
-    steps = len(first["usage"])
     for name, given in (("inputs", inputs), ("targets", targets)):
         if given.dim() != 2 or len(given) != steps:
             raise ValueError(f"{name}: expected the shape [{steps}, channels] of one sequence, got {list(given.shape)}")

@@ -125,6 +125,8 @@ class Settings:
         source = files("dnc_triton.tasks") / "configurations" / f"{task}.toml" if path is None else path
         try:
             settings = tomllib.loads(source.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{source}: expected a TOML file of settings, found none") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{source}: expected a TOML file: {error}") from error
         arguments = settings.pop("task", {})

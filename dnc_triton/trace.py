@@ -17,7 +17,8 @@ class Trace(NamedTuple):
 
     The first two axes are batch and time, whatever `batch_first` is. Index [b, t] is what step t asked for (gates,
     modes) and what it left behind (weights, usage, link) in row b; past the row's length all is 0, as the outputs are.
-    Gradients flow through it.
+    Gradients flow through it. It is the reference's: slots that are alike may stand in other places than in the state
+    of a call without a trace, see `MemoryState`.
 
     Attributes:
         write_weights: [B, T, K, N].

@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState
 from dnc_reference.memory import without_autocast
+from dnc_triton.environment import is_on
 from dnc_triton.kernels import ahead
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
@@ -47,6 +48,7 @@ from dnc_triton.version import __version__
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
+MEASURE_VARIABLE = "DNC_TRITON_MEASURE"
 FORMAT = 9  # of what is remembered; another one where kernels changed so much that old times mislead
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
@@ -84,7 +86,7 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
     """
     times, measured = remembered(problem), _measured(problem)
     missing = {candidate: operation for candidate, operation in operations.items() if candidate not in measured}
-    if missing and measure and os.environ.get("DNC_TRITON_MEASURE") != "0" and not _captures():
+    if is_on(MEASURE_VARIABLE) and measure and missing and not _captures():
         works = any(times.get(candidate, math.inf) < math.inf for candidate in operations)
         # On the stream where sequences are replayed as graphs: this one may be about to be captured, by the user.
         with torch.cuda.stream(torch.cuda.default_stream(problem.device)):
@@ -212,8 +214,7 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
 
 def _are_replayed(problem: Problem) -> bool:
     """Whether calls are replayed as CUDA graphs once they have come twice, if there is room for these."""
-    wanted = os.environ.get(graphs.GRAPHS_VARIABLE) != "0"
-    return wanted and measures_sequence(problem) and problem.steps <= graphs.LONGEST
+    return is_on(graphs.GRAPHS_VARIABLE) and measures_sequence(problem) and problem.steps <= graphs.LONGEST
 
 
 def _power_of_two(size: int) -> int:

@@ -191,6 +191,13 @@ def test_lengths(lengths, error, expected, came):
         make()(INPUTS, lengths=lengths)
 
 
+def test_a_list_of_lengths_is_on_no_default_device():
+    dnc = make()
+    with torch.device("meta"):
+        actual = dnc(INPUTS, lengths=[7, 3, 2, 0])
+    assert_same_bits(actual, dnc(INPUTS, lengths=[7, 3, 2, 0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
 def test_lengths_of_the_newer_unsigned_dtypes(dtype):
     """They are integers, so they are served; torch's support for them is thin."""

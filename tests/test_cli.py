@@ -258,6 +258,12 @@ def test_a_file_of_settings_that_is_none_is_refused(
         assert word in error
 
 
+def test_a_file_of_settings_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "none.toml"
+    assert main(["train", "copy", "--config", str(path), "--run", str(tmp_path / "run")]) == 2
+    assert f"{path}: expected a TOML file of settings, found none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("task", "argument", "value", "expected"),
     [

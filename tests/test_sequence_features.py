@@ -268,13 +268,6 @@ class Loud(nn.Linear):
     """A part of the user's own."""
 
 
-class Overriding(DNC):
-    """Whoever overrides a part of the step wants it called."""
-
-    def control(self, *arguments):
-        return super().control(*arguments)
-
-
 def hooked(dnc: DNC) -> DNC:
     dnc.interface.register_forward_hook(lambda *_: dnc.heard.append(1))
     dnc.heard = []
@@ -329,9 +322,27 @@ def test_hooks_on_all_modules_are_called():
     assert "* torch_sequence" in explain(dnc, torch.randn(INPUTS, dtype=torch.float64))
 
 
-def test_an_overridden_method_is_called():
-    dnc = Overriding(3, 6, 2, memory_size=5, word_size=4)
+@pytest.mark.parametrize("name", ["advance", "control", "project", "_clip"])
+def test_an_overridden_method_is_called(name):
+    """Whoever overrides a part of the step wants it called."""
+    method = getattr(DNC, name)
+    overriding = type("Overriding", (DNC,), {name: lambda self, *arguments: method(self, *arguments)})
+    dnc = overriding(3, 6, 2, memory_size=5, word_size=4)
     assert "* reference" in explain(dnc, torch.randn(INPUTS))
+
+
+def test_what_inference_mode_made_can_be_trained_on():
+    """As the features of a network that is not trained, and the state after a stream that was only watched."""
+    dnc = make()
+    ordinary = torch.randn(INPUTS, dtype=torch.float64), warm(dnc)
+    with torch.inference_mode():
+        inputs, state = tree_map(torch.clone, ordinary)
+    assert inputs.is_inference()
+    outcomes = []
+    for given in ((inputs, state), ordinary):
+        outputs, _ = dnc(*given)
+        outcomes.append((outputs, torch.autograd.grad(outputs.square().sum(), list(dnc.parameters()))))
+    assert_same_bits(*outcomes)
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,14 @@ def test_a_bound_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> No
         dnc(*draw(dnc, 0))
 
 
+@pytest.mark.parametrize("value", ["no", "false", "2"])
+def test_a_switch_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(graphs.GRAPHS_VARIABLE, value)
+    dnc = make()
+    with pytest.raises(ValueError, match=f"^DNC_TRITON_GRAPHS: expected 0 or 1, got '{value}'"):
+        dnc(*draw(dnc, 0))
+
+
 def test_few_signatures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were used last."""
     monkeypatch.setattr(graphs, "SIGNATURES", 2)

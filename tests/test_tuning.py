@@ -319,6 +319,15 @@ def test_measuring_can_be_switched_off(clock: Clock, monkeypatch: pytest.MonkeyP
     assert not files()
 
 
+@pytest.mark.parametrize("value", ["no", "false", "2"])
+def test_a_switch_that_is_none(value: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at every call, also if nothing is left to measure."""
+    tuning.fastest(PROBLEM, STEPS)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", value)
+    with pytest.raises(ValueError, match=f"^DNC_TRITON_MEASURE: expected 0 or 1, got '{value}'"):
+        tuning.fastest(PROBLEM, STEPS)
+
+
 def test_of_what_is_remembered_the_fastest_is_taken_if_the_first_is_among_it(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

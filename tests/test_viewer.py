@@ -66,6 +66,10 @@ def test_a_trace_with_its_graph_is_drawn(tmp_path):
     for name, given in (("inputs", (inputs, targets)), ("targets", (inputs[0], targets[:3]))):
         with pytest.raises(ValueError, match=rf"^{name}: expected the shape \[{STEPS}, channels\] of one sequence"):
             draw_memory(trace, *given, tmp_path / "bad.png")
+    for rows, steps in ((0, STEPS), (1, 0)):
+        nothing = Trace(*(field[:rows, :steps] for field in trace))
+        with pytest.raises(ValueError, match=rf"^trace: expected at least 1 row and 1 step, got {rows} and {steps}$"):
+            draw_memory(nothing, inputs[0, :steps], targets[:steps], tmp_path / "bad.png")
     assert not (tmp_path / "bad.png").exists()
 
 

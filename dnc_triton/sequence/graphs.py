@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import to_dlpack
 
+from dnc_triton.environment import is_on
 from dnc_triton.kernels.ahead import is_compiling_ahead
 from dnc_triton.sequence.engine import Captured, Engine, size_of
 
@@ -406,7 +407,7 @@ def _serving(tensor: Tensor) -> Graphs | None:
     device = tensor.device
     if _launching:
         return None
-    if device.type not in ENGINES or tensor.numel() == 0 or os.environ.get(GRAPHS_VARIABLE) == "0":
+    if device.type not in ENGINES or tensor.numel() == 0 or not is_on(GRAPHS_VARIABLE):
         return None
     if is_compiling_ahead():  # there are no launches to capture
         return None

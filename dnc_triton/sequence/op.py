@@ -423,6 +423,8 @@ def run_sequence(
         return results[: 1 + len(state)]
     if keep:
         counts = len(state), len(parameters)
+        # Those of inference mode cannot be saved for a backward.
+        tensors = [x.clone() if x.is_inference() else x for x in tensors]
         return list(_Sequence.apply(settings, counts, lengths, reset, *tensors, *dropout))
     with torch._C._AutoDispatchBelowAutograd():
         return _run(settings, inputs, state, parameters, lengths, reset, dropout, False)

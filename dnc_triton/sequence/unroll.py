@@ -127,7 +127,7 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     if any(getattr(torch_module, f"_global_{name}_hooks") for name in _HOOKS):
         return False
     overridden = type(cell)
-    for name in ("advance", "control", "project"):
+    for name in ("advance", "control", "project", "_clip"):
         if getattr(overridden, name) is not getattr(DNCCell, name) or name in cell.__dict__:
             return False
     if resets and not begins_with_zeros(cell):

@@ -64,6 +64,9 @@ class Interface(NamedTuple):
 class MemoryState(NamedTuple):
     """What the memory carries from one step to the next.
 
+    Which of several slots that are alike is written to, empty ones above all, a rounding decides: computed otherwise,
+    in another batch for example, they may stand in each other's places. What is read does not show it.
+
     Attributes:
         memory: [B, N, W], the words.
         usage: [B, N], in [0, 1]; 1 is full.
