@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 
@@ -37,14 +38,19 @@ def agree(figure: str, measured: float) -> bool:
     return abs(float(figure) - measured) <= 0.5001 * 10**-decimals
 
 
-@pytest.mark.parametrize(("columns", "rows", "file"), tables())
-def test_the_tables_of_times_are_the_files(columns, rows, file):
+def measured(file: str) -> dict:
+    """(configuration, peer, mode) → milliseconds per step, and how many times as long as this layer takes."""
     results = json.loads((ROOT / file).with_suffix(".json").read_text())["rows"]
-    times = {
+    return {
         (row["configuration"], row["peer"], row["mode"]): (row["ms_per_step_p50"], row["ratio"])
         for row in results
         if not row["sweep"] and row["status"] == "measured"
     }
+
+
+@pytest.mark.parametrize(("columns", "rows", "file"), tables())
+def test_the_tables_of_times_are_the_files(columns, rows, file):
+    times = measured(file)
     assert {name for name, *_ in times} == {row.split()[1] for row in rows}
     for row in rows:
         name, cells = row.split()[1], [cell.strip() for cell in row.split("|")[2:-1]]
@@ -61,3 +67,21 @@ def test_the_tables_of_times_are_the_files(columns, rows, file):
 
 def test_there_are_two_of_them():
     assert len(tables()) == 2
+
+
+def test_the_introduction_has_their_means():
+    page = (ROOT / "README.md").read_text()
+    introduction = re.compile(
+        r"trains ([\d.]+) times as fast as plain PyTorch and ([\d.]+) times as fast as the\s+package on PyPI, .*?"
+        r"on two CPU cores, without kernels, ([\d.]+) and ([\d.]+)\s+times as fast",
+        re.DOTALL,
+    )
+    figures = introduction.search(page).groups()
+    on_cpu, on_gpu = sorted(table.values[2] for table in tables())
+    kinds = [(file, peer) for file in (on_gpu, on_cpu) for peer in ("reference", "pypi_dnc")]
+    expected = [
+        geometric_mean(ratio for (_, *key), (_, ratio) in measured(file).items() if key == [peer, "training"])
+        for file, peer in kinds
+    ]
+    for figure, mean in zip(figures, expected, strict=True):
+        assert agree(figure, mean), (figure, mean)
