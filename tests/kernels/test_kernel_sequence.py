@@ -141,37 +141,55 @@ def test_zeros_of_one_element_for_all(
     forwards: list[tuple[bool, bool]] = []  # of each step, whether memory and link before it are shared
     backwards: list[tuple[bool, bool, bool]] = []  # and whether the gradient after it is
 
-    def forward(*arguments: Any, **options: Any) -> None:
-        memory, _, link, *_ = arguments[1]
-        forwards.append((is_shared(memory), is_shared(link)))
-        launch_forward(*arguments, **options)
+    def alone(tensor: Tensor) -> Tensor:
+        """NaN where elements would stand if it were not shared."""
+        if not is_shared(tensor):
+            return tensor
+        buffer = torch.full_like(tensor, torch.nan, memory_format=torch.contiguous_format)
+        buffer[0] = tensor[0]
+        return buffer[:1].expand_as(tensor)
 
-    def backward(*arguments: Any, **options: Any) -> None:
-        (memory, _, link, *_), (_, d_memory, *_) = arguments[1], arguments[3]
+    def forward(interface: Tensor, state: tuple[Tensor, ...], *others: Any, **options: Any) -> None:
+        memory, _, link, *_ = state
+        forwards.append((is_shared(memory), is_shared(link)))
+        launch_forward(interface, tuple(map(alone, state)), *others, **options)
+
+    def backward(
+        interface: Tensor,
+        state: tuple[Tensor, ...],
+        result: tuple[Tensor, ...],
+        given: tuple[Tensor, ...],
+        *others: Any,
+        **options: Any,
+    ) -> None:
+        (memory, _, link, *_), (_, d_memory, *_) = state, given
         backwards.append((is_shared(memory), is_shared(link), is_shared(d_memory)))
-        launch_backward(*arguments, **options)
+        launch_backward(interface, tuple(map(alone, state)), result, tuple(map(alone, given)), *others, **options)
 
     monkeypatch.setattr(triton_memory, "launch_forward", forward)
     monkeypatch.setattr(triton_memory, "launch_backward", backward)
 
-    def gradients(slots: dict[str, list[int]]) -> Any:
+    def gradients(*, shared: bool) -> Any:
         forwards.clear()
         backwards.clear()
-        monkeypatch.setattr(layer, "SHARED", slots)
+        monkeypatch.setattr(layer, "SHARED", {device.type: [5] if shared else []})
         with use_backend(backend):
-            outputs, _ = dnc(inputs, **call)
-        return outputs, torch.autograd.grad(outputs.square().sum(), [inputs, *dnc.parameters()])
+            outputs, last = dnc(inputs, **call)
+        loss = outputs.square().sum()
+        if not shared:  # a gradient by the last state that is zeros, and there
+            loss = loss + sum((0 * x).sum() for x in tree_leaves(last))
+        return outputs, torch.autograd.grad(loss, [inputs, *dnc.parameters()])
 
     with poisoned():
-        actual = gradients({device.type: [5]})
+        actual = gradients(shared=True)
     if backend in ("triton_split", "triton_fused"):
         assert forwards[0] == (True, True)
         assert not any(map(any, forwards[1:3]))
         assert backwards[-1] == (True, True, False)
         # Rows that have ended keep the gradient by their last state, for which it must be there.
         assert [d_shared for *_, d_shared in backwards] == ["lengths" not in call, False, False]
-    assert_same_bits(actual, gradients({}))
-    assert not any(map(any, forwards))
+    assert_same_bits(actual, gradients(shared=False))
+    assert not any(map(any, forwards + backwards))
 
 
 def test_a_state_of_one_element_for_all(device: torch.device) -> None:
