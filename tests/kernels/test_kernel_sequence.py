@@ -105,7 +105,21 @@ def test_layouts(layout: Any, device: torch.device) -> None:
 def test_lengths_and_resets_leave_nothing_unwritten(
     backend: str, checkpoint: int | None, spread: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that end early, or never run, and rows that begin anew, one of them with a spoilt state; NaN for padding."""
+    """Rows that end early, or never run, and rows that begin anew, one of them with a spoilt state; NaN for padding.
+
+    And NaN around the zeros that stand for the state of those that begin anew, behind which lies no earlier step.
+    """
+
+    def surrounded(launch: Any) -> Any:
+        def call(*arguments: Any, zeros: Tensor, **options: Any) -> None:
+            buffer = torch.full_like(zeros, torch.nan).repeat(1 + 2 * 128)
+            middle = buffer[128 * zeros.numel() :][: zeros.numel()].zero_()
+            launch(*arguments, zeros=middle, **options)
+
+        return call
+
+    monkeypatch.setattr(triton_memory, "launch_forward", surrounded(launch_forward))
+    monkeypatch.setattr(triton_memory, "launch_backward", surrounded(launch_backward))
     if spread:
         monkeypatch.setattr(dispatch, "layouts", lambda slots: [pick_layout("spread", slots, 0)])
     dnc = make(device, clip=0.4, checkpoint=checkpoint)
