@@ -326,7 +326,8 @@ def test_lean_is_full_to_the_last_bit(backend: str, checkpoint: int, dtype: torc
     full, lean = (make(device, checkpoint=every, dtype=dtype) for every in (None, checkpoint))
     inputs, state = draw(full, 6)
     reset = torch.tensor([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool, device=device)
-    call = {"lengths": [6, 4], "reset": reset}
+    # In 16 bits without resets, after which too few updates follow each other for a rounding between two to be seen.
+    call = {} if dtype == torch.bfloat16 else {"lengths": [6, 4], "reset": reset}
     assert_same_bits(*(run(dnc, inputs, state, backend, **call) for dnc in (lean, full)))
 
 
