@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from dnc_triton.checkpoint import write
-from dnc_triton.trace import Trace
+from dnc_triton.trace import Trace, check_not_empty
 
 COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}
 LABELS = {"dnc": "DNC", "lstm": "LSTM"}
@@ -75,10 +75,9 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
         ValueError: a trace without a row or a step; inputs or targets of another number of axes or steps.
         OSError: it could not be written; one that was there is as it was.
     """
-    batch, steps = trace.usage.shape[:2]
-    if batch == 0 or steps == 0:
-        raise ValueError(f"trace: expected at least 1 row and 1 step, got {batch} and {steps}")
+    check_not_empty(trace)
     first = {name: tensor[0].detach().float().cpu().numpy() for name, tensor in trace._asdict().items()}
+    steps = len(first["usage"])
     for name, given in (("inputs", inputs), ("targets", targets)):
         if given.dim() != 2 or len(given) != steps:
             raise ValueError(f"{name}: expected the shape [{steps}, channels] of one sequence, got {list(given.shape)}")

@@ -42,6 +42,13 @@ class Trace(NamedTuple):
     link: Tensor
 
 
+def check_not_empty(trace: Trace) -> None:
+    """Raise ValueError unless there is something to draw."""
+    batch, steps = trace.usage.shape[:2]
+    if batch == 0 or steps == 0:
+        raise ValueError(f"trace: expected at least 1 row and 1 step, got {batch} and {steps}")
+
+
 # So that an exported program can be saved.
 _register_namedtuple(Trace, serialized_type_name="dnc_triton.Trace")
 

@@ -82,6 +82,7 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
         one of the candidates; the first of those that memory did not suffice for, where none of the others works.
 
     Raises:
+        ValueError: DNC_TRITON_MEASURE or DNC_TRITON_GRAPHS is neither 0 nor 1.
         Exception: every candidate failed, and this one the last; or CUDA can no longer be used.
     """
     times, measured = remembered(problem), _measured(problem)

@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from dnc_triton.checkpoint import write
-from dnc_triton.trace import Trace
+from dnc_triton.trace import Trace, check_not_empty
 
 # From 0 to 1: what is written in the orange of the other pictures, what is read in their blue, what stays in grey.
 STOPS = [0, 0.15, 0.5, 1]  # uneven, so that a weight of 0.05 can be seen
@@ -68,9 +68,8 @@ def write_page(
     """
     if not isinstance(trace, Trace):
         raise TypeError(f"trace: expected a Trace, got {type(trace).__name__}")
-    batch, steps, writes, slots = trace.write_weights.shape
-    if batch == 0 or steps == 0:
-        raise ValueError(f"trace: expected at least 1 row and 1 step, got {batch} and {steps}")
+    check_not_empty(trace)
+    _, steps, writes, slots = trace.write_weights.shape
     row = {name: field[0].detach().double().cpu().numpy() for name, field in trace._asdict().items()}
     for name, field in row.items():
         if not np.isfinite(field).all():

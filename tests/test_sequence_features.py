@@ -337,10 +337,11 @@ def test_what_inference_mode_made_can_be_trained_on():
     ordinary = torch.randn(INPUTS, dtype=torch.float64), warm(dnc)
     with torch.inference_mode():
         inputs, state = tree_map(torch.clone, ordinary)
+        lengths, reset = torch.tensor([5, 2, 4]), torch.eye(*INPUTS[:2], dtype=torch.bool)
     assert inputs.is_inference()
     outcomes = []
     for given in ((inputs, state), ordinary):
-        outputs, _ = dnc(*given)
+        outputs, _ = dnc(*given, lengths=lengths, reset=reset)
         outcomes.append((outputs, torch.autograd.grad(outputs.square().sum(), list(dnc.parameters()))))
     assert_same_bits(*outcomes)
 

@@ -280,19 +280,19 @@ def test_what_is_leased_is_not_given_up(leased: Any, monkeypatch: pytest.MonkeyP
     assert cache().instances != [instance]
 
 
-@pytest.mark.parametrize("value", ["much", "-1", "1.5"])
-def test_a_bound_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(graphs.MEMORY_VARIABLE, value)
+@pytest.mark.parametrize(
+    ("variable", "expected", "value"),
+    [
+        *(("DNC_TRITON_GRAPH_MEMORY", "a whole number of MiB", value) for value in ("much", "-1", "1.5")),
+        *(("DNC_TRITON_GRAPHS", "0 or 1", value) for value in ("no", "false", "2")),
+    ],
+)
+def test_a_variable_that_cannot_be_understood(
+    variable: str, expected: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
     dnc = make()
-    with pytest.raises(ValueError, match=f"^DNC_TRITON_GRAPH_MEMORY: expected a whole number of MiB, got '{value}'"):
-        dnc(*draw(dnc, 0))
-
-
-@pytest.mark.parametrize("value", ["no", "false", "2"])
-def test_a_switch_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(graphs.GRAPHS_VARIABLE, value)
-    dnc = make()
-    with pytest.raises(ValueError, match=f"^DNC_TRITON_GRAPHS: expected 0 or 1, got '{value}'"):
+    with pytest.raises(ValueError, match=f"^{variable}: expected {expected}, got '{value}'"):
         dnc(*draw(dnc, 0))
 
 

@@ -425,6 +425,7 @@ def run_sequence(
         counts = len(state), len(parameters)
         # Those of inference mode cannot be saved for a backward.
         tensors = [x.clone() if x.is_inference() else x for x in tensors]
+        reset = reset.clone() if reset is not None and reset.is_inference() else reset
         return list(_Sequence.apply(settings, counts, lengths, reset, *tensors, *dropout))
     with torch._C._AutoDispatchBelowAutograd():
         return _run(settings, inputs, state, parameters, lengths, reset, dropout, False)
