@@ -315,7 +315,7 @@ class DNC(DNCCell):
         if structure != expected_structure:
             count = CONTROLLERS[self.controller_kind].states
             raise ValueError(
-                f"state.controller: expected a tuple of {self.num_layers} layer(s) of {self.controller_kind!r}, each a "
+                f"state.controller: expected a tuple of {len(expected)} layer(s) of {self.controller_kind!r}, each a "
                 f"tuple of {count} tensor(s) [B, hidden_size], got {_outline(state)}"
             )
         for tensor, like in zip(tensors, expected_tensors, strict=True):

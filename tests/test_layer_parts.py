@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_close, assert_same_bits
@@ -74,6 +76,20 @@ def test_weights_whose_parametrization_has_ended():
     parametrize.register_parametrization(dnc.interface, "weight", nn.Tanh())
     parametrize.remove_parametrizations(dnc.interface, "weight")
     assert_as_the_reference(dnc)
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_controller_with_layers_less_or_more(kept):
+    """Whose number the layer does not know: it is asked for its state, and called step by step."""
+    dnc = make(num_layers=2)
+    layers = dnc.controller.layers
+    dnc.controller.layers = nn.ModuleList([*layers, copy.deepcopy(layers[1])][:kept])
+    assert backend_of(dnc) == "reference"
+    outputs, state = dnc(draw())
+    assert len(state.controller) == kept
+    first, state = dnc(draw()[:, :2])
+    second, _ = dnc(draw()[:, 2:], state)
+    assert_close(torch.cat([first, second], 1), outputs, rtol=1e-12, atol=1e-13)
 
 
 # --- the controller's dropout and bound

@@ -113,7 +113,7 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
         return False
     layers = list(controller._modules["layers"]._modules.values())  # type: ignore[union-attr]
     kind = CONTROLLERS[cell.controller_kind]
-    if any(type(layer) is not kind for layer in layers):
+    if len(layers) != cell.num_layers or any(type(layer) is not kind for layer in layers):
         return False
     dropout = controller._modules["dropout"]
     if type(dropout) is not nn.Dropout or dropout.inplace:
