@@ -135,6 +135,7 @@ def test_a_capture_that_fails(when: str, without: Any, caplog: pytest.LogCapture
         outputs, _ = dnc(*draw(dnc, 1))
         engine().failure = failure
         outputs.sum().backward()
+        assert not cache().instances  # at once, its forward too
     assert_same_bits([results(dnc, *draw(dnc, seed)) for seed in range(6)], expected)
     assert not cache().instances
     engine().failure = None
