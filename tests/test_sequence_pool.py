@@ -23,7 +23,7 @@ def empty_pool(monkeypatch):
 
 def waiting() -> list[int]:
     """The bytes of each buffer that waits."""
-    return [block.nbytes for blocks in pool._waiting.values() for block in blocks]
+    return [block.nbytes for block in pool._waiting.values()]
 
 
 def give_up(*sizes: int) -> None:
@@ -54,7 +54,18 @@ def test_so_many_bytes_wait_at_most(monkeypatch):
     assert waiting() == []
     give_up(600)
     give_up(400, 400)
-    assert waiting() == [400, 400]  # of another size first
+    assert waiting() == [400, 400]
+
+
+def test_what_waits_is_looked_through_however_many_sizes_there_were(monkeypatch):
+    """As with lengths that are drawn anew for each batch."""
+    monkeypatch.setattr(pool, "MOST", 10_000)
+    for size in range(1000, 1500):
+        give_up(size)
+    assert waiting() == list(range(1494, 1500))
+    address = pool.empty((1495,), BYTES).data_ptr()
+    assert waiting() == [1494, 1496, 1497, 1498, 1499, 1495]
+    assert pool.empty((1495,), BYTES).data_ptr() == address
 
 
 def test_small_and_fake_tensors_are_torchs_own():

@@ -11,7 +11,6 @@ import math
 import os
 import threading
 import weakref
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -21,8 +20,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 SMALLEST = 2**20  # bytes; what is smaller malloc keeps by itself
 MOST = 2**28  # bytes that wait at most
 
-_waiting: dict[int, list[np.ndarray]] = {}  # by bytes, the latest last
-# Between threads. The collector may drop a tensor in a thread that holds it: each change is one that nothing divides.
+_waiting: dict[int, np.ndarray] = {}  # by id, the latest last; 256 at most, as large as they are
+# Guards `_waiting` between threads. It can be taken twice, since the garbage collector may drop a tensor, and so call
+# `_give_back`, in a thread that holds it: what is done here is one atomic step at a time, on a copy of what waits.
 _lock = threading.RLock()
 
 
@@ -55,20 +55,20 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def _take(size: int) -> np.ndarray:
-    with _lock, suppress(LookupError):
-        return _waiting[size].pop()
+    with _lock:
+        for block in reversed(list(_waiting.values())):
+            if block.nbytes == size and _waiting.pop(id(block), None) is not None:
+                return block
     return np.empty(size, np.uint8)
 
 
 def _give_back(block: np.ndarray) -> None:
-    with _lock, suppress(LookupError):
-        alike = _waiting.setdefault(block.nbytes, [])
-        alike.append(block)
-        others = (blocks for blocks in list(_waiting.values()) if blocks is not alike)
-        for blocks in (*others, alike):  # what is of another size was wanted longest ago
-            while blocks and _bytes() > MOST:
-                blocks.pop(0)
-
-
-def _bytes() -> int:
-    return sum(size * len(blocks) for size, blocks in list(_waiting.items()))
+    with _lock:
+        _waiting[id(block)] = block
+        blocks = list(_waiting.values())
+        excess = sum(waiting.nbytes for waiting in blocks) - MOST
+        for oldest in blocks:
+            if excess <= 0:
+                break
+            _waiting.pop(id(oldest), None)
+            excess -= oldest.nbytes
