@@ -3,8 +3,8 @@
 The `backend` argument of the call or layer decides first, then `use_backend`, then the environment variable
 DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else, and
 for a single step without gradients, the reference. On a GPU it is what was the fastest when measured, which happens on
-the first call of a kind (`tuning`). While a graph is traced or captured nothing is measured: what is remembered is
-taken, or else the first in rank.
+the first call of a kind (`tuning`). While a graph is captured nothing is measured: what is remembered is taken, or else
+the first in rank; while one is traced, or with deterministic algorithms, always the first in rank.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dnc_triton.sequence import graphs
 from dnc_triton.sequence.unroll import is_plain, unroll_sequence
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
+SETTLED_BY = (graphs.GRAPHS_VARIABLE, tuning.MEASURE_VARIABLE)  # what else a choice depends on
 LEAST_CAPABILITY = (8, 0)
 # Looked up once: while a graph is traced it cannot be.
 HAS_TRITON = find_spec("triton") is not None
@@ -239,7 +240,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _in_use: list[list[str]] = []  # a list each, to be told apart
-_settled: dict[tuple[Problem, str, str | None] | None, Backend] = {}
+_settled: dict[tuple[Any, ...] | None, Backend] = {}
 
 
 @contextmanager
@@ -276,8 +277,8 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         RuntimeError: the backend asked for by name does not serve this problem; its reason is in the message.
     """
     asked, asked_by = _asked(backend)
-    # Every call comes by here, on a GPU even every step: what measurements have settled is not worked out again.
-    key = (problem, asked, os.environ.get(graphs.GRAPHS_VARIABLE)) if _clock_decides(problem) else None
+    # Every call comes by here, on a GPU even every step: what is settled is not worked out again.
+    key = (problem, asked, _clock_decides(problem), *map(os.environ.get, SETTLED_BY)) if _settles(problem) else None
     if (known := _settled.get(key)) is not None:
         return known
     if asked == "auto":
@@ -337,12 +338,15 @@ def _asked(backend: str) -> tuple[str, str]:
     return name, f"the environment variable {ENVIRONMENT_VARIABLE}" if name != "auto" else "default"
 
 
+def _settles(problem: Problem) -> bool:
+    """Whether a choice may be one for all calls of its kind."""
+    # Tracing comes first: a traced function may look neither at a file nor at a clock.
+    return not torch.compiler.is_compiling() and problem.device.type == "cuda" and not is_transformed()
+
+
 def _clock_decides(problem: Problem) -> bool:
     """Whether what is chosen is what was measured."""
-    # Tracing comes first: a traced function may look neither at a file nor at a clock.
-    if torch.compiler.is_compiling() or problem.device.type != "cuda" or is_transformed():
-        return False
-    return not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
+    return _settles(problem) and not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
 
 
 def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[tuning.Candidate, bool]:
@@ -352,7 +356,7 @@ def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tupl
     for name in ranked:
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
     if len(candidates) == 1 or not _clock_decides(problem):
-        return candidates[0], len(candidates) == 1
+        return candidates[0], True
     backends = {(name, layout): BACKENDS[name].with_layout(layout) for name, layout in candidates}
     operation = "unroll" if tuning.measures_sequence(problem) else "memory_step"
     operations = {candidate: getattr(backend, operation) for candidate, backend in backends.items()}

@@ -110,8 +110,8 @@ def _captures() -> bool:
 
 
 def is_settled(problem: Problem, operations: Mapping[Candidate, Operation]) -> bool:
-    """Whether `fastest` has nothing left to measure of these in this process."""
-    return _measured(problem) >= operations.keys()
+    """Whether `fastest` has nothing left to measure of these in this process, or is not to measure."""
+    return not is_on(MEASURE_VARIABLE) or _measured(problem) >= operations.keys()
 
 
 def _measured(problem: Problem) -> set[Candidate]:

@@ -76,6 +76,9 @@ def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pyte
         dispatch.BACKENDS["torch_sequence"],
     )
     named = dispatch.choose(PROBLEM, "triton_fused")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        settled = dispatch.choose(PROBLEM)
 
     def work(*arguments: object, **keywords: object) -> None:
         raise AssertionError("worked out again")
@@ -83,13 +86,17 @@ def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pyte
     monkeypatch.setattr(dispatch, "_best", work)
     assert dispatch.choose(replace(PROBLEM)) is fastest
     assert dispatch.choose(PROBLEM, "triton_fused") is named
-    monkeypatch.setenv("DNC_TRITON_GRAPHS", "0")
-    with pytest.raises(AssertionError, match="again"):
-        dispatch.choose(PROBLEM)
-    monkeypatch.delenv("DNC_TRITON_GRAPHS")
+    with monkeypatch.context() as patch:
+        patch.setenv("DNC_TRITON_GRAPHS", "0")
+        with pytest.raises(AssertionError, match="again"):
+            dispatch.choose(PROBLEM)
+    with monkeypatch.context() as patch:
+        patch.setenv("DNC_TRITON_MEASURE", "0")
+        assert dispatch.choose(PROBLEM) is default
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert dispatch.choose(PROBLEM) is settled
     with pytest.raises(AssertionError, match="again"):
-        dispatch.choose(PROBLEM)
+        dispatch.choose(PROBLEM, "triton_fused")
 
 
 def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
