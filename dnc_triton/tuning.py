@@ -23,7 +23,6 @@ import json
 import logging
 import math
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -43,6 +42,7 @@ from dnc_triton.kernels import ahead
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
+from dnc_triton.sequence.engine import is_out_of_memory
 from dnc_triton.version import __version__
 
 Candidate = tuple[str, Layout | None]
@@ -255,7 +255,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         except Exception as error:  # it does not compile, or does not fit: into memory, a block into a multiprocessor
             torch.cuda.synchronize(problem.device)  # raises if CUDA is of no more use
             logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, error)
-            if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)):
+            if is_out_of_memory(error):
                 no_room.add((name, layout))
                 continue
             failure, microseconds = error.with_traceback(None), math.inf  # its frames hold memory

@@ -149,3 +149,40 @@ def test_a_capture_that_fails(when: str, without: Any, caplog: pytest.LogCapture
     for seed in range(3):  # other calls go on
         results(dnc, *draw(dnc, seed, steps=2))
     assert engine().replays > 0
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_capture_without_memory_is_tried_again(when: str, without: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """With more patience; and what works meanwhile goes on."""
+    dnc = make()
+    expected = [without(results, dnc, *draw(dnc, seed)) for seed in range(8)]
+    for seed in range(2):
+        results(dnc, *draw(dnc, seed))
+    (working,) = cache().instances
+    held = [dnc(*draw(dnc, seed)) for seed in range(4)]  # the first has that instance, the others find none
+    failure = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if when == "forward":
+        engine().failure = failure
+        held.append(dnc(*draw(dnc, 4)))
+    else:
+        outputs, _ = dnc(*draw(dnc, 4))
+        assert len(cache().instances) == 2
+        engine().failure = failure
+        outputs.sum().backward()
+    assert cache().instances == [working]
+    engine().failure = None
+    captures, (signature,) = engine().captures, cache().signatures.values()
+    patience = {"forward": 8, "backward": 16}[when]
+    assert (signature.misses, signature.patience) == (0, patience)
+    held += [dnc(*draw(dnc, 5)) for _ in range(patience - 1)]
+    assert engine().captures == captures
+    held.append(dnc(*draw(dnc, 6)))
+    assert engine().captures == captures + 1
+    held.clear()
+    assert working.is_free
+    replays = engine().replays
+    assert_same_bits([results(dnc, *draw(dnc, seed)) for seed in range(8)], expected)
+    assert engine().replays == replays + 16
+    (record,) = caplog.records
+    assert f"tried again after {patience} more calls" in record.getMessage()
+    assert "OutOfMemoryError: CUDA out of memory" in record.getMessage()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
@@ -132,3 +133,8 @@ class Engine:
 def size_of(tensors: Sequence[Tensor | None]) -> int:
     """Bytes of those that are there."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it was memory that did not suffice: PyTorch's, Triton's or a library's; another time it may."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("out of memory|ALLOC_FAILED", str(error)))

@@ -15,7 +15,8 @@ Plain launches are right at any time, also for the backward of a forward that wa
   free: many instances, or instances that come and go, cost more than they gain,
 - where the memory's bound would be exceeded by what is in use. What is not in use is given up, the least recently used
   first,
-- once a capture has failed, for calls of that kind,
+- once a capture has failed, for calls of that kind; where it was for want of memory, only for the next 4, 8, 16, ...
+  that find no instance free,
 - for sequences of more than `LONGEST` steps, which have tens of thousands of launches.
 
 Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
@@ -43,7 +44,7 @@ from torch.utils.dlpack import to_dlpack
 
 from dnc_triton.environment import is_on
 from dnc_triton.kernels.ahead import is_compiling_ahead
-from dnc_triton.sequence.engine import Captured, Engine, size_of
+from dnc_triton.sequence.engine import Captured, Engine, is_out_of_memory, size_of
 
 GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY"
 SHARE = 4  # the bound is this part of the device's memory
@@ -231,7 +232,7 @@ class Graphs:
                 copies = _clones(given)
                 captured = self.engine.capture(partial(run, copies))
         except Exception as error:  # whatever it was, plain launches do without
-            self._give_up(signature, error)
+            self._fail(signature, error, [])
             return None
         places, size = _places(captured.results[handed:]), size_of(copies) + captured.size
         instance = Instance(signature, copies, captured, handed, places, size)
@@ -275,7 +276,7 @@ class Graphs:
                 ]
                 captured = self.engine.capture(call, instance.forward.pool)
         except Exception as error:
-            self._give_up(signature, error)
+            self._fail(signature, error, [instance])
             return False
         captured = captured._replace(size=captured.size + kept)
         instance.gradients, instance.backward = copies, captured
@@ -314,14 +315,17 @@ class Graphs:
             self.engine.wait()
             self.instances = [x for x in self.instances if x not in instances]
 
-    def _give_up(self, signature: Signature, error: Exception) -> None:
-        signature.failed = True
-        logger.warning(
-            "CUDA graphs: a capture failed, calls of its kind are launched step by step from now on: %s: %s",
-            type(error).__name__,
-            error,
-        )
-        self.forget([x for x in self.instances if x.signature is signature])
+    def _fail(self, signature: Signature, error: Exception, instances: list[Instance]) -> None:
+        """A capture did, for these instances of a kind: for want of memory, which may be for now, or for good."""
+        if is_out_of_memory(error):
+            signature.misses, signature.patience = 0, 2 * signature.patience
+            outcome = f"it is tried again after {signature.patience} more calls of its kind that find no graph"
+        else:
+            signature.failed = True
+            outcome = "calls of its kind are launched step by step from now on"
+            instances = [x for x in self.instances if x.signature is signature]
+        logger.warning("CUDA graphs: a capture failed, %s: %s: %s", outcome, type(error).__name__, error)
+        self.forget(instances)
 
 
 _graphs: dict[torch.device, Graphs] = {}
