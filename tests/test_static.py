@@ -29,7 +29,7 @@ from benchmarks.static.compiling import compiling_map
 from benchmarks.static.measuring import idle_barriers, measure
 from benchmarks.static.record import RECORD, read_record, worse_than_recorded
 from dnc_triton import dispatch
-from dnc_triton.kernels.layout import layouts, sequence_layouts
+from dnc_triton.kernels.layout import default_layout, layouts, sequence_layouts
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 KERNELS = Path(__file__).parent.parent / "dnc_triton" / "kernels"
@@ -101,7 +101,7 @@ def test_what_the_dispatcher_may_take_is_compiled_and_held_to_spill_nothing(dtyp
         for layout in [layout for backend in serving for layout in backend.layouts(problem)]:
             if layout.whole:
                 taken += sequence(shape, hidden, "sm_90", layout=layout, dtype=dtype)
-                layout = layout._replace(whole=False)  # of the same sequence with checkpoints
+                layout = default_layout(slots)  # which takes over with checkpoints
             elif hidden and shape not in SHAPES:  # step by step: the other shapes stand for it
                 continue
             taken += step(shape, "sm_90", layout=layout, dtype=dtype)

@@ -178,7 +178,7 @@ def _everything() -> list[Case]:
     for *shape, hidden_size in SEQUENCES:
         for layout, variant in itertools.product(sequence_layouts(*shape[:2]), SEQUENCE_VARIANTS):
             found += sequence(tuple(shape), hidden_size, "sm_90", layout=layout, variant=variant)
-            found += step(tuple(shape), "sm_90", layout=layout._replace(whole=False))  # with checkpoints
+        found += step(tuple(shape), "sm_90")  # with checkpoints
         for target in TARGETS:
             found += sequence(tuple(shape), hidden_size, target)
         found += sequence(tuple(shape), hidden_size, "sm_90", dtype="float64")

@@ -15,7 +15,7 @@ from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.dnc import DNCCell
 from dnc_reference.memory import without_autocast
 from dnc_reference.types import DNCState, MemoryState
-from dnc_triton.kernels.layout import Layout
+from dnc_triton.kernels.layout import Layout, default_layout
 from dnc_triton.sequence import pool
 from dnc_triton.sequence.history import Settings
 from dnc_triton.sequence.op import run_sequence
@@ -43,8 +43,8 @@ def unroll_sequence(
         checkpoint: k: memory and link are kept for the backward at every k-th step, and made again in between; None
             keeps them at every step, of links every `layout.link_every`-th; "auto" does too while that takes at most a
             quarter of a GPU's memory, or 256 MiB on a CPU, and else takes the square root of T for k.
-        layout: of the kernels for the memory's part, or for all of it, which keeps every step: a step at a time where
-            that takes too much; None for plain PyTorch.
+        layout: of the kernels for the memory's part, or for all of it, which keeps every step: where that is too much
+            those of a step take over, in their default layout; None for plain PyTorch.
         compiled: whether a step of that is compiled, for a CPU.
     """
     steps, batch = inputs.shape[:2]
@@ -62,10 +62,10 @@ def unroll_sequence(
     controller_state, structure = _flatten(state.controller)
     carried = [*state.memory, state.read_words, *controller_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
-    link_every = 1 if layout is None else layout.link_every
-    every = _checkpoint(checkpoint, steps, state.memory, link_every) if keep else 1
-    if layout is not None and layout.whole and keep and every > 1:
-        layout = layout._replace(whole=False)
+    every = _checkpoint(checkpoint, steps, state.memory, layout) if keep else 1
+    if layout is not None and layout.whole and every > 1:  # one launch for the sequence keeps every step
+        layout = default_layout(cell.memory_size)
+        every = _checkpoint(checkpoint, steps, state.memory, layout)
     settings = Settings(
         controller=cell.controller_kind,
         num_layers=cell.num_layers,
@@ -163,8 +163,9 @@ def _parameters_by_name(cell: DNCCell) -> list[Tensor | None]:
     return tensors + [part._parameters.get(name) for part in parts for name in _OF_LINEAR]
 
 
-def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, link_every: int) -> int:
+def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, layout: Layout | None) -> int:
     """Every how many steps to keep memory and link."""
+    link_every = 1 if layout is None else layout.link_every
     if isinstance(checkpoint, int):
         return checkpoint
     if checkpoint is None:
@@ -179,7 +180,7 @@ def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, l
     elif kept <= most:
         return 1
     root = torch.sym_int(torch.sym_sqrt(steps - 1))  # of a number of steps that a compiler leaves open, too
-    return max(link_every, root + 1)  # with fewer steps more links were kept than with all
+    return max(link_every, root + 1)  # a shorter interval would store more links than are kept without checkpoints
 
 
 def _most_kept(device: torch.device) -> int:

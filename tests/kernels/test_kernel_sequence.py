@@ -24,7 +24,8 @@ from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels import gradients, launch, lstm, products
 from dnc_triton.kernels.launch import launch_backward, launch_forward
 from dnc_triton.kernels.layout import default_layout, is_shared, kept_shapes, sequence_layouts
-from dnc_triton.sequence import one_launch, op, small_product, triton_memory
+from dnc_triton.sequence import one_launch, op, small_product, triton_memory, unroll
+from dnc_triton.sequence.history import Settings
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 from dnc_triton.sequence.triton_memory import TritonMemory
 
@@ -304,11 +305,23 @@ def test_memory_without_gradients_does_not_grow_with_the_sequence(backend: str, 
     test_sequence_kept.test_nothing_is_kept_without_gradients(backend)
 
 
-def test_checkpoints_are_for_the_kernels_of_a_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    dnc = make(device, checkpoint=2, backend=BACKEND)
-    inputs, state = draw(dnc, 3)
+@pytest.mark.parametrize("slots", [5, 65])
+def test_checkpoints_are_for_the_kernels_of_a_step(
+    slots: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the layout that they have where nothing was measured, for what was is one launch for all steps."""
+    dnc = make(device, sizes=(slots, 3, 1), checkpoint=2, backend=BACKEND)
+    inputs, state = draw(dnc, 2)
+    asked = []
+
+    def run_sequence(settings: Settings, *given: Any) -> list[torch.Tensor]:
+        asked.append((settings.layout, settings.checkpoint))
+        return op.run_sequence(settings, *given)
+
+    monkeypatch.setattr(unroll, "run_sequence", run_sequence)
     monkeypatch.setattr(OneLaunchSequence, "__init__", None)
     actual = run(dnc, inputs, state, BACKEND)
+    assert asked == [(default_layout(slots), 2)]
     assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
 
 
