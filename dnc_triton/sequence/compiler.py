@@ -44,7 +44,7 @@ def machine_code(
         memory: of the memory among them.
         returns: whether it returns tensors.
     """
-    with _one_at_a_time:
+    with _one_at_a_time, torch.device("cpu"):  # whatever the default one is
         # Both take a second.
         from torch._inductor.compile_fx import compile_fx_inner
 

@@ -272,13 +272,16 @@ def cosine_similarity_backward(d_similarity: Tensor, memory: Tensor, keys: Tenso
     Returns:
         d_memory [B, N, W], d_keys [B, H, W].
     """
+    dtype = memory.dtype
+    if dtype.itemsize < 4:  # as in the forward
+        d_similarity, memory, keys = d_similarity.float(), memory.float(), keys.float()
     key_norms, memory_norms = addressing.norm(keys).unsqueeze(-1), addressing.norm(memory).unsqueeze(-2)
     norms = key_norms * memory_norms + addressing.SIMILARITY_EPSILON
     d_dot = d_similarity / norms
     d_norms = -d_dot * (keys @ memory.mT) / norms
     d_keys = d_dot @ memory + (d_norms * memory_norms).sum(-1, keepdim=True) / key_norms * keys
     d_memory = d_dot.mT @ keys + ((d_norms * key_norms).sum(-2, keepdim=True) / memory_norms).mT * memory
-    return d_memory, d_keys
+    return d_memory.to(dtype), d_keys.to(dtype)
 
 
 def content_weights_backward(

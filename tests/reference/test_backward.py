@@ -207,6 +207,21 @@ def test_adjoint_of_each_equation(edge: str, size: dict[str, int]) -> None:
         assert_close(actual, expected, rtol=RTOL, atol=gradient_floor(interface, prev), name=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_adjoint_of_a_lookup_has_room_for_squares_that_16_bits_have_not(dtype: torch.dtype) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    memory, keys = as_leaves(
+        tuple((100 * torch.randn(shape, generator=drawn)).to(dtype) for shape in ((2, 5, 16), (2, 3, 16)))
+    )
+    value = addressing.cosine_similarity(memory, keys)
+    d_value = random_like(value, seed=1)
+    expected = torch.autograd.grad(value, (memory, keys), d_value)
+    with torch.no_grad():
+        actual = backward.cosine_similarity_backward(d_value, memory, keys)
+    assert [gradient.dtype for gradient in actual] == [dtype, dtype]
+    assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("strength", ["oneplus", "softplus"])
 @settings(max_examples=15)
 @given(size=sizes)
