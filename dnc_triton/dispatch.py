@@ -25,7 +25,14 @@ from torch import Tensor
 import dnc_reference
 from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_triton import tuning
-from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
+from dnc_triton.kernels.layout import (
+    MOST_IN_ONE_LAUNCH,
+    MOST_SLOTS,
+    MOST_SLOTS_IN_FLOAT64,
+    Layout,
+    layouts,
+    sequence_layouts,
+)
 from dnc_triton.ops.eager import is_transformed
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
@@ -142,7 +149,7 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
         return False, "a trace is asked for, which the reference keeps step by step"
     limits = (
         ("num_writes", problem.num_writes, 1),
-        ("memory_size", problem.memory_size, 1024 if problem.dtype == torch.float64 else 2048),
+        ("memory_size", problem.memory_size, MOST_SLOTS_IN_FLOAT64 if problem.dtype == torch.float64 else MOST_SLOTS),
         ("word_size", problem.word_size, 256),
         ("num_reads", problem.num_reads, 16),
     )
@@ -170,8 +177,9 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
 
 
 def _fused_supports(problem: Problem) -> tuple[bool, str]:
-    if problem.memory_size > 128:
-        return False, f"memory_size is {problem.memory_size}, one program per batch element goes up to 128"
+    slots, most = problem.memory_size, MOST_IN_ONE_LAUNCH
+    if slots > most:
+        return False, f"memory_size is {slots}, one program per batch element goes up to {most}"
     return _kernels_support(problem)
 
 
@@ -182,7 +190,8 @@ def _one_launch_supports(problem: Problem) -> tuple[bool, str]:
     if problem.controller != "lstm":
         return False, f"the controller is {problem.controller!r}, the kernel has an LSTM in it"
     # As far as it was compiled without spilling. With W = 256 it spilled up to 2.6 KB a thread, at every step.
-    for name, limit in (("num_layers", 1), ("hidden_size", 128), ("memory_size", 128), ("word_size", 64)):
+    limits = (("num_layers", 1), ("hidden_size", 128), ("memory_size", MOST_IN_ONE_LAUNCH), ("word_size", 64))
+    for name, limit in limits:
         if getattr(problem, name) > limit:
             return False, f"{name} is {getattr(problem, name)}, one launch for a sequence goes up to {limit}"
     return _kernels_support(problem)

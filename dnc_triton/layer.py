@@ -16,15 +16,16 @@ from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_reference.controller import CONTROLLERS
 from dnc_reference.memory import check_memory_state, check_tensor
 from dnc_triton.dispatch import check_backend, choose, explain_problem
+from dnc_triton.kernels.layout import MOST_IN_ONE_LAUNCH, MOST_SLOTS
 from dnc_triton.ops.eager import is_eager, is_transformed
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.history import zeros
 from dnc_triton.sequence.unroll import begins_with_zeros, is_plain
 from dnc_triton.trace import Trace, traced_unroll
 
-# Slots with which zeros that begin a sequence are those of one element for all. With fewer it may take one launch, with
-# more plain PyTorch, and these have every element's.
-SHARED = {"cuda": range(129, 2049)}
+# Memory sizes N for which the zeros that memory and link begin with are one batch element's, expanded. Smaller ones may
+# be served by one launch for the sequence, larger ones are by plain PyTorch: both want every element's.
+SHARED = {"cuda": range(MOST_IN_ONE_LAUNCH + 1, MOST_SLOTS + 1)}
 
 
 class DNC(DNCCell):

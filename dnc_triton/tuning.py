@@ -54,8 +54,8 @@ STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
 SECONDS = 1.0  # per candidate, compilation not counted
-# By which a device is kept waiting before it is to work, for each second that Python takes to say at what, and for how
-# many seconds at most: at 2 GHz for twice as long.
+# Before a replay is timed the device sleeps while Python says what it is to do: so many clock cycles for each second
+# that this takes (at 2 GHz twice as long as it takes), and for at most so many of these seconds.
 CYCLES, LONGEST_WAIT = 4e9, 0.02
 TOTAL_SECONDS = 60.0  # per call, compilation counted; candidates that are not reached wait for the next call
 

@@ -134,7 +134,7 @@ def rank(block, interface, old, new, kept, scratch, sizes: tl.constexpr):
         if (first >= 0) & (first < sizes.AGAINST):
             among = (other_taken == slot_taken[:, None]) & (others[None, :] < rows[:, None])
             before += ((other_taken < slot_taken[:, None]) | among).to(tl.int32)
-        else:  # of equals all those before them come first, or none of those after them
+        else:  # these others are all before the rows, where equal usage counts as less, or all after them
             up_to = slot_taken + (first > 0).to(tl.int32)
             before += (other_taken < up_to[:, None]).to(tl.int32)
         others += sizes.AGAINST
@@ -176,7 +176,7 @@ def address(interface, old, new, kept, sizes: tl.constexpr):
 
 
 @triton.jit
-def by_write_weights(old, new, d_new, scratch, offs_n, mask_n, sizes: tl.constexpr):
+def by_write_weights(old, d_new, scratch, offs_n, mask_n, sizes: tl.constexpr):
     """The whole gradient of the write weights [BLOCK_N], 0 where there is no slot."""
     N: tl.constexpr = sizes.N
     COMPUTE: tl.constexpr = sizes.COMPUTE
@@ -311,7 +311,7 @@ def address_backward(
     work_ptr = scratch.d_allocation + first_head * N
     offs_n = tl.arange(0, sizes.BLOCK_N)
     mask_n = (offs_n < N) & runs
-    # Loaded before the first barrier, which nothing passes: these wait for each other's memory only here.
+    # All of it is loaded before the first barrier, which no load moves across: so they wait for memory together.
     slots, x, x_before = free_slots(new.usage, kept.free_list, offs_n, mask_n, COMPUTE)
     has_next = mask_n & (offs_n < N - 1)
     next_slots = tl.load(kept.free_list + offs_n + 1, mask=has_next, other=0)

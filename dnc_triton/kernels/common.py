@@ -27,9 +27,9 @@ def begin(OVERLAPS: tl.constexpr):
 def term(a, b):
     """a b, rounded, as a term of a sum across threads.
 
-    A plain product the compiler fuses with what comes from another thread, where the other one's was rounded: the
-    threads then have sums that differ in the last bit, and which one is taken where several hold the same element hangs
-    on which is the last to write it.
+    A plain product may be fused with the addition of what comes from another thread, whose own product was rounded.
+    Threads that hold the same element then have sums that differ in the last bit, and the result is that of whichever
+    writes last. The fused multiply-add of 0 rounds the product first.
     """
     return tl.fma(a, b, 0.0)
 

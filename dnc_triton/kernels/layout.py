@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Slots up to which there are layouts of one launch; up to which the kernels go; and in float64, where a slot has fewer
+# bits of what is sorted (`addressing.sort_key`).
+MOST_IN_ONE_LAUNCH, MOST_SLOTS, MOST_SLOTS_IN_FLOAT64 = 128, 2048, 1024
 LINK_EVERY = 4  # with three launches; chosen for the memory: 1 and 8 took the same time on an H200
 
 
@@ -82,9 +85,9 @@ def layouts(memory_size: int) -> list[Layout]:
         wide = [split._replace(rows=count) for count in (rows, 2 * rows, rows // 2)]
         return [*wide, *(layout._replace(spread=True, ranks=True) for layout in wide[:2])]
     if memory_size > 64:
-        fused = [] if memory_size > 128 else [Layout(True, 16, block, 8)]
-        spread = [] if memory_size <= 128 else [split._replace(spread=True)]
-        return [split, split._replace(backward_rows=32), split._replace(rows=8), *spread, *fused]
+        one = memory_size <= MOST_IN_ONE_LAUNCH
+        others = [Layout(True, 16, block, 8)] if one else [split._replace(spread=True)]
+        return [split, split._replace(backward_rows=32), split._replace(rows=8), *others]
     warps = (4, 1) if memory_size <= 16 else (4, 8)
     return [*(Layout(True, block, block, num_warps) for num_warps in warps), split._replace(rows=8)]
 

@@ -4,9 +4,9 @@ Where a launch has all phases a tile is small and goes through registers whole (
 launch of its own it goes in strips (`link_strips`): the more rows a tile has the fewer parts are left, and while a
 strip is computed the next one is on its way.
 
-Their adjoints are the middle phase of the backward. What a tile has to say about its rows and columns, which other
-tiles have a say in as well, it leaves as a partial sum: nothing is added atomically, so the same call gives the same
-bits. The tuples of pointers are those of `buffers`, of one batch element.
+Their adjoints are the middle phase of the backward. Sums over rows and columns of the link, which span several tiles,
+are left as a partial sum for each tile: nothing is added atomically, so the same call gives the same bits. The tuples
+of pointers are those of `buffers`, of one batch element.
 
 Products with the read heads' vectors are made by multiplying and adding up, for HEADS heads at once: [heads, rows,
 columns]. As products of matrices, a few heads wide, they go through shared memory, which took several times as long.

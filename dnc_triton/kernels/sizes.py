@@ -33,24 +33,25 @@ class Sizes(NamedTuple):
         ROW_BLOCKS, COLUMN_BLOCKS, TILES: how many that makes, one below the other, side by side, and together.
         SLOTS: of a block of memory; all phases agree on it.
         SLOT_BLOCKS: how many.
-        PLACES: numbers of every word that are a part of the words.
-        PARTS: how many.
+        PLACES: positions in a word that one program takes care of.
+        PARTS: how many such programs a word has.
         AT_ONCE: partial sums of read weights that are loaded at once.
         CHUNK: words that are taken at once elsewhere.
         HEADS: read heads at once where there are products with each.
         SPREAD, RANKS: of the layout.
         HEADS_READ: read heads that a program reads for.
         RANKED, AGAINST: slots that a program ranks, and those that it holds them against at once.
-        FEW: read heads there are, at most four, which leave registers for more.
-        ALONE: a thread may have a single element of a tile's row or column: of few slots, of short or long words, of
-            many warps. `python -m benchmarks.static` fails where that is wrong.
+        FEW: at most four read heads, which leaves registers for loading ahead.
+        ALONE: some thread may hold a single element of a tile's row or column, whose product must then be rounded
+            before it is added up across threads (`common.term`): with few slots, short or long words, many warps.
+            `python -m benchmarks.static` fails where that is wrong.
         FORWARD_SCRATCH, BACKWARD_SCRATCH: numbers that the phases hand on within a step, of a batch element.
         INTERFACE: numbers of an interface vector.
         OFFSETS: where in it each field begins.
         RAW: the interface is not activated yet.
         STRENGTH_OFFSET: what raw strengths get on top of softplus.
         STOP_USAGE_GRADIENT: as in `memory_step`.
-        FAR: what a link is made again with is further away than 32 bits count.
+        FAR: what a link is recomputed from is further away than 32 bits count.
         COMPUTE: the type of the arithmetic.
     """
 

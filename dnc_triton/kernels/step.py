@@ -7,6 +7,28 @@ fourth launch may rank the slots before the forward's. Which one is faster depen
 
 K = 1. All tensors are contiguous, of one dtype, on one device; what is kept for the backward is in the dtype of the
 arithmetic, float32 unless the tensors are float64.
+
+Where each equation of `dnc_reference.addressing` is:
+
+    equation                  forward                           backward
+    retention, usage          addressing.update_usage           addressing.address_backward
+    free list                 addressing.address, .rank         none: no gradient goes by the order
+    allocation                addressing.address                addressing.address_backward
+    write content lookup      addressing.look_up, .address      addressing.lookup_backward, .mixture_backward
+    write weights             addressing.address                addressing.by_write_weights, .mixture_backward
+    memory write              linking.write                     linking.write_backward
+    link                      linking.linked                    linking.link_tile_backward, .link_strips_backward
+    precedence                addressing.address                addressing.mixture_backward, .by_write_weights
+    forward, backward         linking.link_tile, .link_strips   reading.read_backward
+      weights                 reading.read                      linking.link_tile_backward, .link_strips_backward
+    read content lookup       linking.write, reading.read       reading.read_backward, linking.write_backward
+    read weights              reading.read                      reading.read_backward
+    read                      reading.read                      reading.read_backward, linking.write_backward
+    interface's activations   common.gate, .strength            common.d_gate, .d_strength
+                              common.read_modes                 reading.read_backward
+
+Of a lookup the similarities come first, their softmax where they are used. Sums that go over several tiles of the link
+are added up by who uses them. An activation is applied where its number is loaded, and in each place again.
 """
 
 import triton
@@ -122,7 +144,7 @@ def memory_step_backward(
     if PHASE == LAST or PHASE == WHOLE:
         offs_n = tl.arange(0, sizes.BLOCK_N)
         mask_n = (offs_n < sizes.N) & runs
-        d_weights = by_write_weights(old, new, d_new, scratch, offs_n, mask_n, sizes)
+        d_weights = by_write_weights(old, d_new, scratch, offs_n, mask_n, sizes)
         if PHASE == WHOLE:
             for part in range(sizes.PARTS):
                 lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface, d_old, runs, sizes)

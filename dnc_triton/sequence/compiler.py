@@ -52,8 +52,8 @@ def machine_code(
 
         examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
         (batch, slots, word), _, dtype = memory
-        # To ask for the memory of a small tensor takes longer than to fill it. A stack has room for small ones alone;
-        # and a tensor there that is returned is the next call's too.
+        # To allocate a small tensor takes longer than to fill it, so small ones in between go on the stack; not where
+        # tensors are returned, for the next call uses the stack's memory again.
         on_stack = not returns and batch * slots * (slots + word) * dtype.itemsize <= SMALL
         numbers = torch.arange(slots, dtype=torch.promote_types(dtype, torch.float32))
         examples = [numbers, *examples]

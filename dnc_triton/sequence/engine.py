@@ -84,13 +84,14 @@ class Engine:
         return Captured(results, graph.replay, max(size, size_of(results)), pool)
 
     def _provide_workspace(self, stream: torch.cuda.Stream) -> None:
-        """Where the library that multiplies puts its partial sums, for this thread and stream, in memory for just that.
+        """Allocate the workspace of cuBLAS and of cuBLASLt, for this thread and stream, in a pool of its own.
 
-        PyTorch makes it at a product if there is none, and all graphs have the place of the one that they meet. Made
-        during a capture it would be in the memory of that graph, on which the later ones would depend without knowing:
-        PyTorch forgets all such places when its compiler captures graphs, and since 2.12 those of a stream when any
-        graph that was captured on it is destroyed. Then the first graph's memory can be in use for something else, or
-        freed. With memory of their own they are made again there, and that memory is never given to anything else.
+        PyTorch allocates it at the first product of a thread and stream, and every graph captured from then on has its
+        address. Allocated during a capture it would be in the memory of that graph, on which the later ones would
+        depend without knowing: PyTorch forgets all workspaces when its compiler captures graphs, and since 2.12 those
+        of a stream when any graph that was captured on it is destroyed. Then the first graph's memory can be in use for
+        something else, or freed. In a pool of their own they are allocated again there, and that memory is never given
+        to anything else.
 
         For such memory PyTorch 2.11 gives up nothing that it caches, as for that of a graph, and so that is given up
         before, as `torch.cuda.graph` does.

@@ -91,7 +91,8 @@ class Instance:
         handed: how many of its results are copied out; the others are the history.
         places: where the history stands.
         size: bytes.
-        gradients: copies of what a backward is given; zeros where that is None, or None where it always was.
+        gradients: the copies that its backward reads of the gradients it is given: zeros for one that is None now, None
+            for one that was None when the backward was captured.
         filled: which of them may be something else than zero.
         backward: the graph.
         made: which results it has; the others were not wanted when it was captured.

@@ -51,12 +51,12 @@ class Settings(NamedTuple):
 
     @property
     def link_every(self) -> int:
-        """Every how many steps the backward wants the link; it makes those in between again as it goes."""
+        """Steps between the links that a backward is given; it recomputes those in between as it goes."""
         return 1 if self.layout is None else self.layout.link_every
 
     @property
     def link_period(self) -> int:
-        """Every how many steps the link is kept."""
+        """Steps between the links that a forward stores for it."""
         return self.link_every if self.checkpoint == 1 else self.checkpoint
 
     @property
@@ -141,12 +141,13 @@ class Carried(NamedTuple):
 class Checkpoints:
     """Memory and link before every step and after the last one, of which every k-th is kept; the link less often.
 
-    The others go to spare buffers. Forwards they take turns in two. Backwards a stretch of k steps is made again before
-    it is wanted: then it has all of its memories, and every `settings.link_every`-th link, the others taking turns.
-    With k = 1 no stretch is, and links that are not kept are nowhere: `behind` says how far the latest lies back.
+    Forward, what is not kept alternates between two spare buffers. Backward with k > 1, the k steps between two that
+    are kept are recomputed before the first of them is wanted, with a buffer for each memory and for every
+    `settings.link_every`-th link, while the other links alternate between two. Backward with k = 1 nothing is
+    recomputed, so a link that was not kept is None: `behind` says how many steps back the nearest kept one is.
 
     Args:
-        settings: see there; k is its checkpoint.
+        settings: of the sequence; k is its checkpoint.
         first, last: before the sequence and after it.
         memories, links: the buffers for those that are kept, of `counts`.
         steps: T.
@@ -193,9 +194,9 @@ def _trail(
         first, last: before the sequence and after it.
         kept: [·, *first.shape], for every `period`-th.
         steps: T.
-        period: see there.
+        period: steps between entries of `kept`.
         within: of those in between every `within`-th has a buffer of its own; None for none.
-        in_turn: whether the others take turns in two buffers, or else are nowhere, which is None.
+        in_turn: whether the others alternate between two buffers; else they are None.
     """
     between = min(period, steps) - 1
     own = [pool.empty_like(first) for _ in range(between // within if within else 0)]

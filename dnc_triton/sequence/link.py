@@ -32,7 +32,8 @@ def follow(
     """Sets the new link, and returns the backward and the forward weights, [B, R, N] each.
 
     Args:
-        prev_link, link: [B, 1, N, N]. The compiler copies what is a view of a buffer before it lets it be written to.
+        prev_link, link: [B, 1, N, N], buffers and no views of them: before an operator writes to a view the compiler
+            copies it.
         precedence, write_weights: [B, 1, N].
         read_weights: [B, R, N], those before the step.
     """

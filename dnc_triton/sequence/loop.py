@@ -198,7 +198,8 @@ class Sequence:
         usage, _, read_weights, write_weights, _ = before.carried
         self.memory.begin_backward(usage, read_weights, write_weights, self.d_vectors)
         self.d_below = torch.empty_like(before.layers[0][0][0])
-        # A step adds what comes from the output to the words before it, unless rows are still to be put back after it.
+        # The product that gives the gradient by the words read before a step can add the output layer's to it, unless
+        # rows are put back after it (lengths, reset).
         self.adds_ahead = self.below[0].small and self.running is None and self.reset is None
         for cell, layer_before in zip(self.cells, before.layers, strict=True):
             cell.begin_backward(layer_before)

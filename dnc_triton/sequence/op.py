@@ -335,7 +335,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _without_unused(given_back: list[Any], d_outputs: Tensor | None) -> list[Any]:
-    """Without gradients by the output layer, the last two, where no loss saw the outputs: with zeros it would decay."""
+    """None for the output layer's parameters, the last two, if no loss saw the outputs: zeros would let them decay."""
     return given_back if d_outputs is not None else [*given_back[:-2], None, None]
 
 

@@ -100,10 +100,10 @@ class TritonMemory:
     def backward(
         self, step: int, prev: MemoryState, new: MemoryState, d_read_words: Tensor, d: MemoryState
     ) -> MemoryState:
-        """As in `TorchMemory`. Two sets of buffers take turns as what is given and what is returned.
+        """As in `TorchMemory`. What is given and what is returned alternate between two sets of buffers.
 
-        Of a row that has ended neither is written to: both begin with the gradient by its last state. What is shared is
-        no buffer to take turns with.
+        Of a row that has ended neither is written to, so both begin as copies of the gradient by its last state. What
+        is shared, one entry for all rows, cannot be written to and is not taken again.
         """
         if self.spare is None:
             empty = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in d)

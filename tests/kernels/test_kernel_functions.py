@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import re
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
+from dnc_triton.kernels import step
 from dnc_triton.kernels.common import exp, sigmoid, softplus, tanh
 from dnc_triton.kernels.launch import StepGradient, backward_scratch, launch_backward, step_forward
 from dnc_triton.kernels.layout import Layout, default_layout, kept_shapes
@@ -40,6 +43,16 @@ def run(name: str, x: Tensor) -> Tensor:
     out = torch.full_like(x, torch.nan)
     triton.jit(function_kernel)[(triton.cdiv(len(x), BLOCK),)](x, out, len(x), NAME=name, BLOCK=BLOCK)
     return out
+
+
+def test_the_table_of_equations_names_functions_that_are_there():
+    """At the top of `step`, each by its module, or behind another of the same."""
+    table = step.__doc__.partition("is:\n")[2]
+    assert "update_usage" in table
+    for names in re.findall(r"[a-z]+\.[a-z_]+(?:, \.[a-z_]+)*", table):
+        module, *functions = re.split(r", \.|\.", names)
+        for function in functions:
+            assert callable(getattr(import_module(f"dnc_triton.kernels.{module}"), function))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
