@@ -14,6 +14,7 @@ import dnc_reference
 from dnc_triton import DNC, Interface, MemoryState, dispatch, explain, memory_step, use_backend
 from dnc_triton.dispatch import BACKENDS, Backend, choose
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
+from dnc_triton.sequence.history import Settings
 
 
 def make(**changes) -> DNC:
@@ -212,6 +213,12 @@ def test_explain_takes_what_forward_takes():
 def test_an_operator_is_given_every_layout_whole():
     for layout in [*layouts(16), *layouts(64), *layouts(256), *sequence_layouts(16, 8)]:
         assert Layout.from_operand(layout.as_operand()) == layout
+
+
+def test_an_operator_is_given_settings_in_their_order():
+    schema = torch.ops.dnc_triton.sequence_backward.default._schema
+    names = tuple(argument.name for argument in schema.arguments)
+    assert names[-len(Settings._fields) :] == Settings._fields
 
 
 @pytest.mark.parametrize("memory_size", [1, 16, 17, 64, 65, 128, 129, 1024, 2048])

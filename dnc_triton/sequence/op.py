@@ -62,7 +62,17 @@ class Given(NamedTuple):
         return Given(inputs, state, parameters, dropout, running, reset)
 
 
-@torch.library.custom_op("dnc_triton::sequence", mutates_args=())
+# What the operators take: the tensors, and `Settings` field by field, the layout as `Layout.as_operand` has it.
+TENSORS = "Tensor inputs, Tensor[] state, Tensor[] parameters, Tensor? lengths, Tensor? reset, Tensor[] dropout"
+SETTINGS = (
+    "str controller, SymInt num_layers, float? clip, float? max_activation_gradient, float strength_offset, "
+    "bool stop_usage_gradient, ScalarType product_dtype, SymInt checkpoint, bool compiled, SymInt[]? layout"
+)
+
+
+@torch.library.custom_op(
+    "dnc_triton::sequence", mutates_args=(), schema=f"({TENSORS}, {SETTINGS}, bool keep) -> Tensor[]"
+)
 def _sequence(
     inputs: Tensor,
     state: list[Tensor],
@@ -70,32 +80,11 @@ def _sequence(
     lengths: Tensor | None,
     reset: Tensor | None,
     dropout: list[Tensor],
-    controller: str,
-    num_layers: int,
-    clip: float | None,
-    max_activation_gradient: float | None,
-    strength_offset: float,
-    stop_usage_gradient: bool,
-    product_dtype: torch.dtype,
-    checkpoint: int,
-    compiled: bool,
-    layout: list[int] | None,
-    keep: bool,
+    *arguments: Any,
 ) -> list[Tensor]:
     """Outputs [T, B, output_size], the state after the last step, and with `keep` the history."""
-    settings = _settings(
-        controller,
-        num_layers,
-        clip,
-        max_activation_gradient,
-        strength_offset,
-        stop_usage_gradient,
-        product_dtype,
-        checkpoint,
-        compiled,
-        layout,
-    )
-    return _run(settings, inputs, state, parameters, lengths, reset, dropout, keep)
+    *operands, keep = arguments
+    return _run(_settings(*operands), inputs, state, parameters, lengths, reset, dropout, keep)
 
 
 def _run(
@@ -177,7 +166,11 @@ def _(
     return [outputs, *last, *history]
 
 
-@torch.library.custom_op("dnc_triton::sequence_backward", mutates_args=())
+@torch.library.custom_op(
+    "dnc_triton::sequence_backward",
+    mutates_args=(),
+    schema=f"(Tensor[] gradients, {TENSORS}, Tensor[] last, Tensor[] history, {SETTINGS}) -> Tensor[]",
+)
 def _sequence_backward(
     gradients: list[Tensor],
     inputs: Tensor,
@@ -188,33 +181,12 @@ def _sequence_backward(
     dropout: list[Tensor],
     last: list[Tensor],
     history: list[Tensor],
-    controller: str,
-    num_layers: int,
-    clip: float | None,
-    max_activation_gradient: float | None,
-    strength_offset: float,
-    stop_usage_gradient: bool,
-    product_dtype: torch.dtype,
-    checkpoint: int,
-    compiled: bool,
-    layout: list[int] | None,
+    *operands: Any,
 ) -> list[Tensor]:
     """The gradients by inputs, state and parameters, from those by the outputs and the state after the last step."""
-    settings = _settings(
-        controller,
-        num_layers,
-        clip,
-        max_activation_gradient,
-        strength_offset,
-        stop_usage_gradient,
-        product_dtype,
-        checkpoint,
-        compiled,
-        layout,
-    )
     given = inputs, state, parameters, lengths, reset, dropout
     everything = [True] * (1 + len(state) + len(parameters))
-    return _run_backward(settings, list(gradients), *given, (last[0], last[1]), history, everything)
+    return _run_backward(_settings(*operands), list(gradients), *given, (last[0], last[1]), history, everything)
 
 
 def _run_backward(
