@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
 import dnc_reference
@@ -37,6 +36,7 @@ from dnc_triton.ops.eager import is_transformed
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
+from dnc_triton.sequence.stepwise import unroll_stepwise
 from dnc_triton.sequence.unroll import is_plain, unroll_sequence
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
@@ -77,43 +77,12 @@ class Backend:
         )
 
 
-def _stepwise_unroll(
-    cell: DNCCell,
-    inputs: Tensor,
-    state: DNCState,
-    *,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    checkpoint: int | str | None = None,
-    **keywords: Any,
-) -> tuple[Tensor, DNCState]:
-    """The reference's unroll, with autograd's own checkpoints if `checkpoint` is a number; "auto" keeps every step."""
-    # A transform of torch.func takes none.
-    if not isinstance(checkpoint, int) or not torch.is_grad_enabled() or is_transformed():
-        return dnc_reference.unroll(cell, inputs, state, lengths=lengths, reset=reset, **keywords)
-    pieces = []
-    for start in range(0, max(1, inputs.shape[0]), checkpoint):
-        here = slice(start, start + checkpoint)
-        outputs, state = torch.utils.checkpoint.checkpoint(
-            dnc_reference.unroll,
-            cell,
-            inputs[here],
-            state,
-            lengths=None if lengths is None else lengths - start,
-            reset=None if reset is None else reset[here],
-            **keywords,
-            use_reentrant=False,
-        )
-        pieces.append(outputs)
-    return torch.cat(pieces), state
-
-
 def _fused_unroll(cell: DNCCell, *arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
     """As one operation with the kernels for the memory's part; step by step where the layer's parts must be called."""
     if is_plain(cell, resets=keywords.get("reset") is not None):
         return unroll_sequence(cell, *arguments, layout=layout, **keywords)
     step = partial(fused_interface_step, layout=layout)
-    return _stepwise_unroll(cell, *arguments, interface_step=step, **keywords)
+    return unroll_stepwise(cell, *arguments, interface_step=step, **keywords)
 
 
 def _sequence_supports(problem: Problem) -> tuple[bool, str]:
@@ -243,7 +212,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(
         supports=lambda problem: (True, "plain PyTorch: every device, floating dtype, size and controller"),
         memory_step=dnc_reference.memory_step,
-        unroll=_stepwise_unroll,
+        unroll=unroll_stepwise,
         rank=lambda problem: 5,
     ),
 }

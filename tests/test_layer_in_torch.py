@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.utils
-from small_layer import BATCH, CLOSE, EXACT, LENGTHS, gradients, make, make_inputs, row, total, warm_state
+from small_layer import BATCH, CLOSE, EXACT, LENGTHS, RESETS, gradients, make, make_inputs, row, total, warm_state
 from torch import nn
 from torch.export import Dim
 from torch.testing import assert_close
@@ -213,6 +213,35 @@ def test_functional_calls_take_no_checkpoints():
 
     got, expected = (torch.func.grad(loss)(parameters, make(checkpoint=every)) for every in (2, None))
     assert_close(got, expected, **EXACT)
+
+
+STEPWISE = pytest.mark.parametrize("stepwise", [dict(num_writes=2), dict(backend="reference")], ids=str)
+
+
+@STEPWISE
+def test_checkpoints_have_the_weights_of_a_functional_call(stepwise):
+    """Which are gone when the backward computes steps again."""
+
+    def run(checkpoint):
+        dnc = make(checkpoint=checkpoint, **stepwise)
+        weights = {name: (1.5 * p).detach().requires_grad_() for name, p in dnc.named_parameters()}
+        outputs, state = torch.func.functional_call(dnc, weights, (make_inputs(),))
+        return gradients(total(outputs, state), weights)
+
+    assert_close(run(2), run(None), **CLOSE)
+
+
+@STEPWISE
+@pytest.mark.parametrize("changed", ["weight", "inputs", "state", "reset"])
+def test_checkpoints_do_not_compute_again_from_what_has_changed(changed, stepwise):
+    dnc, inputs, reset = make(checkpoint=2, **stepwise), make_inputs(), RESETS.clone()
+    state = warm_state(dnc)
+    outputs, _ = dnc(inputs, state, reset=reset)
+    given = dict(weight=dnc.interface.weight, inputs=inputs, state=state.memory.link, reset=reset)[changed]
+    with torch.no_grad():
+        given.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
 
 
 def test_forward_mode_through_a_bound_of_gradients():

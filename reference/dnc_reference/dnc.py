@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -285,16 +286,29 @@ def unroll(
     initial = None if reset is None else cell.initial_state(batch)
 
     features = []
-    for step in range(steps):
-        if reset is not None and initial is not None:
-            state = initial.where(reset[step], state)
-        step_features, new_state = cell.advance(inputs[step], state, interface_step=interface_step)
-        state = new_state if running is None else new_state.where(running[step], state)
-        features.append(step_features)
-    outputs = cell.project(torch.stack(features))
+    cache: AbstractContextManager[None] = nullcontext() if torch.compiler.is_compiling() else _without_autocast_cache()
+    with cache:
+        for step in range(steps):
+            if reset is not None and initial is not None:
+                state = initial.where(reset[step], state)
+            step_features, new_state = cell.advance(inputs[step], state, interface_step=interface_step)
+            state = new_state if running is None else new_state.where(running[step], state)
+            features.append(step_features)
+        outputs = cell.project(torch.stack(features))
     if running is not None:
         outputs = torch.where(running.unsqueeze(-1), outputs, 0)
     return outputs, state
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """A weight is rounded in each step. Gradients by one rounded weight for all would add up in its narrow dtype."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _make_controller(

@@ -1,0 +1,93 @@
+"""A sequence step by step: the reference's unroll, with autograd's own checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+import dnc_reference
+from dnc_reference import DNCCell, DNCState
+from dnc_triton.ops.eager import is_transformed
+
+
+def unroll_stepwise(
+    cell: DNCCell,
+    inputs: Tensor,
+    state: DNCState,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    checkpoint: int | str | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, DNCState]:
+    """`dnc_reference.unroll`.
+
+    Args:
+        cell, inputs, state, lengths, reset, keywords: as there.
+        checkpoint: k: the backward has the states of every k-th step, and runs the steps in between again; "auto" and
+            None keep every step.
+    """
+    # A transform of torch.func takes no checkpoints.
+    if not isinstance(checkpoint, int) or not torch.is_grad_enabled() or is_transformed():
+        return dnc_reference.unroll(cell, inputs, state, lengths=lengths, reset=reset, **keywords)
+    parameters: dict[str, Tensor] = dict(cell.named_parameters(remove_duplicate=False))
+    pieces = []
+    for start in range(0, max(1, inputs.shape[0]), checkpoint):
+        here = slice(start, start + checkpoint)
+        run: Any = dnc_reference.unroll  # of which a compiler takes care
+        if not torch.compiler.is_compiling():
+            run = _again(parameters, [*parameters.values(), inputs, reset, *tree_leaves(state)])
+        outputs, state = torch.utils.checkpoint.checkpoint(
+            run,
+            cell,
+            inputs[here],
+            state,
+            lengths=None if lengths is None else lengths - start,
+            reset=None if reset is None else reset[here],
+            **keywords,
+            use_reentrant=False,
+        )
+        pieces.append(outputs)
+    return torch.cat(pieces), state
+
+
+class _Unroll(nn.Module):
+    """`dnc_reference.unroll` as a module of its cell."""
+
+    def __init__(self, cell: DNCCell) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, DNCState]:
+        return dnc_reference.unroll(self.cell, *arguments, **keywords)
+
+
+def _again(parameters: dict[str, Tensor], given: list[Any]) -> Callable[..., tuple[Tensor, DNCState]]:
+    """`dnc_reference.unroll` for a checkpoint, which calls it now, and again from the backward.
+
+    By then the cell may have other parameters, as after a `functional_call`: it is run with those of now. What is given
+    and was changed in place since cannot be had again: that is an error, as with what autograd saves.
+    """
+    counted = [x for x in given if isinstance(x, Tensor) and not x.is_inference()]  # which have no version
+    versions = [x._version for x in counted]
+
+    def run(cell: DNCCell, *arguments: Any, **keywords: Any) -> tuple[Tensor, DNCState]:
+        if [x._version for x in counted] != versions:
+            raise RuntimeError(
+                "checkpoint: parameters, inputs, state and reset must stay as they are until the backward, which "
+                "computes from them again, but one has been modified by an inplace operation"
+            )
+        here = dict(cell.named_parameters(remove_duplicate=False))
+        if here.keys() == parameters.keys() and all(here[name] is parameters[name] for name in here):
+            return dnc_reference.unroll(cell, *arguments, **keywords)
+        named = {f"cell.{name}": parameter for name, parameter in parameters.items()}
+        unrolled: tuple[Tensor, DNCState] = functional_call(_Unroll(cell), named, arguments, keywords)
+        return unrolled
+
+    return run
