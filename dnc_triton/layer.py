@@ -172,6 +172,9 @@ class DNC(DNCCell):
     def step(self, inputs: Tensor, state: DNCState | None = None) -> tuple[Tensor, DNCState]:
         """One step, for streams: what `forward` does with a sequence of one step.
 
+        Hooks on the layer itself are not called, as they are around `dnc(...)`. Under PyTorch's FSDP2 it has to be made
+        known: `torch.distributed.fsdp.register_fsdp_forward_method(dnc, "step")`.
+
         Args:
             inputs: [B, input_size].
             state: what the step before returned, or None for the initial state.
