@@ -40,7 +40,7 @@ from dnc_triton.sequence.stepwise import unroll_stepwise
 from dnc_triton.sequence.unroll import is_plain, unroll_sequence
 
 ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
-SETTLED_BY = (graphs.GRAPHS_VARIABLE, tuning.MEASURE_VARIABLE)  # what else a choice depends on
+SETTLED_BY = (graphs.GRAPHS_VARIABLE, tuning.MEASURE_VARIABLE)  # variables that a choice depends on
 LEAST_CAPABILITY = (8, 0)
 # Looked up once: while a graph is traced it cannot be.
 HAS_TRITON = find_spec("triton") is not None
@@ -256,8 +256,7 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     """
     asked, asked_by = _asked(backend)
     # Every call comes by here, on a GPU even every step: what is settled is not worked out again.
-    key = (problem, asked, _clock_decides(problem), *map(os.environ.get, SETTLED_BY)) if _settles(problem) else None
-    if (known := _settled.get(key)) is not None:
+    if (known := _settled.get(_key(problem, asked))) is not None:
         return known
     if asked == "auto":
         serving = [name for name in BACKENDS if BACKENDS[name].supports(problem)[0]]
@@ -268,6 +267,7 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         serving = [asked]
     (name, layout), settled = _best(problem, serving)
     chosen = BACKENDS[name].with_layout(layout)
+    key = _key(problem, asked)  # by now more may have been measured
     if key is not None and settled:
         if len(_settled) >= 1000:  # of a new batch or length each time
             _settled.clear()
@@ -322,13 +322,21 @@ def _settles(problem: Problem) -> bool:
     return not torch.compiler.is_compiling() and problem.device.type == "cuda" and not is_transformed()
 
 
+def _key(problem: Problem, asked: str) -> tuple[Any, ...] | None:
+    """All that a choice depends on; None where it must be made for each call."""
+    if not _settles(problem):
+        return None
+    deterministic, measured = torch.are_deterministic_algorithms_enabled(), tuning.measured_times()
+    return problem, asked, deterministic, measured, *map(os.environ.get, SETTLED_BY)
+
+
 def _clock_decides(problem: Problem) -> bool:
     """Whether what is chosen is what was measured."""
     return _settles(problem) and not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
 
 
 def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[tuning.Candidate, bool]:
-    """Of the backends that serve a problem the fastest, with its layout; and whether it stays so in this process."""
+    """Of the backends that serve a problem the fastest, with its layout; and whether nothing is left to be measured."""
     ranked = sorted(serving, key=lambda name: BACKENDS[name].rank(problem))
     candidates: list[tuning.Candidate] = []
     for name in ranked:

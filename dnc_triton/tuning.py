@@ -61,6 +61,7 @@ TOTAL_SECONDS = 60.0  # per call, compilation counted; candidates that are not r
 
 logger = logging.getLogger("dnc_triton")
 _known: dict[str, dict[Candidate, float]] = {}
+_measured_times = 0  # in this process
 _no_room: dict[str, set[Candidate]] = {}  # what memory did not suffice for, which another day it may
 
 
@@ -112,6 +113,11 @@ def _captures() -> bool:
 def is_settled(problem: Problem, operations: Mapping[Candidate, Operation]) -> bool:
     """Whether `fastest` has nothing left to measure of these in this process, or is not to measure."""
     return not is_on(MEASURE_VARIABLE) or _measured(problem) >= operations.keys()
+
+
+def measured_times() -> int:
+    """How often something was measured in this process; what was chosen before may not be what is chosen now."""
+    return _measured_times
 
 
 def _measured(problem: Problem) -> set[Candidate]:
@@ -195,6 +201,8 @@ def _read(path: Path, bucket: str) -> dict[Candidate, float]:
 
 def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
     """Add to what is known, here and in the file, where another process may have added something too."""
+    global _measured_times
+    _measured_times += 1
     bucket = _bucket(problem)
     path = _path(bucket)
     _known[bucket] = _read(path, bucket) | _known.get(bucket, {}) | times

@@ -215,23 +215,41 @@ def test_functional_calls_take_no_checkpoints():
     assert_close(got, expected, **EXACT)
 
 
-STEPWISE = pytest.mark.parametrize("stepwise", [dict(num_writes=2), dict(backend="reference")], ids=str)
+STEPWISE = [dict(num_writes=2), dict(backend="reference")]  # ways to go step by step
 
 
-@STEPWISE
+class Scaled(nn.Module):
+    """A controller with a buffer."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+        self.linear = nn.Linear(input_size, hidden_size)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def initial_state(self, batch_size, *, device, dtype):
+        return ()
+
+    def forward(self, inputs, state):
+        return torch.tanh(self.scale * self.linear(inputs)), ()
+
+
+@pytest.mark.parametrize("stepwise", [*STEPWISE, dict(controller=Scaled)], ids=str)
 def test_checkpoints_have_the_weights_of_a_functional_call(stepwise):
-    """Which are gone when the backward computes steps again."""
+    """Which are gone when the backward computes steps again; tied or not, buffers too."""
 
-    def run(checkpoint):
+    def run(checkpoint, **options):
         dnc = make(checkpoint=checkpoint, **stepwise)
+        dnc.twice = dnc.interface.weight  # under another name
         weights = {name: (1.5 * p).detach().requires_grad_() for name, p in dnc.named_parameters()}
-        outputs, state = torch.func.functional_call(dnc, weights, (make_inputs(),))
+        tensors = weights | {name: 3 * buffer for name, buffer in dnc.named_buffers()}
+        outputs, state = torch.func.functional_call(dnc, tensors, (make_inputs(),), **options)
         return gradients(total(outputs, state), weights)
 
     assert_close(run(2), run(None), **CLOSE)
+    assert_close(run(2, tie_weights=False), run(None, tie_weights=False), **CLOSE)
 
 
-@STEPWISE
+@pytest.mark.parametrize("stepwise", STEPWISE, ids=str)
 @pytest.mark.parametrize("changed", ["weight", "inputs", "state", "reset"])
 def test_checkpoints_do_not_compute_again_from_what_has_changed(changed, stepwise):
     dnc, inputs, reset = make(checkpoint=2, **stepwise), make_inputs(), RESETS.clone()
@@ -240,7 +258,8 @@ def test_checkpoints_do_not_compute_again_from_what_has_changed(changed, stepwis
     given = dict(weight=dnc.interface.weight, inputs=inputs, state=state.memory.link, reset=reset)[changed]
     with torch.no_grad():
         given.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    words = "modified by an inplace operation" if changed == "inputs" else "must stay as they are until the backward"
+    with pytest.raises(RuntimeError, match=words):
         outputs.sum().backward()
 
 

@@ -184,5 +184,5 @@ def test_a_capture_without_memory_is_tried_again(when: str, without: Any, caplog
     assert_same_bits([results(dnc, *draw(dnc, seed)) for seed in range(8)], expected)
     assert engine().replays == replays + 16
     (record,) = caplog.records
-    assert f"tried again after {patience} more calls" in record.getMessage()
+    assert f"tried again at call {patience} of its kind" in record.getMessage()
     assert "OutOfMemoryError: CUDA out of memory" in record.getMessage()

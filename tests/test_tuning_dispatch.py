@@ -76,9 +76,13 @@ def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pyte
         dispatch.BACKENDS["torch_sequence"],
     )
     named = dispatch.choose(PROBLEM, "triton_fused")
+    assert dispatch.choose(PROBLEM) is fastest
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
+    assert dispatch.choose(PROBLEM) is fastest  # which is remembered by now
     with monkeypatch.context() as patch:
         patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         settled = dispatch.choose(PROBLEM)
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "1")
 
     def work(*arguments: object, **keywords: object) -> None:
         raise AssertionError("worked out again")
@@ -92,9 +96,10 @@ def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pyte
             dispatch.choose(PROBLEM)
     with monkeypatch.context() as patch:
         patch.setenv("DNC_TRITON_MEASURE", "0")
-        assert dispatch.choose(PROBLEM) is default
+        assert dispatch.choose(PROBLEM) is fastest
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert dispatch.choose(PROBLEM) is settled
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert dispatch.choose(PROBLEM) is settled
     with pytest.raises(AssertionError, match="again"):
         dispatch.choose(PROBLEM, "triton_fused")
 

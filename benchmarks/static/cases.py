@@ -140,8 +140,7 @@ def cases(complete: bool = False) -> list[Case]:
     for shape in SHAPES:
         for target in TARGETS:
             found += step(shape, target)
-    for target in ("sm_90", "gfx942"):
-        found += step(SHAPES[-1], target, layout=spread(SHAPES[-1]))
+    found += step(SHAPES[-1], "sm_90", layout=spread(SHAPES[-1]))
     # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
     found += step(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
     for dtype in TRITON_TYPES:
@@ -149,7 +148,7 @@ def cases(complete: bool = False) -> list[Case]:
     for variant in STEP_VARIANTS[1:]:
         found += step(SHAPES[1], "sm_90", variant=variant)
     *shape, hidden_size = SEQUENCES[0]  # the one that takes the least time
-    for target in TARGETS:
+    for target in ("sm_90", "gfx942"):
         found += sequence(tuple(shape), hidden_size, target)
     found += sequence(tuple(shape), hidden_size, "sm_90", variant="lengths reset")
     found += _lstm("sm_90")
@@ -167,6 +166,7 @@ def _everything() -> list[Case]:
             continue
         for layout in candidates[:1] if dtype == "float64" else candidates:
             found += step(shape, "sm_90", layout=layout, dtype=dtype, variant=variant)
+    found += step(SHAPES[-1], "gfx942", layout=spread(SHAPES[-1]))
     for dtype in TRITON_TYPES:
         for target in TARGETS:
             found += step(LARGEST, target, dtype=dtype)

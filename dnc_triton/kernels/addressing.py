@@ -311,7 +311,7 @@ def address_backward(
     work_ptr = scratch.d_allocation + first_head * N
     offs_n = tl.arange(0, sizes.BLOCK_N)
     mask_n = (offs_n < N) & runs
-    # All of it is loaded before the first barrier, which no load moves across: so they wait for memory together.
+    # What follows is loaded before the first barrier, which no load moves across: so it is waited for only once.
     slots, x, x_before = free_slots(new.usage, kept.free_list, offs_n, mask_n, COMPUTE)
     has_next = mask_n & (offs_n < N - 1)
     next_slots = tl.load(kept.free_list + offs_n + 1, mask=has_next, other=0)

@@ -8,27 +8,30 @@ fourth launch may rank the slots before the forward's. Which one is faster depen
 K = 1. All tensors are contiguous, of one dtype, on one device; what is kept for the backward is in the dtype of the
 arithmetic, float32 unless the tensors are float64.
 
-Where each equation of `dnc_reference.addressing` is:
+Where each equation of `dnc_reference.addressing` is, and of `dnc_reference.interface` in the last row:
 
     equation                  forward                           backward
     retention, usage          addressing.update_usage           addressing.address_backward
     free list                 addressing.address, .rank         none: no gradient goes by the order
     allocation                addressing.address                addressing.address_backward
-    write content lookup      addressing.look_up, .address      addressing.lookup_backward, .mixture_backward
-    write weights             addressing.address                addressing.by_write_weights, .mixture_backward
+    write content lookup      addressing.look_up, .address      addressing.by_scaled_similarity, .lookup_backward,
+                                                                addressing.mixture_backward
+    write weights             addressing.address                addressing.by_write_weights, .mixture_backward,
+                                                                addressing.by_scaled_similarity, .address_backward
     memory write              linking.write                     linking.write_backward
     link                      linking.linked                    linking.link_tile_backward, .link_strips_backward
     precedence                addressing.address                addressing.mixture_backward, .by_write_weights
-    forward, backward         linking.link_tile, .link_strips   reading.read_backward
-      weights                 reading.read                      linking.link_tile_backward, .link_strips_backward
+    forward weights,          linking.link_tile, .link_strips,  reading.read_backward,
+    backward weights          reading.read                      linking.link_tile_backward, .link_strips_backward
     read content lookup       linking.write, reading.read       reading.read_backward, linking.write_backward
     read weights              reading.read                      reading.read_backward
     read                      reading.read                      reading.read_backward, linking.write_backward
     interface's activations   common.gate, .strength            common.d_gate, .d_strength
                               common.read_modes                 reading.read_backward
 
-Of a lookup the similarities come first, their softmax where they are used. Sums that go over several tiles of the link
-are added up by who uses them. An activation is applied where its number is loaded, and in each place again.
+Of a lookup the similarities come first, their softmax where they are used. Sums over several tiles of the link, or
+blocks of slots, are added up by who uses them; those of gradients by the interface in `lookup_backward`. An activation
+is applied where its number is loaded, and in each place again.
 """
 
 import triton

@@ -15,8 +15,8 @@ Plain launches are right at any time, also for the backward of a forward that wa
   free: many instances, or instances that come and go, cost more than they gain,
 - where the memory's bound would be exceeded by what is in use. What is not in use is given up, the least recently used
   first,
-- once a capture has failed, for calls of that kind; where it was for want of memory, only for the next 4, 8, 16, ...
-  that find no instance free,
+- once a capture has failed, for calls of that kind; where it was for want of memory, until the 4th, 8th, 16th, ...
+  from then on that finds no instance free,
 - for sequences of more than `LONGEST` steps, which have tens of thousands of launches.
 
 Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
@@ -68,7 +68,7 @@ class Signature:
         size: bytes of an instance, as far as is known.
         misses: calls that found no free instance, since the last capture.
         patience: how many of them make a capture.
-        failed: whether a capture did.
+        failed: whether a capture did, for another reason than memory.
         used: when it was last asked for, in calls.
     """
 
@@ -320,7 +320,7 @@ class Graphs:
         """A capture did, for these instances of a kind: for want of memory, which may be for now, or for good."""
         if is_out_of_memory(error):
             signature.misses, signature.patience = 0, 2 * signature.patience
-            outcome = f"it is tried again after {signature.patience} more calls of its kind that find no graph"
+            outcome = f"it is tried again at call {signature.patience} of its kind that finds no graph from now on"
         else:
             signature.failed = True
             outcome = "calls of its kind are launched step by step from now on"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,13 +36,12 @@ def unroll_stepwise(
     # A transform of torch.func takes no checkpoints.
     if not isinstance(checkpoint, int) or not torch.is_grad_enabled() or is_transformed():
         return dnc_reference.unroll(cell, inputs, state, lengths=lengths, reset=reset, **keywords)
-    parameters: dict[str, Tensor] = dict(cell.named_parameters(remove_duplicate=False))
     pieces = []
     for start in range(0, max(1, inputs.shape[0]), checkpoint):
         here = slice(start, start + checkpoint)
         run: Any = dnc_reference.unroll  # of which a compiler takes care
         if not torch.compiler.is_compiling():
-            run = _again(parameters, [*parameters.values(), inputs, reset, *tree_leaves(state)])
+            run = _again(cell, [reset, *tree_leaves(state)])
         outputs, state = torch.utils.checkpoint.checkpoint(
             run,
             cell,
@@ -68,26 +67,37 @@ class _Unroll(nn.Module):
         return dnc_reference.unroll(self.cell, *arguments, **keywords)
 
 
-def _again(parameters: dict[str, Tensor], given: list[Any]) -> Callable[..., tuple[Tensor, DNCState]]:
+def _again(cell: DNCCell, given: list[Any]) -> Callable[..., tuple[Tensor, DNCState]]:
     """`dnc_reference.unroll` for a checkpoint, which calls it now, and again from the backward.
 
-    By then the cell may have other parameters, as after a `functional_call`: it is run with those of now. What is given
-    and was changed in place since cannot be had again: that is an error, as with what autograd saves.
+    By then the cell may have other parameters and buffers, as after a `functional_call`: it is run with those of the
+    forward. What was changed in place since cannot be had again. That is an error, as with what autograd saves, also of
+    a parameter whose value no gradient needs. (Of inputs the checkpoint itself sees to that.)
     """
-    counted = [x for x in given if isinstance(x, Tensor) and not x.is_inference()]  # which have no version
+    parameters = _ordinary(cell.named_parameters(remove_duplicate=False))
+    tensors = parameters | _ordinary(cell.named_buffers(remove_duplicate=False))
+    # Those of inference mode have no version.
+    counted = [x for x in (*parameters.values(), *given) if isinstance(x, Tensor) and not x.is_inference()]
     versions = [x._version for x in counted]
 
     def run(cell: DNCCell, *arguments: Any, **keywords: Any) -> tuple[Tensor, DNCState]:
         if [x._version for x in counted] != versions:
             raise RuntimeError(
-                "checkpoint: parameters, inputs, state and reset must stay as they are until the backward, which "
-                "computes from them again, but one has been modified by an inplace operation"
+                "checkpoint: parameters, state and reset must stay as they are until the backward, which computes from "
+                "them again, but one has been modified by an inplace operation"
             )
-        here = dict(cell.named_parameters(remove_duplicate=False))
-        if here.keys() == parameters.keys() and all(here[name] is parameters[name] for name in here):
+        here = dict(cell.named_parameters(remove_duplicate=False)) | dict(cell.named_buffers(remove_duplicate=False))
+        if all(here.get(name) is tensor for name, tensor in tensors.items()):
             return dnc_reference.unroll(cell, *arguments, **keywords)
-        named = {f"cell.{name}": parameter for name, parameter in parameters.items()}
-        unrolled: tuple[Tensor, DNCState] = functional_call(_Unroll(cell), named, arguments, keywords)
+        named = {f"cell.{name}": tensor for name, tensor in tensors.items()}
+        unrolled: tuple[Tensor, DNCState] = functional_call(
+            _Unroll(cell), named, arguments, keywords, tie_weights=False
+        )
         return unrolled
 
     return run
+
+
+def _ordinary(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Without those that are kept in parts, on several devices: who keeps them so puts them in place for a backward."""
+    return {name: tensor for name, tensor in named if type(tensor) in (Tensor, nn.Parameter)}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -17,6 +16,9 @@ from dnc_reference.interface import STRENGTHS, activate_interface, interface_siz
 from dnc_reference.memory import memory_step, without_autocast
 from dnc_reference.types import DNCState, MemoryState
 
+# Steps that share a weight as autocast rounds it: their gradients by it are added up in its narrow dtype. If all of a
+# long sequence did, the sum would lose its last terms; if none did, each would keep a copy for the backward.
+ROUNDED_FOR = 16
 InterfaceStep = Callable[..., tuple[Tensor, MemoryState]]
 
 
@@ -286,29 +288,18 @@ def unroll(
     initial = None if reset is None else cell.initial_state(batch)
 
     features = []
-    cache: AbstractContextManager[None] = nullcontext() if torch.compiler.is_compiling() else _without_autocast_cache()
-    with cache:
-        for step in range(steps):
-            if reset is not None and initial is not None:
-                state = initial.where(reset[step], state)
-            step_features, new_state = cell.advance(inputs[step], state, interface_step=interface_step)
-            state = new_state if running is None else new_state.where(running[step], state)
-            features.append(step_features)
-        outputs = cell.project(torch.stack(features))
+    for step in range(steps):
+        if step % ROUNDED_FOR == 0 and not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()
+        if reset is not None and initial is not None:
+            state = initial.where(reset[step], state)
+        step_features, new_state = cell.advance(inputs[step], state, interface_step=interface_step)
+        state = new_state if running is None else new_state.where(running[step], state)
+        features.append(step_features)
+    outputs = cell.project(torch.stack(features))
     if running is not None:
         outputs = torch.where(running.unsqueeze(-1), outputs, 0)
     return outputs, state
-
-
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """A weight is rounded in each step. Gradients by one rounded weight for all would add up in its narrow dtype."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
 
 
 def _make_controller(

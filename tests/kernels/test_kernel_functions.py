@@ -47,7 +47,7 @@ def run(name: str, x: Tensor) -> Tensor:
 
 def test_the_table_of_equations_names_functions_that_are_there():
     """At the top of `step`, each by its module, or behind another of the same."""
-    table = step.__doc__.partition("is:\n")[2]
+    table = step.__doc__.partition("    equation ")[2]
     assert "update_usage" in table
     for names in re.findall(r"[a-z]+\.[a-z_]+(?:, \.[a-z_]+)*", table):
         module, *functions = re.split(r", \.|\.", names)
