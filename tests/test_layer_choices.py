@@ -275,7 +275,7 @@ class LinearController(OwnController):
 
 @pytest.mark.parametrize("choice", [dict(), dict(backend="reference"), dict(num_writes=2)], ids=str)
 def test_autocast_adds_gradients_of_many_steps_up_in_float32(choice):
-    """Rounded to 8 bits at every step they come out wrong by 2 to 9 % here."""
+    """But for a few steps at a time. Rounded to 8 bits at every step they come out wrong by 2 to 9 % here."""
     inputs = make_inputs(steps=200, dtype=torch.float32)
 
     def run(enabled):
