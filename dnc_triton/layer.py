@@ -51,7 +51,8 @@ class DNC(DNCCell):
         checkpoint: at which steps memory and link, by far the largest tensors, are kept for the backward. None: at
             every step (the backend "triton_split" keeps every fourth link). An integer k: at every k-th; the backward
             computes the others again, to the same bits, which takes time; parts of your own are called again for it,
-            hooks too, and what these change on the way is changed twice. "auto": at every step while that takes at
+            hooks too, and what these change on the way is changed twice; where the layer runs step by step parameters
+            and the given state must stay as they are until then. "auto": at every step while that takes at
             most 256 MiB on a CPU or a quarter of a GPU's memory, else at every √T-th; at every step wherever the layer
             runs step by step, as with several write heads or parts of your own, and in a program that is exported for
             a batch or T left open.

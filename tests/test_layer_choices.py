@@ -274,8 +274,8 @@ class LinearController(OwnController):
 
 
 @pytest.mark.parametrize("choice", [dict(), dict(backend="reference"), dict(num_writes=2)], ids=str)
-def test_autocast_adds_gradients_of_many_steps_up_in_float32(choice):
-    """But for a few steps at a time. Rounded to 8 bits at every step they come out wrong by 2 to 9 % here."""
+def test_autocast_loses_no_gradients_of_many_steps(choice):
+    """Added up in bfloat16 over all steps those by the weights came out wrong by 2 to 9 % here."""
     inputs = make_inputs(steps=200, dtype=torch.float32)
 
     def run(enabled):
@@ -284,10 +284,8 @@ def test_autocast_adds_gradients_of_many_steps_up_in_float32(choice):
             outputs, _ = dnc(inputs)
         return gradients((outputs.float() - 1).square().mean(), dnc)
 
-    assert torch.is_autocast_cache_enabled()
     for rounded, exact in zip(run(True), run(False), strict=True):
         assert (rounded - exact).norm() < 0.01 * exact.norm()
-    assert torch.is_autocast_cache_enabled()
 
 
 def test_autocast_keeps_a_state_of_your_own_in_float32():

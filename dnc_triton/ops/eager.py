@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_ORDINARY = (Tensor, nn.Parameter)
+ORDINARY = (Tensor, nn.Parameter)  # tensors, of no kind of its own
 
 
 def is_eager(tensors: list[Tensor]) -> bool:
@@ -22,7 +22,7 @@ def is_eager(tensors: list[Tensor]) -> bool:
         and not is_transformed()
         and not torch.jit.is_tracing()
         and not tensors[0].is_meta
-        and all(type(tensor) in _ORDINARY for tensor in tensors)
+        and all(type(tensor) in ORDINARY for tensor in tensors)
     )
 
 

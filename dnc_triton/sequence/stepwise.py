@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import dnc_reference
 from dnc_reference import DNCCell, DNCState
-from dnc_triton.ops.eager import is_transformed
+from dnc_triton.ops.eager import ORDINARY, is_transformed
 
 
 def unroll_stepwise(
@@ -100,4 +100,4 @@ def _again(cell: DNCCell, given: list[Any]) -> Callable[..., tuple[Tensor, DNCSt
 
 def _ordinary(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Without those that are kept in parts, on several devices: who keeps them so puts them in place for a backward."""
-    return {name: tensor for name, tensor in named if type(tensor) in (Tensor, nn.Parameter)}
+    return {name: tensor for name, tensor in named if type(tensor) in ORDINARY}
