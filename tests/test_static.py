@@ -136,7 +136,8 @@ def test_a_sequence_is_served_where_its_kernels_fit():
     ]
     for measurement in compiling_map(measure, served):
         assert not measurement.errors
-        assert measurement.numbers.spilled <= 24, measurement
+        # With four heads none of them spills; with more a few numbers, since products are rounded before sums.
+        assert measurement.numbers.spilled <= 56, measurement
         assert measurement.numbers.shared <= 101_376, measurement
 
 

@@ -1,4 +1,7 @@
-"""What an LSTM does to its gates once the products are there, in one launch each way, element by element."""
+"""An LSTM's equations, element by element, and kernels that do no more, in one launch each way.
+
+What has the products around them in it, `products` and `sequence`, has the equations from here.
+"""
 
 from typing import Any
 
@@ -12,6 +15,63 @@ from dnc_triton.kernels.layout import compute_dtype
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 
 BLOCK = 256  # elements of a program
+
+
+@triton.jit
+def activated(gates):
+    """σ(i), σ(f), tanh(g), σ(o), from what the products gave."""
+    i, f, g, o = gates
+    return sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+
+
+@triton.jit
+def advance(gates, cell):
+    """c' = f c + i g, and h' = o tanh(c'), from activated gates; neither is clipped yet."""
+    i, f, g, o = gates
+    cell = f * cell + i * g
+    return cell, o * tanh(cell)
+
+
+@triton.jit
+def advance_backward(
+    gates, cell, d_hidden, d_above, d_cell, CLIP: tl.constexpr, MAX_GRADIENT: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """The adjoint of both: gradients by the gates before they were activated, and by the cell before the step.
+
+    `d_hidden` and `d_cell` are by what was clipped; `d_above`, or None, is by the hidden vector before it was, which a
+    layer above was given.
+    """
+    i, f, g, o = gates
+    new_cell = f * cell + i * g
+    tanh_cell = tanh(new_cell)
+    d_hidden = d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE)
+    if d_above is not None:
+        d_hidden += d_above
+    d_hidden = clipped(d_hidden, MAX_GRADIENT, COMPUTE)
+    d_cell = d_clipped(d_cell, new_cell, CLIP, COMPUTE) + d_hidden * o * (1.0 - tanh_cell * tanh_cell)
+    d_i, d_f = d_cell * g * i * (1.0 - i), d_cell * cell * f * (1.0 - f)
+    d_g, d_o = d_cell * i * (1.0 - g * g), d_hidden * tanh_cell * o * (1.0 - o)
+    return (d_i, d_f, d_g, d_o), d_cell * f
+
+
+@triton.jit
+def load_gates(ptr, mask, H: tl.constexpr, COMPUTE: tl.constexpr):
+    """The four gates of units, of each of which the first is pointed at; they are H apart."""
+    i = tl.load(ptr, mask=mask, other=0.0).to(COMPUTE)
+    f = tl.load(ptr + H, mask=mask, other=0.0).to(COMPUTE)
+    g = tl.load(ptr + 2 * H, mask=mask, other=0.0).to(COMPUTE)
+    o = tl.load(ptr + 3 * H, mask=mask, other=0.0).to(COMPUTE)
+    return i, f, g, o
+
+
+@triton.jit
+def store_gates(ptr, gates, mask, H: tl.constexpr):
+    """To where `load_gates` finds them."""
+    i, f, g, o = gates
+    tl.store(ptr, i, mask=mask)
+    tl.store(ptr + H, f, mask=mask)
+    tl.store(ptr + 2 * H, g, mask=mask)
+    tl.store(ptr + 3 * H, o, mask=mask)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -33,16 +93,9 @@ def lstm_forward_kernel(
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
     gate_ptr = gates_ptr + element // H * 4 * H + element % H
-    i = sigmoid(tl.load(gate_ptr, mask=mask, other=0.0).to(COMPUTE))
-    f = sigmoid(tl.load(gate_ptr + H, mask=mask, other=0.0).to(COMPUTE))
-    g = tanh(tl.load(gate_ptr + 2 * H, mask=mask, other=0.0).to(COMPUTE))
-    o = sigmoid(tl.load(gate_ptr + 3 * H, mask=mask, other=0.0).to(COMPUTE))
-    tl.store(gate_ptr, i, mask=mask)
-    tl.store(gate_ptr + H, f, mask=mask)
-    tl.store(gate_ptr + 2 * H, g, mask=mask)
-    tl.store(gate_ptr + 3 * H, o, mask=mask)
-    cell = f * tl.load(cell_ptr + element, mask=mask, other=0.0).to(COMPUTE) + i * g
-    hidden = o * tanh(cell)
+    gates = activated(load_gates(gate_ptr, mask, H, COMPUTE))
+    store_gates(gate_ptr, gates, mask, H)
+    cell, hidden = advance(gates, tl.load(cell_ptr + element, mask=mask, other=0.0).to(COMPUTE))
     tl.store(new_cell_ptr + element, clipped(cell, CLIP, COMPUTE), mask=mask)
     tl.store(new_hidden_ptr + element, clipped(hidden, CLIP, COMPUTE), mask=mask)
     if unclipped_ptr is not None:
@@ -73,25 +126,16 @@ def lstm_backward_kernel(
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
     at_gates = element // H * 4 * H + element % H
-    i = tl.load(gates_ptr + at_gates, mask=mask, other=0.0).to(COMPUTE)
-    f = tl.load(gates_ptr + at_gates + H, mask=mask, other=0.0).to(COMPUTE)
-    g = tl.load(gates_ptr + at_gates + 2 * H, mask=mask, other=0.0).to(COMPUTE)
-    o = tl.load(gates_ptr + at_gates + 3 * H, mask=mask, other=0.0).to(COMPUTE)
-    prev_cell = tl.load(cell_ptr + element, mask=mask, other=0.0).to(COMPUTE)
-    cell = f * prev_cell + i * g
-    tanh_cell = tanh(cell)
+    gates = load_gates(gates_ptr + at_gates, mask, H, COMPUTE)
+    cell = tl.load(cell_ptr + element, mask=mask, other=0.0).to(COMPUTE)
     d_hidden = tl.load(d_hidden_ptr + element, mask=mask, other=0.0).to(COMPUTE)
-    d_hidden = d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE)
+    d_above = None
     if d_above_ptr is not None:
-        d_hidden += tl.load(d_above_ptr + element, mask=mask, other=0.0).to(COMPUTE)
-    d_hidden = clipped(d_hidden, MAX_GRADIENT, COMPUTE)
-    d_cell = d_clipped(tl.load(d_cell_ptr + element, mask=mask, other=0.0).to(COMPUTE), cell, CLIP, COMPUTE)
-    d_cell += d_hidden * o * (1.0 - tanh_cell * tanh_cell)
-    tl.store(d_gates_ptr + at_gates, d_cell * g * i * (1.0 - i), mask=mask)
-    tl.store(d_gates_ptr + at_gates + H, d_cell * prev_cell * f * (1.0 - f), mask=mask)
-    tl.store(d_gates_ptr + at_gates + 2 * H, d_cell * i * (1.0 - g * g), mask=mask)
-    tl.store(d_gates_ptr + at_gates + 3 * H, d_hidden * tanh_cell * o * (1.0 - o), mask=mask)
-    tl.store(d_cell_ptr + element, d_cell * f, mask=mask)
+        d_above = tl.load(d_above_ptr + element, mask=mask, other=0.0).to(COMPUTE)
+    d_cell = tl.load(d_cell_ptr + element, mask=mask, other=0.0).to(COMPUTE)
+    d_gates, d_cell = advance_backward(gates, cell, d_hidden, d_above, d_cell, CLIP, MAX_GRADIENT, COMPUTE)
+    store_gates(d_gates_ptr + at_gates, d_gates, mask, H)
+    tl.store(d_cell_ptr + element, d_cell, mask=mask)
 
 
 def lstm_forward(

@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_triton.kernels.ahead import launch_or_compile
-from dnc_triton.kernels.common import begin, clipped, d_clipped, sigmoid, tanh
+from dnc_triton.kernels.common import begin, clipped
+from dnc_triton.kernels.lstm import activated, advance, advance_backward, store_gates
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 
 
@@ -210,16 +211,10 @@ def lstm_product_forward_kernel(
     for row in tl.static_range(ROWS):
         unit = first_unit + row
         mask = (rows < batch) & (unit < H)
-        i, f = sigmoid(totals[4 * row]), sigmoid(totals[4 * row + 1])
-        g, o = tanh(totals[4 * row + 2]), sigmoid(totals[4 * row + 3])
-        gate_ptr = gates_ptr + rows * (4 * H) + unit
-        tl.store(gate_ptr, i, mask=mask)
-        tl.store(gate_ptr + H, f, mask=mask)
-        tl.store(gate_ptr + 2 * H, g, mask=mask)
-        tl.store(gate_ptr + 3 * H, o, mask=mask)
+        gates = activated(totals[4 * row : 4 * row + 4])
+        store_gates(gates_ptr + rows * (4 * H) + unit, gates, mask, H)
         at = rows * H + unit
-        cell = f * prev_cells[row] + i * g
-        hidden = o * tanh(cell)
+        cell, hidden = advance(gates, prev_cells[row])
         tl.store(new_cell_ptr + at, clipped(cell, CLIP, COMPUTE), mask=mask)
         tl.store(new_hidden_ptr + at, clipped(hidden, CLIP, COMPUTE), mask=mask)
         if unclipped_ptr is not None:
@@ -275,18 +270,11 @@ def lstm_product_backward_kernel(
         unit = first_unit + row
         mask = (rows < batch) & (unit < H)
         at, at_gates = rows * H + unit, rows * (4 * H) + unit
-        i, f, g, o = gates[4 * row], gates[4 * row + 1], gates[4 * row + 2], gates[4 * row + 3]
-        prev_cell = cells[row]
-        cell = f * prev_cell + i * g
-        tanh_cell = tanh(cell)
-        d_hidden = clipped(d_clipped(totals[row], o * tanh_cell, CLIP, COMPUTE), MAX_GRADIENT, COMPUTE)
-        d_cell = d_clipped(d_cells[row], cell, CLIP, COMPUTE)
-        d_cell += d_hidden * o * (1.0 - tanh_cell * tanh_cell)
-        tl.store(d_gates_ptr + at_gates, d_cell * g * i * (1.0 - i), mask=mask)
-        tl.store(d_gates_ptr + at_gates + H, d_cell * prev_cell * f * (1.0 - f), mask=mask)
-        tl.store(d_gates_ptr + at_gates + 2 * H, d_cell * i * (1.0 - g * g), mask=mask)
-        tl.store(d_gates_ptr + at_gates + 3 * H, d_hidden * tanh_cell * o * (1.0 - o), mask=mask)
-        tl.store(d_cell_ptr + at, d_cell * f, mask=mask)
+        d_gates, d_cell = advance_backward(
+            gates[4 * row : 4 * row + 4], cells[row], totals[row], None, d_cells[row], CLIP, MAX_GRADIENT, COMPUTE
+        )
+        store_gates(d_gates_ptr + at_gates, d_gates, mask, H)
+        tl.store(d_cell_ptr + at, d_cell, mask=mask)
 
 
 def pack(*weights: Tensor, most: int, multiple: int = ROWS) -> Tensor:

@@ -17,8 +17,9 @@ import triton.language as tl
 
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.buffers import backward_scratch_at, forward_scratch_at, interface_at, kept_at, state_at
-from dnc_triton.kernels.common import clipped, d_clipped, rounded, sigmoid, tanh
+from dnc_triton.kernels.common import clipped, rounded
 from dnc_triton.kernels.layout import Layout
+from dnc_triton.kernels.lstm import activated, advance, advance_backward, load_gates, store_gates
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 from dnc_triton.kernels.step import WHOLE, memory_step, memory_step_backward
 
@@ -141,23 +142,17 @@ def control(
         units = start + tl.arange(0, UNITS)
         mask = units < H
         # What does not wait for the product is loaded before it: behind its barriers it would be waited for again.
-        pre_i = tl.load(pre_ptr + units, mask=mask, other=0.0).to(COMPUTE)
-        pre_f = tl.load(pre_ptr + H + units, mask=mask, other=0.0).to(COMPUTE)
-        pre_g = tl.load(pre_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE)
-        pre_o = tl.load(pre_ptr + 3 * H + units, mask=mask, other=0.0).to(COMPUTE)
+        pre_i, pre_f, pre_g, pre_o = load_gates(pre_ptr + units, mask, H, COMPUTE)
         cell = tl.load(cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
-        gates = product(features_ptr, recurrent_t_ptr, 4 * start + tl.arange(0, 4 * UNITS), F, 4 * H, 4 * H, controller)
-        i_g, f_o = tl.split(tl.reshape(gates, [UNITS, 2, 2]))
+        sums = product(features_ptr, recurrent_t_ptr, 4 * start + tl.arange(0, 4 * UNITS), F, 4 * H, 4 * H, controller)
+        i_g, f_o = tl.split(tl.reshape(sums, [UNITS, 2, 2]))
         i, g = tl.split(i_g)
         f, o = tl.split(f_o)
-        i, f, g, o = sigmoid(i + pre_i), sigmoid(f + pre_f), tanh(g + pre_g), sigmoid(o + pre_o)
-        tl.store(gates_ptr + units, i, mask=mask)
-        tl.store(gates_ptr + H + units, f, mask=mask)
-        tl.store(gates_ptr + 2 * H + units, g, mask=mask)
-        tl.store(gates_ptr + 3 * H + units, o, mask=mask)
-        cell = f * cell + i * g
+        gates = activated((i + pre_i, f + pre_f, g + pre_g, o + pre_o))
+        store_gates(gates_ptr + units, gates, mask, H)
+        cell, hidden = advance(gates, cell)
         tl.store(new_cell_ptr + units, clipped(cell, CLIP, COMPUTE), mask=mask)
-        tl.store(new_features_ptr + units, clipped(o * tanh(cell), CLIP, COMPUTE), mask=mask)
+        tl.store(new_features_ptr + units, clipped(hidden, CLIP, COMPUTE), mask=mask)
     tl.debug_barrier()  # every row of the interface vector takes all of the hidden vector
     for start in range(0, S, controller.BLOCK_S):
         places = start + tl.arange(0, controller.BLOCK_S)
@@ -199,21 +194,12 @@ def control_backward(
         mask = units < H
         d_hidden = tl.load(d_new_features_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         d_cell = tl.load(d_new_cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
-        i = tl.load(gates_ptr + units, mask=mask, other=0.0).to(COMPUTE)
-        f = tl.load(gates_ptr + H + units, mask=mask, other=0.0).to(COMPUTE)
-        g = tl.load(gates_ptr + 2 * H + units, mask=mask, other=0.0).to(COMPUTE)
-        o = tl.load(gates_ptr + 3 * H + units, mask=mask, other=0.0).to(COMPUTE)
-        prev_cell = tl.load(cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
+        gates = load_gates(gates_ptr + units, mask, H, COMPUTE)
+        cell = tl.load(cell_ptr + units, mask=mask, other=0.0).to(COMPUTE)
         d_hidden += product(d_interface_ptr, interface_weight_ptr, units, S, H, H, controller)
-        cell = f * prev_cell + i * g
-        tanh_cell = tanh(cell)
-        d_hidden = clipped(d_clipped(d_hidden, o * tanh_cell, CLIP, COMPUTE), controller.MAX_GRADIENT, COMPUTE)
-        d_cell = d_clipped(d_cell, cell, CLIP, COMPUTE) + d_hidden * o * (1.0 - tanh_cell * tanh_cell)
-        tl.store(d_cell_ptr + units, d_cell * f, mask=mask)
-        tl.store(d_gates_ptr + units, d_cell * g * i * (1.0 - i), mask=mask)
-        tl.store(d_gates_ptr + H + units, d_cell * prev_cell * f * (1.0 - f), mask=mask)
-        tl.store(d_gates_ptr + 2 * H + units, d_cell * i * (1.0 - g * g), mask=mask)
-        tl.store(d_gates_ptr + 3 * H + units, d_hidden * tanh_cell * o * (1.0 - o), mask=mask)
+        d_gates, d_cell = advance_backward(gates, cell, d_hidden, None, d_cell, CLIP, controller.MAX_GRADIENT, COMPUTE)
+        tl.store(d_cell_ptr + units, d_cell, mask=mask)
+        store_gates(d_gates_ptr + units, d_gates, mask, H)
     tl.debug_barrier()  # every feature went to all of the gates
     for start in range(0, F, controller.BLOCK_F):
         places = start + tl.arange(0, controller.BLOCK_F)
