@@ -137,6 +137,17 @@ def test_block_puzzle_answers_are_right_if_what_is_asked_holds_at_the_end() -> N
     assert not wrong[~batch.scored].any()
 
 
+def test_in_mixed_precision_boards_are_shown_as_the_inputs_are() -> None:
+    """PyTorch's LSTM takes no float32 on a CPU under autocast."""
+    task = BlockPuzzleTask("2/3/1/2", num_letters=4)
+    batch = task.sample(3, 1, random(1))
+    batch = batch._replace(inputs=batch.inputs.bfloat16())
+    model = Answering(torch.randn(*batch.scored.shape, task.output_size, generator=random(2)).bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        task.run(model, batch)
+    assert model.shown.dtype == torch.bfloat16
+
+
 def test_the_world_of_blocks_is_complete() -> None:
     world = make_world(3, (1, 3))
     # n blocks in columns of at most 3: orders times ways to split them up.

@@ -13,6 +13,7 @@ from answering import Answering, random
 from dnc_triton.baseline import LSTMBaseline
 from dnc_triton.tasks import Batch, GraphTraversalTask, ShortestPathTask
 from dnc_triton.tasks.graphs import Lesson, draw_graphs
+from dnc_triton.tasks.planning import first_answer
 
 
 def labels_of(channels: torch.Tensor, base: int, num_digits: int) -> list[tuple[int | None, ...]]:
@@ -276,6 +277,20 @@ def test_the_network_sees_where_its_own_moves_led() -> None:
     assert noise.grad is not None
     assert noise.grad.isfinite().all()
     assert not noise.grad[~batch.scored].any()
+
+
+def test_under_autocast_the_network_sees_the_moves_that_are_judged() -> None:
+    """Sums that are rounded to bfloat16 would take another edge for the likeliest here and there."""
+    task = ShortestPathTask("8/2-3/2-3", base=2, num_digits=5, planning_steps=1)
+    batch = task.sample(100, 1, random(5))
+    model = Answering(torch.randn(*batch.scored.shape, 30, generator=random(6)).bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = task.run(model, batch)
+    situation = task.begin(batch)
+    for step in range(first_answer(batch), outputs.shape[1] - 1):
+        judged = task.judge(situation, outputs[:, step].float())
+        assert torch.equal(model.shown[:, step + 1], judged.feedback)
+        situation = judged.situation
 
 
 def test_padding_of_the_description_reaches_no_network() -> None:

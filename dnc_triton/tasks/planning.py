@@ -60,9 +60,12 @@ class PlanningTask(Task):
         answers = [outputs]
         situation = self.begin(batch)
         for _ in range(first + 1, steps):
-            judged = self.judge(situation, answers[-1][:, -1].detach())
+            answer = answers[-1][:, -1].detach()
+            # As the loss is going to judge it: under autocast the likeliest move may come out as another one.
+            with torch.autocast(answer.device.type, enabled=False):
+                judged = self.judge(situation, answer.to(torch.promote_types(answer.dtype, torch.float32)))
             situation = judged.situation
-            outputs, state = model(judged.feedback.unsqueeze(1), state)
+            outputs, state = model(judged.feedback.to(batch.inputs.dtype).unsqueeze(1), state)
             answers.append(outputs)
         return torch.cat(answers, 1)
 
