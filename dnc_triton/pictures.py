@@ -18,6 +18,7 @@ from dnc_triton.trace import Trace, check_not_empty
 
 COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}
 LABELS = {"dnc": "DNC", "lstm": "LSTM"}
+MOST_INCHES = 400  # the widest picture: Matplotlib 3.9 refuses 2^16 pixels
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -94,7 +95,7 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
 
     with mpl.rc_context(STYLE):
         heights = [height for _, _, height in panels] + [1.0]
-        size = (max(5.0, 0.28 * steps + 2), 1.15 * sum(heights))
+        size = (min(max(5.0, 0.28 * steps + 2), MOST_INCHES), 1.15 * sum(heights))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(panels) + 1, sharex=True, height_ratios=heights)
         for panel, (name, values, _) in zip(axes, panels, strict=False):

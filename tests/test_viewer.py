@@ -73,6 +73,23 @@ def test_a_trace_with_its_graph_is_drawn(tmp_path):
     assert not (tmp_path / "bad.png").exists()
 
 
+def test_a_picture_of_a_long_sequence_is_not_too_wide(tmp_path, monkeypatch):
+    """Matplotlib 3.9 refuses 65536 pixels; not written here, which takes long."""
+    pytest.importorskip("matplotlib", reason="Matplotlib draws the picture")
+    from dnc_triton import pictures
+
+    sizes = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: sizes.append(tuple(figure.get_size_inches() * 150)))
+    trace = make_trace(1)
+    for steps in (1, STEPS, 1421, 2000, 10**5):
+        long = Trace(*(field[:, :1].expand(1, steps, *field.shape[2:]) for field in trace))
+        pictures.draw_memory(long, torch.zeros(steps, 3), torch.zeros(steps, 2), tmp_path / "memory.png")
+    widths = [width for width, _ in sizes]
+    assert widths == sorted(widths)
+    assert widths[2] == pytest.approx(150 * (0.28 * 1421 + 2))
+    assert widths[-1] < 2**16
+
+
 def test_a_long_sequence_in_a_large_memory_stays_small(tmp_path):
     """T = 100, N = 128, four read heads, and a link that is nowhere zero but in its diagonal."""
     steps, slots, reads = 100, 128, 4
