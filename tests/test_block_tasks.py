@@ -105,6 +105,16 @@ def test_block_puzzle_targets_do_what_is_asked_in_the_fewest_moves(curriculum: s
         assert all(holds(columns, *constraint) for constraint in asked)
 
 
+def test_each_goal_is_asked_for_as_often_whatever_its_constraints() -> None:
+    task = BlockPuzzleTask("2/3/1-2/1", num_letters=2)
+    batch = task.sample(3000, 1, random(0))
+    answer = int(batch.scored[0].nonzero()[0])
+    letters = batch.inputs[:, : answer + 1, :2]
+    counts = letters[:, :answer].sum(1)  # how many constraints each goal has
+    asked = counts[letters[:, answer].bool()][counts.sum(1) == 3]
+    assert asked.mean() == pytest.approx(1.5, abs=0.05)
+
+
 def test_block_puzzle_answers_are_right_if_what_is_asked_holds_at_the_end() -> None:
     task = BlockPuzzleTask("2/3/1-2/2", num_letters=4)
     batch = task.sample(60, 1, random(1))

@@ -134,8 +134,9 @@ class BlockPuzzleTask(PlanningTask):
 
     Input: at every step the board, one-hot for each square, rows from the bottom. The goals one after the other, a
     constraint per step: letter, first block, relation, second block, each one-hot. Then a step with the letter of one
-    goal and 1 on the last channel, which stays 1 while the network moves, one move per step; the board then is what its
-    moves have made of it. Target: as many moves as the lesson is deep, the last one of the list to pass.
+    goal, each as likely, and 1 on the last channel, which stays 1 while the network moves, one move per step; the board
+    then is what its moves have made of it. Target: as many moves as the lesson is deep, the last one of the list to
+    pass.
 
     Answers are right if the constraints hold after the last move. The loss of a move is −log of the probability of all
     moves together that are on a shortest way from the board reached; once the constraints hold, of those that keep
@@ -217,8 +218,8 @@ class BlockPuzzleTask(PlanningTask):
         for row, goals in enumerate(stated):
             for step, (letter, constraint) in enumerate(goals, first - len(goals)):
                 said[row, step, self._channels(letter, constraint)] = 1
-            pick = int(torch.randint(len(goals), (1,), generator=generator))
-            said[row, first, goals[pick][0]] = 1
+            letters = sorted({letter for letter, _ in goals})  # each once, however many constraints it has
+            said[row, first, letters[int(torch.randint(len(letters), (1,), generator=generator))]] = 1
         said[:, first:, -1] = 1
         here = torch.tensor(starts)
         boards = self._show_board(here).unsqueeze(1).repeat(1, steps, 1)
