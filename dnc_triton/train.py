@@ -290,14 +290,18 @@ class Run:
 
     def _batches(self) -> Generator[Batch, None, None]:
         """The batches of the present lesson, from the present step on, until it is closed."""
-        yield from DataLoader(
-            TrainingBatches(self.task, self.settings.batch_size, self.settings.seed, self.lesson),
-            batch_size=None,
-            sampler=range(self.step, self.settings.steps),
-            num_workers=self.workers,
-            pin_memory=self.fabric.device.type == "cuda",
-            worker_init_fn=_leave_to_the_run,
-        )
+        try:
+            yield from DataLoader(
+                TrainingBatches(self.task, self.settings.batch_size, self.settings.seed, self.lesson),
+                batch_size=None,
+                sampler=range(self.step, self.settings.steps),
+                num_workers=self.workers,
+                pin_memory=self.fabric.device.type == "cuda",
+                worker_init_fn=_leave_to_the_run,
+            )
+        except ValueError as error:
+            # Where a worker refuses a lesson, its whole traceback stands in the text.
+            raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from error
 
     def _progress(self) -> Any:
         # A log file gets a line now and then, a terminal a moving bar.
