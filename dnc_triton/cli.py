@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"dnc_triton: {error}", file=sys.stderr)
         status = 2
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         if not _is_out_of_memory(error):
             raise
         print(f"dnc_triton: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -71,11 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU, or on a CPU, which has no type of error for it."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU, or on a CPU, which has no type of error for it; or more than there are numbers for."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking long")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _parser() -> argparse.ArgumentParser:

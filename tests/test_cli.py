@@ -144,10 +144,20 @@ def test_other_errors_of_the_run_time_are_not_hidden(run: Path, monkeypatch: pyt
         main(["evaluate", str(run)])
 
 
-def test_want_of_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main([*SHORT, "--hidden-size", "999999999999", "--run", str(tmp_path / "run")]) == 2
+@pytest.mark.parametrize(
+    ("flag", "size", "words"),
+    [
+        ("--hidden-size", 10**12 - 1, "can't allocate memory"),
+        ("--hidden-size", 10**18, "overflow"),  # more bytes than a number has
+        ("--hidden-size", 10**19, "Overflow"),  # no size at all
+    ],
+)
+def test_want_of_memory_is_one_line(
+    flag: str, size: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([*SHORT, flag, str(size), "--run", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "can't allocate memory" in line
+    assert words in line
 
 
 def test_what_nobody_reads_any_more_is_no_error(run: Path) -> None:
