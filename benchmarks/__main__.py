@@ -83,6 +83,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
     torch.set_num_threads(options.threads)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # everybody computes in float32
+        torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for another one by a variable
     machine = {"device": device.type, **describe_machine(command)}
     if device.type == "cpu" and machine["load"] > BUSY:
         print(f"Other programs are running (load {machine['load']:.1f}): expect times far too long", file=sys.stderr)

@@ -106,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing was measured.", file=sys.stderr)
         return 2
+    torch.set_float32_matmul_precision("highest")  # as in `benchmarks`
     started, device = time.perf_counter(), torch.device("cuda")
     machine = {"device": "cuda", **describe_machine(shlex.join(["python", "-m", "benchmarks.gpu", *arguments]))}
     machine["bytes_per_second"] = bytes_per_second(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -58,6 +59,28 @@ def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
     assert len(marks) == 1
     assert torch.equal(state.memory.link, made[-1])
     assert state.memory.link.data_ptr() != made[-1].data_ptr()
+
+
+@pytest.mark.parametrize("module", ["benchmarks.__main__", "benchmarks.gpu"])
+def test_everybody_computes_in_float32(module, tmp_path, monkeypatch):
+    """Also where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 is in the environment, which makes PyTorch begin with "high"."""
+    found = []
+
+    def stop(command):
+        found.append(torch.get_float32_matmul_precision())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # put back
+    monkeypatch.setattr(f"{module}.describe_machine", stop)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            importlib.import_module(module).main(["--output", str(tmp_path)])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == ["highest"]
 
 
 def test_a_device_is_waited_for_before_and_after_the_calls(monkeypatch):
