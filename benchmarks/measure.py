@@ -347,17 +347,16 @@ def _timed(row: Row, seconds: list[float] | None, ours: list[float] | None, sess
 
 
 def _with_peak(row: Row, network: Network, call: Callable[[], Any], session: Session) -> Row:
-    """A row with its peak of memory, where that can be told and there is time for it."""
-    peer = all_peers()[row.peer]
-    if session.over:
+    """A row with its peak of memory, where that can be told, or with the reason why there was none."""
+    peer, on_gpu = all_peers()[row.peer], session.device.type == "cuda"
+    # On a CPU the compiler's memory would count; and a process takes its time.
+    if peer.hides_memory or (not on_gpu and (peer.compiles or row.mode != "training")):
         return row
+    if reason := session.over:
+        return replace(row, note=f"the memory of {row.peer} on {row.case.configuration}, {row.mode}: {reason}")
     try:
-        if peer.hides_memory:
-            return row
-        if session.device.type == "cuda":
+        if on_gpu:
             return replace(row, peak_bytes=gpu_peak(call, network.module))
-        if peer.compiles or row.mode != "training":  # the compiler's memory would count; and a process takes its time
-            return row
         return replace(row, peak_bytes=cpu_peak(row.case, row.peer, row.mode, torch.get_num_threads()))
     except Exception as error:  # the process was killed, say; the time is known all the same
         return replace(row, note=_what_happened(f"measuring the memory of {row.peer}", row.case, error, session))

@@ -128,6 +128,24 @@ def test_compiling_has_a_budget(monkeypatch):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("device", "mode", "peer", "told"),
+    [
+        ("cpu", "training", OURS, True),
+        ("cuda", "forward", "compiled", True),
+        ("cpu", "forward", OURS, False),
+        ("cpu", "training", "compiled", False),
+        ("cuda", "training", "compiled_cuda_graphs", False),
+    ],
+)
+def test_memory_that_there_was_no_time_for_is_told(device, mode, peer, told):
+    """Where it would have been measured."""
+    row = measure.Row(CASE, mode, peer, "measured")
+    over = session(device=torch.device(device), deadline=0.0)
+    note = f"the memory of {peer} on tiny, {mode}: the time is up"
+    assert measure._with_peak(row, None, None, over) == replace(row, note=note if told else "")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the system does not tell")
 def test_peak_of_memory_on_a_cpu_is_a_process_growth():
     """Of a network whose kept links are counted easily: at least one N² tensor per step, at most 40."""
