@@ -47,9 +47,10 @@ def describe_means(machine: Record) -> str:
     triton = f", Triton {machine['triton']}" if machine.get("triton") and machine.get("device") == "cuda" else ""
     speed = machine.get("bytes_per_second")
     floor = f" The floor is reckoned with {speed / 1e9:.0f} GB/s." if speed else ""
+    commit, dash, dirty = str(machine.get("commit")).partition("-")  # what differs from a commit is not that commit
     return (
         f"{where}; Python {machine.get('python')}, PyTorch {machine.get('torch')}{triton}; {machine.get('date')}, "
-        f"commit {str(machine.get('commit'))[:10]}; float32. Medians; in brackets how many times as long as dnc_triton "
+        f"commit {commit[:10]}{dash}{dirty}; float32. Medians; in brackets how many times as long as dnc_triton "
         f"takes, in the same run.{floor}"
     )
 

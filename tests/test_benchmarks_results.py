@@ -92,6 +92,12 @@ def test_a_report_has_tables_and_pictures(tmp_path, results, capsys):
         assert (tmp_path / f"cpu-{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("differs", ["", "-dirty"])
+def test_a_report_tells_whether_the_files_were_those_of_the_commit(results, differs):
+    results["machine"] = {**MACHINE, "commit": 4 * "0123456789" + differs}
+    assert f", commit 0123456789{differs}; float32." in report.markdown(results)
+
+
 def test_geometric_means_are_over_what_both_have(results):
     """Of copy the reference takes 1.5 times as long; of two configurations the LSTM 0.25 and 0.005 times."""
     results["rows"].append(row("copy", "training", "torch_sequence", 1.0))
