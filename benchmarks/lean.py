@@ -81,7 +81,11 @@ def train_once(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns its exit status: 1 if a case could not be measured, 2 if none could."""
+    """Run the command line.
+
+    Returns:
+        its exit status: 1 if a case could not be measured, or its gradients are not finite; 2 if none could be.
+    """
     parser = argparse.ArgumentParser("python -m benchmarks.lean", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/lean.json, lean-gpu.json")
@@ -106,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                     rows.append(pool.submit(train_once, *case).result())
-            result = f"{rows[-1]['grown_bytes'] / 1e6:,.0f} MB"
+            result = f"{rows[-1]['grown_bytes'] / 1e6:,.0f} MB" + ", not finite" * (not rows[-1]["finite"])
         except Exception as error:  # out of memory, for example, of which the next one may take less
             result = f"not measured: {in_a_line(error)}"
         print(f"{backend}, N = {sizes['memory_size']}, T = {steps}, checkpoint = {checkpoint}: {result}", flush=True)
@@ -114,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             files.write_json(output, {"machine": machine, "rows": rows})
     if on_gpu and rows:
         print("", goals.table(goals.MEMORY, rows), f"Written: {output}", sep="\n")
-    return 0 if len(rows) == len(cases) else 1 if rows else 2
+    return 0 if sum(row["finite"] for row in rows) == len(cases) else 1 if rows else 2
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def test_a_failure_in_lean_memory_costs_the_others_nothing(tmp_path, monkeypatch
     def train_once(backend, steps, checkpoint, sizes, device):
         if backend in failing:
             raise RuntimeError
-        return {"backend": backend, "checkpoint": checkpoint, "grown_bytes": 7}
+        return {"backend": backend, "checkpoint": checkpoint, "grown_bytes": 7, "finite": True}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(lean, "describe_machine", lambda command: {})
@@ -225,6 +225,17 @@ def test_a_failure_in_lean_memory_costs_the_others_nothing(tmp_path, monkeypatch
     assert capsys.readouterr().out.count("not measured: RuntimeError") == len(lean.GPU_CASES) - left
     text = out.read_text(encoding="utf-8")
     assert len(json.loads(text)["rows"]) == left if left else text == "before"
+
+
+def test_lean_memory_with_gradients_that_are_not_finite_is_no_success(tmp_path, monkeypatch, capsys):
+    def train_once(backend, steps, checkpoint, sizes, device):
+        return {"backend": backend, "checkpoint": checkpoint, "grown_bytes": 7, "finite": checkpoint != 16}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lean, "describe_machine", lambda command: {})
+    monkeypatch.setattr(lean, "train_once", train_once)
+    assert lean.main(["--device", "cuda", "--output", str(tmp_path / "lean-gpu.json")]) == 1
+    assert capsys.readouterr().out.count("0 MB, not finite\n") == 1
 
 
 def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
