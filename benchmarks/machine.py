@@ -37,10 +37,15 @@ def describe_machine(command: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, with "-dirty" behind it if tracked files differ from it; "unknown" outside a git repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit, with "-dirty" behind it if tracked files differ from it; "unknown" outside a git repository.
+
+    Not if results do: those that a run before has written are no part of what is measured.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    differs = [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(exclude)results"]
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        return commit + "-dirty" * bool(subprocess.run(differs, capture_output=True, check=False).returncode)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, run, session  # noqa: F401
 
-from benchmarks import files, floors, measure, modes, peers, verify
+from benchmarks import files, floors, machine, measure, modes, peers, verify
 from benchmarks.machine import describe_machine
 from benchmarks.modes import CAPTURED, call_of, draw_inputs, modes_on
 from benchmarks.peers import EAGER, OURS
@@ -134,6 +134,26 @@ def test_triton_says_itself_which_one_it_is(monkeypatch):
     assert describe_machine("make gpu")["triton"] == triton.__version__
     monkeypatch.setitem(sys.modules, "triton", None)
     assert describe_machine("make gpu")["triton"] is None
+
+
+def test_results_that_are_written_anew_leave_the_commit_what_it_is(tmp_path, monkeypatch):
+    """`make gpu` writes some that are tracked before its last part, which describes the machine again."""
+    paths = [tmp_path / "benchmarks" / "results" / "lean-gpu.json", tmp_path / "dnc_triton" / "layer.py"]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text("before")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=test", "-c", "user.email=test@example.com"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "benchmarks" / "machine.py"))
+    clean = machine._commit()
+    assert len(clean) == 40
+    paths[0].write_text("after")
+    assert machine._commit() == clean
+    paths[1].write_text("after")
+    assert machine._commit() == f"{clean}-dirty"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    assert machine._commit() == "unknown"
 
 
 def test_who_compiles_has_a_single_step_compiled_whole(monkeypatch):
