@@ -180,11 +180,14 @@ def measure(
             )
             for name in peers
         }
-        if session.peak_memory and mode not in ("step", CAPTURED):
-            session.report(f"{case.configuration}, {mode}: memory")
-            checked |= {name: _with_peak(checked[name], networks[name], call, session) for name, call in runs.items()}
-        rows += checked.values()
-        done(list(checked.values()))
+        try:
+            if session.peak_memory and mode not in ("step", CAPTURED):
+                session.report(f"{case.configuration}, {mode}: memory")
+                for name, call in runs.items():
+                    checked[name] = _with_peak(checked[name], networks[name], call, session)
+        finally:  # whoever interrupts this, which on a CPU takes its time, has the times
+            rows += checked.values()
+            done(list(checked.values()))
     _clean_up(case, networks, session)
     return rows
 

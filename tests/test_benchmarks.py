@@ -178,6 +178,17 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     assert content["left_out"] == ["tiny_too and what follows: interrupted"]
 
 
+def test_who_interrupts_the_measuring_of_memory_has_the_times(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "cpu_peak", interrupted)
+    arguments = ["--configurations", "tiny", "--peers", f"{OURS},lstm", "--modes", "training", "--rounds", "1"]
+    assert main(["run", *arguments, "--output", str(tmp_path)]) == 130
+    (file,) = tmp_path.glob("cpu-*.json")
+    assert [row["status"] for row in json.loads(file.read_text())["rows"]] == ["measured"] * 2
+
+
 @pytest.mark.parametrize(("status", "measured"), [(130, ["cuda"]), (1, ["cuda", "cpu"])])
 def test_who_interrupts_a_device_interrupts_the_next_one_too(tmp_path, monkeypatch, status, measured):
     begun = []
