@@ -95,6 +95,14 @@ def test_the_command_fails_on_what_is_worse_until_it_is_recorded(command):
     assert command(worse)[0] == 0
 
 
+@pytest.mark.parametrize("arguments", [[], ["--clocks"], ["--update"]])
+def test_the_command_refuses_to_look_at_no_case_at_all(command, arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command(GOOD, "--select", "forward hole", *arguments)
+    assert exit_.value.code == 2
+    assert "argument --select: no case has 'forward hole' in its name" in capsys.readouterr().err
+
+
 def test_the_command_fails_on_a_problem_even_if_it_is_recorded(command):
     status, _, errors = command(with_numbers(spilled=8), "--update")
     assert status == 1

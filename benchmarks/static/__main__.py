@@ -19,8 +19,11 @@ from benchmarks.static.record import RECORD, read_record, update_record, worse_t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit status: 1 if something is wrong, or worse than recorded."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     selected = [case for case in cases(options.complete) if options.select in str(case)]
+    if not selected:  # of which nothing is wrong
+        parser.error(f"argument --select: no case has {options.select!r} in its name")
     if options.clocks:
         selected = [case for case in selected if case.target.startswith("sm_")]
         print("| kernel | clocks, + for each further time through a loop |\n|---|---|")
