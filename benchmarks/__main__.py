@@ -253,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         description="How long a DNC takes per time step: this project's layer and its backends beside the reference, "
         "eager and compiled, the package dnc of PyPI, and nn.LSTM, taking turns in one process, on a GPU if there is "
         "one; there torch.compile with CUDA graphs goes before them, in a process of its own. A network is timed only "
-        "if it agrees with the float64 oracle.",
+        "if it agrees with the float64 oracle, but for dnc and nn.LSTM, which compute something else.",
         epilog="Without a command: run. `python -m benchmarks run --help` says what it takes.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
