@@ -15,6 +15,7 @@ from benchmarks import measure, peers, verify
 from benchmarks.configurations import CONFIGURATIONS
 from benchmarks.modes import MODES, draw_inputs
 from benchmarks.peers import EAGER, OURS, MissingPeerError, Network, all_peers
+from dnc_reference.interface import interface_sizes
 
 # --- right or wrong ---------------------------------------------------------------------------------------------------
 
@@ -51,6 +52,21 @@ def test_a_wrong_gradient_is_noticed(parameter):
     network = peers.make_layer(CASE, CPU, backend="auto")
     assert verify.error(network, "training", truth) <= truth.allowed["training"]
     network.module.get_parameter(parameter).register_hook(lambda gradient: gradient * 1.001)
+    assert verify.error(network, "training", truth) > truth.allowed["training"]
+
+
+@pytest.mark.parametrize("field", interface_sizes(1, 1, 1))
+def test_a_gradient_that_is_missing_is_noticed_however_small_it_is(field):
+    """At these sizes those by free gates and the write strength are smaller than what is allowed of the largest."""
+    case = replace(CASE, memory_size=64, word_size=16, hidden_size=32, num_layers=1, steps=5)
+    truth = verify.find_truth(case, draw_inputs(case, CPU), ["training"])
+    network = peers.make_layer(case, CPU, backend="auto")
+    assert verify.error(network, "training", truth) <= truth.allowed["training"]
+    sizes = interface_sizes(case.num_reads, 1, case.word_size)
+    parts = [torch.full([size], float(name != field)) for name, size in sizes.items()]
+    for parameter in network.module.interface.parameters():
+        kept = torch.cat(parts).view(-1, *[1] * (parameter.dim() - 1))
+        parameter.register_hook(lambda gradient, kept=kept: gradient * kept)
     assert verify.error(network, "training", truth) > truth.allowed["training"]
 
 
