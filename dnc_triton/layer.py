@@ -156,8 +156,8 @@ class DNC(DNCCell):
         Raises:
             ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T or
                 beside a `PackedSequence`, which has its own.
-            TypeError: inputs that are no tensor, a tensor of the wrong dtype, lengths that are no integers, a state
-                that is no `DNCState`, a trace that is no bool.
+            TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
+                state that is no `DNCState`, a trace that is no bool.
             RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.
         """
         if not isinstance(trace, bool):
@@ -237,6 +237,9 @@ class DNC(DNCCell):
         weight = self.like()
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs: expected a tensor {order} or a PackedSequence, got {type(inputs).__name__}")
+        if inputs.is_nested or inputs.layout != torch.strided:
+            came = "a nested one" if inputs.is_nested else f"layout {inputs.layout}"
+            raise TypeError(f"inputs: expected a dense tensor {order}, padded beside lengths, got {came}")
         if inputs.dim() != 3:
             raise ValueError(f"inputs: expected 3 dimensions {order}, got shape {list(inputs.shape)}")
         if inputs.shape[-1] != self.input_size:

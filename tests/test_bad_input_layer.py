@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from helpers import assert_same_bits
@@ -99,6 +101,12 @@ def test_layers_and_dropout_belong_to_built_in_controllers(changes):
 
 # --- The call
 
+ROWS = [INPUTS[0], INPUTS[1, :3]]
+with warnings.catch_warnings():  # that nested tensors of this layout are a prototype
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor(ROWS)
+JAGGED = torch.nested.nested_tensor(ROWS, layout=torch.jagged)
+
 
 @pytest.mark.parametrize("ask", [lambda dnc, inputs: dnc(inputs), explain], ids=["forward", "explain"])
 @pytest.mark.parametrize(
@@ -114,6 +122,9 @@ def test_layers_and_dropout_belong_to_built_in_controllers(changes):
         case(INPUTS + 0j, TypeError, "torch.float32", "torch.complex64", id="complex"),
         case(INPUTS.to("meta"), ValueError, "cpu", "meta", id="device"),
         case(INPUTS.numpy(), TypeError, "a tensor [B, T, input_size] or a PackedSequence", "ndarray", id="array"),
+        case(INPUTS.to_sparse(), TypeError, "a dense tensor [B, T, input_size]", "torch.sparse_coo", id="sparse"),
+        case(NESTED, TypeError, "a dense tensor [B, T, input_size], padded beside lengths", "nested", id="nested"),
+        case(JAGGED, TypeError, "a dense tensor [B, T, input_size], padded beside lengths", "nested", id="jagged"),
         case(None, TypeError, "a tensor [B, T, input_size] or a PackedSequence", "NoneType", id="None"),
     ],
 )
