@@ -174,15 +174,16 @@ def own(begin, returns):
 
 
 @pytest.mark.parametrize(
-    ("returns", "came"),
+    ("returns", "expected", "came"),
     [
-        case(lambda hidden: hidden, "Tensor", id="no state"),
-        case(lambda hidden: (hidden, hidden, hidden), "tuple of 3", id="three"),
-        case(lambda hidden: None, "NoneType", id="nothing"),
+        case(lambda hidden: hidden, "an output and a state", "Tensor", id="no state"),
+        case(lambda hidden: (hidden, hidden, hidden), "an output and a state", "tuple of 3", id="three"),
+        case(lambda hidden: None, "an output and a state", "NoneType", id="nothing"),
+        case(lambda hidden: ((hidden, hidden), hidden), "a tensor as its output", "tuple", id="a pair for the output"),
     ],
 )
-def test_a_controller_returns_an_output_and_a_state(returns, came):
-    with refuses(TypeError, "controller", "an output and a state", came):
+def test_a_controller_returns_an_output_and_a_state(returns, expected, came):
+    with refuses(TypeError, "controller", expected, came):
         own(lambda hidden: (hidden,), returns)(INPUTS)
 
 

@@ -229,6 +229,8 @@ class DNCCell(nn.Module):
                 + (f" of {len(returned)}" if isinstance(returned, (tuple, list)) else "")
             )
         hidden, controller_state = returned
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"controller: expected it to return a tensor as its output, got {type(hidden).__name__}")
         if hidden.shape != (inputs.shape[0], self.hidden_size):
             raise ValueError(
                 f"controller: expected it to return an output of shape {[inputs.shape[0], self.hidden_size]}, "
