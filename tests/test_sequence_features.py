@@ -331,17 +331,24 @@ def test_an_overridden_method_is_called(name):
     assert "* reference" in explain(dnc, torch.randn(INPUTS))
 
 
-def test_what_inference_mode_made_can_be_trained_on():
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [({}, {}), ({"num_writes": 2}, {}), ({"num_writes": 2, "checkpoint": 2}, {}), ({}, {"trace": True})],
+    ids=["", "stepwise", "checkpoints step by step", "trace"],
+)
+@pytest.mark.parametrize("masks", [(), ("reset",), ("lengths", "reset")], ids=str)
+def test_what_inference_mode_made_can_be_trained_on(changes, options, masks):
     """As the features of a network that is not trained, and the state after a stream that was only watched."""
-    dnc = make()
+    dnc = make(**changes)
     ordinary = torch.randn(INPUTS, dtype=torch.float64), warm(dnc)
     with torch.inference_mode():
         inputs, state = tree_map(torch.clone, ordinary)
-        lengths, reset = torch.tensor([5, 2, 4]), torch.eye(*INPUTS[:2], dtype=torch.bool)
+        made = {"lengths": torch.tensor([5, 2, 4]), "reset": torch.eye(*INPUTS[:2], dtype=torch.bool)}
     assert inputs.is_inference()
+    options = options | {name: made[name] for name in masks}
     outcomes = []
     for given in ((inputs, state), ordinary):
-        outputs, _ = dnc(*given, lengths=lengths, reset=reset)
+        outputs, *_ = dnc(*given, **options)
         outcomes.append((outputs, torch.autograd.grad(outputs.square().sum(), list(dnc.parameters()))))
     assert_same_bits(*outcomes)
 

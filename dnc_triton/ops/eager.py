@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._pytree import tree_map
 
 ORDINARY = (Tensor, nn.Parameter)  # tensors, of no kind of its own
 
@@ -34,6 +35,13 @@ def is_transformed() -> bool:
     """
     transformed: bool = torch._C._are_functorch_transforms_active()
     return transformed or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+
+
+def savable(nest: Any) -> Any:
+    """A nest of tensors, with copies of those of inference mode, which cannot be saved for a backward."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nest
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, nest)
 
 
 def refuse_batched(gradients: list[Tensor]) -> None:
