@@ -198,3 +198,17 @@ def test_the_initial_state_of_a_controller_has_the_batch_first():
     dnc = own(lambda hidden: hidden.unsqueeze(0), lambda hidden: (hidden, hidden.unsqueeze(0)))
     with refuses(ValueError, "state.controller", f"batch {BATCH} first", f"[1, {BATCH}, 6]"):
         dnc(INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "came"),
+    [
+        case(torch.ones(BATCH), "torch.float32", id="no bools"),
+        case(torch.ones(BATCH - 1, dtype=torch.bool), f"[{BATCH - 1}]", id="too few"),
+        case(torch.ones(BATCH, 1, dtype=torch.bool), f"[{BATCH}, 1]", id="a column"),
+    ],
+)
+def test_rows_are_picked_by_a_bool_each(rows, came):
+    _, state = make()(INPUTS)
+    with refuses(ValueError, "rows", f"[{BATCH}], torch.bool", came):
+        state.where(rows, state)

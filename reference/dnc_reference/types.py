@@ -141,9 +141,13 @@ class DNCState(NamedTuple):
         """This state in the batch rows where `rows` ([B], bool) is True, `other` in the rest.
 
         Raises:
-            ValueError: the states are not of one shape, as those of a controller that grows its state are not, or not
-                of one structure.
+            ValueError: `rows` is not a bool for each batch row; or the states are not of one shape, as those of a
+                controller that grows its state are not, or not of one structure.
         """
+        if rows.dtype != torch.bool or rows.shape != self.read_words.shape[:1]:
+            raise ValueError(
+                f"rows: expected {[self.read_words.shape[0]]}, torch.bool, got {list(rows.shape)}, {rows.dtype}"
+            )
         here, there = tree_structure(self.controller), tree_structure(other.controller)
         if here != there:
             raise ValueError(f"state.controller: expected one structure in every step, got {here} and {there}")
