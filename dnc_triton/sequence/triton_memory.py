@@ -7,6 +7,7 @@ the step before left it, and so is the gradient by the memory after it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,6 @@ class TritonMemory:
         if self.marks is not None:
             _, slots, word = memory.shape
             self.zeros = memory.new_zeros(count_zeros(slots, word, reads))
-        self.scratch = forward_scratch(memory, reads, layout)
         self.aside: tuple[MemoryState, Tensor] | None = None  # for what is made again and not read
 
     def begin_forward(self) -> None:
@@ -94,7 +94,6 @@ class TritonMemory:
     def begin_backward(self, usage: Tensor, read_weights: Tensor, write_weights: Tensor, d_vectors: Tensor) -> None:
         """As in `TorchMemory`; only `d_vectors` matters."""
         self.d_vectors = d_vectors.unbind(0)
-        self.scratch = backward_scratch(self.like, self.reads, self.layout)
         self.spare: MemoryState | None = None
 
     def backward(
@@ -115,7 +114,7 @@ class TritonMemory:
             (new.memory, new.usage, new.read_weights, new.write_weights, *self._kept(step)),
             (d_read_words, *d),
             StepGradient(self.d_vectors[step], *spare),
-            self.scratch,
+            self._backward_scratch,
             raw=True,
             strength_offset=self.strength_offset,
             stop_usage_gradient=self.stop_usage_gradient,
@@ -132,12 +131,22 @@ class TritonMemory:
         turn = step % len(self.kept)
         return self.kept[turn], self.free_list[turn]
 
+    # Work space, made when it is wanted: steps that are made again are launched between steps back, and may take more.
+
+    @cached_property
+    def _forward_scratch(self) -> Tensor:
+        return forward_scratch(self.like, self.reads, self.layout)
+
+    @cached_property
+    def _backward_scratch(self) -> Tensor:
+        return backward_scratch(self.like, self.reads, self.layout)
+
     def _launch(self, step: int, prev: MemoryState, new: MemoryState, read_words: Tensor) -> None:
         launch_forward(
             self.vectors[step],
             tuple(prev),
             StepResult(read_words, *new, *self._kept(step)),
-            self.scratch,
+            self._forward_scratch,
             raw=True,
             strength_offset=self.strength_offset,
             layout=self.layout,

@@ -23,7 +23,7 @@ from dnc_triton import DNC, DNCState, MemoryState, dispatch, explain, layer, use
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels import gradients, launch, lstm, products
 from dnc_triton.kernels.launch import launch_backward, launch_forward
-from dnc_triton.kernels.layout import default_layout, is_shared, kept_shapes, sequence_layouts
+from dnc_triton.kernels.layout import Layout, default_layout, is_shared, kept_shapes, sequence_layouts
 from dnc_triton.sequence import one_launch, op, small_product, triton_memory, unroll
 from dnc_triton.sequence.history import Settings
 from dnc_triton.sequence.one_launch import OneLaunchSequence
@@ -461,6 +461,16 @@ def test_nothing_beside_a_buffer_is_touched(
     assert around.seen == kernels
     close = CLOSE if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-6)
     assert_close(actual, run(dnc, inputs, state, "reference", **call), **close, name="")
+
+
+def test_steps_made_again_have_room_for_their_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which there may be more than the backward has."""
+    monkeypatch.setattr(dispatch, "layouts", lambda slots: [Layout(False, 2, 16, 1, backward_rows=16)])
+    dnc = make(device, sizes=(16, 1, 2), checkpoint=2)
+    inputs, state = draw(dnc, 1)
+    with launches_in_margins():
+        actual = run(dnc, inputs, state, "triton_split")
+    assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
 
 
 @pytest.mark.parametrize("steps", [*(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 2)), 6])
