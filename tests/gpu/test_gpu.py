@@ -23,7 +23,7 @@ from test_compiling_ahead import SMALL
 
 # The tests themselves, to be run again here.
 # ruff: noqa: F401
-from test_kernel_functions import test_precision, test_where_there_is_no_number
+from test_kernel_functions import test_precision, test_ranks_are_the_order_of_a_sort, test_where_there_is_no_number
 from test_kernel_goldens import test_cell_rollout, test_memory_rollout, test_memory_step
 from test_kernel_layer import (
     test_autocast,
@@ -94,7 +94,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.jit import JITFunction
 
 from benchmarks.modes import aside
-from dnc_triton import DNC, memory_step, tuning
+from dnc_triton import DNC, dispatch, memory_step, tuning
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.sequence import graphs
@@ -102,6 +102,12 @@ from dnc_triton.sequence import graphs
 pytestmark = pytest.mark.gpu
 
 each_layout = pytest.mark.parametrize("layout", ["fused", "split"])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tests have layouts of their own, for problems that others have as well."""
+    monkeypatch.setattr(dispatch, "_settled", {})
 
 
 def on(device: torch.device, problem: Problem) -> Problem:

@@ -115,6 +115,7 @@ def test_lengths_and_resets_leave_nothing_unwritten(
         def call(*arguments: Any, zeros: Tensor, **options: Any) -> None:
             buffer = torch.full_like(zeros, torch.nan).repeat(1 + 2 * 128)
             middle = buffer[128 * zeros.numel() :][: zeros.numel()].zero_()
+            assert options["layout"].spread == spread
             launch(*arguments, zeros=middle, **options)
 
         return call
