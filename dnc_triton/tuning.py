@@ -245,7 +245,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         with torch.inference_mode(False), torch.cuda.device(problem.device):
             run = _random_sequence(problem) if measures_sequence(problem) else _random_step(problem)
     except torch.OutOfMemoryError as error:
-        logger.warning("nothing is measured for %s: %s", problem, error)
+        logger.warning("nothing is measured for %s: %s", problem, str(error))
         no_room.update(operations)
         return {}
     times: dict[Candidate, float] = {}
@@ -262,7 +262,8 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
             raise
         except Exception as error:  # it does not compile, or does not fit: into memory, a block into a multiprocessor
             torch.cuda.synchronize(problem.device)  # raises if CUDA is of no more use
-            logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, error)
+            # As a string: a handler may keep what it is given.
+            logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, str(error))
             if is_out_of_memory(error):
                 no_room.add((name, layout))
                 continue

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from replays import BATCH, INPUTS, STEPS, _empty, _without, cache, draw, engine, make, results  # noqa: F401
+from stand_in import StandIn
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,6 +150,24 @@ def test_a_capture_that_fails(when: str, without: Any, caplog: pytest.LogCapture
     for seed in range(3):  # other calls go on
         results(dnc, *draw(dnc, seed, steps=2))
     assert engine().replays > 0
+
+
+def test_what_is_logged_of_a_failure_holds_no_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler may keep records, as that of these tests does, and with an error all that the frames hold."""
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    dnc = make()
+    results(dnc, *draw(dnc, 0))
+    outputs, _ = dnc(*draw(dnc, 1))
+    (instance,) = cache().instances
+    monkeypatch.setattr(StandIn, "capture", fail)
+    outputs.sum().backward()
+    assert len(caplog.records) == 1
+    assert instance.is_free
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

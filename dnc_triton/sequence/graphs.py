@@ -325,7 +325,8 @@ class Graphs:
             signature.failed = True
             outcome = "calls of its kind are launched step by step from now on"
             instances = [x for x in self.instances if x.signature is signature]
-        logger.warning("CUDA graphs: a capture failed, %s: %s: %s", outcome, type(error).__name__, error)
+        # As a string: with the error a handler that keeps records would keep all that its frames hold.
+        logger.warning("CUDA graphs: a capture failed, %s: %s: %s", outcome, type(error).__name__, str(error))
         self.forget(instances)
 
 
