@@ -9,8 +9,8 @@ import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.language.extra.cuda import gdc_wait  # noqa: E402
 
-from benchmarks.static.cases import TARGETS  # noqa: E402
-from benchmarks.static.compiling import compiling_map  # noqa: E402
+from benchmarks.static.cases import TARGETS, step  # noqa: E402
+from benchmarks.static.compiling import compile_case, compiling_map  # noqa: E402
 from benchmarks.static.ptx import early_accesses, uneven_sums  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
@@ -88,3 +88,13 @@ def test_what_is_wrong_is_found_and_nothing_else(found, name):
     places = found[name]
     assert bool(places) == CASES[name][3]
     assert all(place.startswith("test_static_ptx.py:") for place in places)
+
+
+def find_in_a_step(case):
+    return uneven_sums(compile_case(case)[0]["ptx"])
+
+
+def test_words_of_odd_length_have_the_same_sum_in_every_thread():
+    """Of which a thread has a single number: none of the shapes on record is odd."""
+    cases = [case for case in step((65, 17, 1), "sm_90") if case.phase != "last"]
+    assert dict(zip(cases, compiling_map(find_in_a_step, cases), strict=True)) == {case: [] for case in cases}
