@@ -82,15 +82,16 @@ def shift(x: Array, count: Array, left: bool) -> Array:
 
 
 def bit_field(x: Array, start: Array, length: Array) -> Array:
-    """`bfe`: a field of 32 bits, its sign extended if x is signed."""
-    check(x.dtype.itemsize == 4, "bfe of 64 bits")
-    bits, start, length = x.astype("i8"), np.asarray(start, "i8") & 255, np.asarray(length, "i8") & 255
-    value = np.where(length > 0, (bits >> np.minimum(start, 62)) & ((1 << np.minimum(length, 32)) - 1), 0)
-    if x.dtype.kind == "i":
-        last = np.minimum(start + length - 1, 31)
-        sign = np.where(length > 0, (bits >> last) & 1, 0)
-        value = np.where(sign > 0, value | (-1 << np.minimum(length, 32)), value)
-    return value.astype(x.dtype)
+    """`bfe`: a field of bits, its sign extended if x is signed."""
+    start, length = np.asarray(start, "i8") & 255, np.asarray(length, "i8") & 255
+    wide = x.astype("i8" if x.dtype.kind == "i" else "u8")
+    field = np.where(length < 64, (np.uint64(1) << np.minimum(length, 63).astype("u8")) - np.uint64(1), ~np.uint64(0))
+    value = wide >> np.minimum(start, 63).astype(wide.dtype) & field.astype(wide.dtype)
+    if x.dtype.kind == "u":
+        return np.where(start < 64, value, 0).astype(x.dtype)
+    last = np.minimum(start + length - 1, 8 * x.dtype.itemsize - 1)
+    sign = np.where(length > 0, wide >> np.maximum(last, 0) & 1, 0)
+    return np.where(sign > 0, value | ~field.astype("i8"), value).astype(x.dtype)
 
 
 def high_half(a: Array, b: Array) -> Array:

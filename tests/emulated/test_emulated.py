@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 GOLDENS = [
     case for case in test_kernel_goldens.CASES if load_golden(case.values[0]).meta["config"]["memory_size"] <= 16
 ]
-RANKED = Case(1, 140, 3, 1, layout="spread", interface="oneplus")
+RANKED = [Case(1, slots, 3, 1, layout="spread", interface="oneplus") for slots in (140, 257)]
 # Of each dtype and layout the smallest, which comes last and stays.
 PARITY = {
     (case.dtype, case.layout): case
@@ -58,9 +58,10 @@ def test_parity(case: Case, device: torch.device) -> None:
     test_kernel_parity.test_parity(case, device)
 
 
-def test_ranks_by_several_programs(device: torch.device) -> None:
+@pytest.mark.parametrize("case", RANKED, ids=str)
+def test_ranks_by_several_programs(case: Case, device: torch.device) -> None:
     """Of which each holds its slots against those of several turns."""
-    test_kernel_parity.test_parity(RANKED, device)
+    test_kernel_parity.test_parity(case, device)
 
 
 @pytest.mark.parametrize("dtype", test_kernel_products.TOLERANCE, ids=str)
