@@ -79,6 +79,7 @@ from test_kernel_sequence import (
     test_a_lean_backward_twice,
     test_a_long_sequence_without_gradients_keeps_little,
     test_a_row_does_not_depend_on_the_others_and_twice_is_the_same,
+    test_a_state_of_one_element_for_all,
     test_an_empty_batch,
     test_checkpoints_are_for_the_kernels_of_a_step,
     test_declines,
@@ -88,6 +89,7 @@ from test_kernel_sequence import (
     test_lengths_and_resets_leave_nothing_unwritten,
     test_links_that_are_not_kept,
     test_sizes,
+    test_zeros_of_one_element_for_all,
 )
 from test_kernel_sequence import test_opcheck as test_opcheck_of_the_sequence
 from torch.utils._pytree import tree_leaves, tree_map
