@@ -34,8 +34,8 @@ from dnc_reference import MemoryState, interface_step
 from dnc_reference.interface import interface_sizes
 from dnc_triton.cli import INTERRUPTED
 from dnc_triton.dispatch import BACKENDS
-from dnc_triton.kernels.launch import step_backward, step_forward
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
+from dnc_triton.kernels.step_launch import step_backward, step_forward
 
 # (B, N, W, R). The project's goals are set on the first two, so they come first.
 BUCKETS = (

@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState
 from dnc_reference.memory import without_autocast
 from dnc_triton.environment import is_on
-from dnc_triton.kernels import ahead
+from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
@@ -249,7 +249,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         no_room.update(operations)
         return {}
     times: dict[Candidate, float] = {}
-    at_once = ahead.threads()  # enough to keep them busy, and no more lest measuring begin late
+    at_once = launcher.threads()  # enough to keep them busy, and no more lest measuring begin late
     for index, ((name, layout), operation) in enumerate(operations.items()):
         # Until one works there is nothing to take, however late it is.
         if min(times.values(), default=math.inf) < math.inf and time.perf_counter() - started > TOTAL_SECONDS:
@@ -293,7 +293,7 @@ def _compile_ahead(
     with (
         _as_measured(problem),
         torch.autograd.set_multithreading_enabled(False),
-        ahead.compiling_ahead(problem.device),
+        launcher.compiling_ahead(problem.device),
     ):
         for (_, layout), operation in operations:
             if layout is not None:  # without one there are no kernels of ours

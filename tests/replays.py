@@ -41,7 +41,7 @@ def _without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return call
 
 
-def cache() -> graphs.Graphs:
+def cache() -> graphs.GraphCache:
     return graphs._graphs[torch.device("cpu")]
 
 

@@ -12,7 +12,7 @@ import small_layer
 import torch
 
 from dnc_triton import dispatch, tuning
-from dnc_triton.kernels import ahead
+from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 
@@ -48,7 +48,7 @@ def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(tuning, "_random_sequence", lambda problem: print)
     monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
-    monkeypatch.setattr(ahead, "compiling_ahead", lambda device: nullcontext())
+    monkeypatch.setattr(launcher, "compiling_ahead", lambda device: nullcontext())
     monkeypatch.setattr(tuning, "_known", {})
     monkeypatch.setattr(tuning, "_no_room", {})
     monkeypatch.setattr(dispatch, "_settled", {})

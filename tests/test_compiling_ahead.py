@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction, KernelInterface
 
 from benchmarks.static.compiling import compiling_map
 from dnc_triton import dispatch, tuning
-from dnc_triton.kernels import ahead
+from dnc_triton.kernels import launcher
 from dnc_triton.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
@@ -92,7 +92,7 @@ def launched_and_compiled(
         patch.object(JITFunction, "_do_compile", record),
         patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # the assembler takes as long as all before it
         patch.object(torch.cuda, "device", lambda device: nullcontext()),
-        patch.object(ahead, "threads", lambda: 2),
+        patch.object(launcher, "threads", lambda: 2),
     ):
         tuning._compile_ahead(problem, run, operations)
         before = len(compiled)

@@ -14,7 +14,7 @@ import dnc_reference
 from dnc_triton import DNC, Interface, MemoryState, dispatch, explain, memory_step, use_backend
 from dnc_triton.dispatch import BACKENDS, Backend, choose
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
-from dnc_triton.sequence.history import Settings
+from dnc_triton.sequence.history import SequenceSettings
 
 
 def make(**changes) -> DNC:
@@ -218,7 +218,7 @@ def test_an_operator_is_given_every_layout_whole():
 def test_an_operator_is_given_settings_in_their_order():
     schema = torch.ops.dnc_triton.sequence_backward.default._schema
     names = tuple(argument.name for argument in schema.arguments)
-    assert names[-len(Settings._fields) :] == Settings._fields
+    assert names[-len(SequenceSettings._fields) :] == SequenceSettings._fields
 
 
 @pytest.mark.parametrize("memory_size", [1, 16, 17, 64, 65, 128, 129, 1024, 2048])

@@ -24,7 +24,7 @@ import torch
 from straw import FAST, PROBLEM, REFERENCE, SLOW, STEPS, Clock, _a_gpu_of_straw, _clock, files, forget  # noqa: F401
 
 from dnc_triton import dispatch, tuning
-from dnc_triton.kernels import ahead
+from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import sequence_layouts
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
@@ -74,7 +74,7 @@ def test_what_compiles_does_so_before_what_is_measured(
         events.append(run.args[0][0])
         return clock(problem, run)
 
-    monkeypatch.setattr(ahead, "threads", lambda: threads)
+    monkeypatch.setattr(launcher, "threads", lambda: threads)
     monkeypatch.setattr(tuning, "_random_sequence", lambda problem: compiling)
     monkeypatch.setattr(tuning, "_measure", measure)
     candidates = {("fused", FAST): "fast", ("split", SLOW): "slow", ("reference", REFERENCE): "reference"}

@@ -11,11 +11,11 @@ from triton.backends.compiler import GPUTarget
 
 from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels.gradients import NUM_WARPS, tiles_of_products
-from dnc_triton.kernels.launch import Launch, launches
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.kernels.products import LSTM_BACKWARD, LSTM_FORWARD, PRODUCT, Tiles
 from dnc_triton.kernels.sizes import Sizes
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, RANK, WHOLE
+from dnc_triton.kernels.step_launch import Launch, launches
 
 SHAPES = [(16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)]  # N, W, R
 LARGEST = (1024, 256, 16)

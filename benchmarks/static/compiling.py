@@ -16,7 +16,6 @@ from benchmarks.static.cases import CONTROLLER, FEATURES, TARGETS, TRITON_TYPES,
 from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels import gradients
 from dnc_triton.kernels.gradients import weight_gradients_kernel
-from dnc_triton.kernels.launch import compile_options, is_capped
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.products import (
     block_of,
@@ -24,9 +23,10 @@ from dnc_triton.kernels.products import (
     lstm_product_forward_kernel,
     product_kernel,
 )
-from dnc_triton.kernels.sequence import Controller, sequence_backward_kernel, sequence_forward_kernel
+from dnc_triton.kernels.sequence import ControllerSizes, sequence_backward_kernel, sequence_forward_kernel
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 from dnc_triton.kernels.step import step_backward_kernel, step_forward_kernel
+from dnc_triton.kernels.step_launch import compile_options, is_capped
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,7 +81,7 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
         sizes, words = case.launch.sizes, case.shape[1] * case.shape[2]
         kernel = sequence_forward_kernel if forward else sequence_backward_kernel
         bounds = dict(clip=clip, max_gradient=None if forward else max_gradient, compute=case.compute)
-        controller = Controller.of(case.hidden_size, words, sizes.INTERFACE, case.layout, **bounds)
+        controller = ControllerSizes.of(case.hidden_size, words, sizes.INTERFACE, case.layout, **bounds)
         absent = {f"{name}_ptr": None for name in ("lengths", "reset") if name not in case.variant}
         return kernel, dict(absent, sizes=sizes, controller=controller)
     if case.phase not in CONTROLLER:

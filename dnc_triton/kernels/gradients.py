@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.ahead import launch_or_compile
+from dnc_triton.kernels.launcher import launch_or_compile
 
 BLOCK = 32  # rows of a weight, its columns, and rows of the batch at a time
 NUM_WARPS = 8

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.common import begin, clipped, d_clipped, sigmoid, tanh
+from dnc_triton.kernels.launcher import launch_or_compile
 from dnc_triton.kernels.layout import compute_dtype
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 

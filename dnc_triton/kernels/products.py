@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.ahead import launch_or_compile
 from dnc_triton.kernels.common import begin, clipped
+from dnc_triton.kernels.launcher import launch_or_compile
 from dnc_triton.kernels.lstm import activated, advance, advance_backward, store_gates
 from dnc_triton.kernels.sizes import TRITON_DTYPES
 

@@ -24,7 +24,7 @@ from dnc_triton.kernels.sizes import TRITON_DTYPES
 from dnc_triton.kernels.step import WHOLE, memory_step, memory_step_backward
 
 
-class Controller(NamedTuple):
+class ControllerSizes(NamedTuple):
     """The constants of the controller's part, as `Sizes` are those of the memory's.
 
     Attributes:
@@ -60,7 +60,7 @@ class Controller(NamedTuple):
         clip: float | None,
         max_gradient: float | None = None,
         compute: torch.dtype = torch.float32,
-    ) -> "Controller":
+    ) -> "ControllerSizes":
         """Of a weight each thread multiplies 16 numbers at a time."""
         units, block_s, block_f = (
             max(16, min(most, triton.next_power_of_2(size)))

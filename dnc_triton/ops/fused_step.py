@@ -42,7 +42,7 @@ def _step(
 def _forward(
     interface: Tensor, state: list[Tensor], raw: bool, strength_offset: float, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from dnc_triton.kernels.launch import step_forward
+    from dnc_triton.kernels.step_launch import step_forward
 
     with on_device(interface):
         return step_forward(
@@ -96,7 +96,7 @@ def _run_backward(
     stop_usage_gradient: bool,
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from dnc_triton.kernels.launch import step_backward
+    from dnc_triton.kernels.step_launch import step_backward
 
     memory, usage, read_weights, write_weights, kept, free_list = result
     with on_device(memory):

@@ -19,7 +19,7 @@ from torch import Tensor
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import link, pool
 from dnc_triton.sequence.compiler import Like, like_of, machine_code, sum_down
-from dnc_triton.sequence.history import Carried, History, Plan, Settings
+from dnc_triton.sequence.history import Carried, History, Plan, SequenceSettings
 from dnc_triton.sequence.loop import Before, Sequence
 from dnc_triton.sequence.torch_memory import TorchMemory
 
@@ -80,7 +80,7 @@ class CompiledSequence(Sequence):
 
 
 def step_alone(
-    settings: Settings, inputs: Tensor, before: Carried, parameters: list[Tensor]
+    settings: SequenceSettings, inputs: Tensor, before: Carried, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it, a list.
 
@@ -187,7 +187,7 @@ class _Step(Sequence):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: SequenceSettings,
         parameters: list[Tensor],
         input_size: int,
         running: list[Tensor],
@@ -248,7 +248,7 @@ class _Step(Sequence):
 @lru_cache(maxsize=256)
 def _compile(
     part: Part,
-    settings: Settings,
+    settings: SequenceSettings,
     input_size: int,
     reads: int,
     counts: tuple[int, ...],
@@ -300,7 +300,7 @@ def _compile(
 
 @lru_cache(maxsize=256)
 def _compile_alone(
-    settings: Settings, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
+    settings: SequenceSettings, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
 ) -> Callable[..., Any]:
     """A step by itself, of which nothing is kept: see `machine_code`.
 

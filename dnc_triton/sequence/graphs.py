@@ -43,7 +43,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import to_dlpack
 
 from dnc_triton.environment import is_on
-from dnc_triton.kernels.ahead import is_compiling_ahead
+from dnc_triton.kernels.launcher import is_compiling_ahead
 from dnc_triton.sequence.engine import Captured, Engine, is_out_of_memory, size_of
 
 GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY"
@@ -152,7 +152,7 @@ class Instance:
         return [next(clones) if is_wanted else None for is_wanted in wanted]
 
 
-class Graphs:
+class GraphCache:
     """The instances on a device, the least recently used first."""
 
     def __init__(self, engine: Engine) -> None:
@@ -330,7 +330,7 @@ class Graphs:
         self.forget(instances)
 
 
-_graphs: dict[torch.device, Graphs] = {}
+_graphs: dict[torch.device, GraphCache] = {}
 _launching: list[None] = []  # an entry for each block that wants no replays
 
 
@@ -408,7 +408,7 @@ def replays(device: torch.device) -> int:
     return _graphs[device].replays if device in _graphs else 0
 
 
-def _serving(tensor: Tensor) -> Graphs | None:
+def _serving(tensor: Tensor) -> GraphCache | None:
     """The graphs of a tensor's device, if they may be used now."""
     device = tensor.device
     if _launching:
@@ -419,7 +419,7 @@ def _serving(tensor: Tensor) -> Graphs | None:
         return None
     with _lock:
         if device not in _graphs:
-            _graphs[device] = Graphs(ENGINES[device.type](device))
+            _graphs[device] = GraphCache(ENGINES[device.type](device))
     graphs = _graphs[device]
     if MEMORY_VARIABLE in os.environ:
         graphs.bound()  # raises at the first call, not when it comes to a capture

@@ -22,7 +22,7 @@ from dnc_triton.sequence.torch_memory import Kept
 Pair = tuple[Tensor, Tensor]
 
 
-class Settings(NamedTuple):
+class SequenceSettings(NamedTuple):
     """What does not change over a sequence.
 
     Attributes:
@@ -156,7 +156,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: SequenceSettings,
         first: Pair,
         last: Pair,
         memories: Tensor,
@@ -173,7 +173,7 @@ class Checkpoints:
         self._links = _trail(*link, links, steps, settings.link_period, of_link, in_turn)
 
     @staticmethod
-    def counts(settings: Settings, steps: int) -> tuple[int, int]:
+    def counts(settings: SequenceSettings, steps: int) -> tuple[int, int]:
         """How many memories and links are kept between the first and the last."""
         return (steps - 1) // settings.checkpoint, (steps - 1) // settings.link_period
 
@@ -267,7 +267,7 @@ class Plan:
         hidden_size: H.
     """
 
-    def __init__(self, settings: Settings, memory: Tensor, reads: int, hidden_size: int) -> None:
+    def __init__(self, settings: SequenceSettings, memory: Tensor, reads: int, hidden_size: int) -> None:
         kind, layers = settings.cell, settings.num_layers
         self.settings, self.layers, self.memory, self.reads = settings, layers, memory, reads
         self.states, self.cells = max(kind.states, 1), kind.count_kept(settings.clip)

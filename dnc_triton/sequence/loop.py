@@ -21,7 +21,7 @@ from torch import Tensor
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
 from dnc_triton.sequence.cells import Cell
-from dnc_triton.sequence.history import Carried, Checkpoints, Plan, Settings
+from dnc_triton.sequence.history import Carried, Checkpoints, Plan, SequenceSettings
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
 
@@ -56,7 +56,7 @@ class Sequence:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: SequenceSettings,
         parameters: list[Tensor],
         inputs: Tensor,
         state: Carried,
@@ -98,12 +98,14 @@ class Sequence:
         self._by_step(state)
 
     @staticmethod
-    def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> list[Tensor]:
+    def allocate(
+        settings: SequenceSettings, state: Carried, steps: int, hidden_size: int, resets: bool
+    ) -> list[Tensor]:
         """The buffers for T steps from a state of these sizes. Nothing is filled in."""
         return Sequence._plan(settings, state, hidden_size).allocate(steps)
 
     @staticmethod
-    def _plan(settings: Settings, state: Carried, hidden_size: int) -> Plan:
+    def _plan(settings: SequenceSettings, state: Carried, hidden_size: int) -> Plan:
         return Plan(settings, state.memory.memory, state.words.shape[1], hidden_size)
 
     def forward(self) -> tuple[Tensor, Carried]:

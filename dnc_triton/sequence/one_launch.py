@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
-from dnc_triton.kernels.ahead import launch_or_compile
+from dnc_triton.kernels.launcher import launch_or_compile
 from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
-from dnc_triton.sequence.history import Carried, Settings
+from dnc_triton.sequence.history import Carried, SequenceSettings
 from dnc_triton.sequence.product import Product
 
 # Of all steps together, up to which one launch makes all gradients by weights: a library takes a launch or two for each
@@ -81,7 +81,7 @@ class OneLaunchSequence:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: SequenceSettings,
         parameters: list[Tensor],
         inputs: Tensor,
         state: Carried,
@@ -124,7 +124,9 @@ class OneLaunchSequence:
                 torch._foreach_zero_([trail[-1] for trail in trails])
 
     @staticmethod
-    def allocate(settings: Settings, state: Carried, steps: int, hidden_size: int, resets: bool) -> list[Tensor]:
+    def allocate(
+        settings: SequenceSettings, state: Carried, steps: int, hidden_size: int, resets: bool
+    ) -> list[Tensor]:
         """The buffers for T steps from a state of these sizes. Nothing is filled in."""
         memory = state.memory.memory
         batch, slots, word = memory.shape
@@ -245,8 +247,8 @@ class OneLaunchSequence:
     # --- the launches; Triton may not be there where nothing is launched ----------------------------------------------
 
     def _launch_forward(self, pre: Tensor) -> None:
-        from dnc_triton.kernels.launch import forward_scratch
         from dnc_triton.kernels.sequence import sequence_forward_kernel
+        from dnc_triton.kernels.step_launch import forward_scratch
 
         if self.batch == 0:
             return
@@ -266,8 +268,8 @@ class OneLaunchSequence:
         )
 
     def _launch_backward(self, gradients: list[Tensor]) -> None:
-        from dnc_triton.kernels.launch import backward_scratch
         from dnc_triton.kernels.sequence import sequence_backward_kernel
+        from dnc_triton.kernels.step_launch import backward_scratch
 
         if self.batch == 0:
             return
@@ -286,9 +288,9 @@ class OneLaunchSequence:
 
     def _arguments(self, *, backward: bool) -> dict[str, Any]:
         """What both kernels take."""
-        from dnc_triton.kernels.launch import compile_options
-        from dnc_triton.kernels.sequence import Controller
+        from dnc_triton.kernels.sequence import ControllerSizes
         from dnc_triton.kernels.sizes import Sizes
+        from dnc_triton.kernels.step_launch import compile_options
 
         settings, num_warps, compute = self.settings, self._layout.num_warps, compute_dtype(self.history.memory.dtype)
         sizes = Sizes.of(
@@ -301,7 +303,7 @@ class OneLaunchSequence:
             stop_usage_gradient=backward and settings.stop_usage_gradient,
             compute=compute,
         )
-        controller = Controller.of(
+        controller = ControllerSizes.of(
             self.hidden_size,
             self.reads * self.word,
             sizes.INTERFACE,

@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dnc_reference.memory import without_autocast
 from dnc_reference.types import MemoryState
-from dnc_triton.kernels.ahead import overlapping
+from dnc_triton.kernels.launcher import overlapping
 from dnc_triton.kernels.layout import Layout, is_shared
 from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched
 from dnc_triton.sequence import graphs, pool
 from dnc_triton.sequence.compiled import CompiledSequence, step_alone
-from dnc_triton.sequence.history import Carried, Settings, zeros
+from dnc_triton.sequence.history import Carried, SequenceSettings, zeros
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
@@ -62,7 +62,7 @@ class Given(NamedTuple):
         return Given(inputs, state, parameters, dropout, running, reset)
 
 
-# What the operators take: the tensors, and `Settings` field by field, the layout as `Layout.as_operand` has it.
+# What the operators take: the tensors, and `SequenceSettings` field by field, the layout as `Layout.as_operand` has it.
 TENSORS = "Tensor inputs, Tensor[] state, Tensor[] parameters, Tensor? lengths, Tensor? reset, Tensor[] dropout"
 SETTINGS = (
     "str controller, SymInt num_layers, float? clip, float? max_activation_gradient, float strength_offset, "
@@ -88,7 +88,7 @@ def _sequence(
 
 
 def _run(
-    settings: Settings,
+    settings: SequenceSettings,
     inputs: Tensor,
     state: list[Tensor],
     parameters: list[Tensor],
@@ -110,12 +110,12 @@ def _run(
         return graphs.forward(key, given.flatten(), run, handed=1 + len(state))
 
 
-def _forward(settings: Settings, given: Given, keep: bool) -> list[Tensor]:
+def _forward(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor]:
     with overlapping(settings.layout, given.inputs.device):
         return _unroll(settings, given, keep)
 
 
-def _unroll(settings: Settings, given: Given, keep: bool) -> list[Tensor]:
+def _unroll(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor]:
     kind = _kind(settings)
     inputs, state, parameters, dropout, running, reset = given
     carried = Carried.unflatten(state, settings.num_layers)
@@ -190,7 +190,7 @@ def _sequence_backward(
 
 
 def _run_backward(
-    settings: Settings,
+    settings: SequenceSettings,
     gradients: list[Tensor | None],
     inputs: Tensor,
     state: list[Tensor],
@@ -225,7 +225,7 @@ def _run_backward(
 
 
 def _backward_through_time(
-    settings: Settings,
+    settings: SequenceSettings,
     gradients: list[Tensor | None],
     given: Given,
     last: tuple[Tensor, Tensor],
@@ -334,7 +334,7 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        settings: Settings,
+        settings: SequenceSettings,
         counts: tuple[int, int],
         lengths: Tensor | None,
         reset: Tensor | None,
@@ -379,7 +379,7 @@ def _divide(tensors: Iterable[Tensor], counts: tuple[int, ...]) -> list[list[Ten
 
 
 def run_sequence(
-    settings: Settings,
+    settings: SequenceSettings,
     inputs: Tensor,
     state: list[Tensor],
     parameters: list[Tensor],
@@ -403,31 +403,31 @@ def run_sequence(
         return _run(settings, inputs, state, parameters, lengths, reset, dropout, False)
 
 
-def _kind(settings: Settings) -> Any:
+def _kind(settings: SequenceSettings) -> Any:
     """The class that runs the sequence."""
     if settings.compiled:
         return CompiledSequence
     return OneLaunchSequence if settings.layout is not None and settings.layout.whole else Sequence
 
 
-def _settings(*arguments: Any) -> Settings:
-    settings = Settings(*arguments)
+def _settings(*arguments: Any) -> SequenceSettings:
+    settings = SequenceSettings(*arguments)
     return settings if settings.layout is None else settings._replace(layout=Layout.from_operand(list(settings.layout)))
 
 
-def _as_operands(settings: Settings) -> list[Any]:
+def _as_operands(settings: SequenceSettings) -> list[Any]:
     """The inverse: as the operators take them."""
     *others, layout = settings
     return [*others, None if layout is None else layout.as_operand()]
 
 
-def _takes_shared(settings: Settings) -> bool:
+def _takes_shared(settings: SequenceSettings) -> bool:
     """Whether memory and link before the first step, and gradients by those after the last, may be shared."""
     return settings.layout is not None and not settings.layout.whole
 
 
 def _given(
-    settings: Settings,
+    settings: SequenceSettings,
     inputs: Tensor,
     state: list[Tensor],
     parameters: list[Tensor],

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.buffers import ENDED, FRESH, LOST
-from dnc_triton.kernels.launch import (
+from dnc_triton.kernels.layout import Layout, is_shared
+from dnc_triton.kernels.step_launch import (
     StepGradient,
     StepResult,
     backward_scratch,
@@ -24,7 +25,6 @@ from dnc_triton.kernels.launch import (
     launch_backward,
     launch_forward,
 )
-from dnc_triton.kernels.layout import Layout, is_shared
 
 
 class TritonMemory:

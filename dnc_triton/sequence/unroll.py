@@ -17,7 +17,7 @@ from dnc_reference.memory import without_autocast
 from dnc_reference.types import DNCState, MemoryState
 from dnc_triton.kernels.layout import Layout, default_layout
 from dnc_triton.sequence import pool
-from dnc_triton.sequence.history import Settings
+from dnc_triton.sequence.history import SequenceSettings
 from dnc_triton.sequence.op import run_sequence
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
@@ -66,7 +66,7 @@ def unroll_sequence(
     if layout is not None and layout.whole and every > 1:  # one launch for the sequence keeps every step
         layout = default_layout(cell.memory_size)
         every = _checkpoint(checkpoint, steps, state.memory, layout)
-    settings = Settings(
+    settings = SequenceSettings(
         controller=cell.controller_kind,
         num_layers=cell.num_layers,
         clip=cell.clip,

@@ -60,7 +60,7 @@ def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(graphs.MEMORY_VARIABLE, raising=False)
 
 
-def cache() -> graphs.Graphs:
+def cache() -> graphs.GraphCache:
     (found,) = graphs._graphs.values()
     return found
 

@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels import addressing, buffers, common, launch, linking, reading, step
+from dnc_triton.kernels import addressing, buffers, common, linking, reading, step, step_launch
 from dnc_triton.kernels.sizes import TRITON_DTYPES, Sizes
 
 
@@ -29,7 +29,7 @@ from dnc_triton.kernels.sizes import TRITON_DTYPES, Sizes
 def batched_interpreter() -> Iterator[None]:
     """What is launched within the block runs here."""
     kernels = {name: Kernel(_translated()[name]) for name in ("step_forward_kernel", "step_backward_kernel")}
-    with patch.multiple(launch, **kernels):
+    with patch.multiple(step_launch, **kernels):
         yield
 
 

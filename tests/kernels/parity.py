@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_reference import Interface, MemoryState, addressing, interface_step, memory_step
 from dnc_reference.interface import activate_interface, interface_sizes
-from dnc_triton.kernels import gradients, launch, lstm, products
+from dnc_triton.kernels import gradients, lstm, products, step_launch
 from dnc_triton.kernels.layout import Layout, layouts
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.sequence import one_launch
@@ -90,7 +90,7 @@ def margins() -> Iterator[Margins]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("step_forward", "step_backward"):
-            patch.setattr(launch, name, allocating_in_margins(getattr(launch, name)))
+            patch.setattr(step_launch, name, allocating_in_margins(getattr(step_launch, name)))
         yield around
     around.check()
 
@@ -150,7 +150,7 @@ def launches_in_margins() -> Iterator[LaunchesInMargins]:
     """`LaunchesInMargins` around all launches meanwhile; not for three launches of a step, which read earlier steps."""
     around = LaunchesInMargins()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (gradients, launch, lstm, one_launch, products):
+        for module in (gradients, lstm, one_launch, products, step_launch):
             patch.setattr(module, "launch_or_compile", around)
         yield around
 

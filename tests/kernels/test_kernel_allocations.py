@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dnc_triton.kernels import ahead
-from dnc_triton.kernels.launch import backward_scratch, forward_scratch
+from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import default_layout, layouts
+from dnc_triton.kernels.step_launch import backward_scratch, forward_scratch
 from dnc_triton.sequence import op, small_product
 
 CHOICES = {
@@ -65,9 +65,9 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         def add(self, *launch: Any) -> None:
             made["launches"] += 1
 
-    token = ahead._compiling.set(Nothing())  # type: ignore[arg-type]
+    token = launcher._compiling.set(Nothing())  # type: ignore[arg-type]
     yield made
-    ahead._compiling.reset(token)
+    launcher._compiling.reset(token)
 
 
 @pytest.mark.parametrize("masked", [False, True])

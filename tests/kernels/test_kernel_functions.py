@@ -16,8 +16,8 @@ from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels import step
 from dnc_triton.kernels.common import exp, sigmoid, softplus, tanh
-from dnc_triton.kernels.launch import StepGradient, backward_scratch, launch_backward, step_forward
 from dnc_triton.kernels.layout import Layout, default_layout, kept_shapes
+from dnc_triton.kernels.step_launch import StepGradient, backward_scratch, launch_backward, step_forward
 
 FUNCTIONS = {"exp": torch.exp, "sigmoid": torch.sigmoid, "softplus": torch.nn.functional.softplus, "tanh": torch.tanh}
 BLOCK = 1024

@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import DNC, DNCState, MemoryState, dispatch, explain, layer, use_backend
 from dnc_triton.dispatch import BACKENDS
-from dnc_triton.kernels import gradients, launch, lstm, products
-from dnc_triton.kernels.launch import launch_backward, launch_forward
+from dnc_triton.kernels import gradients, lstm, products, step_launch
 from dnc_triton.kernels.layout import Layout, default_layout, is_shared, kept_shapes, sequence_layouts
+from dnc_triton.kernels.step_launch import launch_backward, launch_forward
 from dnc_triton.sequence import one_launch, op, small_product, triton_memory, unroll
-from dnc_triton.sequence.history import Settings
+from dnc_triton.sequence.history import SequenceSettings
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 from dnc_triton.sequence.triton_memory import TritonMemory
 
@@ -285,7 +285,7 @@ def test_a_long_sequence_without_gradients_keeps_little(device: torch.device, mo
 @pytest.fixture
 def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are not launched. What they are launched on is allocated all the same."""
-    for module in (gradients, launch, lstm, one_launch, products):
+    for module in (gradients, lstm, one_launch, products, step_launch):
         monkeypatch.setattr(module, "launch_or_compile", lambda *arguments, **options: None)
 
 
@@ -315,7 +315,7 @@ def test_checkpoints_are_for_the_kernels_of_a_step(
     inputs, state = draw(dnc, 2)
     asked = []
 
-    def run_sequence(settings: Settings, *given: Any) -> list[torch.Tensor]:
+    def run_sequence(settings: SequenceSettings, *given: Any) -> list[torch.Tensor]:
         asked.append((settings.layout, settings.checkpoint))
         return op.run_sequence(settings, *given)
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.ahead import launch_or_compile, overlapping
 from dnc_triton.kernels.buffers import GRADIENT, LINK, MEMORY
+from dnc_triton.kernels.launcher import launch_or_compile, overlapping
 from dnc_triton.kernels.layout import Layout, compute_dtype, is_shared, kept_shapes
 from dnc_triton.kernels.sizes import Sizes
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, RANK, WHOLE, step_backward_kernel, step_forward_kernel

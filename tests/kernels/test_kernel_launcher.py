@@ -13,7 +13,7 @@ import pytest
 import torch
 from replays import _empty, draw, make, results  # noqa: F401
 
-from dnc_triton.kernels import ahead
+from dnc_triton.kernels import launcher
 from dnc_triton.sequence import graphs
 
 CPU = torch.device("cpu")
@@ -29,14 +29,14 @@ def add(out: torch.Tensor) -> torch.Tensor:
 
 def test_this_threads_launches_alone_run_nothing() -> None:
     elsewhere = []
-    with ahead.compiling_ahead(CPU):
-        assert ahead.is_compiling_ahead()
+    with launcher.compiling_ahead(CPU):
+        assert launcher.is_compiling_ahead()
         assert add(torch.ones(1, 1)) == 1
         thread = threading.Thread(target=lambda: elsewhere.append(float(add(torch.ones(1, 1)))))
         thread.start()
         thread.join()
     assert elsewhere == [3.0]
-    assert not ahead.is_compiling_ahead()
+    assert not launcher.is_compiling_ahead()
     assert add(torch.ones(1, 1)) == 3
 
 
@@ -54,7 +54,7 @@ def test_kernels_are_launched_one_at_a_time() -> None:
             seen.append(len(inside))
             inside.pop()
 
-    threads = [threading.Thread(target=ahead.launch_or_compile, args=(Kernel(), (1,))) for _ in range(4)]
+    threads = [threading.Thread(target=launcher.launch_or_compile, args=(Kernel(), (1,))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -63,7 +63,7 @@ def test_kernels_are_launched_one_at_a_time() -> None:
 
 
 def test_an_error_in_the_block_ends_it() -> None:
-    with pytest.raises(ZeroDivisionError), ahead.compiling_ahead(CPU):
+    with pytest.raises(ZeroDivisionError), launcher.compiling_ahead(CPU):
         raise ZeroDivisionError
     assert add(torch.ones(1, 1)) == 3
 
@@ -72,7 +72,7 @@ def test_an_error_in_the_block_ends_it() -> None:
 def test_no_graph_is_made_of_what_does_not_run(backend: str) -> None:
     """Were it captured, it would be replayed for calls of the same kind later on."""
     dnc = make(backend=backend)
-    with ahead.compiling_ahead(CPU):
+    with launcher.compiling_ahead(CPU):
         for seed in range(3):  # with a graph from the second one on
             results(dnc, *draw(dnc, seed))
     assert not graphs._graphs
