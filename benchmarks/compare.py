@@ -10,7 +10,7 @@ from benchmarks.measure import FAILED, MEASURED, WRONG
 from benchmarks.peers import all_peers
 
 MARGIN = 0.05
-MACHINE = ("device", "cpu", "gpu", "threads", "python", "torch", "triton")
+MACHINE = ("device", "cpu", "gpu", "threads", "python", "torch", "triton", "environment")
 
 # Whose code this project does not change: it tells whether the machine was the same.
 FOREIGN = [name for name, peer in all_peers().items() if not peer.checked]
@@ -50,7 +50,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], margin: float = MARGIN) ->
     """
     found = Comparison()
     for name in MACHINE:
-        before, now = old["machine"].get(name), new["machine"].get(name)
+        before, now = old["machine"].get(name) or None, new["machine"].get(name) or None
         if before != now:
             found.cautions.append(f"{name}: {before} before, {now} now")
     old_rows, new_rows = _by_key(old), _by_key(new)

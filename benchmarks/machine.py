@@ -14,9 +14,21 @@ import torch
 import dnc_triton
 from dnc_triton.tuning import triton_version
 
+VARIABLES = (  # of the environment, by which the same command measures something else
+    "DNC_TRITON_BACKEND",
+    "DNC_TRITON_MEASURE",
+    "DNC_TRITON_GRAPHS",
+    "DNC_TRITON_GRAPH_MEMORY",
+    "TRITON_INTERPRET",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "CUDA_LAUNCH_BLOCKING",
+)
+
 
 def describe_machine(command: str) -> dict[str, Any]:
-    """What a time means nothing without: date, commit, processor, versions, and the command that measured it."""
+    """What a time means nothing without: date, commit, processor, versions, the command, and what changes it."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
@@ -33,6 +45,7 @@ def describe_machine(command: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "dnc_triton": dnc_triton.__version__,
+        "environment": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
     }
 
 

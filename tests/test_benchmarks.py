@@ -53,7 +53,8 @@ def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys)
     machine = content["machine"]
     assert list(machine) == [
         *("device", "date", "command", "commit", "cpu", "cores", "threads", "load", "system", "python"),
-        *("torch", "triton", "gpu", "cuda", "cudnn", "dnc_triton", "bytes_per_second", "operations_per_second"),
+        *("torch", "triton", "gpu", "cuda", "cudnn", "dnc_triton", "environment"),
+        *("bytes_per_second", "operations_per_second"),
     ]
     assert machine["command"].startswith("python -m benchmarks run --configurations tiny")
     assert (machine["device"], machine["threads"], machine["gpu"]) == ("cpu", 1, None)

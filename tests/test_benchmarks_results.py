@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import goals, pictures, report
+from benchmarks import goals, machine, pictures, report
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.files import read_results
@@ -351,6 +351,19 @@ def test_another_machine_is_a_caution(results):
     new = copy.deepcopy(results)
     new["machine"] |= {"gpu": "a GPU", "torch": "2.13.0"}
     assert compare(results, new).cautions == ["gpu: None before, a GPU now", "torch: 2.11.0 before, 2.13.0 now"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"DNC_TRITON_GRAPHS": "0"}])
+def test_what_the_environment_changes_is_recorded_and_told(results, variables, monkeypatch):
+    for name in machine.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    described = machine.describe_machine("")
+    assert described["environment"] == variables
+    new = {**results, "machine": {**MACHINE, "environment": described["environment"]}}
+    told = [f"environment: None before, {variables} now"] if variables else []
+    assert compare(results, new).cautions == told
 
 
 def test_every_peer_has_a_look_of_its_own():
