@@ -99,8 +99,10 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(panels) + 1, sharex=True, height_ratios=heights)
         for panel, (name, values, _) in zip(axes, panels, strict=False):
-            image = panel.imshow(values, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-            panel.set_title(name)
+            # From 0 to 1, as weights are; inputs and targets may go further.
+            low, high = np.nanmin(values, initial=0.0), np.nanmax(values, initial=1.0)
+            image = panel.imshow(values, aspect="auto", cmap="magma", vmin=low, vmax=high, interpolation="nearest")
+            panel.set_title(name if (low, high) == (0, 1) else f"{name}, from {low:.3g} to {high:.3g}")
             panel.set_ylabel("slot" if "weights" in name else "channel")
             _whole_ticks(panel, values.shape[0])
         figure.colorbar(image, ax=list(axes[:-1]), shrink=0.35, aspect=30, pad=0.015)

@@ -90,6 +90,21 @@ def test_a_picture_of_a_long_sequence_is_not_too_wide(tmp_path, monkeypatch):
     assert widths[-1] < 2**16
 
 
+def test_numbers_beyond_0_and_1_have_colours_of_their_own(tmp_path, monkeypatch):
+    """As priorities between -1 and 1 do, or data of one's own."""
+    pytest.importorskip("matplotlib", reason="Matplotlib draws the picture")
+    from dnc_triton import pictures
+
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    inputs, targets = torch.rand(STEPS, 3), torch.rand(STEPS, 2)
+    inputs[0, 1], inputs[2, 0] = -0.75, torch.nan
+    pictures.draw_memory(make_trace(1), inputs, targets, tmp_path / "memory.png")
+    drawn = {axes.get_title(loc="left"): axes.images[0].get_clim() for axes in figures[0].axes if axes.images}
+    assert drawn["input, from -0.75 to 1"] == (-0.75, 1)
+    assert all(limits == (0, 1) for title, limits in drawn.items() if "from" not in title)
+
+
 def test_a_long_sequence_in_a_large_memory_stays_small(tmp_path):
     """T = 100, N = 128, four read heads, and a link that is nowhere zero but in its diagonal."""
     steps, slots, reads = 100, 128, 4
