@@ -131,7 +131,8 @@ def measure(
         done: called after each mode, with its rows.
 
     Returns:
-        a row per peer and mode that was begun. If this project's layer is wrong in a mode, no row of it has a time.
+        a row per peer and mode that was begun. If this project's layer is among them and wrong in a mode, no row of
+        that has a time.
     """
     networks: dict[str, Network] = {}
     unmade: dict[str, Row] = {}
