@@ -292,12 +292,13 @@ class OneLaunchSequence:
         from dnc_triton.kernels.sizes import Sizes
         from dnc_triton.kernels.step_launch import compile_options
 
-        settings, num_warps, compute = self.settings, self._layout.num_warps, compute_dtype(self.history.memory.dtype)
+        layout = self._layout.of_backward if backward else self._layout  # by which its work space is measured
+        settings, num_warps, compute = self.settings, layout.num_warps, compute_dtype(self.history.memory.dtype)
         sizes = Sizes.of(
             self.slots,
             self.word,
             self.reads,
-            self._layout,
+            layout,
             num_warps,
             strength_offset=settings.strength_offset,
             stop_usage_gradient=backward and settings.stop_usage_gradient,
@@ -307,7 +308,7 @@ class OneLaunchSequence:
             self.hidden_size,
             self.reads * self.word,
             sizes.INTERFACE,
-            self._layout,
+            layout,
             clip=settings.clip,
             max_gradient=settings.max_activation_gradient if backward else None,
             compute=compute,
@@ -319,7 +320,7 @@ class OneLaunchSequence:
             "steps": self.steps,
             "sizes": sizes,
             "controller": controller,
-            **compile_options(self._layout, num_warps, backward=backward),
+            **compile_options(layout, num_warps, backward=backward),
         }
 
     @property

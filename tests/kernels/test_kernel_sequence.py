@@ -474,6 +474,17 @@ def test_steps_made_again_have_room_for_their_tiles(device: torch.device, monkey
     assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
 
 
+def test_one_launch_with_other_tiles_backward(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which its work space is made; no layout of one launch has them yet."""
+    layout = Layout(True, 2, 16, 1, whole=True, backward_rows=16)
+    monkeypatch.setattr(dispatch, "sequence_layouts", lambda slots, word: [layout])
+    dnc = make(device, sizes=(16, 1, 2))
+    inputs, state = draw(dnc, 1)
+    with launches_in_margins():
+        actual = run(dnc, inputs, state, BACKEND)
+    assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")
+
+
 @pytest.mark.parametrize("steps", [*(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 2)), 6])
 def test_links_that_are_not_kept(steps: int, device: torch.device) -> None:
     """The first, the last and any number of steps after one that is kept."""
