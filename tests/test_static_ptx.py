@@ -9,9 +9,10 @@ import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.language.extra.cuda import gdc_wait  # noqa: E402
 
-from benchmarks.static.cases import TARGETS, step  # noqa: E402
+from benchmarks.static.cases import TARGETS, sequence, step  # noqa: E402
 from benchmarks.static.compiling import compile_case, compiling_map  # noqa: E402
 from benchmarks.static.ptx import early_accesses, uneven_sums  # noqa: E402
+from dnc_triton.kernels.layout import sequence_layouts  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 
@@ -94,7 +95,8 @@ def find_in_a_step(case):
     return uneven_sums(compile_case(case)[0]["ptx"])
 
 
-def test_words_of_odd_length_have_the_same_sum_in_every_thread():
-    """Of which a thread has a single number: none of the shapes on record is odd."""
+def test_the_same_sum_in_every_thread_where_no_shape_on_record_is():
+    """Of words of odd length a thread has a single number; with sixteen heads those of a single slot."""
     cases = [case for case in step((65, 17, 1), "sm_90") if case.phase != "last"]
+    cases += sequence((128, 64, 16), 16, "sm_90", layout=sequence_layouts(128, 64)[0])[:1]
     assert dict(zip(cases, compiling_map(find_in_a_step, cases), strict=True)) == {case: [] for case in cases}

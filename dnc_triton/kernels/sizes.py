@@ -43,8 +43,8 @@ class Sizes(NamedTuple):
         RANKED, AGAINST: slots that a program ranks, and those that it holds them against at once.
         FEW: at most four read heads, which leaves registers for loading ahead.
         ALONE: some thread may hold a single element of a tile's row or column, whose product must then be rounded
-            before it is added up across threads (`common.term`): with few slots, short, long or odd words, many warps.
-            `python -m benchmarks.static` fails where that is wrong.
+            before it is added up across threads (`common.term`): with few slots, short, long or odd words, many heads
+            or warps. `python -m benchmarks.static` fails where that is wrong.
         FORWARD_SCRATCH, BACKWARD_SCRATCH: numbers that the phases hand on within a step, of a batch element.
         INTERFACE: numbers of an interface vector.
         OFFSETS: where in it each field begins.
@@ -130,6 +130,7 @@ class Sizes(NamedTuple):
         strip = (16 if few else 8) if backward else 64 if all_at_once else 32
         alone = block_n <= 64 or not 16 < block_w < 256 or rows * columns <= 8 * 32 * layout.num_warps or strip == 8
         alone = alone or word % 2 == 1  # of such words a thread loads no two numbers at once
+        alone = alone or places * block_n <= 8 * 32 * num_warps  # all that it has of memory may be of one slot
         *offsets, interface = accumulate(fields.values(), initial=0)
         return cls(
             N=slots,
