@@ -56,12 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         status = UNREAD
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        print(f"dnc_triton: {error}", file=sys.stderr)
+        print(f"dnc_triton: {_reason(error)}", file=sys.stderr)
         status = 2
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
         if not _is_out_of_memory(error):
             raise
-        print(f"dnc_triton: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"dnc_triton: no room for these sizes: {_reason(error).splitlines()[0]}", file=sys.stderr)
         status = 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Without the interpreter's own end: in it, a thread of gloo now and then aborts the process.
@@ -71,10 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
+def _reason(error: Exception) -> str:
+    """An error's text, or its type; of a worker process's, which has the whole traceback in it, the end."""
+    return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip() or type(error).__name__
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """On a GPU, or on a CPU, which has no type of error for it; or more than there are numbers for."""
     import torch
 
+    if isinstance(error, (MemoryError, OverflowError)):
+        return True
     texts = ("can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking long")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 

@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -299,9 +300,10 @@ class Run:
                 pin_memory=self.fabric.device.type == "cuda",
                 worker_init_fn=_leave_to_the_run,
             )
-        except ValueError as error:
-            # Where a worker refuses a lesson, its whole traceback stands in the text.
-            raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from error
+        except Exception as error:
+            # What a worker raised would keep the loader, and so its workers, which no end of this process ends.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
     def _progress(self) -> Any:
         # A log file gets a line now and then, a terminal a moving bar.

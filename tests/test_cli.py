@@ -150,6 +150,7 @@ def test_other_errors_of_the_run_time_are_not_hidden(run: Path, monkeypatch: pyt
         ("--hidden-size", 10**12 - 1, "can't allocate memory"),
         ("--hidden-size", 10**18, "overflow"),  # more bytes than a number has
         ("--hidden-size", 10**19, "Overflow"),  # no size at all
+        ("--num-layers", 10**19, "int"),
     ],
 )
 def test_want_of_memory_is_one_line(
@@ -157,7 +158,18 @@ def test_want_of_memory_is_one_line(
 ) -> None:
     assert main([*SHORT, flag, str(size), "--run", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dnc_triton: no room for these sizes: ")
     assert words in line
+
+
+def test_want_of_memory_of_a_worker_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sizes = ["--batch-size", str(10**12), "--workers", "1"]
+    assert main([*SHORT, *sizes, "--run", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    line = error.splitlines()[-1]
+    assert line.startswith("dnc_triton: no room for these sizes: ")
+    assert "can't allocate memory" in line
 
 
 def test_what_nobody_reads_any_more_is_no_error(run: Path) -> None:

@@ -379,19 +379,20 @@ def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytes
     assert main(["train", "copy", "--resume", str(run.folder)]) == 0, "now it is free"
 
 
-def test_an_error_ends_those_who_draw_batches(tmp_path: Path) -> None:
-    """They ignore the signals that would; while an error is looked at nobody else forgets them."""
+@pytest.mark.parametrize("fails", ["learner.Learner.update", "tasks.data.TrainingBatches.__getitem__"])
+def test_an_error_ends_those_who_draw_batches(tmp_path: Path, fails: str) -> None:
+    """Theirs or another one; they ignore the signals that would, and while an error is looked at nobody forgets it."""
     script = """
-from dnc_triton.learner import Learner
+import dnc_triton.learner, dnc_triton.tasks.data
 from dnc_triton.cli import main
 def fail(*arguments, **options):
     raise RuntimeError("of the run time")
-Learner.update = fail
+dnc_triton.FAILS = fail
 main(["train", "copy", "--workers", "1", "--run", "RUN"])
-""".replace("RUN", str(tmp_path / "run"))
+""".replace("FAILS", fails).replace("RUN", str(tmp_path / "run"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "RuntimeError: of the run time"
+    assert done.stderr.strip().splitlines()[-1] == "RuntimeError: of the run time"
 
 
 def test_only_the_process_that_trains_holds_its_run(tmp_path: Path) -> None:
