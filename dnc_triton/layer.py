@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_flatten
 
 from dnc_reference import DNCCell, DNCState, MemoryState
+from dnc_reference.checks import check_dense, check_tensor
 from dnc_reference.controller import CONTROLLERS
-from dnc_reference.memory import check_memory_state, check_tensor
+from dnc_reference.memory import check_memory_state
 from dnc_triton.dispatch import check_backend, choose, explain_problem
 from dnc_triton.kernels.layout import MOST_IN_ONE_LAUNCH, MOST_SLOTS
 from dnc_triton.ops.eager import is_eager, is_transformed
@@ -188,6 +189,7 @@ class DNC(DNCCell):
         """
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs: expected a tensor [B, input_size], got {type(inputs).__name__}")
+        check_dense("inputs", inputs)
         if inputs.dim() != 2:
             raise ValueError(f"inputs: expected 2 dimensions [B, input_size], got shape {list(inputs.shape)}")
         time = 1 if self.batch_first else 0
@@ -237,9 +239,7 @@ class DNC(DNCCell):
         weight = self.like()
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs: expected a tensor {order} or a PackedSequence, got {type(inputs).__name__}")
-        if inputs.is_nested or inputs.layout != torch.strided:
-            came = "a nested one" if inputs.is_nested else f"layout {inputs.layout}"
-            raise TypeError(f"inputs: expected a dense tensor {order}, padded beside lengths, got {came}")
+        check_dense("inputs", inputs)
         if inputs.dim() != 3:
             raise ValueError(f"inputs: expected 3 dimensions {order}, got shape {list(inputs.shape)}")
         if inputs.shape[-1] != self.input_size:
@@ -391,6 +391,7 @@ def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tenso
         lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths: expected a tensor or a list of integers, got a {type(lengths).__name__}") from error
+    check_dense("lengths", lengths)
     if lengths.is_meta:
         raise ValueError("lengths: expected a tensor with values, got one on the meta device")
     integers = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)

@@ -122,9 +122,9 @@ JAGGED = torch.nested.nested_tensor(ROWS, layout=torch.jagged)
         case(INPUTS + 0j, TypeError, "torch.float32", "torch.complex64", id="complex"),
         case(INPUTS.to("meta"), ValueError, "cpu", "meta", id="device"),
         case(INPUTS.numpy(), TypeError, "a tensor [B, T, input_size] or a PackedSequence", "ndarray", id="array"),
-        case(INPUTS.to_sparse(), TypeError, "a dense tensor [B, T, input_size]", "torch.sparse_coo", id="sparse"),
-        case(NESTED, TypeError, "a dense tensor [B, T, input_size], padded beside lengths", "nested", id="nested"),
-        case(JAGGED, TypeError, "a dense tensor [B, T, input_size], padded beside lengths", "nested", id="jagged"),
+        case(INPUTS.to_sparse(), TypeError, "a dense tensor", "torch.sparse_coo", id="sparse"),
+        case(NESTED, TypeError, "a dense tensor", "nested", id="nested"),
+        case(JAGGED, TypeError, "a dense tensor", "nested", id="jagged"),
         case(None, TypeError, "a tensor [B, T, input_size] or a PackedSequence", "NoneType", id="None"),
     ],
 )

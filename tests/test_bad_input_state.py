@@ -201,14 +201,32 @@ def test_the_initial_state_of_a_controller_has_the_batch_first():
 
 
 @pytest.mark.parametrize(
-    ("rows", "came"),
+    ("rows", "error", "expected", "came"),
     [
-        case(torch.ones(BATCH), "torch.float32", id="no bools"),
-        case(torch.ones(BATCH - 1, dtype=torch.bool), f"[{BATCH - 1}]", id="too few"),
-        case(torch.ones(BATCH, 1, dtype=torch.bool), f"[{BATCH}, 1]", id="a column"),
+        case([True] * BATCH, TypeError, "a tensor", "list", id="list"),
+        case(torch.ones(BATCH), TypeError, "torch.bool", "torch.float32", id="no bools"),
+        case(torch.ones(BATCH - 1, dtype=torch.bool), ValueError, f"[{BATCH}]", f"[{BATCH - 1}]", id="too few"),
+        case(torch.ones(BATCH, 1, dtype=torch.bool), ValueError, f"[{BATCH}]", f"[{BATCH}, 1]", id="a column"),
+        case(torch.ones(BATCH, dtype=torch.bool, device="meta"), ValueError, "cpu", "meta", id="device"),
     ],
 )
-def test_rows_are_picked_by_a_bool_each(rows, came):
+def test_rows_are_picked_by_a_bool_each(rows, error, expected, came):
     _, state = make()(INPUTS)
-    with refuses(ValueError, "rows", f"[{BATCH}], torch.bool", came):
+    with refuses(error, "rows", expected, came):
         state.where(rows, state)
+
+
+def test_what_is_not_dense_is_named():
+    """Also what is not the inputs, and in a step."""
+    dnc = make()
+    _, state = dnc(INPUTS)
+    sparse = state._replace(read_words=state.read_words.to_sparse())
+    reset, lengths = torch.zeros(INPUTS.shape[:2], dtype=torch.bool), torch.ones(BATCH, dtype=torch.long)
+    for name, call in (
+        ("inputs", lambda: dnc.step(INPUTS[:, 0].to_sparse())),
+        ("state.read_words", lambda: dnc(INPUTS, sparse)),
+        ("reset", lambda: dnc(INPUTS, reset=reset.to_sparse())),
+        ("lengths", lambda: dnc(INPUTS, lengths=lengths.to_sparse())),
+    ):
+        with refuses(TypeError, name, "a dense tensor", "torch.sparse_coo"):
+            call()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference import addressing
+from dnc_reference.checks import check_dense, check_tensor
 from dnc_reference.types import Interface, MemoryState
 
 
@@ -117,6 +118,7 @@ def check_memory_step(interface: Interface, state: MemoryState) -> None:
     ):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor {letters}, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.dim() != 3 or 0 in tensor.shape[1:]:
             raise ValueError(f"{name}: expected {letters}, all but B at least 1, got shape {list(tensor.shape)}")
     batch, slots, word = state.memory.shape
@@ -138,17 +140,3 @@ def check_memory_state(
     """Raise an error that names the field unless all of them have these shapes, this dtype and this device."""
     for name, shape in shapes.items():
         check_tensor(f"{prefix}.{name}", getattr(state, name), shape, dtype=dtype, device=device)
-
-
-def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Raise an error that names the tensor unless it has this shape, dtype and device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple, tree_map, tree_structure
 
+from dnc_reference.checks import check_tensor
+
 
 class Interface(NamedTuple):
     """What the controller asks of the memory in one step, already activated.
@@ -141,13 +143,11 @@ class DNCState(NamedTuple):
         """This state in the batch rows where `rows` ([B], bool) is True, `other` in the rest.
 
         Raises:
-            ValueError: `rows` is not a bool for each batch row; or the states are not of one shape, as those of a
-                controller that grows its state are not, or not of one structure.
+            ValueError: `rows` are not as many as the batch has, or on another device; or the states are not of one
+                shape, as those of a controller that grows its state are not, or not of one structure.
+            TypeError: `rows` is no tensor of bools.
         """
-        if rows.dtype != torch.bool or rows.shape != self.read_words.shape[:1]:
-            raise ValueError(
-                f"rows: expected {[self.read_words.shape[0]]}, torch.bool, got {list(rows.shape)}, {rows.dtype}"
-            )
+        check_tensor("rows", rows, self.read_words.shape[:1], dtype=torch.bool, device=self.read_words.device)
         here, there = tree_structure(self.controller), tree_structure(other.controller)
         if here != there:
             raise ValueError(f"state.controller: expected one structure in every step, got {here} and {there}")

@@ -1,0 +1,30 @@
+"""What a tensor must be, and the errors that name the one that is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_dense(name: str, tensor: Any) -> None:
+    """Raise TypeError, naming it, unless it is a tensor that is neither sparse nor nested."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided:  # whose shape may not be asked for
+        came = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {came}")
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise an error that names the tensor unless it has this shape, dtype and device."""
+    check_dense(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
