@@ -81,9 +81,9 @@ def _devices(asked: Sequence[str]) -> list[str]:
 def _run(device: torch.device, options: argparse.Namespace, command: str, started: float) -> int:
     """Measure on one device, write, report."""
     torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for another one by a variable
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # everybody computes in float32
-        torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for another one by a variable
     machine = {"device": device.type, **describe_machine(command)}
     if device.type == "cpu" and machine["load"] > BUSY:
         print(f"Other programs are running (load {machine['load']:.1f}): expect times far too long", file=sys.stderr)

@@ -163,7 +163,7 @@ STEPS = [
 
 
 def _lean(checkpoint: int | str | None, rows: Records) -> tuple[float, int] | None:
-    bytes_of = {(row["backend"], row["checkpoint"]): row["grown_bytes"] for row in rows if "grown_bytes" in row}
+    bytes_of = {(row["backend"], row["checkpoint"]): row["grown_bytes"] for row in rows if row.get("finite")}
     ours, eager = bytes_of.get(("auto", checkpoint)), bytes_of.get((EAGER, None))
     return (ours / eager, 1) if ours and eager else None
 

@@ -52,13 +52,13 @@ def describe_machine(command: str) -> dict[str, Any]:
 def _commit() -> str:
     """The commit, with "-dirty" behind it if tracked files differ from it; "unknown" outside a git repository.
 
-    Not if results do: those that a run before has written are no part of what is measured.
+    Files under results/ do not count: an earlier run may have written them.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     differs = [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(exclude)results"]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        return commit + "-dirty" * bool(subprocess.run(differs, capture_output=True, check=False).returncode)
+        return commit + "-dirty" * (subprocess.run(differs, capture_output=True, check=False).returncode == 1)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -163,9 +163,11 @@ def test_goals_of_a_step_and_of_memory():
     assert [line.split("| ")[-1] for line in lines] == ["reached |", "missed |", *["not measured |"] * 2]
     assert lines[1] == "| memory step (16, 16, 16, 4), backward, µs | ≤ 10 | 11 | missed |"
     memory = [("reference", None, 1200), ("auto", "auto", 500), ("auto", None, 300), ("auto", 16, 150)]
-    rows = [dict(backend=backend, checkpoint=kept, grown_bytes=grown) for backend, kept, grown in memory]
+    rows = [dict(backend=name, checkpoint=kept, grown_bytes=grown, finite=True) for name, kept, grown in memory]
     lines = goals.table(goals.MEMORY, rows).splitlines()[2:]
     assert [line.split(" | ", 1)[1] for line in lines] == ["≤ 0.333 | 0.25 | reached |", "≤ 0.1 | 0.125 | missed |"]
+    rows[-1]["finite"] = False
+    assert goals.table(goals.MEMORY, rows).splitlines()[-1].endswith("| not measured |")
 
 
 def test_a_report_is_named_after_all_of_a_file_s_name(tmp_path, results, capsys):

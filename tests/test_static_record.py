@@ -95,12 +95,16 @@ def test_the_command_fails_on_what_is_worse_until_it_is_recorded(command):
     assert command(worse)[0] == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["--clocks"], ["--update"]])
-def test_the_command_refuses_to_look_at_no_case_at_all(command, arguments, capsys):
+@pytest.mark.parametrize(
+    ("select", "arguments"),
+    [("forward hole", []), ("forward hole", ["--update"]), ("gfx942", ["--clocks"])],  # of which it looks at NVIDIA's
+    ids=str,
+)
+def test_the_command_refuses_to_look_at_no_case_at_all(select, arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
-        command(GOOD, "--select", "forward hole", *arguments)
+        main(["--select", select, *arguments])
     assert exit_.value.code == 2
-    assert "argument --select: no case has 'forward hole' in its name" in capsys.readouterr().err
+    assert f"argument --select: no case that is looked at has {select!r} in its name" in capsys.readouterr().err
 
 
 def test_the_command_fails_on_a_problem_even_if_it_is_recorded(command):

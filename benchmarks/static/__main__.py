@@ -22,10 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     selected = [case for case in cases(options.complete) if options.select in str(case)]
-    if not selected:  # of which nothing is wrong
-        parser.error(f"argument --select: no case has {options.select!r} in its name")
-    if options.clocks:
+    if options.clocks:  # which there are tables of for NVIDIA's
         selected = [case for case in selected if case.target.startswith("sm_")]
+    if not selected:  # of which nothing is wrong
+        parser.error(f"argument --select: no case that is looked at has {options.select!r} in its name")
+    if options.clocks:
         print("| kernel | clocks, + for each further time through a loop |\n|---|---|")
         with contextlib.closing(compiling_map(estimate, selected, jobs=options.jobs)) as results:
             for case, clocks in zip(selected, results, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,15 @@ def _first_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested does not depend on what is the fastest here: nothing is measured, or remembered."""
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     monkeypatch.setenv("DNC_TRITON_CACHE", "/dev/null/nowhere")
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> Iterator[None]:
+    """Of products outside of the kernels, also where the environment asks for TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
