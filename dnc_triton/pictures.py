@@ -18,7 +18,8 @@ from dnc_triton.trace import Trace, check_not_empty
 
 COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}
 LABELS = {"dnc": "DNC", "lstm": "LSTM"}
-MOST_INCHES = 400  # the widest picture: Matplotlib 3.9 refuses 2^16 pixels
+DPI = 150
+MOST_INCHES = 100  # the widest picture, five pixels for each of 3000 steps: more take long, and from 2^16 on an error
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -121,7 +122,7 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
 def _save(figure: Figure, path: Path | str) -> None:
     """As a PNG, which is whole or not there."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
+    figure.savefig(picture, dpi=DPI, format="png")
     write(Path(path), picture.getvalue())
 
 

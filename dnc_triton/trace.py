@@ -10,7 +10,7 @@ from torch.utils._pytree import _register_namedtuple
 
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState, memory_step, unroll
 from dnc_reference.interface import activate_interface
-from dnc_triton.ops.eager import savable
+from dnc_triton.ops.eager import all_savable
 
 
 class Trace(NamedTuple):
@@ -68,7 +68,7 @@ def traced_unroll(
         seen.append(interface._asdict() | memory._asdict())
         return read_words, memory
 
-    state, reset = savable((state, reset))
+    state, reset = all_savable((state, reset))
     outputs, new_state = unroll(cell, inputs, state, lengths=lengths, reset=reset, interface_step=interface_step)
 
     steps, batch = inputs.shape[:2]

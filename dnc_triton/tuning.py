@@ -218,7 +218,7 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:  # a read-only home, a full disk: the process still remembers
-        logger.warning("cannot keep the measured times in %s: %s", path.parent, error)
+        logger.warning("cannot keep the measured times in %s: %s", path.parent, str(error))
 
 
 def _are_replayed(problem: Problem) -> bool:
@@ -262,7 +262,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
             raise
         except Exception as error:  # it does not compile, or does not fit: into memory, a block into a multiprocessor
             torch.cuda.synchronize(problem.device)  # raises if CUDA is of no more use
-            # As a string: a handler may keep what it is given.
+            # As a string: with the error a handler that keeps records would keep all that its frames hold.
             logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, str(error))
             if is_out_of_memory(error):
                 no_room.add((name, layout))

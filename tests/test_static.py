@@ -132,12 +132,13 @@ def test_a_sequence_is_served_where_its_kernels_fit():
         case
         for slots in (16, 32, 64, 128)
         for layout in sequence_layouts(slots, 64)
-        for case in sequence((slots, 64, 16), 128, "sm_90", layout=layout)
+        for reads in (4, 16)
+        for case in sequence((slots, 64, reads), 128, "sm_90", layout=layout)
     ]
     for measurement in compiling_map(measure, served):
         assert not measurement.errors
-        # With four heads none of them spills; with more a few numbers, since products are rounded before sums.
-        assert measurement.numbers.spilled <= 56, measurement
+        # In bytes. With sixteen heads, since products are rounded before sums, up to 14 numbers.
+        assert measurement.numbers.spilled <= (0 if measurement.case.shape[2] == 4 else 56), measurement
         assert measurement.numbers.shared <= 101_376, measurement
 
 

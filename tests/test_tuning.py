@@ -388,6 +388,11 @@ def test_nothing_is_measured_while_tracing(clock: Clock, monkeypatch: pytest.Mon
     assert not files()
 
 
+def keeps_no_error(caplog: pytest.LogCaptureFixture) -> bool:
+    """Whose frames hold memory."""
+    return not any(isinstance(x, BaseException) for record in caplog.records for x in record.args or ())
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_survived(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -395,6 +400,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(
     monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "file" / "cache"))
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
     assert "cannot keep the measured times" in caplog.text
+    assert keeps_no_error(caplog)
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
     assert len(clock.asked) == 3
 
@@ -434,6 +440,7 @@ def test_what_fails_is_not_chosen_and_said_once(
     (message,) = caplog.messages
     assert message.startswith("fused (True, 16, 16, 4, ")
     assert message.endswith(str(out_of(what)))
+    assert keeps_no_error(caplog)
 
 
 @pytest.mark.parametrize(
@@ -489,6 +496,7 @@ def test_where_there_is_no_memory_to_measure_in_the_first_is_taken(
         assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
     (message,) = caplog.messages
     assert message.startswith("nothing is measured for")
+    assert keeps_no_error(caplog)
     assert not clock.asked
     assert not files()
 

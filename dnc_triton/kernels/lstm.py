@@ -1,6 +1,6 @@
 """An LSTM's equations, element by element, and kernels that do no more, in one launch each way.
 
-What has the products around them in it, `products` and `sequence`, has the equations from here.
+`products` and `sequence`, whose kernels compute the products too, take the equations from here.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def advance(gates, cell):
 def advance_backward(
     gates, cell, d_hidden, d_above, d_cell, CLIP: tl.constexpr, MAX_GRADIENT: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """The adjoint of both: gradients by the gates before they were activated, and by the cell before the step.
+    """The adjoint of both: gradients by the gates before they were activated, and by `cell`, that before the step.
 
     `d_hidden` and `d_cell` are by what was clipped; `d_above`, or None, is by the hidden vector before it was, which a
     layer above was given.

@@ -129,8 +129,8 @@ class Sizes(NamedTuple):
         all_at_once = few and rows * columns <= 64 * 32 * layout.num_warps
         strip = (16 if few else 8) if backward else 64 if all_at_once else 32
         alone = block_n <= 64 or not 16 < block_w < 256 or rows * columns <= 8 * 32 * layout.num_warps or strip == 8
-        alone = alone or word % 2 == 1  # of such words a thread loads no two numbers at once
-        alone = alone or places * block_n <= 8 * 32 * num_warps  # all that it has of memory may be of one slot
+        # Of words of odd length a thread loads no two numbers at once; and all it has of memory may be of one slot.
+        alone = alone or word % 2 == 1 or places * block_n <= 8 * 32 * num_warps
         *offsets, interface = accumulate(fields.values(), initial=0)
         return cls(
             N=slots,

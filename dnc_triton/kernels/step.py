@@ -216,7 +216,7 @@ def step_forward_kernel(
     sizes: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
 ):
-    """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
+    """Grid: (B,) for all phases; else (B, programs of the phase): `step_launch.launches` has it.
 
     With marks [B] come zeros, as many as the largest field of a state has numbers for a batch element. What is `shared`
     may be MEMORY and LINK of the state before.
@@ -286,7 +286,7 @@ def step_backward_kernel(
     sizes: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
 ):
-    """Grid: (B,) for all phases; else (B, programs of the phase): `launch` has it.
+    """Grid: (B,) for all phases; else (B, programs of the phase): `step_launch.launches` has it.
 
     With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written. Besides MEMORY
     and LINK the GRADIENT by both may be `shared`. In three launches the link may lie `behind` so many steps; precedence

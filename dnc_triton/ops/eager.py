@@ -37,11 +37,16 @@ def is_transformed() -> bool:
     return transformed or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
 
 
-def savable(nest: Any) -> Any:
-    """A nest of tensors, with copies of those of inference mode, which cannot be saved for a backward."""
+def savable(x: Any) -> Any:
+    """A copy of a tensor of inference mode, which cannot be saved for a backward; else what came."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+
+def all_savable(nest: Any) -> Any:
+    """`savable` of all in a nest, where there may be a backward; a compiler does not follow what that asks."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nest
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, nest)
+    return tree_map(savable, nest)
 
 
 def refuse_batched(gradients: list[Tensor]) -> None:

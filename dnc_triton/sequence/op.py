@@ -22,7 +22,7 @@ from dnc_reference.memory import without_autocast
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.launcher import overlapping
 from dnc_triton.kernels.layout import Layout, is_shared
-from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched
+from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched, savable
 from dnc_triton.sequence import graphs, pool
 from dnc_triton.sequence.compiled import CompiledSequence, step_alone
 from dnc_triton.sequence.history import Carried, SequenceSettings, zeros
@@ -395,10 +395,7 @@ def run_sequence(
         return results[: 1 + len(state)]
     if keep:
         counts = len(state), len(parameters)
-        # Those of inference mode cannot be saved for a backward.
-        tensors = [x.clone() if x.is_inference() else x for x in tensors]
-        reset = reset.clone() if reset is not None and reset.is_inference() else reset
-        return list(_Sequence.apply(settings, counts, lengths, reset, *tensors, *dropout))
+        return list(_Sequence.apply(settings, counts, lengths, savable(reset), *map(savable, tensors), *dropout))
     with torch._C._AutoDispatchBelowAutograd():
         return _run(settings, inputs, state, parameters, lengths, reset, dropout, False)
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import dnc_reference
 from dnc_reference import DNCCell, DNCState
-from dnc_triton.ops.eager import ORDINARY, is_transformed, savable
+from dnc_triton.ops.eager import ORDINARY, all_savable, is_transformed
 
 
 def unroll_stepwise(
@@ -33,7 +33,7 @@ def unroll_stepwise(
         checkpoint: k: the backward has the states of every k-th step, and runs the steps in between again; "auto" and
             None keep every step.
     """
-    inputs, state, reset = savable((inputs, state, reset))
+    inputs, state, reset = all_savable((inputs, state, reset))  # inputs for the sake of checkpoints
     # A transform of torch.func takes no checkpoints.
     if not isinstance(checkpoint, int) or not torch.is_grad_enabled() or is_transformed():
         return dnc_reference.unroll(cell, inputs, state, lengths=lengths, reset=reset, **keywords)
