@@ -228,7 +228,7 @@ def load(path: Path) -> dict[str, Any]:
         *(RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError),
         *(zipfile.BadZipFile, NotImplementedError, zlib.error),
     ) as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) or not str(error) else error
+        reason = repr(error) if isinstance(error, KeyError) or not str(error) else error
         raise ValueError(f"{path}: expected a checkpoint of a run, got a file that cannot be read: {reason}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__

@@ -440,9 +440,9 @@ def test_nothing_in_a_checkpoint_is_executed(
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (b"", "cannot be read: EOFError: "),
+        (b"", "cannot be read: EOFError()"),
         (b"no checkpoint at all", "cannot be read"),
-        (b"hello", "cannot be read: KeyError: 101"),
+        (b"hello", "cannot be read: KeyError(101)"),
         ({"format": 99}, "expected a checkpoint of format 3, got 99"),
         ([1, 2], "got 'list'"),
         ({"format": checkpoint.FORMAT}, "expected 'settings' of type dict in the checkpoint, got nothing"),
