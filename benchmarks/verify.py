@@ -1,8 +1,10 @@
-"""Is a network right? Its outputs and the gradients of its parameters beside those of the float64 oracle."""
+"""Is a network right? Outputs, memory and gradients of parameters beside those of the float64 oracle."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from benchmarks.configurations import Case
 from benchmarks.modes import CAPTURED, TRAINING, TRAINS, capture, train
 from benchmarks.peers import EAGER, Network, make_layer, reference_cell
-from dnc_reference import unroll
+from dnc_reference import MemoryState, unroll
 from dnc_reference.interface import interface_sizes
 
 # What rounding to float32 leaves anywhere, on top of twice what the eager reference in float32 is off by.
@@ -26,6 +28,9 @@ SINGLE_STEPS = 10  # taken one by one
 # those by write vectors, and outputs hardly tell whether such a field is used at all; but in float32 each field's
 # gradient is right to 2e-3 of itself. So a tenth of itself is beyond `ALLOWED_ERROR`.
 FIELD_WEIGHT = 1e-4
+# How much an error counts of what is in the memory at the end. Gates that never free a slot change the usage by 2e-4 of
+# itself and more, where outputs change by 1e-10; in float32 all of it is right to 2e-5 after `VERIFIED_STEPS`.
+MEMORY_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Truth:
     Attributes:
         inputs: [B, T, I] in float32, T at most `VERIFIED_STEPS`.
         outputs: [B, T, O] in float64.
+        memories: mode without gradients → `of_any_order` of the memory's state at the end, in float64.
         gradients: by parameter, of the mean square of the outputs.
         fields: how many rows each field of the interface has in its parameters.
         allowed: mode → the largest allowed `error`.
@@ -42,6 +48,7 @@ class Truth:
 
     inputs: Tensor
     outputs: Tensor
+    memories: dict[str, list[Tensor]]
     gradients: dict[str, Tensor]
     fields: list[int]
     allowed: dict[str, float]
@@ -57,11 +64,16 @@ def find_truth(case: Case, inputs: Tensor, modes: list[str]) -> Truth:
     """
     inputs = inputs[:, :VERIFIED_STEPS]
     oracle = reference_cell(case, inputs.device, torch.float64)
-    outputs, _ = unroll(oracle, inputs.double().transpose(0, 1), oracle.initial_state(len(inputs)))
+    first, rest = inputs.double().transpose(0, 1).tensor_split([SINGLE_STEPS])
+    outputs, middle = unroll(oracle, first, oracle.initial_state(len(inputs)))
+    others, end = unroll(oracle, rest, middle)
+    outputs = torch.cat([outputs, others])
+    memories = {mode: of_any_order(state.memory) for mode, state in (("step", middle), ("forward", end))}
     names = [name for name, _ in oracle.named_parameters()]
     gradients = torch.autograd.grad(outputs.square().mean(), list(oracle.parameters()))
     fields = list(interface_sizes(case.num_reads, 1, case.word_size).values())
-    truth = Truth(inputs, outputs.detach().transpose(0, 1), dict(zip(names, gradients, strict=True)), fields, {})
+    by_name = dict(zip(names, gradients, strict=True))
+    truth = Truth(inputs, outputs.detach().transpose(0, 1), memories, by_name, fields, {})
     for mode in modes:
         eager = make_layer(case, inputs.device, backend=EAGER)
         rounding = error(eager, TRAINING if mode in TRAINS else mode, truth)
@@ -69,15 +81,25 @@ def find_truth(case: Case, inputs: Tensor, modes: list[str]) -> Truth:
     return truth
 
 
+def of_any_order(memory: MemoryState) -> list[Tensor]:
+    """Each field in float64, sorted over the slots, for slots that hold the same may be filled in another order.
+
+    Of the link [B, K, N, N] the sums over what was written before.
+    """
+    fields = {name: field.detach().double() for name, field in memory._asdict().items()}
+    fields["link"] = fields["link"].sum(-1)
+    return [field.sort(1 if name == "memory" else -1).values for name, field in fields.items()]
+
+
 def error(network: Network, mode: str, truth: Truth) -> float:
     """How far a network is off when it runs as in a mode.
 
     Returns:
-        the largest, over the outputs and, where it trains, every gradient, of max |error| / max |truth|, and of
-        `FIELD_WEIGHT` times the same for each field of the interface; NaN if any is.
+        the largest of max |error| / max |truth|, over the outputs and, where it trains, every gradient; of
+        `FIELD_WEIGHT` times the same for the gradient by each field of the interface; and, where it does not train, of
+        `MEMORY_WEIGHT` times the same for what is in the memory at the end. NaN if any is.
     """
-    pairs: list[tuple[Tensor, Tensor]] = []
-    fields: list[tuple[Tensor, Tensor]] = []
+    weighed: list[tuple[float, Tensor, Tensor]] = []
     if mode in TRAINS:
         if mode == CAPTURED:
             replay, outputs = capture(network, truth.inputs)
@@ -85,29 +107,32 @@ def error(network: Network, mode: str, truth: Truth) -> float:
         else:
             outputs = train(network, truth.inputs)
         for name, parameter in network.module.named_parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            pairs.append((gradient, truth.gradients[name]))
+            gradient, expected = parameter.grad, truth.gradients[name]
+            gradient = torch.zeros_like(parameter) if gradient is None else gradient
+            weighed.append((1, gradient, expected))
             if name.startswith("interface."):
-                fields += zip(gradient.split(truth.fields), truth.gradients[name].split(truth.fields), strict=True)
+                fields = zip(gradient.split(truth.fields), expected.split(truth.fields), strict=True)
+                weighed += [(FIELD_WEIGHT, *pair) for pair in fields]
     else:
         with torch.no_grad():
-            outputs = network.run(truth.inputs, None)[0] if mode == "forward" else _one_by_one(network, truth.inputs)
+            outputs, state = (network.run if mode == "forward" else partial(_one_by_one, network))(truth.inputs, None)
+        memories = zip(of_any_order(state.memory), truth.memories[mode], strict=True)
+        weighed += [(MEMORY_WEIGHT, *pair) for pair in memories]
     expected = truth.outputs[:, :SINGLE_STEPS] if mode == "step" else truth.outputs
     if outputs.shape != expected.shape:
         raise ValueError(f"outputs: expected {list(expected.shape)}, got {list(outputs.shape)}")
-    pairs.append((outputs, expected))
-    errors = [_off(actual, expected) for actual, expected in pairs]
-    errors += [FIELD_WEIGHT * _off(actual, expected) for actual, expected in fields if expected.any()]
-    return float(torch.stack(errors).max())
+    # Of one step the link is zero, and so may be the gradient by a field.
+    weighed = [(1, outputs, expected), *((w, a, e) for w, a, e in weighed if w == 1 or e.any())]
+    return float(torch.stack([weight * _off(actual, expected) for weight, actual, expected in weighed]).max())
 
 
 def _off(actual: Tensor, expected: Tensor) -> Tensor:
     return (actual.double() - expected).abs().max() / expected.abs().max()
 
 
-def _one_by_one(network: Network, inputs: Tensor) -> Tensor:
-    outputs, state = [], None
+def _one_by_one(network: Network, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+    outputs = []
     for inputs_of_step in inputs[:, :SINGLE_STEPS].unbind(1):
         outputs_of_step, state = network.step(inputs_of_step, state)
         outputs.append(outputs_of_step)
-    return torch.stack(outputs, dim=1)
+    return torch.stack(outputs, dim=1), state

@@ -70,6 +70,20 @@ def test_a_gradient_that_is_missing_is_noticed_however_small_it_is(field):
     assert verify.error(network, "training", truth) > truth.allowed["training"]
 
 
+@pytest.mark.parametrize("mode", ["forward", "step"])
+@pytest.mark.parametrize("field", interface_sizes(1, 1, 1))
+def test_a_field_that_is_not_used_is_noticed(field, mode):
+    """In memory, if outputs hardly tell: where no slot was written to twice, none is worth freeing."""
+    case = replace(CASE, memory_size=16, word_size=16, num_reads=1, hidden_size=32, num_layers=1, steps=5)
+    truth = verify.find_truth(case, draw_inputs(case, CPU), [mode])
+    network = peers.make_layer(case, CPU, backend="auto")
+    assert verify.error(network, mode, truth) <= truth.allowed[mode]
+    sizes = interface_sizes(case.num_reads, 1, case.word_size)
+    for parameter in network.module.interface.parameters():
+        dict(zip(sizes, parameter.detach().split(list(sizes.values())), strict=True))[field].zero_()
+    assert verify.error(network, mode, truth) > truth.allowed[mode]
+
+
 def test_a_state_that_is_lost_is_noticed():
     truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["step"])
     layer = peers.make_layer(CASE, CPU, backend="auto").module
