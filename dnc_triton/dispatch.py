@@ -217,7 +217,15 @@ BACKENDS: dict[str, Backend] = {
     ),
 }
 
-_in_use: list[list[str]] = []  # a list each, to be told apart
+
+@dataclass(eq=False)  # to be told apart
+class _InUse:
+    """A block of `use_backend`."""
+
+    name: str
+
+
+_in_use: list[_InUse] = []  # of all threads: what is done to it is one atomic step at a time
 _settled: dict[tuple[Any, ...] | None, Backend] = {}
 
 
@@ -235,12 +243,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no backend has that name.
     """
     check_backend("name", name)
-    entry = [name]
-    _in_use.append(entry)
+    block = _InUse(name)
+    _in_use.append(block)
     try:
         yield
     finally:
-        _in_use[:] = [other for other in _in_use if other is not entry]  # blocks of several threads may overlap
+        _in_use.remove(block)  # which need not be the last: blocks of several threads may overlap
 
 
 def choose(problem: Problem, backend: str = "auto") -> Backend:
@@ -309,8 +317,8 @@ def _asked(backend: str) -> tuple[str, str]:
     if backend != "auto":
         check_backend("backend", backend)
         return backend, "the argument backend"
-    if _in_use:
-        return _in_use[-1][0], "use_backend"
+    if latest := _in_use[-1:]:
+        return latest[0].name, "use_backend"
     name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     check_backend(ENVIRONMENT_VARIABLE, name)
     return name, f"the environment variable {ENVIRONMENT_VARIABLE}" if name != "auto" else "default"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
@@ -134,6 +135,25 @@ def test_use_backend_is_seen_by_other_threads(add_backends):
 
 
 # --- What is answered
+
+
+def test_use_backend_in_many_threads_at_once_leaves_nothing():
+    def enter_and_leave():
+        for _ in range(500):
+            with use_backend("reference"):
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=enter_and_leave) for _ in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert choose(PROBLEM) is BACKENDS["torch_sequence"]
 
 
 def test_auto_passes_over_what_declines(add_backends):
