@@ -27,9 +27,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -309,8 +310,17 @@ def _as_measured(problem: Problem) -> Iterator[None]:
         torch.inference_mode(False),
         torch.set_grad_enabled(problem.needs_gradient),
         without_autocast(problem.device),
+        _without_hooks(),
     ):
         yield
+
+
+def _without_hooks() -> AbstractContextManager[Any]:
+    """What is saved for a backward is saved as it is, not by hooks: an activation checkpoint's would run the call again
+    from within it, and count what is saved here as the call's."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved)  # of which the latest alone act
 
 
 def _random_step(problem: Problem) -> Callable[[Operation], None]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from straw import FAST, PROBLEM, REFERENCE, SLOW, STEPS, Clock, _a_gpu_of_straw, _clock, files, forget  # noqa: F401
 
 from dnc_triton import dispatch, tuning
@@ -378,6 +379,27 @@ def test_it_is_measured_without_the_autocast_of_a_call() -> None:
             assert not torch.is_autocast_enabled("cuda")
     finally:
         torch.set_autocast_enabled("cuda", False)
+
+
+def test_it_is_measured_within_an_activation_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose hooks would take what is saved while it is measured for what the call saves."""
+
+    def measure(problem: Problem, run: partial) -> float:
+        with tuning._as_measured(problem):
+            weight = torch.ones(2, requires_grad=True)
+            torch.autograd.grad(weight.square().sum(), weight)
+        return 1.0
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        tuning.fastest(PROBLEM, STEPS)
+        return x.square()
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    x = torch.ones(2, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(square, x, use_reentrant=False).sum().backward()
+    assert tuning.remembered(PROBLEM) == dict.fromkeys(STEPS, 1.0 / tuning._measured_steps(PROBLEM))
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0, 2.0]
 
 
 def test_nothing_is_measured_while_tracing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
