@@ -195,7 +195,8 @@ def _read(path: Path, bucket: str) -> dict[Candidate, float]:
             (str(name), None if layout is None else Layout(*layout)): float(microseconds)
             for name, layout, microseconds in record["times"]
         }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there, or damaged: measure again
+    # Not there, or damaged: measure again.
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}
     return times if all(microseconds > 0 for microseconds in times.values()) else {}
 

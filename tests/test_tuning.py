@@ -262,7 +262,7 @@ def test_a_damaged_file_is_measured_again_and_replaced(clock: Clock, content: st
     assert path.read_text() == whole
 
 
-@pytest.mark.parametrize("time", [float("nan"), -1.0, 0.0, "soon"], ids=str)
+@pytest.mark.parametrize("time", [float("nan"), -1.0, 0.0, "soon", pytest.param(10**400, id="huge")], ids=str)
 def test_times_that_cannot_be_are_measured_again(clock: Clock, time: object) -> None:
     tuning.fastest(PROBLEM, STEPS)
     (path,) = files()
