@@ -143,9 +143,9 @@ def cache_directory() -> Path:
     named = os.environ.get("DNC_TRITON_CACHE")
     if named:
         return Path(named)
-    caches = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(caches) if caches else Path.home() / ".cache") / "dnc_triton"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:  # a relative one its specification asks to ignore
+        return (caches if caches.is_absolute() else Path.home() / ".cache") / "dnc_triton"
     except RuntimeError:  # a user without a home, as in some containers
         return Path(tempfile.gettempdir()) / "dnc_triton"
 
