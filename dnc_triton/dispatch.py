@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,7 +45,9 @@ SETTLED_BY = (graphs.GRAPHS_VARIABLE, tuning.MEASURE_VARIABLE)  # variables that
 LEAST_CAPABILITY = (8, 0)
 # Looked up once: while a graph is traced it cannot be.
 HAS_TRITON = find_spec("triton") is not None
-HAS_COMPILER = bool(os.environ.get("CXX")) or any(map(shutil.which, ("g++", "clang++", "cl")))
+# What PyTorch's compiler asks for, and no other.
+COMPILER = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+HAS_COMPILER = shutil.which(COMPILER) is not None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _compiled_supports(problem: Problem) -> tuple[bool, str]:
     if problem.device.type != "cpu":
         return False, f"device is {problem.device.type}, it is made for the CPU"
     if not HAS_COMPILER:
-        return False, "PyTorch's compiler needs a C++ compiler, none is installed"
+        return False, f"PyTorch's compiler needs a C++ compiler, and there is no {COMPILER!r} (CXX names another)"
     return True, "as torch_sequence, a step compiled for its sizes, which takes half a minute the first time"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from contextlib import nullcontext
@@ -355,6 +357,19 @@ def test_the_compiled_layer_follows_use_backend(add_backends):
     with use_backend("spy"):
         compiled(inputs)
     assert spy.problems
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where PyTorch's compiler asks for g++")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_compiler_that_pytorch_does_not_ask_for_is_none(named, tmp_path):
+    """One that is named but not there, or another than g++ that is not named."""
+    (tmp_path / "clang++").write_text("#!/bin/sh")
+    (tmp_path / "clang++").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
+    environment |= {"CXX": "/nowhere/clang++"} if named else {}
+    code = "from dnc_triton.dispatch import COMPILER, HAS_COMPILER; print(COMPILER, HAS_COMPILER)"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["/nowhere/clang++" if named else "g++", "False"]
 
 
 def test_explain_says_where_nothing_runs():
