@@ -58,7 +58,9 @@ SECONDS = 1.0  # per candidate, compilation not counted
 # Before a replay is timed the device sleeps while Python says what it is to do: so many clock cycles for each second
 # that this takes (at 2 GHz twice as long as it takes), and for at most so many of these seconds.
 CYCLES, LONGEST_WAIT = 4e9, 0.02
-TOTAL_SECONDS = 60.0  # per call, compilation counted; candidates that are not reached wait for the next call
+# Per call, compilation counted; candidates that are not reached wait for the next call. None waits where hooks are at
+# work on what is saved for a backward.
+TOTAL_SECONDS = 60.0
 
 logger = logging.getLogger("dnc_triton")
 _known: dict[str, dict[Candidate, float]] = {}
@@ -251,10 +253,12 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         no_room.update(operations)
         return {}
     times: dict[Candidate, float] = {}
+    # An activation checkpoint, whose hooks they may be, runs the call again later, and has to be given the same choice.
+    most = math.inf if _are_hooks_at_work() else TOTAL_SECONDS
     at_once = launcher.threads()  # enough to keep them busy, and no more lest measuring begin late
     for index, ((name, layout), operation) in enumerate(operations.items()):
         # Until one works there is nothing to take, however late it is.
-        if min(times.values(), default=math.inf) < math.inf and time.perf_counter() - started > TOTAL_SECONDS:
+        if min(times.values(), default=math.inf) < math.inf and time.perf_counter() - started > most:
             break
         if index % at_once == 0:
             _compile_ahead(problem, run, list(operations.items())[index : index + at_once])
@@ -319,9 +323,13 @@ def _as_measured(problem: Problem) -> Iterator[None]:
 def _without_hooks() -> AbstractContextManager[Any]:
     """What is saved for a backward is saved as it is, not by hooks: an activation checkpoint's would run the call again
     from within it, and count what is saved here as the call's."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if not _are_hooks_at_work():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved)  # of which the latest alone act
+
+
+def _are_hooks_at_work() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _random_step(problem: Problem) -> Callable[[Operation], None]:

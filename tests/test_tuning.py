@@ -402,6 +402,20 @@ def test_it_is_measured_within_an_activation_checkpoint(monkeypatch: pytest.Monk
     assert x.grad.tolist() == [2.0, 2.0]
 
 
+def test_an_activation_checkpoint_has_the_same_choice_twice(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits until the call is run again from its backward."""
+    chosen = []
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        chosen.append(tuning.fastest(PROBLEM, STEPS))
+        return x.square()
+
+    monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
+    x = torch.ones(2, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(square, x, use_reentrant=False).sum().backward()
+    assert chosen == [("fused", FAST)] * 2
+
+
 def test_nothing_is_measured_while_tracing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the default for the size is taken, whatever is remembered: a traced function may not look at a file."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
