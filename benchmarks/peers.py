@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from benchmarks.configurations import Case, network_sizes
 from dnc_reference import DNCCell
 from dnc_triton import DNC, explain
-from dnc_triton.dispatch import BACKENDS
+from dnc_triton.dispatch import BACKENDS, COMPILER
 from dnc_triton.sequence.graphs import GRAPHS_VARIABLE
 
 PYPI_DNC_VERSION = "2.0.0b1"
@@ -211,10 +211,10 @@ def compile_reference(call: Callable[..., Any], memory_size: int, mode: str = "d
 
 def _check_compiler(device: torch.device) -> None:
     """Say what is missing before the compiler says it in fifty lines."""
-    names = ["g++", "clang++", "cl"] if device.type == "cpu" else ["gcc", "cc", "clang"]
-    variable = "CXX" if device.type == "cpu" else "CC"
-    if not os.environ.get(variable) and not any(map(shutil.which, names)):
-        raise MissingPeerError(f"torch.compile needs a compiler of C or C++, none of {', '.join(names)} is installed")
+    named = os.environ.get("CC")  # where Triton looks; on a CPU CXX, which is in `COMPILER`
+    names = [COMPILER] if device.type == "cpu" else [named] if named else ["gcc", "cc", "clang"]
+    if not any(map(shutil.which, names)):
+        raise MissingPeerError(f"torch.compile needs a compiler of C or C++, there is no {' or '.join(names)}")
     if device.type == "cuda" and not find_spec("triton"):
         raise MissingPeerError("torch.compile needs Triton on a GPU, which is not installed")
 
