@@ -10,7 +10,7 @@ from dnc_reference import DNCState, Interface, MemoryState
 from dnc_triton.deepmind import from_deepmind
 from dnc_triton.dispatch import use_backend
 from dnc_triton.layer import DNC, explain
-from dnc_triton.ops.memory_step import memory_step
+from dnc_triton.memory import memory_step
 from dnc_triton.pytorch_dnc import from_pytorch_dnc
 from dnc_triton.version import __version__ as __version__
 
