@@ -29,7 +29,8 @@ from dnc_triton.sequence.history import Carried, SequenceSettings, zeros
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 
-LARGE = {MemoryState._fields.index(name) for name in ("memory", "link")}  # where these are in a state
+MEMORY, LINK = (MemoryState._fields.index(name) for name in ("memory", "link"))  # where these are in a state
+LARGE = {MEMORY, LINK}
 
 
 class Given(NamedTuple):
@@ -84,30 +85,21 @@ def _sequence(
 ) -> list[Tensor]:
     """Outputs [T, B, output_size], the state after the last step, and with `keep` the history."""
     *operands, keep = arguments
-    return _run(_settings(*operands), inputs, state, parameters, lengths, reset, dropout, keep)
+    settings = _settings(*operands)
+    return _run(settings, _given(settings, inputs, state, parameters, lengths, reset, dropout), keep)
 
 
-def _run(
-    settings: SequenceSettings,
-    inputs: Tensor,
-    state: list[Tensor],
-    parameters: list[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    dropout: list[Tensor],
-    keep: bool,
-) -> list[Tensor]:
+def _run(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor]:
     """What the operator computes, by a graph where that is possible."""
-    given = _given(settings, inputs, state, parameters, lengths, reset, dropout)
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
         return _forward(settings, given.replace(tensors), keep)
 
-    with on_device(inputs):
-        if settings.compiled or len(inputs) > graphs.LONGEST:
+    with on_device(given.inputs):
+        if settings.compiled or len(given.inputs) > graphs.LONGEST:
             return _forward(settings, given, keep)
-        key = settings, keep, len(dropout), lengths is None, reset is None
-        return graphs.forward(key, given.flatten(), run, handed=1 + len(state))
+        key = settings, keep, len(given.dropout), given.running is None, given.reset is None
+        return graphs.forward(key, given.flatten(), run, handed=1 + len(given.state))
 
 
 def _forward(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor]:
@@ -184,26 +176,24 @@ def _sequence_backward(
     *operands: Any,
 ) -> list[Tensor]:
     """The gradients by inputs, state and parameters, from those by the outputs and the state after the last step."""
-    given = inputs, state, parameters, lengths, reset, dropout
+    settings = _settings(*operands)
+    given = _given(settings, inputs, state, parameters, lengths, reset, dropout)
     everything = [True] * (1 + len(state) + len(parameters))
-    return _run_backward(_settings(*operands), list(gradients), *given, (last[0], last[1]), history, everything)
+    return _run_backward(settings, list(gradients), given, (last[0], last[1]), history, everything)
 
 
 def _run_backward(
     settings: SequenceSettings,
     gradients: list[Tensor | None],
-    inputs: Tensor,
-    state: list[Tensor],
-    parameters: list[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    dropout: list[Tensor],
+    given: Given,
     last: tuple[Tensor, Tensor],
     history: list[Tensor],
     wanted: list[bool],
 ) -> list[Any]:
-    """What the operator's backward computes. A gradient that is None is zero; what is not wanted may be None."""
-    given = _given(settings, inputs, state, parameters, lengths, reset, dropout)
+    """What the operator's backward computes. A gradient that is None is zero; what is not wanted may be None.
+
+    `last` is memory and link after the last step, which the forward handed out.
+    """
 
     def run(
         gradients: list[Tensor | None],
@@ -212,12 +202,13 @@ def _run_backward(
         history: list[Tensor],
         wanted: list[bool],
     ) -> list[Tensor | None]:
-        last = handed[1], handed[3]
+        last = _memory_and_link(handed[1:])
         return _backward_through_time(settings, gradients, given.replace(tensors), last, history, wanted)
 
     # The forward settled what is rounded: a backward that is called within autocast computes the same.
-    autocast = torch.is_autocast_enabled(inputs.device.type)
-    with on_device(inputs), without_autocast(inputs.device) if autocast else nullcontext():
+    device = given.inputs.device
+    autocast = torch.is_autocast_enabled(device.type)
+    with on_device(given.inputs), without_autocast(device) if autocast else nullcontext():
         replayed = None if settings.compiled else graphs.backward(gradients, history, run, wanted)
         if replayed is None:
             return _backward_through_time(settings, gradients, given, last, history, wanted)
@@ -289,7 +280,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     last, history = output[1 : 1 + len(state)], output[1 + len(state) :]
     ctx.mark_non_differentiable(*history)
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the history
-    nested = [sequence_inputs, state, parameters, lengths, reset, dropout, [last[0], last[2]], history]
+    nested = [sequence_inputs, state, parameters, lengths, reset, dropout, [*_memory_and_link(last)], history]
     tensors, ctx.structure = tree_flatten(nested)
     ctx.present = [isinstance(tensor, Tensor) for tensor in tensors]
     ctx.save_for_backward(*(tensor for tensor in tensors if isinstance(tensor, Tensor)))
@@ -323,8 +314,6 @@ def _zero_filled(
 
 
 _sequence.register_autograd(_backward, setup_context=_setup_context)
-
-
 _sequence_backward.register_autograd(no_second_backward("a sequence operation"))
 
 
@@ -344,31 +333,37 @@ class _Sequence(torch.autograd.Function):
         """Outputs and the state after the last step. `others`: states and parameters, `counts` of each, and dropout."""
         state, parameters, dropout = _divide(others, counts)
         with torch._C._AutoDispatchBelowADInplaceOrView():  # as in an operator
-            results = _run(settings, inputs, state, parameters, lengths, reset, dropout, True)
+            results = _run(settings, _given(settings, inputs, state, parameters, lengths, reset, dropout), True)
         handed, history = results[: 1 + len(state)], results[1 + len(state) :]
         if not any(ctx.needs_input_grad[4 : 3 + len(state) + len(parameters)]):  # only the output layer learns
             ctx.mark_non_differentiable(*handed[1:])
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.counts = settings, (*counts, len(dropout))
-        ctx.save_for_backward(inputs, lengths, reset, handed[1], handed[3], *others, *history)
+        ctx.save_for_backward(inputs, lengths, reset, *_memory_and_link(handed[1:]), *others, *history)
         return tuple(handed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, lengths, reset, memory, link, *others = ctx.saved_tensors
         state, parameters, dropout, history = _divide(others, ctx.counts)
-        given = inputs, state, parameters, lengths, reset, dropout
+        tensors = inputs, state, parameters, lengths, reset, dropout
         sent_back = [gradient for gradient in gradients if gradient is not None]
         refuse_batched(sent_back)
         # The operator where the backward is itself differentiated, traced or transformed.
         if torch.is_grad_enabled() or not is_eager([inputs, *others, *sent_back]):
             zero_filled = _zero_filled(gradients, inputs, state, parameters)
-            d_given = _sequence_backward(zero_filled, *given, [memory, link], history, *_as_operands(ctx.settings))
+            d_given = _sequence_backward(zero_filled, *tensors, [memory, link], history, *_as_operands(ctx.settings))
         else:
             wanted = list(ctx.needs_input_grad[4 : 5 + len(state) + len(parameters)])
             with torch._C._AutoDispatchBelowAutograd():
-                d_given = _run_backward(ctx.settings, list(gradients), *given, (memory, link), history, wanted)
+                given = _given(ctx.settings, *tensors)
+                d_given = _run_backward(ctx.settings, list(gradients), given, (memory, link), history, wanted)
         return None, None, None, None, *_without_unused(d_given, gradients[0]), *[None] * len(dropout)
+
+
+def _memory_and_link(state: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of the tensors of a state."""
+    return state[MEMORY], state[LINK]
 
 
 def _divide(tensors: Iterable[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]:
@@ -397,7 +392,7 @@ def run_sequence(
         counts = len(state), len(parameters)
         return list(_Sequence.apply(settings, counts, lengths, savable(reset), *map(savable, tensors), *dropout))
     with torch._C._AutoDispatchBelowAutograd():
-        return _run(settings, inputs, state, parameters, lengths, reset, dropout, False)
+        return _run(settings, _given(settings, inputs, state, parameters, lengths, reset, dropout), False)
 
 
 def _kind(settings: SequenceSettings) -> Any:
