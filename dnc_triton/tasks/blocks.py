@@ -13,11 +13,9 @@ from torch import Tensor
 
 from dnc_triton.tasks.base import Batch
 from dnc_triton.tasks.curriculum import Span, describe, integers, lesson_of, read_curriculum, with_earlier
-from dnc_triton.tasks.planning import Judged, PlanningTask, log_sum
+from dnc_triton.tasks.planning import FAR, TRIES, Judged, PlanningTask, first_answer, log_sum
 
-TRIES = 100  # rounds of puzzles drawn before there is none of that kind
 MOST_BOARDS = 1_000_000  # whose moves are all made ahead, in under a minute
-FAR = 2**31  # moves to a goal that cannot be reached
 RELATIONS = ("above", "below", "left of", "right of")  # in which two blocks touch
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -293,7 +291,7 @@ class BlockPuzzleTask(PlanningTask):
 
     def begin(self, batch: Batch) -> _Puzzle:
         world = World._make(part if isinstance(part, list) else part.to(batch.inputs.device) for part in self.world)
-        first = int(batch.scored[0].nonzero()[0])
+        first = first_answer(batch)
         letters, constraints = self._said(batch.inputs[:, : first + 1])
         asked = (letters == letters[:, -1:]) & (constraints >= 0)  # [B, first + 1]
         held = world.holds.T[constraints.clamp(min=0)]  # [B, first + 1, S]

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from dnc_triton.tasks.base import Batch, SymbolTask, check_at_least
 from dnc_triton.tasks.curriculum import Span, describe, integers, lesson_of, read_curriculum, with_earlier
-from dnc_triton.tasks.planning import Judged, PlanningTask, first_answer, log_sum
+from dnc_triton.tasks.planning import FAR, TRIES, Judged, PlanningTask, first_answer, log_sum
 
 MOST_LABELS = 10**6
-TRIES = 100  # rounds of graphs drawn before there is none with such a path
-FAR = 2**31  # moves to a goal that cannot be reached
 
 # Extended Data Tables 3 and 5 of the paper: nodes, out-degree, path length of each lesson.
 TRAVERSAL = (
@@ -330,7 +328,7 @@ class ShortestPathTask(PlanningTask, GraphTask):
         raise ValueError(f"curriculum: expected graphs in which there are such paths, got none for lesson {size}")
 
     def begin(self, batch: Batch) -> _Walk:
-        query = int(batch.scored.any(0).nonzero()[0]) - self.planning_steps - 1
+        query = first_answer(batch) - self.planning_steps - 1
         triples = batch.inputs[:, :query, : self.output_size]
         source, _, destination = self._decode(triples).unbind(-1)
         start, _, goal = self._decode(batch.inputs[:, query]).unbind(-1)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from dnc_triton.tasks.base import Batch, Task
 
+TRIES = 100  # rounds in which problems of a lesson are drawn before there are none
+FAR = 2**31  # moves to a goal that cannot be reached
+
 
 class Judged(NamedTuple):
     """What became of one answer, in every row.
