@@ -16,6 +16,7 @@ from dnc_triton.kernels.layout import Layout
 # Slots that a program ranks, and how many it holds them against at once: with four warps no more are in registers, and
 # with more slots to rank there are fewer programs.
 RANKED, AGAINST = 32, 128
+WARP = 32  # threads of a warp
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -107,30 +108,37 @@ class Sizes(NamedTuple):
         compute: torch.dtype = torch.float32,
         backward: bool = False,
     ) -> Sizes:
-        """Those of a step cut up so, for a kernel whose programs have so many warps.
+        """The sizes of a step that is cut up by `layout`, for a kernel whose programs have `num_warps`.
 
         A program keeps 32 numbers in a thread's registers, 64 where nothing else is there. In a whole sequence it takes
         fewer words and places at once: otherwise its backward spills at N = 128.
+
+        The middle phase has the layout's warps, the phases around it may have others. What all phases agree on (tiles
+        of the link, blocks of slots) is made for the layout's, the rest for the kernel's own.
         """
+        threads, middle_threads = WARP * num_warps, WARP * layout.num_warps
         block_n, block_w = (max(16, triton.next_power_of_2(size)) for size in (slots, word))
-        block_r, numbers = triton.next_power_of_2(num_reads), 32 * 32 * num_warps
+        block_r, numbers = triton.next_power_of_2(num_reads), 32 * threads
         heads_read, ranked = 1 if layout.spread else block_r, min(block_n, RANKED)
+        # The link, in tiles; where there are many numbers in a tile, in strips of so many for each thread.
         rows, columns = layout.rows, layout.columns
         row_blocks, column_blocks = triton.cdiv(slots, rows), triton.cdiv(slots, columns)
-        slots_at_once = min(block_n, max(1, 16 * 32 * layout.num_warps // block_w))
+        few = num_reads <= 4
+        all_at_once = few and rows * columns <= 64 * middle_threads
+        strip = (16 if few else 8) if backward else 64 if all_at_once else 32
+        # The memory, in blocks of slots, parts of words, chunks of whole words.
+        slots_at_once = min(block_n, max(1, 16 * middle_threads // block_w))
         slot_blocks = triton.cdiv(slots, slots_at_once)
         places = min(block_w, max(4, (2 if layout.whole else 4) * numbers // (block_n * max(4, heads_read))))
-        most = min(64, block_w) if layout.whole and block_n > 64 else block_n
-        chunk = min(most, max(1, 2 * numbers // block_w))
-        by_tiles = (row_blocks + column_blocks) * num_reads
-        by_slot = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
-        fields = interface_sizes(num_reads, 1, word)
-        few = num_reads <= 4
-        all_at_once = few and rows * columns <= 64 * 32 * layout.num_warps
-        strip = (16 if few else 8) if backward else 64 if all_at_once else 32
-        alone = block_n <= 64 or not 16 < block_w < 256 or rows * columns <= 8 * 32 * layout.num_warps or strip == 8
+        most_words = min(64, block_w) if layout.whole and block_n > 64 else block_n
+        chunk = min(most_words, max(1, 2 * numbers // block_w))
+        # Scratch, in rows of N numbers: `buffers.ForwardScratch` and `buffers.BackwardScratch` without its `d_vectors`.
+        forward_rows = (row_blocks + column_blocks) * num_reads
+        backward_rows = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
+        alone = block_n <= 64 or not 16 < block_w < 256 or rows * columns <= 8 * middle_threads or strip == 8
         # Of words of odd length a thread loads no two numbers at once; and all it has of memory may be of one slot.
-        alone = alone or word % 2 == 1 or places * block_n <= 8 * 32 * num_warps
+        alone = alone or word % 2 == 1 or places * block_n <= 8 * threads
+        fields = interface_sizes(num_reads, 1, word)
         *offsets, interface = accumulate(fields.values(), initial=0)
         return cls(
             N=slots,
@@ -141,7 +149,7 @@ class Sizes(NamedTuple):
             BLOCK_R=block_r,
             ROWS=rows,
             COLUMNS=columns,
-            STRIP=min(rows, max(1, strip * 32 * layout.num_warps // columns)),
+            STRIP=min(rows, max(1, strip * middle_threads // columns)),
             ROW_BLOCKS=row_blocks,
             COLUMN_BLOCKS=column_blocks,
             TILES=row_blocks * column_blocks,
@@ -159,8 +167,8 @@ class Sizes(NamedTuple):
             AGAINST=min(block_n, AGAINST),
             FEW=few,
             ALONE=alone,
-            FORWARD_SCRATCH=max(by_tiles, layout.ranks * triton.cdiv(slots, ranked)) * slots,
-            BACKWARD_SCRATCH=by_slot * slots + slot_blocks * (2 + num_reads) * word,
+            FORWARD_SCRATCH=max(forward_rows, layout.ranks * triton.cdiv(slots, ranked)) * slots,
+            BACKWARD_SCRATCH=backward_rows * slots + slot_blocks * (2 + num_reads) * word,
             INTERFACE=interface,
             OFFSETS=Interface(**dict(zip(fields, offsets, strict=True))),  # type: ignore[arg-type]
             RAW=raw,
