@@ -175,18 +175,18 @@ class Settings:
             clip=self.clip or None,
             max_activation_gradient=self.max_activation_gradient or None,
         )
-        self._raise(dnc.controller, task)
+        self._apply_input_gain(dnc.controller, task)
         return dnc
 
     def make_lstm(self, task: Task) -> LSTMBaseline:
         """The LSTM beside it."""
         lstm = LSTMBaseline(task.input_size, self.hidden_size, task.output_size, self.num_layers, self.dropout)
-        self._raise(lstm.lstm, task)
+        self._apply_input_gain(lstm.lstm, task)
         return lstm
 
     @torch.no_grad()
-    def _raise(self, network: nn.Module, task: Task) -> None:
-        # In whatever kind of network, the weights on the input come first.
+    def _apply_input_gain(self, network: nn.Module, task: Task) -> None:
+        # The first parameter of either network has the weights on the input in its first columns.
         next(network.parameters())[:, : task.input_size] *= self.input_gain
 
 
