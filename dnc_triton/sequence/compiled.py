@@ -255,7 +255,7 @@ def _compile(
     likes: tuple[Like, ...],
     threads: int,
 ) -> Callable[..., Any]:
-    """A part of a step of a sequence: see `machine_code`."""
+    """A part of a step of a sequence: see `machine_code`, which compiles for the `threads` there are."""
     layers = settings.num_layers
 
     def traced(numbers: Tensor, *tensors: Tensor) -> tuple[()]:
@@ -302,7 +302,7 @@ def _compile(
 def _compile_alone(
     settings: SequenceSettings, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
 ) -> Callable[..., Any]:
-    """A step by itself, of which nothing is kept: see `machine_code`.
+    """A step by itself, of which nothing is kept: see `machine_code`, which compiles for the `threads` there are.
 
     What is called takes buffers for memory and link at last, and returns the outputs and all else of the new state.
     """

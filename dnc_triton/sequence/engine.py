@@ -31,7 +31,7 @@ class Captured(NamedTuple):
 
 @cache
 def _workspaces(device: torch.device) -> torch.cuda.MemPool:
-    """Memory of the device, the current one, for what `_provide_workspace` is about, until the process ends."""
+    """The pool for `_provide_workspace` on a device, which is the current one; it lasts until the process ends."""
     pool = torch.cuda.MemPool()
     # Its end would free memory, and take the process with it where CUDA has failed.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))

@@ -11,12 +11,12 @@ Plain launches are right at any time, also for the backward of a forward that wa
 
 - on a stream that is captured, by the user or a compiler, and on any but the device's default stream, where compilers
   and users prepare a capture of their own; so no two streams ever meet in an instance,
-- for a kind of call that was not seen often enough. The instances of a kind take 2, 4, 8, ... calls that find none
-  free: many instances, or instances that come and go, cost more than they gain,
+- for a kind of call that was not seen often enough. Its first instance is captured at the 2nd call that finds none
+  free, the next at the 4th, 8th, ... from then on: many instances, or such as come and go, cost more than they gain,
 - where the memory's bound would be exceeded by what is in use. What is not in use is given up, the least recently used
   first,
-- once a capture has failed, for calls of that kind; where it was for want of memory, until the 4th, 8th, 16th, ...
-  from then on that finds no instance free,
+- once a capture has failed, for calls of that kind. If it failed for want of memory it is tried again, at the 4th,
+  8th, 16th, ... call from then on that finds no instance free,
 - for sequences of more than `LONGEST` steps, which have tens of thousands of launches.
 
 Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
@@ -136,7 +136,7 @@ class Instance:
         return all(copy is not None for copy, x in zip(self.gradients, gradients, strict=True) if x is not None)
 
     def run_backward(self, gradients: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
-        """Likewise, any number of times."""
+        """What a backward returns: the results that are wanted. It may be called any number of times."""
         assert self.backward is not None
         given = [index for index, gradient in enumerate(gradients) if gradient is not None]
         self.filled.update(given)  # whatever interrupts the copy
@@ -251,7 +251,10 @@ class GraphCache:
         gradients: list[Tensor | None],
         wanted: list[bool],
     ) -> bool:
-        """In the place of one that did not take all that is given, or make all that is wanted, if there is one."""
+        """Capture a backward for all that is given and wanted; whether there is one now.
+
+        One that was there takes or makes too little. It is given up; the new one does what it did as well.
+        """
         signature = instance.signature
         if signature.failed:
             return False
@@ -395,7 +398,7 @@ def forgetting() -> Iterator[None]:
 
 @contextmanager
 def launching() -> Iterator[None]:
-    """Nothing is replayed in the block, by other threads neither: plain launches are right at any time."""
+    """Nothing is replayed in the block, not by other threads either: plain launches are right at any time."""
     _launching.append(None)
     try:
         yield
@@ -404,7 +407,7 @@ def launching() -> Iterator[None]:
 
 
 def replays(device: torch.device) -> int:
-    """How many there were on a device."""
+    """How many replays there were on a device."""
     return _graphs[device].replays if device in _graphs else 0
 
 

@@ -240,7 +240,7 @@ class Parts:
 
 
 def zeros(shapes: Iterable[tuple[int, ...]], like: Tensor) -> list[Tensor]:
-    """Zeros of these shapes, contiguous, in one buffer: to fill many takes longer than to fill much."""
+    """Zeros of these shapes, contiguous, in one buffer: a few small ones take longer to fill than a large one."""
     size, places = _places(tuple(shapes), like.dtype)
     buffer = like.new_zeros(size)
     return [buffer.as_strided(*place) for place in places]
@@ -250,7 +250,7 @@ def zeros(shapes: Iterable[tuple[int, ...]], like: Tensor) -> list[Tensor]:
 def _places(
     shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
 ) -> tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]:
-    """How long a buffer is in which these are one after the other, as in `Parts`; size, strides, offset of each."""
+    """The length of a buffer that holds these one after the other, as in `Parts`; shape, strides, offset of each."""
     lengths = Parts(dtype, *shapes).lengths
     offsets = accumulate(lengths, initial=0)
     strides = (tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))) for shape in shapes)
@@ -258,7 +258,7 @@ def _places(
 
 
 class Plan:
-    """How the history of a sequence lies in a few buffers. An operator's results cost time by the piece.
+    """How the history of a sequence lies in a few buffers: each result of an operator costs time, however small.
 
     Args:
         settings: see there.

@@ -4,7 +4,7 @@ Products with the inputs are made for all steps before the loop, those of the ou
 after the backward loop, one product each over all steps and the batch. What a step leaves behind goes to buffers that
 are allocated once. Of memory and link, by far the largest, all states are kept, or every k-th: the others are then made
 again on the way back. In plain PyTorch that is from the kept weights, without any addressing; kernels do the whole step
-again, and keep the less. Of links those of three launches keep every fourth, and make the others again in registers.
+again, and so keep less of it. In three launches they keep only every fourth link, and make the others in registers.
 
 Letters in every shape: T steps, B batch, H hidden size, N memory slots, W word size, R read heads, S the size of an
 interface vector. K = 1.
@@ -27,7 +27,7 @@ from dnc_triton.sequence.torch_memory import Kept, TorchMemory
 
 
 class Before(NamedTuple):
-    """What goes into all steps [T, B, ...], rows that a step resets at zero: see `History.carried` and `.layers`."""
+    """What each step starts from, [T, B, ...], the rows that it resets at zero; as `History.carried` and `.layers`."""
 
     carried: list[Tensor]
     layers: list[list[Tensor]]
@@ -51,7 +51,7 @@ class Sequence:
     """
 
     torch_memory = TorchMemory
-    overwrites = True  # whether `backward` does the gradient that it is given
+    overwrites = True  # whether `backward` overwrites the gradients by the last state that it is given
     chunk = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
 
     def __init__(
@@ -79,7 +79,7 @@ class Sequence:
         self._products(parameters, input_size)
 
         forwards = history is None
-        self.stretch = 1 if forwards else settings.checkpoint  # steps whose work the kernels have at once
+        self.stretch = 1 if forwards else settings.checkpoint  # steps whose work space the kernels have at once
         self.plan = plan = self._plan(settings, state, self.interface.weight.shape[1])
         self.buffers = plan.allocate(self.steps) if history is None else history
         self.history = plan.cut(self.buffers)
@@ -279,7 +279,7 @@ class Sequence:
 
     @property
     def by_kernel(self) -> int:
-        """Of the tensors of `Carried.flatten` how many the kernels reset, and keep where a row has ended."""
+        """How many tensors of `Carried.flatten`, the memory's, the kernels reset, and hold after a row's end."""
         return 0 if self.settings.layout is None else len(MemoryState._fields)
 
     def _memory(self, memory: Tensor, reads: int) -> Any:
@@ -409,7 +409,7 @@ class Sequence:
             torch.where(_rows(rows, tensor), tensor, old, out=tensor)
 
     def _finish_rows(self, d: Carried) -> None:
-        """After the loop back: no gradient from steps past the end of a row, nor by a state that was reset at once."""
+        """After the loop back: no gradient from steps past a row's end, nor by a state that the first step reset."""
         if self.running is not None:
             for gradient in (self.d_vectors, *(d_pre for cell in self.cells for d_pre in cell.each_d_pre())):
                 gradient.masked_fill_(~self.running.unsqueeze(-1), 0)

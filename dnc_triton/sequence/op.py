@@ -56,7 +56,7 @@ class Given(NamedTuple):
         state, parameters, dropout = (
             [next(remaining) for _ in part] for part in (self.state, self.parameters, self.dropout)
         )
-        # A hook may have made what was shared whole since: what is given says whether it is one entry.
+        # Hooks on what autograd saves may have expanded what was shared: its own shape says whether it is one entry.
         pairs = zip(state, self.state, strict=True)
         state = [x if x.shape == like.shape else x.expand(like.shape) for x, like in pairs]
         running, reset = (None if mask is None else next(remaining) for mask in (self.running, self.reset))

@@ -26,7 +26,7 @@ def unroll_stepwise(
     checkpoint: int | str | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, DNCState]:
-    """`dnc_reference.unroll`.
+    """`dnc_reference.unroll`, with checkpoints.
 
     Args:
         cell, inputs, state, lengths, reset, keywords: as there.
@@ -100,5 +100,5 @@ def _again(cell: DNCCell, given: list[Any]) -> Callable[..., tuple[Tensor, DNCSt
 
 
 def _ordinary(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Without those that are kept in parts, on several devices: who keeps them so puts them in place for a backward."""
+    """Without those that are sharded over devices: what shards them gathers them for a backward itself."""
     return {name: tensor for name, tensor in named if type(tensor) in ORDINARY}

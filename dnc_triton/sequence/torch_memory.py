@@ -2,7 +2,7 @@
 
 The same equations in the same order as `dnc_reference.memory` and `dnc_reference.backward`, where each is explained.
 Here every result goes to a buffer that was made once for the whole sequence, what depends on the forward alone is
-computed for all steps at once before the backward starts, and no autograd keeps count. K = 1.
+computed for all steps at once before the backward starts, and autograd records nothing. K = 1.
 
 Letters in every shape: T steps, B batch, N memory slots, W word size, R read heads, S the size of an interface vector.
 """

@@ -156,9 +156,9 @@ class TritonMemory:
 
 
 def _marks(running: Tensor | None, reset: Tensor | None) -> Tensor | None:
-    """What the kernels are told of the rows at each step: [T, B], and some more.
+    """What the kernels are told of the rows at each step: [T, B], B rounded up to 16, uint8; or None.
 
-    Each step's begin at a multiple of 16 bytes: kernels are compiled anew for what does not.
+    So each step's begin at a multiple of 16 bytes: kernels are compiled anew for what does not.
     """
     marks = None
     if running is not None:

@@ -187,4 +187,4 @@ def _most_kept(device: torch.device) -> int:
     """How many bytes of memory and link "auto" keeps."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) // SHARE
-    return pool.MOST  # what a CPU is given beyond that it must clear first, which takes as long as to make it again
+    return pool.MOST  # memory beyond that a CPU must clear first, which takes as long as to make the states again

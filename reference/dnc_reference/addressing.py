@@ -106,8 +106,8 @@ def sort_usage(usage: Tensor) -> tuple[Tensor, Tensor]:
     """The free list φ, and ε + (1 − ε)u in its order.
 
     What is sorted is 1 − u, descending: usages too close for 1 − u to tell them apart count as equal, and the lower
-    slot comes first. So it is in DeepMind's code, and so slots whose usages differ from 0 by a rounding are not
-    shuffled. Of larger ones that differ by a rounding, as of slots that nothing tells apart, that decides the order.
+    slot comes first. So it is in DeepMind's code, and so slots whose usages differ from 0 by a rounding error are not
+    shuffled. Larger usages are not protected: where two differ by a rounding error alone, it decides their order.
 
     Args:
         usage: [B, N], in [0, 1].

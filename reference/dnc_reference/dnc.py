@@ -16,8 +16,8 @@ from dnc_reference.interface import STRENGTHS, activate_interface, interface_siz
 from dnc_reference.memory import memory_step, without_autocast
 from dnc_reference.types import DNCState, MemoryState
 
-# Steps that share a weight as autocast rounds it: their gradients by it are added up in its narrow dtype. If all of a
-# long sequence did, the sum would lose its last terms; if none did, each would keep a copy for the backward.
+# How many steps share one copy of a weight that autocast has rounded. Their gradients by it are added up in its narrow
+# dtype, which over all of a long sequence would lose the last terms; a copy for every step would take much memory.
 ROUNDED_FOR = 16
 InterfaceStep = Callable[..., tuple[Tensor, MemoryState]]
 
@@ -122,7 +122,7 @@ class DNCCell(nn.Module):
         self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, output_size
         self.memory_size, self.word_size = memory_size, word_size
         self.num_reads, self.num_writes = num_reads, num_writes
-        # A compiler takes no number but Python's own.
+        # `torch.compile` takes only Python's own numbers, not NumPy's for example.
         self.num_layers, self.clip = num_layers, None if clip is None else float(clip)
         self.strength, self.stop_usage_gradient = strength, stop_usage_gradient
         self.controller_kind = controller if isinstance(controller, str) else "custom"
@@ -159,11 +159,11 @@ class DNCCell(nn.Module):
         Raises:
             TypeError: no parameter is floating point.
         """
-        # Asked by its name a weight may be computed by a parametrization, or not have been converted with its parts.
+        # Not `self.output.weight`: a parametrization may compute it, or it may not have been converted with its parts.
         weight = self.output._parameters.get("weight")
         if weight is not None and weight.is_floating_point():
             return weight
-        for parameter in self.parameters():  # the output layer may be one of the user's
+        for parameter in self.parameters():  # the user may have put another module in the place of the output layer
             if parameter.is_floating_point():
                 return parameter
         replicated = getattr(self.output, "weight", None)  # of a replica, which has no parameters

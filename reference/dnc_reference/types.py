@@ -66,8 +66,8 @@ class Interface(NamedTuple):
 class MemoryState(NamedTuple):
     """What the memory carries from one step to the next.
 
-    Which of several slots that are alike is written to, empty ones above all, a rounding decides: computed otherwise,
-    in another batch for example, they may stand in each other's places. What is read does not show it.
+    Of several slots that are alike, empty ones above all, a rounding error decides which is written to: computed in
+    another way, in another batch for example, they may have changed places. What is read does not show it.
 
     Attributes:
         memory: [B, N, W], the words.
