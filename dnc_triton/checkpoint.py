@@ -79,7 +79,7 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
 
 
 def give_up(folder: Path) -> None:
-    """The inverse, for a run that ended before it left anything: another may have the folder."""
+    """The inverse of `claim`, for a run that ended before it left anything: another may have the folder."""
     if any((folder / name).exists() for name in OF_A_RUN[:-1]):
         return
     _remove(folder / "settings.toml")

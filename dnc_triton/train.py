@@ -436,6 +436,7 @@ class Run:
 
 
 def _leave_to_the_run(worker: int) -> None:
+    """What a worker process begins with: the run's folder and its signals are the training process's."""
     checkpoint.let_go()
     # A terminal sends SIGINT to all processes; the run still needs the batches of the step it is in.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,9 +1,9 @@
 """Which candidate is the fastest, measured once and remembered: in the process, and in the user's cache directory.
 
 A sequence is measured as a sequence, of `STEPS` steps at most, with a controller of its kind; a memory step, or what
-must go step by step, as a step. Where a sequence is replayed as a CUDA graph Python does the same for one candidate as
-for another, and takes longer for it than a small network's kernels do: there it is the time that the device works that
-counts, which is that in a graph of the user's too; where it is launched, the time of the whole call.
+must go step by step, as a step. Where a sequence is replayed as a CUDA graph, only the time that the device works
+counts: what Python does is the same for every candidate, and takes longer than a small network's kernels. In a graph of
+the user's the device takes as long. Where a sequence is launched, the time of the whole call counts.
 
 A problem is remembered by its bucket: the device's model, the versions of this package and of what generates code,
 dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of two; for a sequence
@@ -65,7 +65,7 @@ TOTAL_SECONDS = 60.0
 logger = logging.getLogger("dnc_triton")
 _known: dict[str, dict[Candidate, float]] = {}
 _measured_times = 0  # in this process
-_no_room: dict[str, set[Candidate]] = {}  # what memory did not suffice for, which another day it may
+_no_room: dict[str, set[Candidate]] = {}  # what ran out of memory in this process; the next one tries it again
 
 
 def measures_sequence(problem: Problem) -> bool:
@@ -239,9 +239,10 @@ def _measured_steps(problem: Problem) -> int:
 
 
 def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], works: bool) -> dict[Candidate, float]:
-    """µs per step of each candidate that is reached, infinite for one that fails, but for want of memory.
+    """µs per step of each candidate that is reached: infinite for one that fails, none for want of memory.
 
-    If none of them works it raises the last one's error, unless another, not among these, `works`.
+    If none of them works the last one's error is raised, unless `works` says that a candidate that is not among them
+    does, or one failed for want of memory.
     """
     started = time.perf_counter()
     no_room = _no_room.setdefault(_bucket(problem), set())
@@ -348,8 +349,10 @@ def _random_step(problem: Problem) -> Callable[[Operation], None]:
 
 
 def _random_sequence(problem: Problem) -> Callable[[Operation], None]:
-    """What runs an `unroll` of this size, and its backward if that is needed. Inputs and outputs, which any backend
-    multiplies in one product, are of the controller's size."""
+    """What runs an `unroll` of this size, and its backward if that is needed.
+
+    Inputs and outputs are of the controller's size: they decide nothing, as any backend multiplies them in one product.
+    """
     size, state = problem.hidden_size, _random_state(problem)
     assert problem.controller is not None
     with torch.random.fork_rng([problem.device] if problem.device.type == "cuda" else []):
@@ -388,7 +391,7 @@ def _random_interface(problem: Problem) -> Interface:
 
 
 def _random_state(problem: Problem) -> MemoryState:
-    """On random data, never the caller's. Weights that sum to less than 1 keep the state in its range."""
+    """Random numbers, never the caller's; over N, so that weights sum to less than 1 and the state stays in range."""
     sizes = (problem.memory_size, problem.word_size, problem.num_reads, problem.num_writes)
     shapes = MemoryState.shapes(_power_of_two(problem.batch), *sizes)
     return MemoryState(**{name: _draw(problem, shape) / problem.memory_size for name, shape in shapes.items()})

@@ -98,9 +98,9 @@ def threads() -> int:
 
 @contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
-    """In the block launches by this thread run nothing: what they would run compiles, and has when the block ends.
+    """In the block launches by this thread run nothing: what they would run is compiled by the end of the block.
 
-    What is computed in the block is worth nothing, since buffers stay as they are. A backward is to be kept in this
+    Results of the block are meaningless, since no kernel writes to its buffers. A backward in it must stay in this
     thread (`torch.autograd.set_multithreading_enabled(False)`). What fails to compile fails again when it is launched.
 
     Args:

@@ -23,7 +23,7 @@ class Layout(NamedTuple):
         whole: all steps of a sequence in one launch, the controller's too; else a step at a time. Only if fused.
         backward_rows: of the backward's tiles, where they are not as many; else 0.
         overlaps: a launch begins while the one before it ends, where the device can (`launcher.overlapping`).
-        spread: what reads has a program for each read head. Only if not fused.
+        spread: the phases that read have a program for each read head. Only if not fused.
         ranks: the slots are ranked in a launch of its own, before the others, by many programs, instead of sorted by
             one. Only if not fused.
     """

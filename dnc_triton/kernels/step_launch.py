@@ -109,7 +109,8 @@ def launch_forward(
         interface, state, raw, strength_offset, layout: as in `step_forward`; memory and link may be shared.
         result: where everything goes, contiguous.
         scratch: as `forward_scratch` makes it.
-        marks: [B] uint8, of FRESH and ENDED, or None. Of what has ended memory and link stay, and all else is nobody's.
+        marks: [B] uint8, of FRESH and ENDED, or None. Rows that have ended keep memory and link; the rest of what they
+            leave is undefined.
         zeros: as many as `count_zeros` says, with marks.
     """
     memory = state[0]
@@ -223,7 +224,7 @@ def launch_backward(
         marks, zeros: as in `launch_forward`, LOST as well. Of what has ended no gradient by the state is written.
         behind: by how many steps of a sequence the link of `state` lies behind the rest of it; in three launches only.
             Their precedence and write weights stand before those of `state`, and their marks before `marks`.
-        row: numbers between two consecutive ones of those, a multiple of 16 bytes; of marks there are B between them,
+        row: how many numbers apart these are from one step to the next, a multiple of 16 bytes; marks are B apart,
             rounded up to 16.
     """
     assert not (behind and layout.fused)
@@ -318,9 +319,10 @@ def launches(
 
 
 def is_capped(launch: Launch, dtype: torch.dtype) -> bool:
-    """Whether a launch of the backward is the faster for fewer registers, with ten programs in a multiprocessor.
+    """Whether a launch of the backward is the faster for fewer registers, so that a multiprocessor has ten programs.
 
-    The middle one of three takes them all where it may, and eight programs. With many heads, or other types, it spills.
+    The middle one of three takes all that it may, which leaves room for eight. With many heads or another dtype it
+    would spill for want of them.
     """
     return launch.phase == MIDDLE.value and launch.sizes.FEW and dtype == torch.float32
 

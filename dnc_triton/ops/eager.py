@@ -38,7 +38,7 @@ def is_transformed() -> bool:
 
 
 def savable(x: Any) -> Any:
-    """A copy of a tensor of inference mode, which cannot be saved for a backward; else what came."""
+    """A copy of a tensor of inference mode, which cannot be saved for a backward; anything else as it is."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 

@@ -34,7 +34,10 @@ def _step(
     stop_usage_gradient: bool,
     layout: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`step_forward`: the words read, the new memory state, and what the backward needs (`kept`, `free_list`)."""
+    """`step_forward`: the words read, the new memory state, and what the backward needs (`kept`, `free_list`).
+
+    `stop_usage_gradient` is the backward's, which finds it among the arguments (`_setup_context`).
+    """
     state = [memory, usage, link, precedence, read_weights, write_weights]
     return _forward(interface, state, raw, strength_offset, Layout.from_operand(layout))
 
