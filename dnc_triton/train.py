@@ -201,6 +201,7 @@ class Run:
                 if row_ends:
                     with self._clock("logging"):
                         row = self._log()
+                        self._advance(row)
                         if journal:
                             journal.add(row, "training")
                         error = row[f"dnc_{self.task.unit}_error"]
@@ -213,10 +214,7 @@ class Run:
                             journal.add(row, "validation")
                     self._share_sums()  # in all processes, whether or not it is the best
                     if self._is_best(row):
-                        last, self.best = self.best, row
-                        with self._clock("checkpoints"):
-                            if not self._try_to_save("best.pt"):  # which still holds the one before
-                                self.best = last
+                        self._keep_best(row)
                 if due and not stopped and self.step < settings.steps:
                     before = time.perf_counter()
                     with self._clock("checkpoints"):
@@ -330,7 +328,7 @@ class Run:
             self.sums = dict(zip(self.sums, sums if self.fabric.is_global_zero else 0 * sums, strict=True))
 
     def _log(self) -> dict[str, float]:
-        """Close a row of the metrics: the means since the last one. Go on to the next lesson if it is time."""
+        """Close a row of the metrics: the means since the last one."""
         steps = (self.step - 1) % LOG_EVERY + 1
         self._share_sums()
         means = {key: float(value) / steps for key, value in self.sums.items()}
@@ -339,10 +337,13 @@ class Run:
         row = {"step": self.step, "lesson": self.lesson, **means, "learning_rate": rate, "seconds": seconds}
         self.rows.append(row)
         self.sums = {}
+        return row
+
+    def _advance(self, row: dict[str, float]) -> None:
+        """Go on to the next lesson, in all processes, if a row of the metrics says that this one is learned."""
         if row["dnc_right"] >= self.settings.advance_at and self.lesson + 1 < len(self.task.lessons):
             self.lesson += 1
         self.lesson = self.fabric.broadcast(self.lesson)
-        return row
 
     def _validate(self) -> dict[str, float]:
         """A row of the validations, on the same sequences each time."""
@@ -358,6 +359,13 @@ class Run:
         # Where as many sequences are right, the lower loss is better.
         rank = (row["dnc_right"], -row["dnc_loss"])
         return not self.best or rank > (self.best["dnc_right"], -self.best["dnc_loss"])
+
+    def _keep_best(self, row: dict[str, float]) -> None:
+        """Save the run as the best so far; if that fails, best.pt and `best` are of the one before."""
+        last, self.best = self.best, row
+        with self._clock("checkpoints"):
+            if not self._try_to_save("best.pt"):
+                self.best = last
 
     @torch.no_grad()
     def score(self, sizes: list[int], sequences: int, split: str) -> dict[str, dict[str, float]]:
