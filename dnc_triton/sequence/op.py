@@ -112,8 +112,8 @@ def _unroll(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor
     inputs, state, parameters, dropout, running, reset = given
     carried = Carried.unflatten(state, settings.num_layers)
     if settings.compiled and not keep and len(inputs) == 1 and not dropout and running is None and reset is None:
-        outputs, last = step_alone(settings, inputs[0], carried, parameters)
-        return [outputs.unsqueeze(0), *last]
+        outputs, new_state = step_alone(settings, inputs[0], carried, parameters)
+        return [outputs.unsqueeze(0), *new_state]
     if keep:
         sequence = kind(settings, parameters, inputs, carried, running, reset, dropout)
         outputs, last = sequence.forward()
@@ -395,7 +395,7 @@ def run_sequence(
         return _run(settings, _given(settings, inputs, state, parameters, lengths, reset, dropout), False)
 
 
-def _kind(settings: SequenceSettings) -> Any:
+def _kind(settings: SequenceSettings) -> type[Sequence] | type[OneLaunchSequence]:
     """The class that runs the sequence."""
     if settings.compiled:
         return CompiledSequence
