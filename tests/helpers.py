@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
-from dnc_reference import Interface, MemoryState, memory_step
+from dnc_reference import DNCState, Interface, MemoryState, memory_step
 from dnc_reference.addressing import norm
 from dnc_reference.interface import activate_interface, interface_sizes
 
@@ -285,6 +285,18 @@ class Golden(NamedTuple):
             raw = f"in_{match[1]}_content_strengths"
             return self.tensor(f"fdgrad_{raw}") / torch.sigmoid(self.tensor(raw))
         return self.tensor(f"fd{key}")
+
+
+def named(prefix: str, keys: Iterable[str], values: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Values under their keys in a file."""
+    return {prefix + key: value for key, value in zip(keys, values, strict=True)}
+
+
+def named_state(prefix: str, state: DNCState) -> dict[str, Tensor]:
+    """A state of the whole network, whose controller is an LSTM of one layer, under its keys in a file."""
+    ((hidden, cell),) = state.controller
+    keys = [*STATE_KEYS, "access_output", "hidden", "cell"]
+    return named(prefix, keys, [*state.memory, state.read_words, hidden, cell])
 
 
 @cache

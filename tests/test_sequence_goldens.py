@@ -14,6 +14,8 @@ from helpers import (
     Golden,
     as_leaves,
     load_golden,
+    named,
+    named_state,
 )
 from sequence_parity import each_backend
 from torch import Tensor
@@ -35,10 +37,6 @@ def test_every_file_is_visited() -> None:
     assert len(ROLLOUTS) == 7
 
 
-def named(prefix: str, values, keys) -> dict[str, Tensor]:
-    return {prefix + key: value for key, value in zip(keys, values, strict=True)}
-
-
 def weighted(golden: Golden, key: str, result: Tensor) -> Tensor:
     """The loss of a file."""
     return (golden.tensor(f"lossw_{key}", result.dtype) * result).sum()
@@ -46,7 +44,7 @@ def weighted(golden: Golden, key: str, result: Tensor) -> Tensor:
 
 def gradients(loss: Tensor, leaves: dict[str, Tensor], **options: bool) -> dict[str, Tensor]:
     values = torch.autograd.grad(loss, list(leaves.values()), **options)
-    return named("grad_", values, list(leaves))
+    return named("grad_", leaves, values)
 
 
 # --- the whole network ------------------------------------------------------------------------------------------------
@@ -55,12 +53,6 @@ def gradients(loss: Tensor, leaves: dict[str, Tensor], **options: bool) -> dict[
 def layer(golden: Golden, variables: dict[str, Tensor], **options) -> DNC:
     sizes = {key: size for key, size in golden.meta["config"].items() if key != "batch"}
     return from_deepmind(variables, clip=golden.meta["clip_value"], **sizes, batch_first=False, **options)
-
-
-def named_state(prefix: str, state: DNCState) -> dict[str, Tensor]:
-    ((hidden, cell),) = state.controller
-    keys = [*STATE_KEYS, "access_output", "hidden", "cell"]
-    return named(prefix, [*state.memory, state.read_words, hidden, cell], keys)
 
 
 @pytest.mark.parametrize("checkpoint", [None, 3])
@@ -217,8 +209,8 @@ def check_memory_rollout(make: Callable[[Tensor, MemoryState], Any], name: str, 
         d_sums[step] = (loss_weights[step] * words[step]).sum(-1) + (d.read_weights * after[step].read_weights).sum(-1)
         d = d._replace(read_weights=d.read_weights * sums[step])
         d = memory.backward(step, before[step], after[step], loss_weights[step] * sums[step], d)
-    results |= named("traj_", moved, list(STATE_KEYS)) | named("grad_init_", d, list(STATE_KEYS))
-    results |= named("grad_in_", activated_gradients(d_vectors, interface, d_sums), list(INTERFACE_KEYS))
+    results |= named("traj_", STATE_KEYS, moved) | named("grad_init_", STATE_KEYS, d)
+    results |= named("grad_in_", INTERFACE_KEYS, activated_gradients(d_vectors, interface, d_sums))
     golden.check(results, without=("mid_",), forced=forced)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import GOLDEN_NAMES, INTERFACE_KEYS, STATE_KEYS, as_leaves, load_golden
+from helpers import GOLDEN_NAMES, INTERFACE_KEYS, STATE_KEYS, as_leaves, load_golden, named, named_state
 from parity import margins, pick_layout
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from dnc_reference import DNCState, MemoryState
 from dnc_reference.addressing import softplus
@@ -64,10 +64,6 @@ def test_memory_step(name: str, dtype: torch.dtype, backend: str, device: torch.
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     results |= {"loss": loss, **strengths, **named("grad_", leaves, gradients)}
     golden.check(tree_map(torch.Tensor.cpu, results), without=("mid_",))
-
-
-def named(prefix: str, keys, values) -> dict[str, Tensor]:
-    return {prefix + key: value for key, value in zip(keys, values, strict=True)}
 
 
 def weighted(golden, results: dict[str, Tensor]) -> Tensor:
@@ -129,8 +125,3 @@ def test_cell_rollout(backend: str, device: torch.device) -> None:
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     results |= {"loss": loss, **named("grad_", leaves, gradients)}
     golden.check(tree_map(torch.Tensor.cpu, results), without=("mid_", "traj_", "grad_var."))
-
-
-def named_state(prefix: str, state: DNCState) -> dict[str, Tensor]:
-    keys = ["hidden", "cell", *STATE_KEYS, "access_output"]
-    return named(prefix, keys, tree_leaves(state))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GOLDEN_NAMES, INTERFACE_KEYS, STATE_KEYS, Golden, as_leaves, load_golden
+from helpers import GOLDEN_NAMES, INTERFACE_KEYS, STATE_KEYS, Golden, as_leaves, load_golden, named, named_state
 from torch import Tensor, nn
 
 import dnc_reference
@@ -66,11 +66,6 @@ each_step = pytest.mark.parametrize(
 )
 
 
-def named(prefix: str, values: Sequence[Tensor], keys: Sequence[str]) -> dict[str, Tensor]:
-    """Values under their keys in a file."""
-    return {prefix + key: value for key, value in zip(keys, values, strict=True)}
-
-
 def activate(raw: Interface) -> Interface:
     return raw._replace(
         read_strengths=softplus(raw.read_strengths),
@@ -105,7 +100,7 @@ def weighted_sum(golden: Golden, results: dict[str, Tensor]) -> Tensor:
 def gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """`grad_` and the key of each leaf → the gradient."""
     values = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return named("grad_", values, list(leaves))
+    return named("grad_", leaves, values)
 
 
 @each_step
@@ -116,11 +111,11 @@ def test_memory_step(step: Callable[..., Any], hidden: tuple[str, ...], name: st
     interface = activate(raw)
     read_words, new, *addressing = step(interface, prev, stop_usage_gradient=True)
 
-    results = {"out_read_words": read_words, **named("next_", new, STATE_KEYS)}
+    results = {"out_read_words": read_words, **named("next_", STATE_KEYS, new)}
     loss = weighted_sum(golden, results)
     leaves = {
-        **named("in_", raw, INTERFACE_KEYS),
-        **named("prev_", prev, STATE_KEYS),
+        **named("in_", INTERFACE_KEYS, raw),
+        **named("prev_", STATE_KEYS, prev),
         **strengths("act_", interface),
     }
     results |= {"loss": loss, **strengths("act_", interface), **gradients(loss, leaves)}
@@ -136,8 +131,8 @@ def test_gradients_are_finite_in_half_precision(name: str, dtype: torch.dtype) -
     golden = load_golden(name)
     raw, prev = as_leaves((golden.interface("in_", dtype), golden.state("prev_", dtype)))
     read_words, new = dnc_reference.memory_step(activate(raw), prev, stop_usage_gradient=True)
-    loss = weighted_sum(golden, {"out_read_words": read_words, **named("next_", new, STATE_KEYS)})
-    leaves = {**named("in_", raw, INTERFACE_KEYS), **named("prev_", prev, STATE_KEYS)}
+    loss = weighted_sum(golden, {"out_read_words": read_words, **named("next_", STATE_KEYS, new)})
+    leaves = {**named("in_", INTERFACE_KEYS, raw), **named("prev_", STATE_KEYS, prev)}
     for key, gradient in gradients(loss, leaves).items():
         assert gradient.dtype == dtype
         assert gradient.isfinite().all(), key
@@ -156,8 +151,8 @@ def test_memory_step_backward(name: str, dtype: torch.dtype) -> None:
     )
     results = {
         **strengths("grad_act_", d_interface),
-        **named("grad_in_", activate_backward(d_interface, raw), INTERFACE_KEYS),
-        **named("grad_prev_", d_prev, STATE_KEYS),
+        **named("grad_in_", INTERFACE_KEYS, activate_backward(d_interface, raw)),
+        **named("grad_prev_", STATE_KEYS, d_prev),
     }
     golden.check(results, without=("act_", "out_", "next_", "mid_", "loss"))
 
@@ -177,10 +172,10 @@ def test_memory_rollout(step: Callable[..., Any], hidden: tuple[str, ...], name:
 
     results = {"out_read_words": torch.stack(words)}
     loss = weighted_sum(golden, results)
-    leaves = {**named("in_", raw, INTERFACE_KEYS), **named("init_", init, STATE_KEYS)}
+    leaves = {**named("in_", INTERFACE_KEYS, raw), **named("init_", STATE_KEYS, init)}
     trajectory = MemoryState(*(torch.stack(field) for field in zip(*states, strict=True)))
     trajectory = trajectory._replace(link=trajectory.link[golden.tensor("traj_link_steps", torch.long)])
-    results |= {"loss": loss, **named("traj_", trajectory, STATE_KEYS), **gradients(loss, leaves)}
+    results |= {"loss": loss, **named("traj_", STATE_KEYS, trajectory), **gradients(loss, leaves)}
     if allocations:
         results["mid_allocation_weights"] = torch.stack(allocations)
     golden.check(results, without=hidden)
@@ -206,8 +201,8 @@ def test_memory_rollout_backward(name: str, dtype: torch.dtype) -> None:
         d_interfaces.insert(0, d_step)
     d_interface = Interface(*(torch.stack(field) for field in zip(*d_interfaces, strict=True)))
     results = {
-        **named("grad_in_", activate_backward(d_interface, raw), INTERFACE_KEYS),
-        **named("grad_init_", d_state, STATE_KEYS),
+        **named("grad_in_", INTERFACE_KEYS, activate_backward(d_interface, raw)),
+        **named("grad_init_", STATE_KEYS, d_state),
     }
     golden.check(results, without=("out_", "traj_", "mid_", "loss"))
 
@@ -259,16 +254,6 @@ NETWORKS: dict[str, tuple[Callable[[Golden, torch.dtype], DNCCell], Run]] = {
 def initial_state(golden: Golden, dtype: torch.dtype) -> DNCState:
     hidden, cell, read_words = (golden.tensor(f"init_{key}", dtype) for key in ("hidden", "cell", "access_output"))
     return DNCState(((hidden, cell),), golden.state("init_", dtype), read_words)
-
-
-def named_state(prefix: str, state: DNCState) -> dict[str, Tensor]:
-    ((hidden, cell),) = state.controller
-    return {
-        **named(prefix, state.memory, STATE_KEYS),
-        f"{prefix}access_output": state.read_words,
-        f"{prefix}hidden": hidden,
-        f"{prefix}cell": cell,
-    }
 
 
 def as_variables(golden: Golden, values: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -341,5 +326,5 @@ def test_cell_addressing(name: str, dtype: torch.dtype) -> None:
     inputs, init = golden.tensor("inputs", dtype), initial_state(golden, dtype)
     unroll(reference_cell(golden, dtype), inputs, init, interface_step=watched_step)
     keys = ("mid_allocation_weights", "mid_allocation_gate", "mid_write_gate")
-    results = named("", [torch.stack(field) for field in zip(*seen, strict=True)], keys)
+    results = named("", keys, [torch.stack(field) for field in zip(*seen, strict=True)])
     golden.check(results, without=("out_", "loss", "final_", "traj_", "grad_"))
