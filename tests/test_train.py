@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_bits
 from small_runs import SMALL, assert_same_run, start
 
 from dnc_triton import checkpoint
@@ -169,6 +170,19 @@ def test_a_task_says_what_it_needs_to_be_trained(name: str) -> None:
     for parameter in inspect.signature(type(task)).parameters:
         assert type(task).arguments[parameter]
     assert set(task.symbols(task.run(settings.make_dnc(task), batch), batch)) == {"input", "target", "output"}
+
+
+@pytest.mark.parametrize("network", ["make_dnc", "make_lstm"])
+def test_an_input_gain_multiplies_the_first_weights_on_the_input_alone(network: str) -> None:
+    plain, more = (Settings.read("copy", input_gain=gain, controller="lstm", num_layers=2) for gain in (1.0, 4.0))
+    task = plain.make_task()
+    made = []
+    for settings in (plain, more):
+        torch.manual_seed(0)
+        made.append(getattr(settings, network)(task).state_dict())
+    first = {"make_dnc": "controller.layers.0.weight_ih", "make_lstm": "lstm.weight_ih_l0"}[network]
+    made[0][first][:, : task.input_size] *= 4
+    assert_same_bits(made[1], made[0])
 
 
 def test_delayed_copy_is_learned_and_everything_is_left_in_the_folder(
