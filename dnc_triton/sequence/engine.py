@@ -108,7 +108,7 @@ class Engine:
             torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a place of its own
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        """Where the device refuses a capture PyTorch does not end its own part, and would ask the graph for ever."""
+        """Where a device refuses a capture PyTorch leaves its part open: its allocator would go on asking the graph."""
         try:
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
         except RuntimeError:  # it has ended
@@ -117,10 +117,10 @@ class Engine:
         self.broken.append(graph)
 
     def _release_generator(self) -> None:
-        """Likewise the device's random generator would wait for an end, and refuse to draw until then.
+        """Likewise the device's random generator would wait for the capture's end, and refuse to draw until then.
 
-        It waits for that of any capture, so one that succeeds tells it. In the place of its state another one could be
-        put, but then graphs that were captured before, the user's too, would go on asking the old one.
+        The end of any capture will do, so here is one that succeeds. Its state could be replaced instead, but then
+        graphs that were captured before, the user's too, would go on asking the old one.
         """
         with suppress(Exception):  # what went wrong first is what is to be told
             number = torch.zeros(1, device=self.device)
