@@ -98,6 +98,17 @@ def test_padding_changes_nothing(backend, checkpoint):
     assert_same_bits(row(actual.state, 1), row(given, 1))
 
 
+@pytest.mark.parametrize("checkpoint", [None, 30])
+def test_a_row_that_has_ended_does_not_grow(checkpoint):
+    """Whatever its link is: the gradients by the weights are those of its steps alone."""
+    dnc = make("torch_sequence", checkpoint=checkpoint)
+    _, given = draw(dnc)
+    given = given._replace(memory=given.memory._replace(link=torch.full_like(given.memory.link, 1e3)))
+    inputs = torch.zeros(120, BATCH, dnc.input_size, dtype=torch.float64)
+    actual, expected = (outcome(run, dnc, inputs, given, lengths=[1, 0, 1]) for run in (operation, oracle))
+    assert_close(actual, expected, **GRADIENT)
+
+
 @pytest.mark.parametrize("checkpoint", [None, 2])
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @each_backend

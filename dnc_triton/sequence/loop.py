@@ -192,7 +192,8 @@ class Sequence:
             below = cell.above(step, after.layers[layer])
         self.interface.add_to(self.interface_bias, after.layers[-1][0], self.vectors[step])
         self.memory.forward(step, before.memory, after.memory, after.words, fresh=self.resets[step])
-        self._hold(step, before.memory, after.memory)
+        # By a link that stays, and is none that writing makes, weights and usage would grow without bound.
+        self._hold(step, before.memory, after.memory, *MemoryState._fields)
 
     def _begin_backward(self, before: Before, d: Carried) -> None:
         # What goes on through the steps after a row's end: the gradient by its last state.
@@ -357,7 +358,7 @@ class Sequence:
         for step in range(first, last):
             before, after = self._memory_before(step), self._after(step).memory
             self.memory.replay(step, before, after)
-            self._hold(step, before, after)
+            self._hold(step, before, after, "memory", "link")
         if self.by_kernel:
             self.memory.replay(last, self._memory_before(last), None)
 
@@ -397,10 +398,10 @@ class Sequence:
         from_words = self.from_words.weight_gradient(d_outputs, words)
         return [*gradients, torch.cat([from_hidden, from_words], 1), d_outputs.sum((0, 1))]
 
-    def _hold(self, step: int, before: MemoryState, after: MemoryState) -> None:
-        """Memory and link of rows that have ended stay. All else runs on, and is not used."""
+    def _hold(self, step: int, before: MemoryState, after: MemoryState, *fields: str) -> None:
+        """These fields of rows that have ended stay. All else runs on, and is not used."""
         if not self.by_kernel and self.stops[step]:
-            self._keep_ended(step, [after.memory, after.link], [before.memory, before.link])
+            self._keep_ended(step, *([getattr(state, field) for field in fields] for state in (after, before)))
 
     def _keep_ended(self, step: int, tensors: list[Tensor], kept: list[Tensor]) -> None:
         """Put rows that have ended back to what they were."""
