@@ -44,7 +44,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
             precision=precision,  # type: ignore[arg-type]
         )
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # PyTorch's other sentences list its backends
         raise ValueError(f"--device: expected a device that this machine has, got {device!r}: {reason}") from error
     fabric.launch()
     return fabric
