@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dnc_reference.controller import CONTROLLERS
 from dnc_triton.baseline import LSTMBaseline
 from dnc_triton.layer import DNC
 from dnc_triton.tasks import TASKS, Task
@@ -27,6 +28,7 @@ CHOICES = {
     "optimizer": ("adam", "rmsprop"),
     "schedule": ("cosine", "constant"),
     "precision": ("32-true", "bf16-mixed", "64-true"),
+    "controller": tuple(CONTROLLERS),
 }
 
 

@@ -261,7 +261,7 @@ def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path) -> None:
         (["copy", "--steps", "0"], ["steps", "at least 1", "got 0"]),
         (["copy", "--batch-size", "0"], ["batch_size", "at least 1", "got 0"]),
         (["copy", "--learning-rate", "0"], ["learning_rate", "above 0", "got 0"]),
-        (["copy", "--controller", "transformer"], ["controller", "'lstm'", "'transformer'"]),
+        (["copy", "--controller", "transformer"], ["controller", "lstm, gru, rnn, feedforward, got 'transformer'"]),
         (["copy", "--memory-size", "0"], ["memory_size", "at least 1", "got 0"]),
         (["copy", "--max-length", "0"], ["max_length: expected an integer, at least 1, got 0"]),
         (["copy", "--warmup", "1000"], ["warmup", "less than the 1000 steps", "got 1000"]),
