@@ -285,7 +285,8 @@ class Run:
                 message += f"{self.folder}/failure.pt holds the batch, the tensors and the run before that step. "
             except OSError as error:
                 message += f"The batch could not be kept: {error}. "
-        raise FloatingPointError(message + "Try a lower --learning-rate, --max-gradient-norm or --clip")
+        clip = "a lower --clip" if self.settings.clip else "a --clip"  # 0 is none
+        raise FloatingPointError(message + f"Try a lower --learning-rate or --max-gradient-norm, or {clip}")
 
     def _batches(self) -> Generator[Batch, None, None]:
         """The batches of the present lesson, from the present step on, until it is closed."""

@@ -124,13 +124,18 @@ def test_what_a_step_draws_does_not_depend_on_where_the_run_was_interrupted(tmp_
 # --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("clip", "advice"), [("0", "or a --clip\n"), ("20", "or a lower --clip\n")])
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_word(
+    clip: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A bound of 0 is none: there is no lower one."""
     arguments = ["train", "copy", *SMALL, "--steps", "100", "--no-baseline", "--run", str(tmp_path / "run")]
-    assert main([*arguments, "--learning-rate", "1e30"]) == 2
+    assert main([*arguments, "--learning-rate", "1e30", "--clip", clip]) == 2
     error = capsys.readouterr().err
     assert "step 2: dnc: outputs is not finite" in error
     assert "failure.pt" in error
     assert "--learning-rate" in error
+    assert error.endswith(advice)
 
 
 @pytest.mark.parametrize("tensor", ["inputs", "parameter output.bias", "loss", "gradient of output.weight"])
