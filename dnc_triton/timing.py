@@ -40,7 +40,7 @@ def bench(settings: Settings, device: str) -> str:
     steps = batch.inputs.shape[1]
     lines = [
         f"{task.name}, size {size}: {settings.batch_size} sequences of {steps} steps on {device}, "
-        f"{torch.get_num_threads()} threads; medians of {SECONDS:.0f} s each",
+        f"{_threads()}; medians of {SECONDS:.0f} s each",
         f"{'':<6}{'ms per batch:':>14}{'forward':>10}{'training':>10}"
         f"{'ms per step:':>16}{'forward':>10}{'training':>10}",
     ]
@@ -77,7 +77,7 @@ def info(task: str, device: str) -> str:
         "torch": torch.__version__,  # which says for what it was built
         "triton": triton_version() or "not installed",
         **{name: _version(name) for name in PACKAGES},
-        "cpu": f"{torch.get_num_threads()} threads",
+        "cpu": _threads(),
         "cuda": ", ".join(f"cuda:{index} {name}" for index, name in enumerate(names)) or "none",
         "mps": "yes" if torch.backends.mps.is_available() else "none",
         "runs": f"{Path('runs').resolve()} (or where --run says)",
@@ -86,6 +86,11 @@ def info(task: str, device: str) -> str:
     explanation = explain(dnc, sample.to(run.fabric.device).inputs)  # type: ignore[arg-type]
     lines = [f"{name:<18}{value}" for name, value in rows.items()]
     return "\n".join([*lines, "", f"{task} in training:", explanation])
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _version(name: str) -> str:

@@ -440,8 +440,10 @@ def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("dnc_triton.timing.version", not_found)  # as it is of Triton for ROCm, by that name
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert main(["info", "delayed_copy"]) == 0
     printed = capsys.readouterr().out
+    assert f"{'cpu':<18}1 thread\n" in printed
     assert f"{'numpy':<18}not installed\n" in printed
     assert f"{'triton':<18}{triton_version() or 'not installed'}\n" in printed
     assert not list(tmp_path.iterdir())
