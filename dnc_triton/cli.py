@@ -179,13 +179,13 @@ def _add_settings(parser: argparse.ArgumentParser, task: type[Task]) -> None:
             _add_flag(group, setting.name, setting.metadata["meaning"], default, CHOICES.get(setting.name))
     group = parser.add_argument_group("the task; these too")
     for name, parameter in inspect.signature(task).parameters.items():
-        _add_flag(group, name, task.arguments[name], defaults.task_arguments.get(name, parameter.default))
+        _add_flag(group, name, task.arguments.get(name, ""), defaults.task_arguments.get(name, parameter.default))
 
 
 def _add_flag(group: Any, name: str, meaning: str, default: Any, choices: tuple[str, ...] | None = None) -> None:
     """--name, or --name and --no-name, of the type that the default has."""
     flag = "--" + name.replace("_", "-")
-    text = f"{meaning} (default: {default})".replace("%", "%%")
+    text = f"{meaning} (default: {default})".lstrip().replace("%", "%%")
     if isinstance(default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:

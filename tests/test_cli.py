@@ -62,6 +62,14 @@ def test_help_says_what_there_is(arguments: list[str], words: list[str], capsys:
         assert word in printed
 
 
+def test_a_task_need_not_explain_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(CopyTask, "arguments", {})
+    with pytest.raises(SystemExit) as done:
+        main(["train", "copy", "--help"])
+    assert done.value.code == 0
+    assert "--num-bits NUM_BITS (default: 8)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_runs_that_start_in_one_second_have_a_folder_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
