@@ -363,8 +363,10 @@ def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
         a table to print, a line for each backend; the one that would run has a star in front.
 
     Raises:
-        ValueError, TypeError: as `DNC.forward` for `inputs`.
+        ValueError, TypeError: as `DNC.forward` for `inputs`; a TypeError for what is no `DNC`.
     """
+    if not callable(getattr(dnc, "problem", None)):  # one that is compiled hands on what it is asked
+        raise TypeError(f"dnc: expected a DNC, got {type(dnc).__name__}")
     return explain_problem(dnc.problem(inputs), dnc.backend)
 
 

@@ -247,3 +247,10 @@ def test_reset_of_a_time_first_layer_is_time_first():
 def test_inputs_of_a_single_step_that_are_no_tensor(inputs):
     with refuses(TypeError, "inputs", "a tensor [B, input_size]", type(inputs).__name__):
         make().step(inputs)
+
+
+def test_what_is_explained_is_a_layer():
+    for other in (nn.LSTM(3, 6), None):
+        with refuses(TypeError, "dnc", "a DNC", type(other).__name__):
+            explain(other, INPUTS)
+    assert explain(torch.compile(make()), INPUTS) == explain(make(), INPUTS)  # which hands on what it is asked
