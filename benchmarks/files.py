@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.configurations import Case
 from benchmarks.measure import MEASURED, Row
-from dnc_triton.checkpoint import write, write_table
+from dnc_triton.files import write, write_table
 
 # What stands in every row of the CSV, that it may be read by itself.
 MEANS = ("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date")

@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dnc_triton.folder import claim, give_up
+
 if TYPE_CHECKING:
     from dnc_triton.settings import Settings
     from dnc_triton.tasks import Task
@@ -221,7 +223,6 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dnc_triton import checkpoint
     from dnc_triton.report import report
     from dnc_triton.train import Run
 
@@ -244,7 +245,7 @@ def _train(options: argparse.Namespace) -> int:
         finished = run.train()
     except Exception:
         if run.step == 0 and run.fabric.is_global_zero:
-            checkpoint.give_up(run.folder)
+            give_up(run.folder)
         raise
     if not finished:
         again = ["python", "-m", "dnc_triton", "train", task, "--resume", str(run.folder)]
@@ -278,10 +279,8 @@ def _claim(run: Run, *, named: bool) -> None:
 
 def _claim_named(run: Run) -> str:
     """Why the folder cannot be the run's, if it cannot."""
-    from dnc_triton import checkpoint
-
     folder = run.folder
-    if checkpoint.claim(folder, run.settings.toml()):
+    if claim(folder, run.settings.toml()):
         return ""
     if (folder / "checkpoint.pt").exists():
         return (
@@ -292,12 +291,10 @@ def _claim_named(run: Run) -> str:
 
 
 def _claim_new(run: Run) -> None:
-    from dnc_triton import checkpoint
-
     first = run.folder / f"{run.settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):  # others may have started in the same second
         run.folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
-        if checkpoint.claim(run.folder, run.settings.toml(), new=True):
+        if claim(run.folder, run.settings.toml(), new=True):
             return
 
 

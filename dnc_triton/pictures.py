@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from dnc_triton.checkpoint import write
+from dnc_triton.files import write
 from dnc_triton.trace import Trace, check_not_empty
 
 COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}

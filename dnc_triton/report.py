@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnc_triton import checkpoint
 from dnc_triton.dispatch import use_backend
+from dnc_triton.files import write
 from dnc_triton.layer import DNC
 from dnc_triton.pictures import LABELS, draw_learning_curve, draw_memory
 from dnc_triton.tasks.data import generator
@@ -123,6 +123,6 @@ def _write(run: Run, scores: Scores) -> str:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    checkpoint.write(run.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write(run.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     draw_learning_curve(run.rows, run.validations, run.task.unit, run.folder / "learning_curve.png")
     return draw(run, run.folder)

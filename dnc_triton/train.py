@@ -37,6 +37,8 @@ from tqdm import tqdm
 
 from dnc_triton import checkpoint
 from dnc_triton.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, check_backend
+from dnc_triton.files import is_full, write, write_table
+from dnc_triton.folder import held, let_go
 from dnc_triton.journal import Journal, say
 from dnc_triton.layer import DNC
 from dnc_triton.learner import Learner, make_fabric
@@ -176,7 +178,7 @@ class Run:
         with ExitStack() as stack:
             if self.fabric.is_global_zero:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(checkpoint.held(self.folder))
+                stack.enter_context(held(self.folder))
             stop = stack.enter_context(_asked_to_stop())
             progress = stack.enter_context(self._progress())
             journal = Journal(self.folder / "tensorboard", self.step) if self.fabric.is_global_zero else None
@@ -412,10 +414,10 @@ class Run:
         """
         checkpoint.save(self.folder / name, self.state_dict())
         if not (self.folder / "settings.toml").exists():
-            checkpoint.write(self.folder / "settings.toml", self.settings.toml().encode())
+            write(self.folder / "settings.toml", self.settings.toml().encode())
         for table, rows in (("metrics.csv", self.rows), ("validation.csv", self.validations)):
             if rows:
-                checkpoint.write_table(self.folder / table, rows)
+                write_table(self.folder / table, rows)
 
     def _try_to_save(self, name: str) -> bool:
         """Save on the way: what cannot be written now, on a full disk say, may be next time.
@@ -428,10 +430,7 @@ class Run:
                 self.save(name)
             except OSError as error:
                 whole = "The old file is whole, training" if os.path.exists(error.filename) else "Training"
-                say(
-                    f"{error}. {whole} goes on and tries again in a while"
-                    + (": make room" if checkpoint.is_full(error) else "")
-                )
+                say(f"{error}. {whole} goes on and tries again in a while" + (": make room" if is_full(error) else ""))
                 return bool(error.filename != str(self.folder / name))
         return True
 
@@ -446,7 +445,7 @@ class Run:
 
 def _leave_to_the_run(worker: int) -> None:
     """What a worker process begins with: the run's folder and its signals are the training process's."""
-    checkpoint.let_go()
+    let_go()
     # A terminal sends SIGINT to all processes; the run still needs the batches of the step it is in.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from dnc_triton.checkpoint import write
+from dnc_triton.files import write
 from dnc_triton.trace import Trace, check_not_empty
 
 # From 0 to 1: what is written in the orange of the other pictures, what is read in their blue, what stays in grey.

@@ -16,8 +16,8 @@ from benchmarks.__main__ import _jobs, main
 from benchmarks.configurations import BASE, CONFIGURATIONS, SWEEPS, SWEPT, LeftOutError, case_of, sweep_cases
 from benchmarks.modes import CAPTURED, MODES, modes_on
 from benchmarks.peers import EAGER, OURS, all_peers
-from dnc_triton import checkpoint
 from dnc_triton.dispatch import BACKENDS
+from dnc_triton.files import write_table
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    for write in (files.write_json, checkpoint.write_table):
+    for write in (files.write_json, write_table):
         for path in sorted(tmp_path.iterdir()):
             with pytest.raises(OSError, match="No space left"):
                 write(path, [{"peer": EAGER}])

@@ -17,6 +17,7 @@ from small_runs import SMALL, assert_same_run, start
 
 from dnc_triton import checkpoint
 from dnc_triton.cli import main
+from dnc_triton.folder import claim
 from dnc_triton.settings import Settings
 from dnc_triton.tasks import CopyTask
 from dnc_triton.train import PARTS, Run
@@ -102,8 +103,8 @@ def test_a_folder_is_one_runs(tmp_path: Path) -> None:
 
 def test_a_folder_that_a_run_has_claimed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """One that has saved nothing so far, too."""
-    assert checkpoint.claim(tmp_path / "run", "seed = 1")
-    assert not checkpoint.claim(tmp_path / "run", "seed = 2")
+    assert claim(tmp_path / "run", "seed = 1")
+    assert not claim(tmp_path / "run", "seed = 2")
     assert main([*SHORT, "--run", str(tmp_path / "run")]) == 2
     assert "is another run's, which has saved no checkpoint so far" in capsys.readouterr().err
     assert (tmp_path / "run" / "settings.toml").read_text() == "seed = 1"

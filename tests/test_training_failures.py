@@ -20,8 +20,9 @@ import torch
 from small_runs import SMALL, assert_same_run, small, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dnc_triton import checkpoint
+from dnc_triton import checkpoint, files
 from dnc_triton.cli import main
+from dnc_triton.folder import held
 from dnc_triton.report import report
 from dnc_triton.tasks import Batch
 from dnc_triton.train import LOG_EVERY, Run
@@ -311,7 +312,7 @@ def test_rescued_runs_have_names_of_their_own(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
     for folder in folders:
         run = Run(small(steps=1, baseline=False), folder)
-        monkeypatch.setattr(run, "save", lambda *name: checkpoint.write(Path("/dev/null/nowhere"), b""))
+        monkeypatch.setattr(run, "save", lambda *name: files.write(Path("/dev/null/nowhere"), b""))
         with pytest.raises(OSError, match=rf"{folder.name}-[0-9a-f]{{8}}-1\.pt"):
             run.train()
     assert len(list((tmp_path / "rescue").glob("*.pt"))) == 4
@@ -325,7 +326,7 @@ def test_a_result_is_written_before_pictures_that_take_more_room(
     monkeypatch.setattr("dnc_triton.report.EVALUATION_SEQUENCES", 10)
     assert run.train()
     (tmp_path / "memory.html").write_text("as it was")
-    write = checkpoint.write
+    write = files.write
 
     def full(path: Path, content: bytes) -> None:
         if path.suffix == ".html":
@@ -364,11 +365,11 @@ def test_two_who_write_a_file_at_once_write_it_whole(tmp_path: Path, monkeypatch
 
     def write_meanwhile(descriptor: int) -> None:
         monkeypatch.setattr(os, "fsync", fsync)
-        checkpoint.write(path, b"another")
+        files.write(path, b"another")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", write_meanwhile)
-    checkpoint.write(path, b"this")
+    files.write(path, b"this")
     assert path.read_bytes() == b"this"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -405,11 +406,11 @@ def test_only_the_process_that_trains_holds_its_run(tmp_path: Path) -> None:
     left = tmp_path / "checkpoint.pt.01234567.part"
     left.write_bytes(b"half")
     run = Run(small(steps=1, baseline=False), tmp_path, workers=1)
-    with checkpoint.held(tmp_path):
+    with held(tmp_path):
         batches = run._batches()
         next(batches)
     assert not left.exists()
-    with checkpoint.held(tmp_path):
+    with held(tmp_path):
         del batches
 
 
