@@ -240,7 +240,7 @@ def use_backend(name: str) -> Iterator[None]:
     and which of them serve a layer, `explain` says.
 
     Args:
-        name: a backend's name, or "auto".
+        name: a backend's name, or "auto", whatever the environment names.
 
     Raises:
         ValueError: no backend has that name.

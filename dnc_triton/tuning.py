@@ -143,10 +143,11 @@ def remembered(problem: Problem) -> dict[Candidate, float]:
 def cache_directory() -> Path:
     """Where measurements are kept: $DNC_TRITON_CACHE, else dnc_triton in the user's cache directory."""
     named = os.environ.get("DNC_TRITON_CACHE")
-    if named:
-        return Path(named)
     caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:  # a relative one its specification asks to ignore
+    try:
+        if named:
+            return Path(named).expanduser()  # a variable is not always set by a shell
+        # A relative one its specification asks to ignore.
         return (caches if caches.is_absolute() else Path.home() / ".cache") / "dnc_triton"
     except RuntimeError:  # a user without a home, as in some containers
         return Path(tempfile.gettempdir()) / "dnc_triton"

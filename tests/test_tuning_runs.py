@@ -76,12 +76,13 @@ def test_batches_are_alike_up_to_a_power_of_two(monkeypatch: pytest.MonkeyPatch)
     ("variables", "directory"),
     [
         ({"DNC_TRITON_CACHE": "/named", "XDG_CACHE_HOME": "/caches", "HOME": "/home/me"}, "/named"),
+        ({"DNC_TRITON_CACHE": "~/named", "HOME": "/home/me"}, "/home/me/named"),
         ({"XDG_CACHE_HOME": "/caches", "HOME": "/home/me"}, "/caches/dnc_triton"),
         ({"XDG_CACHE_HOME": "", "HOME": "/home/me"}, "/home/me/.cache/dnc_triton"),
         ({"XDG_CACHE_HOME": "caches", "HOME": "/home/me"}, "/home/me/.cache/dnc_triton"),
         ({"HOME": "/home/me"}, "/home/me/.cache/dnc_triton"),
     ],
-    ids=["named", "of caches", "empty", "relative", "by default"],
+    ids=["named", "in the home", "of caches", "empty", "relative", "by default"],
 )
 def test_times_are_kept_in_the_users_cache(
     variables: dict[str, str], directory: str, monkeypatch: pytest.MonkeyPatch
