@@ -82,10 +82,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     """On a GPU, or on a CPU, which has no type of error for it; or more than there are numbers for."""
     import torch
 
-    if isinstance(error, (MemoryError, OverflowError)):
-        return True
     texts = ("can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking long")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    integers = ("too large to convert to C", "cannot fit 'int'")  # Python's; another overflow is a mistake of ours
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in texts + integers)
 
 
 def _parser() -> argparse.ArgumentParser:
