@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 import dnc_triton
+from dnc_triton import environment
 from dnc_triton.tuning import triton_version
 
 VARIABLES = (  # of the environment, by which the same command measures something else
-    "DNC_TRITON_BACKEND",
-    "DNC_TRITON_MEASURE",
-    "DNC_TRITON_GRAPHS",
-    "DNC_TRITON_GRAPH_MEMORY",
+    environment.BACKEND,
+    environment.MEASURE,
+    environment.GRAPHS,
+    environment.GRAPH_MEMORY,
     "TRITON_INTERPRET",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "PYTORCH_CUDA_ALLOC_CONF",

@@ -23,9 +23,8 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.configurations import Case, network_sizes
 from dnc_reference import DNCCell
-from dnc_triton import DNC, explain
+from dnc_triton import DNC, environment, explain
 from dnc_triton.dispatch import BACKENDS, COMPILER
-from dnc_triton.sequence.graphs import GRAPHS_VARIABLE
 
 PYPI_DNC_VERSION = "2.0.0b1"
 OURS = "dnc_triton"
@@ -120,15 +119,15 @@ def reference_cell(case: Case, device: torch.device, dtype: torch.dtype) -> DNCC
 @contextmanager
 def without_graphs() -> Iterator[None]:
     """Our layer launches step by step in the block; and later in the backward of what was computed in it."""
-    before = os.environ.get(GRAPHS_VARIABLE)
-    os.environ[GRAPHS_VARIABLE] = "0"
+    before = os.environ.get(environment.GRAPHS)
+    os.environ[environment.GRAPHS] = "0"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[GRAPHS_VARIABLE]
+            del os.environ[environment.GRAPHS]
         else:
-            os.environ[GRAPHS_VARIABLE] = before
+            os.environ[environment.GRAPHS] = before
 
 
 def make_layer(case: Case, device: torch.device, *, backend: str, graphs: bool = True) -> Network:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import dnc_reference
 from dnc_reference import DNCCell, DNCState, MemoryState
-from dnc_triton import tuning
+from dnc_triton import environment, tuning
 from dnc_triton.kernels.layout import (
     MOST_IN_ONE_LAUNCH,
     MOST_SLOTS,
@@ -36,12 +36,10 @@ from dnc_triton.kernels.layout import (
 from dnc_triton.ops.eager import is_transformed
 from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
 from dnc_triton.problem import Problem
-from dnc_triton.sequence import graphs
 from dnc_triton.sequence.stepwise import unroll_stepwise
 from dnc_triton.sequence.unroll import is_plain, unroll_sequence
 
-ENVIRONMENT_VARIABLE = "DNC_TRITON_BACKEND"
-SETTLED_BY = (graphs.GRAPHS_VARIABLE, tuning.MEASURE_VARIABLE)  # variables that a choice depends on
+SETTLED_BY = (environment.GRAPHS, environment.MEASURE)  # variables that a choice depends on
 LEAST_CAPABILITY = (8, 0)
 # Looked up once: while a graph is traced it cannot be.
 HAS_TRITON = find_spec("triton") is not None
@@ -322,9 +320,9 @@ def _asked(backend: str) -> tuple[str, str]:
         return backend, "the argument backend"
     if latest := _in_use[-1:]:
         return latest[0].name, "use_backend"
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    check_backend(ENVIRONMENT_VARIABLE, name)
-    return name, f"the environment variable {ENVIRONMENT_VARIABLE}" if name != "auto" else "default"
+    name = os.environ.get(environment.BACKEND) or "auto"
+    check_backend(environment.BACKEND, name)
+    return name, f"the environment variable {environment.BACKEND}" if name != "auto" else "default"
 
 
 def _settles(problem: Problem) -> bool:

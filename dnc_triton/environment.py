@@ -1,8 +1,14 @@
-"""What environment variables say."""
+"""The environment variables that are looked at, and what they say."""
 
 from __future__ import annotations
 
 import os
+
+BACKEND = "DNC_TRITON_BACKEND"  # for calls that name none themselves
+MEASURE = "DNC_TRITON_MEASURE"  # 0: no backend is measured
+CACHE = "DNC_TRITON_CACHE"  # the directory of what was measured
+GRAPHS = "DNC_TRITON_GRAPHS"  # 0: nothing is replayed as a CUDA graph
+GRAPH_MEMORY = "DNC_TRITON_GRAPH_MEMORY"  # what CUDA graphs may keep on each device, in MiB
 
 
 def is_on(variable: str) -> bool:

@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dnc_triton import checkpoint
-from dnc_triton.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, check_backend
+from dnc_triton import checkpoint, environment
+from dnc_triton.dispatch import BACKENDS, check_backend
 from dnc_triton.files import is_full, write, write_table
 from dnc_triton.folder import held, let_go
 from dnc_triton.journal import Journal, say
@@ -149,15 +149,15 @@ class Run:
         Raises:
             ValueError: no backend has that name, or it does not serve this DNC on this device.
         """
-        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        check_backend(ENVIRONMENT_VARIABLE, name)
+        name = os.environ.get(environment.BACKEND) or "auto"
+        check_backend(environment.BACKEND, name)
         dnc = self.learners["dnc"].model
         assert isinstance(dnc, DNC)
         if name != "auto":
             problem = dnc.problem(dnc.output.weight.new_empty(1, 2, dnc.input_size))
             supported, reason = BACKENDS[name].supports(problem)
             if not supported:
-                raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected 'auto' or a backend that serves this run, "
+                raise ValueError(f"{environment.BACKEND}: expected 'auto' or a backend that serves this run, "
                                  f"got {name!r}: {reason}")  # fmt: skip
 
     def train(self) -> bool:

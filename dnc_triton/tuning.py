@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState
 from dnc_reference.memory import without_autocast
-from dnc_triton.environment import is_on
+from dnc_triton import environment, files
 from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
@@ -49,7 +49,6 @@ from dnc_triton.version import __version__
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-MEASURE_VARIABLE = "DNC_TRITON_MEASURE"
 FORMAT = 9  # of what is remembered; another one where kernels changed so much that old times mislead
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
@@ -91,7 +90,7 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
     """
     times, measured = remembered(problem), _measured(problem)
     missing = {candidate: operation for candidate, operation in operations.items() if candidate not in measured}
-    if is_on(MEASURE_VARIABLE) and measure and missing and not _captures():
+    if environment.is_on(environment.MEASURE) and measure and missing and not _captures():
         works = any(times.get(candidate, math.inf) < math.inf for candidate in operations)
         # On the stream where sequences are replayed as graphs: this one may be about to be captured, by the user.
         with torch.cuda.stream(torch.cuda.default_stream(problem.device)):
@@ -115,7 +114,7 @@ def _captures() -> bool:
 
 def is_settled(problem: Problem, operations: Mapping[Candidate, Operation]) -> bool:
     """Whether `fastest` has nothing left to measure of these in this process, or is not to measure."""
-    return not is_on(MEASURE_VARIABLE) or _measured(problem) >= operations.keys()
+    return not environment.is_on(environment.MEASURE) or _measured(problem) >= operations.keys()
 
 
 def measured_times() -> int:
@@ -142,7 +141,7 @@ def remembered(problem: Problem) -> dict[Candidate, float]:
 
 def cache_directory() -> Path:
     """Where measurements are kept: $DNC_TRITON_CACHE, else dnc_triton in the user's cache directory."""
-    named = os.environ.get("DNC_TRITON_CACHE")
+    named = os.environ.get(environment.CACHE)
     caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         if named:
@@ -211,24 +210,16 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
     bucket = _bucket(problem)
     path = _path(bucket)
     _known[bucket] = _read(path, bucket) | _known.get(bucket, {}) | times
+    rows = [(name, layout, microseconds) for (name, layout), microseconds in _known[bucket].items()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            try:
-                rows = [(name, layout, microseconds) for (name, layout), microseconds in _known[bucket].items()]
-                json.dump({"bucket": bucket, "times": rows}, file)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        files.write(path, json.dumps({"bucket": bucket, "times": rows}).encode())
     except OSError as error:  # a read-only home, a full disk: the process still remembers
         logger.warning("cannot keep the measured times in %s: %s", path.parent, str(error))
 
 
 def _are_replayed(problem: Problem) -> bool:
     """Whether calls are replayed as CUDA graphs once they have come twice, if there is room for these."""
-    return is_on(graphs.GRAPHS_VARIABLE) and measures_sequence(problem) and problem.steps <= graphs.LONGEST
+    return environment.is_on(environment.GRAPHS) and measures_sequence(problem) and problem.steps <= graphs.LONGEST
 
 
 def _power_of_two(size: int) -> int:

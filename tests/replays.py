@@ -15,7 +15,7 @@ from stand_in import StandIn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dnc_triton import DNC, DNCState
+from dnc_triton import DNC, DNCState, environment
 from dnc_triton.sequence import graphs
 
 BATCH, STEPS, INPUTS = 3, 5, 3
@@ -25,8 +25,8 @@ BATCH, STEPS, INPUTS = 3, 5, 3
 def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(graphs.ENGINES, "cpu", StandIn)
     monkeypatch.setattr(graphs, "_graphs", {})
-    monkeypatch.delenv(graphs.GRAPHS_VARIABLE, raising=False)
-    monkeypatch.delenv(graphs.MEMORY_VARIABLE, raising=False)
+    monkeypatch.delenv(environment.GRAPHS, raising=False)
+    monkeypatch.delenv(environment.GRAPH_MEMORY, raising=False)
 
 
 @pytest.fixture(name="without")
@@ -35,7 +35,7 @@ def _without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setenv(graphs.GRAPHS_VARIABLE, "0")
+            patch.setenv(environment.GRAPHS, "0")
             return function(*arguments, **options)
 
     return call

@@ -15,7 +15,7 @@ from replays import _empty, _without, cache, draw, engine, make, results  # noqa
 from stand_in import StandIn
 from torch import Tensor
 
-from dnc_triton import DNC, DNCState
+from dnc_triton import DNC, DNCState, environment
 from dnc_triton.sequence import graphs
 
 # --- the lease
@@ -231,7 +231,7 @@ def test_more_than_the_bound(
     bound: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, without: Any
 ) -> None:
     """Known before a capture, or only after it: one line, and the rest runs."""
-    monkeypatch.setenv(graphs.MEMORY_VARIABLE, bound)
+    monkeypatch.setenv(environment.GRAPH_MEMORY, bound)
     dnc = make()
     results(dnc, *draw(dnc, 0))
     engine().extra = 2**21
@@ -243,12 +243,12 @@ def test_more_than_the_bound(
     assert record.levelno == logging.WARNING
     size = "2.0" if bound == "1" else "0.0"
     assert f"{size} MiB beside 0.0 MiB in use would exceed the bound of {bound}.0 MiB" in record.getMessage()
-    assert graphs.MEMORY_VARIABLE in record.getMessage()
+    assert environment.GRAPH_MEMORY in record.getMessage()
 
 
 def test_a_backward_beyond_the_bound(monkeypatch: pytest.MonkeyPatch, without: Any) -> None:
     dnc = make()
-    monkeypatch.setenv(graphs.MEMORY_VARIABLE, "1")
+    monkeypatch.setenv(environment.GRAPH_MEMORY, "1")
     results(dnc, *draw(dnc, 0))
     outputs, _ = dnc(*draw(dnc, 1))
     (instance,) = cache().instances

@@ -169,6 +169,16 @@ def test_another_process_reads_what_this_one_measured(clock: Clock) -> None:
     assert [path.suffix for path in files()] == [".json"]
 
 
+def test_another_user_may_read_what_this_one_measured(clock: Clock) -> None:
+    """In a directory that several share."""
+    before = os.umask(0o022)
+    try:
+        tuning.fastest(PROBLEM, STEPS)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in files()] == [0o644]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -42,11 +42,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import to_dlpack
 
-from dnc_triton.environment import is_on
+from dnc_triton import environment
 from dnc_triton.kernels.launcher import is_compiling_ahead
 from dnc_triton.sequence.engine import Captured, Engine, is_out_of_memory, size_of
 
-GRAPHS_VARIABLE, MEMORY_VARIABLE = "DNC_TRITON_GRAPHS", "DNC_TRITON_GRAPH_MEMORY"
 SHARE = 4  # the bound is this part of the device's memory
 SIGNATURES = 1024  # of calls are remembered
 LONGEST = 4096  # steps
@@ -165,11 +164,11 @@ class GraphCache:
 
     def bound(self) -> int:
         """Bytes that all instances may take."""
-        asked = os.environ.get(MEMORY_VARIABLE)
+        asked = os.environ.get(environment.GRAPH_MEMORY)
         if not asked:
             return self.engine.memory() // SHARE
         if not asked.isdecimal():
-            raise ValueError(f"{MEMORY_VARIABLE}: expected a whole number of MiB, got {asked!r}")
+            raise ValueError(f"{environment.GRAPH_MEMORY}: expected a whole number of MiB, got {asked!r}")
         return int(asked) * MEBIBYTE
 
     def forward(
@@ -302,7 +301,7 @@ class GraphCache:
                     "CUDA graphs: %.1f MiB beside %.1f MiB in use would exceed the bound of %.1f MiB (%s); "
                     "calls that find no room are launched step by step",
                     *(x / MEBIBYTE for x in (size, in_use, bound)),
-                    MEMORY_VARIABLE,
+                    environment.GRAPH_MEMORY,
                 )
             return False
         while sum(x.size for x in self.instances) + size > bound:
@@ -416,7 +415,7 @@ def _serving(tensor: Tensor) -> GraphCache | None:
     device = tensor.device
     if _launching:
         return None
-    if device.type not in ENGINES or tensor.numel() == 0 or not is_on(GRAPHS_VARIABLE):
+    if device.type not in ENGINES or tensor.numel() == 0 or not environment.is_on(environment.GRAPHS):
         return None
     if is_compiling_ahead():  # there are no launches to capture
         return None
@@ -424,7 +423,7 @@ def _serving(tensor: Tensor) -> GraphCache | None:
         if device not in _graphs:
             _graphs[device] = GraphCache(ENGINES[device.type](device))
     graphs = _graphs[device]
-    if MEMORY_VARIABLE in os.environ:
+    if environment.GRAPH_MEMORY in os.environ:
         graphs.bound()  # raises at the first call, not when it comes to a capture
     return graphs if graphs.engine.ready() else None
 

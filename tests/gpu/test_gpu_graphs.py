@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.modes import aside
-from dnc_triton import DNC
+from dnc_triton import DNC, environment
 from dnc_triton.sequence import engine as engines
 from dnc_triton.sequence import graphs
 
@@ -56,8 +56,8 @@ class Counting(engines.Engine):
 def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(graphs.ENGINES, "cuda", Counting)
     monkeypatch.setattr(graphs, "_graphs", {})
-    monkeypatch.delenv(graphs.GRAPHS_VARIABLE, raising=False)
-    monkeypatch.delenv(graphs.MEMORY_VARIABLE, raising=False)
+    monkeypatch.delenv(environment.GRAPHS, raising=False)
+    monkeypatch.delenv(environment.GRAPH_MEMORY, raising=False)
 
 
 def cache() -> graphs.GraphCache:
@@ -278,7 +278,7 @@ def test_more_than_the_bound(
     caplog: pytest.LogCaptureFixture,
     without: Any,
 ) -> None:
-    monkeypatch.setenv(graphs.MEMORY_VARIABLE, "1")
+    monkeypatch.setenv(environment.GRAPH_MEMORY, "1")
     dnc = make(device)
     assert_same_bits(train(dnc, 6), without(train, dnc, 6))
     assert not cache().instances
@@ -288,7 +288,7 @@ def test_more_than_the_bound(
 
 def test_memory_stays_within_the_bound(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what the allocator holds, which has given up what was given up."""
-    monkeypatch.setenv(graphs.MEMORY_VARIABLE, "160")  # of some 250 that all would take
+    monkeypatch.setenv(environment.GRAPH_MEMORY, "160")  # of some 250 that all would take
     dnc = make(device, memory_size=128, word_size=32, num_reads=4, dtype=torch.float32)
     for seed in range(2):
         results(dnc, *draw(dnc, seed, 1))  # libraries set themselves up
