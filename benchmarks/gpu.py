@@ -36,6 +36,7 @@ from dnc_triton.cli import INTERRUPTED
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
 from dnc_triton.kernels.step_launch import step_backward, step_forward
+from dnc_triton.tuning import device_time
 
 # (B, N, W, R). The project's goals are set on the first two, so they come first.
 BUCKETS = (
@@ -345,23 +346,10 @@ def graph_time(call: Callable[[], Any]) -> float:
 
 
 def call_time(call: Callable[[], Any], wait: int = 0) -> float:
-    """Median µs of a call as the device sees it, launches included where they are what takes the time.
-
-    With `wait` the device is kept waiting for so many clocks before, until the call is launched.
-    """
+    """Median `device_time` of a call: launches are in it where they are what takes the time."""
     for _ in range(5):
         call()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        if wait:
-            torch.cuda._sleep(wait)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median(device_time(call, wait) for _ in range(REPLAYS))
 
 
 def markdown(rows: list[Row]) -> str:

@@ -343,17 +343,14 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from dnc_triton.timing import bench
-    from dnc_triton.train import Run
+    from dnc_triton.machine import bench
 
-    settings = _settings(options)
-    Run(settings, Path(), device=options.device).check_backend()
-    print(bench(settings, options.device))
+    print(bench(_settings(options), options.device))
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    from dnc_triton.timing import info
+    from dnc_triton.machine import info
 
     print(info(options.task, options.device))
     return 0

@@ -24,8 +24,8 @@ from dnc_triton.sequence.history import zeros
 from dnc_triton.sequence.unroll import begins_with_zeros, is_plain
 from dnc_triton.trace import Trace, traced_unroll
 
-# Memory sizes N for which the zeros that memory and link begin with are one batch element's, expanded. Smaller ones may
-# be served by one launch for the sequence, larger ones are by plain PyTorch: both want every element's.
+# Memory sizes N at which memory and link begin as zeros for one batch element, expanded over the batch. Smaller ones
+# may be served by one launch for the sequence, larger ones by plain PyTorch, which need zeros for each element.
 SHARED = {"cuda": range(MOST_IN_ONE_LAUNCH + 1, MOST_SLOTS + 1)}
 
 

@@ -107,7 +107,7 @@ def report(run: Run) -> str:
 
 
 def _write(run: Run, scores: Scores) -> str:
-    """`result.json`, for which there is room where there is none for pictures, and these; an example in words."""
+    """Write `result.json`, then the pictures, for which there may be no room left; return an example in words."""
     device = run.fabric.device
     result = {
         "sequences_right": _one_of(scores, "right"),

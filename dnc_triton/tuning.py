@@ -54,8 +54,8 @@ STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
 SECONDS = 1.0  # per candidate, compilation not counted
-# Before a replay is timed the device sleeps while Python says what it is to do: so many clock cycles for each second
-# that this takes (at 2 GHz twice as long as it takes), and for at most so many of these seconds.
+# For how long the device sleeps before a replay is timed: CYCLES clock cycles for each second that Python takes to say
+# what is to be done (at 2 GHz twice as long as it takes), and as if it took LONGEST_WAIT seconds at most.
 CYCLES, LONGEST_WAIT = 4e9, 0.02
 # Per call, compilation counted; candidates that are not reached wait for the next call. None waits where hooks are at
 # work on what is saved for a backward.
@@ -410,12 +410,23 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
         times: list[float] = []
         deadline = time.perf_counter() + SECONDS
         while len(times) < REPETITIONS and (not times or time.perf_counter() < deadline):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if wait:  # else the time between the events would be Python's
-                torch.cuda._sleep(wait)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(1000 * start.elapsed_time(end))
+            times.append(device_time(run, wait))
     return statistics.median(times)
+
+
+def device_time(run: Callable[[], Any], wait: int = 0) -> float:
+    """The µs between two events on the device, before a run and after it.
+
+    Args:
+        run: what is timed, on the current stream.
+        wait: clock cycles for which the device sleeps before. While it does, Python says what is to be done; else the
+            time of what is short would be Python's.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if wait:
+        torch.cuda._sleep(wait)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1000 * start.elapsed_time(end)

@@ -198,7 +198,7 @@ def test_what_nobody_reads_any_more_is_no_error(run: Path) -> None:
         ("train", "dnc_triton.train.make_fabric"),
         ("train", "dnc_triton.report.evaluate"),
         ("evaluate", "dnc_triton.report.evaluate"),
-        ("bench", "dnc_triton.timing.bench"),
+        ("bench", "dnc_triton.machine.bench"),
     ],
 )
 def test_ctrl_c_ends_any_command_with_a_word(
@@ -431,7 +431,7 @@ def test_the_parts_of_the_time_are_said(run: Path) -> None:
 
 def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dnc_triton.timing.SECONDS", 0.05)
+    monkeypatch.setattr("dnc_triton.machine.SECONDS", 0.05)
     update = Learner.update
     # So that training takes longer however busy the machine is.
     monkeypatch.setattr(Learner, "update", lambda self: (time.sleep(0.3), update(self)))
@@ -453,7 +453,7 @@ def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
     def not_found(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("dnc_triton.timing.version", not_found)  # as it is of Triton for ROCm, by that name
+    monkeypatch.setattr("dnc_triton.machine.version", not_found)  # as it is of Triton for ROCm, by that name
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert main(["info", "delayed_copy"]) == 0
     printed = capsys.readouterr().out

@@ -99,7 +99,7 @@ def test_what_the_dispatcher_may_take_is_compiled_and_held_to_spill_nothing(dtyp
         serving = [backend for backend in dispatch.BACKENDS.values() if backend.supports(problem)[0]]
         taken = []
         for layout in [layout for backend in serving for layout in backend.layouts(problem)]:
-            if layout.whole:
+            if layout.whole_sequence:
                 taken += sequence(shape, hidden, "sm_90", layout=layout, dtype=dtype)
                 layout = default_layout(slots)  # which takes over with checkpoints
             elif hidden and shape not in SHAPES:  # step by step: the other shapes stand for it

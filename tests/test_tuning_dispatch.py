@@ -108,7 +108,7 @@ def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytes
     monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
     monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
     chosen = [dispatch.choose(PROBLEM) for _ in range(5)]
-    assert chosen[0].unroll.keywords["layout"].whole
+    assert chosen[0].unroll.keywords["layout"].whole_sequence
     assert chosen[-1] is dispatch.BACKENDS["torch_sequence"]
 
 

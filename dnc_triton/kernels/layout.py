@@ -20,7 +20,7 @@ class Layout(NamedTuple):
         fused: all phases in one launch; else one launch each.
         rows, columns: of a tile of the link; powers of two.
         num_warps: per program; of three launches of the middle one.
-        whole: all steps of a sequence in one launch, the controller's too; else a step at a time. Only if fused.
+        whole_sequence: all steps in one launch, the controller's too; else a step at a time. Only if fused.
         backward_rows: of the backward's tiles, where they are not as many; else 0.
         overlaps: a launch begins while the one before it ends, where the device can (`launcher.overlapping`).
         spread: the phases that read have a program for each read head. Only if not fused.
@@ -32,7 +32,7 @@ class Layout(NamedTuple):
     rows: int
     columns: int
     num_warps: int
-    whole: bool = False
+    whole_sequence: bool = False
     backward_rows: int = 0
     overlaps: bool = False
     spread: bool = False
@@ -58,8 +58,8 @@ class Layout(NamedTuple):
     @classmethod
     def from_operand(cls, values: list[int]) -> Layout:
         """The inverse."""
-        fused, rows, columns, num_warps, whole, backward_rows, *others = values
-        return cls(bool(fused), rows, columns, num_warps, bool(whole), backward_rows, *map(bool, others))
+        fused, rows, columns, num_warps, whole_sequence, backward_rows, *others = values
+        return cls(bool(fused), rows, columns, num_warps, bool(whole_sequence), backward_rows, *map(bool, others))
 
     def describe(self) -> str:
         """Of layouts of one kind, which."""
@@ -96,7 +96,7 @@ def sequence_layouts(memory_size: int, word_size: int) -> list[Layout]:
     """The layouts worth measuring for a whole sequence in one launch, the default one first."""
     block = _block(memory_size)
     rows = min(block, 32)  # with more or fewer its backward spills more at N = 128
-    return [Layout(True, rows, block, 4 if memory_size <= 32 and word_size <= 32 else 8, whole=True)]
+    return [Layout(True, rows, block, 4 if memory_size <= 32 and word_size <= 32 else 8, whole_sequence=True)]
 
 
 def _block(memory_size: int) -> int:

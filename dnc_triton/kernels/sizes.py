@@ -129,8 +129,8 @@ class Sizes(NamedTuple):
         # The memory, in blocks of slots, parts of words, chunks of whole words.
         slots_at_once = min(block_n, max(1, 16 * middle_threads // block_w))
         slot_blocks = triton.cdiv(slots, slots_at_once)
-        places = min(block_w, max(4, (2 if layout.whole else 4) * numbers // (block_n * max(4, heads_read))))
-        most_words = min(64, block_w) if layout.whole and block_n > 64 else block_n
+        places = min(block_w, max(4, (2 if layout.whole_sequence else 4) * numbers // (block_n * max(4, heads_read))))
+        most_words = min(64, block_w) if layout.whole_sequence and block_n > 64 else block_n
         chunk = min(most_words, max(1, 2 * numbers // block_w))
         # Scratch, in rows of N numbers: `buffers.ForwardScratch` and `buffers.BackwardScratch` without its `d_vectors`.
         forward_rows = (row_blocks + column_blocks) * num_reads

@@ -346,6 +346,6 @@ def compile_options(
         return options
     if capped:
         options["maxnreg"] = 200
-    elif (layout.whole or (layout.fused and backward)) and not (backward and num_warps == 8):
+    elif (layout.whole_sequence or (layout.fused and backward)) and not (backward and num_warps == 8):
         options["maxnreg"] = 255
     return options

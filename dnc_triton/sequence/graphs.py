@@ -52,7 +52,7 @@ LONGEST = 4096  # steps
 MEBIBYTE = 2**20
 
 logger = logging.getLogger("dnc_triton")
-_lock = Lock()  # for all that is here: PyTorch wants one capture at a time, and none but a capture takes long
+_lock = Lock()  # for all of this module: PyTorch allows one capture at a time, and nothing else here takes long
 
 
 ENGINES: dict[str, Callable[[torch.device], Engine]] = {"cuda": Engine}

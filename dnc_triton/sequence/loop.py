@@ -192,8 +192,8 @@ class Sequence:
             below = cell.above(step, after.layers[layer])
         self.interface.add_to(self.interface_bias, after.layers[-1][0], self.vectors[step])
         self.memory.forward(step, before.memory, after.memory, after.words, fresh=self.resets[step])
-        # All fields: a link that was given need not be one that writing makes. By such a one, held at a row's end,
-        # weights and usage would grow without bound.
+        # All fields, not memory and link alone: a caller's link need not be one that writing makes, and weights that
+        # went on following it after a row's end would grow without bound.
         self._hold(step, before.memory, after.memory, *MemoryState._fields)
 
     def _begin_backward(self, before: Before, d: Carried) -> None:

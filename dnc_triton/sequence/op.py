@@ -399,7 +399,7 @@ def _kind(settings: SequenceSettings) -> type[Sequence] | type[OneLaunchSequence
     """The class that runs the sequence."""
     if settings.compiled:
         return CompiledSequence
-    return OneLaunchSequence if settings.layout is not None and settings.layout.whole else Sequence
+    return OneLaunchSequence if settings.layout is not None and settings.layout.whole_sequence else Sequence
 
 
 def _settings(*arguments: Any) -> SequenceSettings:
@@ -415,7 +415,7 @@ def _as_operands(settings: SequenceSettings) -> list[Any]:
 
 def _takes_shared(settings: SequenceSettings) -> bool:
     """Whether memory and link before the first step, and gradients by those after the last, may be shared."""
-    return settings.layout is not None and not settings.layout.whole
+    return settings.layout is not None and not settings.layout.whole_sequence
 
 
 def _given(

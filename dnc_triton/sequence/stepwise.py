@@ -72,8 +72,8 @@ def _again(cell: DNCCell, given: list[Any]) -> Callable[..., tuple[Tensor, DNCSt
     """`dnc_reference.unroll` for a checkpoint, which calls it now, and again from the backward.
 
     By then the cell may have other parameters and buffers, as after a `functional_call`: it is run with those of the
-    forward. What was changed in place since cannot be had again. That is an error, as with what autograd saves, also of
-    a parameter whose value no gradient needs. (Of inputs the checkpoint itself sees to that.)
+    forward. One that was changed in place meanwhile is an error, as for what autograd saves, even where no gradient
+    needs its value. (Inputs are checked by the checkpoint itself.)
     """
     parameters = _ordinary(cell.named_parameters(remove_duplicate=False))
     tensors = parameters | _ordinary(cell.named_buffers(remove_duplicate=False))

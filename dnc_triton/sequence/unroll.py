@@ -63,7 +63,7 @@ def unroll_sequence(
     carried = [*state.memory, state.read_words, *controller_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
     every = _checkpoint(checkpoint, steps, state.memory, layout) if keep else 1
-    if layout is not None and layout.whole and every > 1:  # one launch for the sequence keeps every step
+    if layout is not None and layout.whole_sequence and every > 1:  # one launch for the sequence keeps every step
         layout = default_layout(cell.memory_size)
         every = _checkpoint(checkpoint, steps, state.memory, layout)
     settings = SequenceSettings(

@@ -476,7 +476,7 @@ def test_steps_made_again_have_room_for_their_tiles(device: torch.device, monkey
 
 def test_one_launch_with_other_tiles_backward(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """For which its work space is made; no layout of one launch has them yet."""
-    layout = Layout(True, 2, 16, 1, whole=True, backward_rows=16)
+    layout = Layout(True, 2, 16, 1, whole_sequence=True, backward_rows=16)
     monkeypatch.setattr(dispatch, "sequence_layouts", lambda slots, word: [layout])
     dnc = make(device, sizes=(16, 1, 2))
     inputs, state = draw(dnc, 1)

@@ -30,9 +30,10 @@ def bench(settings: Settings, device: str) -> str:
         device: as `make_fabric` takes it.
 
     Raises:
-        ValueError: no such device.
+        ValueError: no such device, or the backend that the environment asks for does not serve.
     """
     run = Run(settings, Path(), device=device)
+    run.check_backend()
     task, size = run.task, run.task.lessons[-1][-1]
     batch = task.sample(settings.batch_size, size, generator(settings.seed, "train", 0))
     units, sequences = task.units(batch), batch.inputs.shape[0]
