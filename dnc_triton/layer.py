@@ -13,14 +13,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_flatten
 
 from dnc_reference import DNCCell, DNCState, MemoryState
-from dnc_reference.checks import check_dense, check_tensor
+from dnc_reference.checks import check_bool, check_dense, check_tensor
 from dnc_reference.controller import CONTROLLERS
 from dnc_reference.memory import check_memory_state
 from dnc_triton.dispatch import check_backend, choose, explain_problem
 from dnc_triton.kernels.layout import MOST_IN_ONE_LAUNCH, MOST_SLOTS
 from dnc_triton.ops.eager import is_eager, is_transformed
 from dnc_triton.problem import Problem
-from dnc_triton.sequence.history import zeros
+from dnc_triton.sequence.parts import zeros
 from dnc_triton.sequence.unroll import begins_with_zeros, is_plain
 from dnc_triton.trace import Trace, traced_unroll
 
@@ -102,8 +102,7 @@ class DNC(DNCCell):
     ) -> None:
         check_backend("backend", backend)
         _check_checkpoint(checkpoint)
-        if not isinstance(batch_first, bool):
-            raise TypeError(f"batch_first: expected a bool, got {batch_first!r}")
+        check_bool("batch_first", batch_first)
         super().__init__(
             input_size,
             hidden_size,
@@ -161,8 +160,7 @@ class DNC(DNCCell):
                 state that is no `DNCState`, a trace that is no bool.
             RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.
         """
-        if not isinstance(trace, bool):
-            raise TypeError(f"trace: expected a bool, got {trace!r}")
+        check_bool("trace", trace)
         if isinstance(inputs, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths: expected None with a PackedSequence, which has its own lengths")

@@ -17,7 +17,7 @@ import dnc_reference
 from dnc_triton import DNC, Interface, MemoryState, dispatch, explain, memory_step, use_backend
 from dnc_triton.dispatch import BACKENDS, Backend, choose
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
-from dnc_triton.sequence.history import SequenceSettings
+from dnc_triton.sequence.settings import SequenceSettings
 
 
 def make(**changes) -> DNC:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dnc_triton.sequence import graphs, op
-from dnc_triton.sequence.history import SequenceSettings
+from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.sequence.unroll import parameters_of
 
 
@@ -40,7 +40,7 @@ def test_nothing_waits_for_the_device(controller: str, keep: bool) -> None:
     dropout = [torch.empty(STEPS, BATCH, 6, dtype=torch.float64, device="meta")]
     settings = SequenceSettings(controller, 2, 0.3, 1.0, 1.0, False, torch.float64, 2, False, None)
     with torch.no_grad(), Watch():
-        given = op.Given(inputs, tensors, parameters_of(dnc), dropout, *masks)
+        given = op.Given(inputs, tensors, parameters_of(dnc), *masks, dropout)
         outputs, *others = op._forward(settings, given, keep)
         if keep:
             last, history = others[: len(tensors)], others[len(tensors) :]

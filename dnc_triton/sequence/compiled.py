@@ -18,9 +18,11 @@ from torch import Tensor
 
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import link, pool
+from dnc_triton.sequence.carried import Carried, Light
 from dnc_triton.sequence.compiler import Like, like_of, machine_code, sum_down
-from dnc_triton.sequence.history import Carried, History, Plan, SequenceSettings
+from dnc_triton.sequence.history import History, Plan
 from dnc_triton.sequence.loop import Before, Sequence
+from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.sequence.torch_memory import TorchMemory
 
 Part = Literal["forward", "backward", "replay"]  # the last makes memory and link again
@@ -33,13 +35,13 @@ class CompiledSequence(Sequence):
         history = self.history
         rows = history.carried_rows.unbind(0)
         states = [(*self.checkpoints[step], row) for step, row in enumerate(rows)]
-        over_steps = [*history.gates, history.vectors, history.kept_rows, history.memory[-1]]
+        over_steps = [*history.gates, history.vectors, history.kept_rows, history.kept_by_memory[-1]]
         kept = zip(*(tensor.unbind(0) for tensor in over_steps), strict=True)
         self.of_step = [
             (*(mask[step] for mask in self.dropout), *states[step], *states[step + 1], *of_step)
             for step, of_step in enumerate(kept)
         ]
-        self.kept = len(over_steps)
+        self.num_kept = len(over_steps)
         self.compiled: dict[tuple[Part, bool, bool], Callable[..., Any]] = {}
 
     def _begin_forward(self) -> None:
@@ -72,7 +74,7 @@ class CompiledSequence(Sequence):
         compiled = self.compiled.get(key)
         if compiled is None:
             likes = tuple(map(like_of, tensors))
-            counts = (len(self.parameters), *map(int, masked), len(self.dropout), 3, 3, self.kept, len(gradients))
+            counts = (len(self.parameters), *map(int, masked), len(self.dropout), 3, 3, self.num_kept, len(gradients))
             settings, sizes = self.settings._replace(checkpoint=1), (self.inputs.shape[-1], self.plan.reads)
             compiled = _compile(part, settings, *sizes, counts, likes, torch.get_num_threads())
             self.compiled[key] = compiled
@@ -208,7 +210,7 @@ class _Step(Sequence):
         self._products(parameters, input_size)
         gates, vectors, memory = [x.unsqueeze(0) for x in gates], vector.unsqueeze(0), [x.unsqueeze(0) for x in memory]
         cells, nothing = [[x.unsqueeze(0) for x in kept] for kept in cells], vector.new_empty(0)
-        self.history = History(gates, [], cells, vectors, [], memory, *[nothing] * 4)
+        self.history = History(gates, [], cells, vectors, Light(*[nothing] * 5), memory, *[nothing] * 4)
         self.vectors = vectors.unbind(0)
         self.cells = self._make_cells()
         self.memory = self._memory(before.memory.memory, before.words.shape[1])
@@ -238,8 +240,8 @@ class _Step(Sequence):
         self.d_hidden_out, self.d_words_out = (d_hidden_out,), (d_words_out,)
         self.d_vectors = torch.empty_like(self.history.vectors)
         memory, words, layers = self._before(0)
-        carried = [memory.usage, *memory[3:], words]
-        by_step = Before([x.unsqueeze(0) for x in carried], [[x.unsqueeze(0) for x in y] for y in layers])
+        light = Light.of(memory, words)
+        by_step = Before(Light(*(x.unsqueeze(0) for x in light)), [[x.unsqueeze(0) for x in y] for y in layers])
         self._begin_backward(by_step, d)
         self._backward_step(0, d)
         return [self.d_vectors[0], *(d_pre[0] for cell in self.cells for d_pre in cell.each_d_pre())]

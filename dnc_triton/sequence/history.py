@@ -2,71 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from functools import lru_cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
-from dnc_reference.types import MemoryState
-from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
+from dnc_triton.kernels.layout import compute_dtype, kept_shapes
 from dnc_triton.sequence import pool
-from dnc_triton.sequence.cells import CELLS, Cell
+from dnc_triton.sequence.carried import Light
+from dnc_triton.sequence.parts import Parts
+from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.sequence.torch_memory import Kept
 
 Pair = tuple[Tensor, Tensor]
-
-
-class SequenceSettings(NamedTuple):
-    """What does not change over a sequence.
-
-    Attributes:
-        controller: a key of `CELLS`.
-        num_layers: of the controller.
-        clip: bound on the controller's state and on the output, or None.
-        max_activation_gradient: bound on each element of the gradient by a layer's hidden vector, or None.
-        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
-        stop_usage_gradient: as in `dnc_reference.memory_step`.
-        product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
-        checkpoint: k: memory and link are kept at every k-th step; 1 keeps all, of links every `link_every`-th.
-        compiled: whether a step, controller and all, is made by PyTorch's compiler.
-        layout: of the kernels; None for plain PyTorch.
-    """
-
-    controller: str
-    num_layers: int
-    clip: float | None
-    max_activation_gradient: float | None
-    strength_offset: float
-    stop_usage_gradient: bool
-    product_dtype: torch.dtype
-    checkpoint: int
-    compiled: bool
-    layout: Layout | None
-
-    @property
-    def link_every(self) -> int:
-        """Steps between the links that a backward is given; it recomputes those in between as it goes."""
-        return 1 if self.layout is None else self.layout.link_every
-
-    @property
-    def link_period(self) -> int:
-        """Steps between the links that a forward stores for it."""
-        return self.link_every if self.checkpoint == 1 else self.checkpoint
-
-    @property
-    def cell(self) -> type[Cell]:
-        """What runs a layer of the controller."""
-        if self.layout is None or self.controller != "lstm":
-            return CELLS[self.controller]
-        from dnc_triton.sequence.triton_cells import TritonLSTM  # Triton need not be there
-
-        return TritonLSTM
 
 
 class History(NamedTuple):
@@ -75,22 +24,22 @@ class History(NamedTuple):
     Attributes:
         gates: per layer [T, B, G].
         layers: per layer its state, [T+1, B, H] each, the hidden vector first.
-        cells: per layer what its cell keeps besides.
+        kept_by_cells: per layer what its cell keeps besides.
         vectors: [T, B, S], the raw interface vectors.
-        carried: usage, precedence, read weights, write weights and read words, [T+1, B, ...] each.
-        memory: what the memory's part keeps besides.
+        carried: [T+1, B, ...] each.
+        kept_by_memory: what the memory's part keeps besides.
         memories, links: [·, B, N, W] and [·, B, 1, N, N], those that are kept of the states between the steps:
             `Checkpoints.counts` of each.
         carried_rows: [T+1, ·], what `carried` and `layers` are cut from.
-        kept_rows: [T, ·], what `cells` and `memory` are cut from, but for what is of another dtype.
+        kept_rows: [T, ·], what `kept_by_cells` and `kept_by_memory` are cut from, but for what is of another dtype.
     """
 
     gates: list[Tensor]
     layers: list[list[Tensor]]
-    cells: list[list[Tensor]]
+    kept_by_cells: list[list[Tensor]]
     vectors: Tensor
-    carried: list[Tensor]
-    memory: list[Tensor]
+    carried: Light
+    kept_by_memory: list[Tensor]
     memories: Tensor
     links: Tensor
     carried_rows: Tensor
@@ -100,42 +49,6 @@ class History(NamedTuple):
         """The parts that begin with what was before the sequence, in the order of `Carried.light`."""
         states = [trail for layer in self.layers for trail in layer]
         return [*self.carried, *states]
-
-
-class Carried(NamedTuple):
-    """What one step hands to the next.
-
-    Attributes:
-        memory: the `MemoryState`.
-        words: [B, R, W], the words read.
-        layers: per layer its state, [B, H] each, the hidden vector first.
-    """
-
-    memory: MemoryState
-    words: Tensor
-    layers: list[list[Tensor]]
-
-    def flatten(self) -> list[Tensor]:
-        """As a list: the fields of the memory, the words, the layers' states."""
-        return [*self.memory, self.words, *(tensor for layer in self.layers for tensor in layer)]
-
-    def light(self) -> list[Tensor]:
-        """All but memory and link."""
-        _, usage, _, *others = self.memory
-        return [usage, *others, self.words, *(tensor for layer in self.layers for tensor in layer)]
-
-    @classmethod
-    def of(cls, memory: Tensor, link: Tensor, light: list[Tensor], num_layers: int) -> Carried:
-        """From memory, link and all the others."""
-        usage, *others = light
-        return cls.unflatten([memory, usage, link, *others], num_layers)
-
-    @classmethod
-    def unflatten(cls, tensors: list[Tensor], num_layers: int) -> Carried:
-        """The inverse. A layer may have no state."""
-        per_layer = (len(tensors) - 7) // num_layers
-        layers = [list(tensors[7 + i * per_layer : 7 + (i + 1) * per_layer]) for i in range(num_layers)]
-        return cls(MemoryState(*tensors[:6]), tensors[6], layers)
 
 
 class Checkpoints:
@@ -167,7 +80,7 @@ class Checkpoints:
     ) -> None:
         self.settings, every = settings, settings.checkpoint
         memory, link = zip(first, last, strict=True)
-        in_turn = forwards or every > 1  # else nothing is made again as a whole
+        in_turn = forwards or every > 1  # a backward with k = 1 makes nothing again that could take turns
         of_memory, of_link = (None, None) if forwards else (1, settings.link_every)
         self._memories = _trail(*memory, memories, steps, every, of_memory, in_turn)
         self._links = _trail(*link, links, steps, settings.link_period, of_link, in_turn)
@@ -213,50 +126,6 @@ def _trail(
     return [*trail, last]
 
 
-class Parts:
-    """Tensors one after the other in each row of a buffer, every one at a multiple of 16 bytes.
-
-    Kernels are compiled anew for what is not.
-    """
-
-    def __init__(self, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
-        unit = max(1, 16 // dtype.itemsize)
-        self.dtype, self.shapes = dtype, shapes
-        self.lengths = [-(-math.prod(shape) // unit) * unit for shape in shapes]
-
-    def allocate(self, rows: int, like: Tensor) -> Tensor:
-        """A buffer [rows, ·], on the device of `like`. Nothing is filled in."""
-        return pool.empty((rows, sum(self.lengths)), like, self.dtype)
-
-    def cut(self, buffer: Tensor) -> list[Tensor]:
-        """The parts of a buffer [..., ·]: [..., *shape] each."""
-        parts = zip(buffer.split(self.lengths, -1), self.shapes, strict=True)
-        return [part[..., : math.prod(shape)].unflatten(-1, shape) for part, shape in parts]
-
-    def join(self, tensors: list[Tensor]) -> Tensor:
-        """The inverse of `cut` for one row."""
-        lengths = zip(tensors, self.lengths, strict=True)
-        return torch.cat([F.pad(tensor.flatten(), (0, length - tensor.numel())) for tensor, length in lengths])
-
-
-def zeros(shapes: Iterable[tuple[int, ...]], like: Tensor) -> list[Tensor]:
-    """Zeros of these shapes, contiguous, in one buffer: a few small ones take longer to fill than a large one."""
-    size, places = _places(tuple(shapes), like.dtype)
-    buffer = like.new_zeros(size)
-    return [buffer.as_strided(*place) for place in places]
-
-
-@lru_cache(maxsize=1024)
-def _places(
-    shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
-) -> tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]:
-    """The length of a buffer that holds these one after the other, as in `Parts`; shape, strides, offset of each."""
-    lengths = Parts(dtype, *shapes).lengths
-    offsets = accumulate(lengths, initial=0)
-    strides = (tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))) for shape in shapes)
-    return sum(lengths), list(zip(shapes, strides, offsets, strict=False))
-
-
 class Plan:
     """How the history of a sequence lies in a few buffers: each result of an operator costs time, however small.
 
@@ -269,8 +138,8 @@ class Plan:
 
     def __init__(self, settings: SequenceSettings, memory: Tensor, reads: int, hidden_size: int) -> None:
         kind, layers = settings.cell, settings.num_layers
-        self.settings, self.layers, self.memory, self.reads = settings, layers, memory, reads
-        self.states, self.cells = max(kind.states, 1), kind.count_kept(settings.clip)
+        self.settings, self.num_layers, self.memory, self.reads = settings, layers, memory, reads
+        self.states_per_layer, self.kept_per_layer = max(kind.states, 1), kind.count_kept(settings.clip)
         batch, slots, word = memory.shape
         dtype, hidden, row, heads = memory.dtype, (batch, hidden_size), (batch, slots), (batch, reads, slots)
         kept: list[tuple[int, ...]] = []
@@ -280,9 +149,9 @@ class Plan:
         else:
             work, free_list = kept_shapes(batch, slots, reads)
             others = [Parts(compute_dtype(dtype), work), Parts(torch.int32, free_list)]
-        carried = [row, (batch, 1, slots), heads, (batch, 1, slots), (batch, reads, word)]
-        self.carried = Parts(dtype, *carried, *[hidden] * (layers * self.states))
-        self.kept = Parts(dtype, *[hidden] * (layers * self.cells), *kept)
+        carried = [row, (batch, 1, slots), heads, (batch, 1, slots), (batch, reads, word)]  # as `Light` has them
+        self.carried = Parts(dtype, *carried, *[hidden] * (layers * self.states_per_layer))
+        self.kept = Parts(dtype, *[hidden] * (layers * self.kept_per_layer), *kept)
         gates = Parts(dtype, (batch, kind.gates_per_unit * hidden_size))
         vectors = Parts(dtype, (batch, sum(interface_sizes(reads, 1, word).values())))
         self.by_step, self.others = [*[gates] * layers, vectors, self.kept], others
@@ -305,16 +174,17 @@ class Plan:
         carried_rows, *by_entry = buffers
         each = zip([*self.by_step, *self.others, *self.by_checkpoint], by_entry, strict=True)
         parts = [parts.cut(buffer) for parts, buffer in each]
-        gates, (vectors, kept, *others, memories, links) = parts[: self.layers], parts[self.layers :]
+        gates, (vectors, kept, *others, memories, links) = parts[: self.num_layers], parts[self.num_layers :]
         carried = self.carried.cut(carried_rows)
-        cells, memory = self.split(kept)
+        light = len(Light._fields)
+        kept_by_cells, kept_by_memory = self.split(kept)
         return History(
             gates=[tensor for (tensor,) in gates],
-            layers=self._per_layer(carried[5:], self.states),
-            cells=cells,
+            layers=self._per_layer(carried[light:], self.states_per_layer),
+            kept_by_cells=kept_by_cells,
             vectors=vectors[0],
-            carried=carried[:5],
-            memory=[*memory, *(tensor for (tensor,) in others)],
+            carried=Light(*carried[:light]),
+            kept_by_memory=[*kept_by_memory, *(tensor for (tensor,) in others)],
             memories=memories[0],
             links=links[0],
             carried_rows=carried_rows,
@@ -323,8 +193,8 @@ class Plan:
 
     def split(self, kept: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
         """The parts of `kept`: what the cell of each layer keeps, and what the memory's part does."""
-        count = self.layers * self.cells
-        return self._per_layer(kept[:count], self.cells), kept[count:]
+        count = self.num_layers * self.kept_per_layer
+        return self._per_layer(kept[:count], self.kept_per_layer), kept[count:]
 
     def _per_layer(self, tensors: list[Tensor], count: int) -> list[list[Tensor]]:
-        return [tensors[layer * count : (layer + 1) * count] for layer in range(self.layers)]
+        return [tensors[layer * count : (layer + 1) * count] for layer in range(self.num_layers)]

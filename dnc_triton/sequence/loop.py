@@ -20,16 +20,18 @@ from torch import Tensor
 
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
+from dnc_triton.sequence.carried import Carried, Light
 from dnc_triton.sequence.cells import Cell
-from dnc_triton.sequence.history import Carried, Checkpoints, Plan, SequenceSettings
+from dnc_triton.sequence.history import Checkpoints, Plan
 from dnc_triton.sequence.product import Product
+from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.sequence.torch_memory import Kept, TorchMemory
 
 
 class Before(NamedTuple):
     """What each step starts from, [T, B, ...], the rows that it resets at zero; as `History.carried` and `.layers`."""
 
-    carried: list[Tensor]
+    carried: Light
     layers: list[list[Tensor]]
 
 
@@ -38,9 +40,9 @@ class Sequence:
 
     Args:
         settings: see there.
-        parameters: in the order of `DNCCell.parameters()`.
         inputs: [T, B, input_size], T at least 1.
         state: before the first step.
+        parameters: in the order of `DNCCell.parameters()`.
         running: [T, B] bool, or None: where it is False the row has ended, for good, and its state stays.
         reset: [T, B] bool, or None: where it is True the row starts from zeros.
         dropout: per layer but the first what its input is multiplied by, [T, B, H] each; or empty.
@@ -57,9 +59,9 @@ class Sequence:
     def __init__(
         self,
         settings: SequenceSettings,
-        parameters: list[Tensor],
         inputs: Tensor,
         state: Carried,
+        parameters: list[Tensor],
         running: Tensor | None,
         reset: Tensor | None,
         dropout: list[Tensor],
@@ -151,7 +153,7 @@ class Sequence:
             d_layers = [[torch.zeros_like(layer[0][0])] for layer in history.layers]
         d = Carried(d_last.memory, d_last.words, d_layers)
         before = Before(
-            [self._start(trail[:-1]) for trail in history.carried],
+            Light(*(self._start(trail[:-1]) for trail in history.carried)),
             [[self._start(trail[:-1]) for trail in layer] for layer in history.layers],
         )
         self._begin_backward(before, d)
@@ -199,8 +201,8 @@ class Sequence:
     def _begin_backward(self, before: Before, d: Carried) -> None:
         # What goes on through the steps after a row's end: the gradient by its last state.
         self.held = [tensor.clone() for tensor in d.flatten()[self.by_kernel :]] if any(self.stops) else []
-        usage, _, read_weights, write_weights, _ = before.carried
-        self.memory.begin_backward(usage, read_weights, write_weights, self.d_vectors)
+        light = before.carried
+        self.memory.begin_backward(light.usage, light.read_weights, light.write_weights, self.d_vectors)
         self.d_below = torch.empty_like(before.layers[0][0][0])
         # The product that gives the gradient by the words read before a step can add the output layer's to it, unless
         # rows are put back after it (lengths, reset).
@@ -275,7 +277,7 @@ class Sequence:
         return [
             settings.cell(gates, below, recurrent, biases[-1], settings.clip, settings.max_activation_gradient, kept)
             for gates, below, recurrent, biases, kept in zip(
-                history.gates, self.below, self.recurrent, self.biases, history.cells, strict=True
+                history.gates, self.below, self.recurrent, self.biases, history.kept_by_cells, strict=True
             )
         ]
 
@@ -294,11 +296,12 @@ class Sequence:
         }
         if settings.layout is None:
             _, slots, word = memory.shape
-            return self.torch_memory(history.vectors, Kept(*history.memory), slots=slots, word=word, **options)
+            return self.torch_memory(history.vectors, Kept(*history.kept_by_memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory
 
         # Where steps are made again what they keep is made again as well: it is no part of the history.
-        kept = history.memory if settings.checkpoint == 1 else self.plan.work_space(min(self.stretch, self.steps))
+        again = settings.checkpoint > 1
+        kept = self.plan.work_space(min(self.stretch, self.steps)) if again else history.kept_by_memory
         masks, row = (self.running, self.reset), history.carried_rows.stride(0)
         options |= {"layout": settings.layout, "behind": self.checkpoints.behind, "row": row}
         return TritonMemory(history.vectors, kept, memory, *masks, **options)
@@ -338,7 +341,7 @@ class Sequence:
 
     def _at(self, step: int) -> Carried:
         memory, link = self.checkpoints[step]
-        usage, precedence, read_weights, write_weights, words = (trail[step] for trail in self.carried)
+        usage, precedence, read_weights, write_weights, words = (entries[step] for entries in self.carried)
         return Carried(
             MemoryState(memory, usage, link, precedence, read_weights, write_weights),
             words,
@@ -365,7 +368,7 @@ class Sequence:
 
     def _before_output(self) -> tuple[Tensor, Tensor]:
         """What outputs are made from: hidden vectors [T, B, H] and words read [T, B, R W]."""
-        return self.history.layers[-1][0][1:], self.history.carried[4][1:].flatten(2)
+        return self.history.layers[-1][0][1:], self.history.carried.words[1:].flatten(2)
 
     def _project(self, hidden: Tensor, words: Tensor) -> Tensor:
         """The output layer, before the clip."""
@@ -376,7 +379,7 @@ class Sequence:
 
     def _weight_gradients(self, d_outputs: Tensor, before: Before) -> list[Tensor]:
         """One product each, in the order of the parameters."""
-        words_before = before.carried[4]
+        words_before = before.carried.words
         gradients: list[Tensor] = []
         for layer, cell in enumerate(self.cells):
             if layer == 0:

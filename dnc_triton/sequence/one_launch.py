@@ -18,8 +18,9 @@ from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.kernels.launcher import launch_or_compile
 from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
-from dnc_triton.sequence.history import Carried, SequenceSettings
+from dnc_triton.sequence.carried import Carried
 from dnc_triton.sequence.product import Product
+from dnc_triton.sequence.settings import SequenceSettings
 
 # Of all steps together, up to which one launch makes all gradients by weights: a library takes a launch or two for each
 # of eight, and as long for few rows as for many. On a CPU it would be interpreted.
@@ -66,9 +67,9 @@ class OneLaunchSequence:
 
     Args:
         settings: see there; with a layout.
-        parameters: in the order of `DNCCell.parameters()`.
         inputs: [T, B, input_size], T at least 1.
         state: before the first step.
+        parameters: in the order of `DNCCell.parameters()`.
         running: [T, B] bool, or None: where it is False the row has ended, for good, and its state stays.
         reset: [T, B] bool, or None: where it is True the row starts from zeros.
         dropout: of layers that are not there.
@@ -82,9 +83,9 @@ class OneLaunchSequence:
     def __init__(
         self,
         settings: SequenceSettings,
-        parameters: list[Tensor],
         inputs: Tensor,
         state: Carried,
+        parameters: list[Tensor],
         running: Tensor | None,
         reset: Tensor | None,
         dropout: list[Tensor],

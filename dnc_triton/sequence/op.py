@@ -24,13 +24,14 @@ from dnc_triton.kernels.launcher import overlapping
 from dnc_triton.kernels.layout import Layout, is_shared
 from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched, savable
 from dnc_triton.sequence import graphs, pool
+from dnc_triton.sequence.carried import Carried
 from dnc_triton.sequence.compiled import CompiledSequence, step_alone
-from dnc_triton.sequence.history import Carried, SequenceSettings, zeros
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
+from dnc_triton.sequence.parts import zeros
+from dnc_triton.sequence.settings import SequenceSettings
 
-MEMORY, LINK = (MemoryState._fields.index(name) for name in ("memory", "link"))  # where these are in a state
-LARGE = {MEMORY, LINK}
+SHAREABLE = tuple(MemoryState._fields.index(name) for name in ("memory", "link"))  # where these are in a state
 
 
 class Given(NamedTuple):
@@ -39,28 +40,26 @@ class Given(NamedTuple):
     inputs: Tensor
     state: list[Tensor]
     parameters: list[Tensor]
-    dropout: list[Tensor]
     running: Tensor | None
     reset: Tensor | None
+    dropout: list[Tensor]
 
     def flatten(self) -> list[Tensor]:
         """Those that are there, as a list, one entry of what is shared."""
-        masks = [mask for mask in (self.running, self.reset) if mask is not None]
         state = (tensor[:1] if is_shared(tensor) else tensor for tensor in self.state)
-        return [self.inputs, *state, *self.parameters, *self.dropout, *masks]
+        masks = [mask for mask in (self.running, self.reset) if mask is not None]
+        return [self.inputs, *state, *self.parameters, *masks, *self.dropout]
 
     def replace(self, tensors: list[Tensor]) -> Given:
         """Others in their places, from such a list."""
         remaining = iter(tensors)
         inputs = next(remaining)
-        state, parameters, dropout = (
-            [next(remaining) for _ in part] for part in (self.state, self.parameters, self.dropout)
-        )
+        state, parameters = ([next(remaining) for _ in part] for part in (self.state, self.parameters))
         # Hooks on what autograd saves may have expanded what was shared: its own shape says whether it is one entry.
         pairs = zip(state, self.state, strict=True)
         state = [x if x.shape == like.shape else x.expand(like.shape) for x, like in pairs]
         running, reset = (None if mask is None else next(remaining) for mask in (self.running, self.reset))
-        return Given(inputs, state, parameters, dropout, running, reset)
+        return Given(inputs, state, parameters, running, reset, list(remaining))
 
 
 # What the operators take: the tensors, and `SequenceSettings` field by field, the layout as `Layout.as_operand` has it.
@@ -109,13 +108,13 @@ def _forward(settings: SequenceSettings, given: Given, keep: bool) -> list[Tenso
 
 def _unroll(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor]:
     kind = _kind(settings)
-    inputs, state, parameters, dropout, running, reset = given
+    inputs, state, parameters, running, reset, dropout = given
     carried = Carried.unflatten(state, settings.num_layers)
     if settings.compiled and not keep and len(inputs) == 1 and not dropout and running is None and reset is None:
         outputs, new_state = step_alone(settings, inputs[0], carried, parameters)
         return [outputs.unsqueeze(0), *new_state]
     if keep:
-        sequence = kind(settings, parameters, inputs, carried, running, reset, dropout)
+        sequence = kind(settings, inputs, carried, parameters, running, reset, dropout)
         outputs, last = sequence.forward()
         return [outputs, *last.flatten(), *sequence.buffers]
 
@@ -124,9 +123,9 @@ def _unroll(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor
         steps = slice(start, start + kind.chunk)
         sequence = kind(
             settings._replace(checkpoint=kind.chunk),
-            parameters,
             inputs[steps],
             carried,
+            parameters,
             None if running is None else running[steps],
             None if reset is None else reset[steps],
             [mask[steps] for mask in dropout],
@@ -224,12 +223,12 @@ def _backward_through_time(
     wanted: list[bool],
 ) -> list[Tensor | None]:
     kind = _kind(settings)
-    inputs, state, parameters, dropout, running, reset = given
+    inputs, state, parameters, running, reset, dropout = given
     sequence = kind(
         settings,
-        parameters,
         inputs,
         Carried.unflatten(state, settings.num_layers),
+        parameters,
         running,
         reset,
         dropout,
@@ -255,7 +254,7 @@ def _backward_through_time(
 def _filled(tensors: list[Tensor | None], like: list[Tensor], *, copied: bool, shares: bool) -> list[Tensor]:
     """Zeros for what is None, those by memory and link shared; copies of the others, if they are to be overwritten."""
     missing = [index for index, tensor in enumerate(tensors) if tensor is None]
-    one_for_all = LARGE if shares and LARGE.issubset(missing) else ()
+    one_for_all = SHAREABLE if shares and set(SHAREABLE).issubset(missing) else ()
     shapes = [(1, *like[index].shape[1:]) if index in one_for_all else like[index].shape for index in missing]
     made = zip(missing, zeros(shapes, like[0]), strict=True)
     empty = iter([x.expand_as(like[index]) if index in one_for_all else x for index, x in made])
@@ -363,7 +362,8 @@ class _Sequence(torch.autograd.Function):
 
 def _memory_and_link(state: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Of the tensors of a state."""
-    return state[MEMORY], state[LINK]
+    memory, link = (state[index] for index in SHAREABLE)
+    return memory, link
 
 
 def _divide(tensors: Iterable[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]:
@@ -431,6 +431,6 @@ def _given(
     running = None
     if lengths is not None:
         running = torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
-    shared = {index for index in LARGE if _takes_shared(settings) and is_shared(state[index])}
+    shared = {index for index in SHAREABLE if _takes_shared(settings) and is_shared(state[index])}
     state = [x[:1].contiguous().expand_as(x) if i in shared else x.contiguous() for i, x in enumerate(state)]
-    return Given(inputs, state, parameters, dropout, running, reset)
+    return Given(inputs, state, parameters, running, reset, dropout)

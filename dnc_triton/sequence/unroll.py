@@ -17,8 +17,9 @@ from dnc_reference.memory import without_autocast
 from dnc_reference.types import DNCState, MemoryState
 from dnc_triton.kernels.layout import Layout, default_layout
 from dnc_triton.sequence import pool
-from dnc_triton.sequence.history import SequenceSettings
+from dnc_triton.sequence.carried import Carried
 from dnc_triton.sequence.op import run_sequence
+from dnc_triton.sequence.settings import SequenceSettings
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _OF_LINEAR, _OF_CELL = ("weight", "bias"), ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -80,8 +81,8 @@ def unroll_sequence(
     )
     with without_autocast(inputs.device) if autocast else nullcontext():
         outputs, *last = run_sequence(settings, inputs.to(dtype), carried, parameters, lengths, reset, dropout, keep)
-    new_state = DNCState(_unflatten(last[7:], structure), MemoryState(*last[:6]), last[6])
-    return outputs.to(product_dtype), new_state
+    memory, words, layers = Carried.split(last)
+    return outputs.to(product_dtype), DNCState(_unflatten(layers, structure), memory, words)
 
 
 def _flatten(state: Any) -> tuple[list[Tensor], Any]:

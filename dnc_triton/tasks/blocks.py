@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnc_triton.tasks.base import Batch
+from dnc_triton.tasks.base import Batch, check_at_least
 from dnc_triton.tasks.curriculum import Span, describe, integers, lesson_of, read_curriculum, with_earlier
 from dnc_triton.tasks.planning import FAR, TRIES, Judged, PlanningTask, first_answer, log_sum
 
@@ -160,8 +160,7 @@ class BlockPuzzleTask(PlanningTask):
     }
 
     def __init__(self, curriculum: str = MINI_SHRDLU, board_size: int = 3, num_letters: int = 26) -> None:
-        if board_size < 2:
-            raise ValueError(f"board_size: expected at least 2, got {board_size}")
+        check_at_least("board_size", board_size, 2)
         most = (len(LETTERS), board_size**2 - 1, 99, 99)
         lessons = read_curriculum(curriculum, "1-2/3/1/1", least=(1, 2, 1, 1), most=most)
         self.curriculum = [Lesson(*spans) for spans in lessons]

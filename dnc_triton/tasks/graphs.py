@@ -94,10 +94,8 @@ class GraphTask(SymbolTask):
     }
 
     def __init__(self, curriculum: str, base: int, num_digits: int) -> None:
-        if base < 2:
-            raise ValueError(f"base: expected at least 2, got {base}")
-        if num_digits < 1:
-            raise ValueError(f"num_digits: expected at least 1, got {num_digits}")
+        check_at_least("base", base, 2)
+        check_at_least("num_digits", num_digits, 1)
         lessons = read_curriculum(curriculum, "3-5/1-2/1-3", least=(2, 1, 1), most=(1000, 1000, 1000))
         self.curriculum = [Lesson(*spans) for spans in lessons]
         self.base, self.num_digits, self.num_labels = base, num_digits, base**num_digits

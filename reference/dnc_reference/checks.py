@@ -1,11 +1,32 @@
-"""What a tensor must be, and the errors that name the one that is not."""
+"""What an argument must be, and the errors that name the one that is not."""
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError, naming it, unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError, naming it, unless it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError, naming it, unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def check_dense(name: str, tensor: Any) -> None:

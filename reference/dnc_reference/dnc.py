@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dnc_reference.checks import check_bool, check_number, check_size
 from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.interface import STRENGTHS, activate_interface, interface_sizes
 from dnc_reference.memory import memory_step, without_autocast
@@ -99,23 +99,18 @@ class DNCCell(nn.Module):
         sizes = dict(input_size=input_size, hidden_size=hidden_size, output_size=output_size, memory_size=memory_size)
         sizes.update(word_size=word_size, num_reads=num_reads, num_writes=num_writes, num_layers=num_layers)
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name}: expected an integer, got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+            check_size(name, size)
         if strength not in STRENGTHS:
             raise ValueError(f"strength: expected one of {', '.join(map(repr, STRENGTHS))}, got {strength!r}")
-        bounds = {"clip": clip, "max_activation_gradient": max_activation_gradient}
-        for name, number in {**bounds, "dropout": dropout}.items():
-            if not (number is None and name in bounds) and (isinstance(number, bool) or not isinstance(number, Real)):
-                raise TypeError(f"{name}: expected a number, got {number!r}")
-        for name, bound in bounds.items():
-            if bound is not None and not bound > 0:
-                raise ValueError(f"{name}: expected None or a number above 0, got {bound!r}")
+        for name, bound in (("clip", clip), ("max_activation_gradient", max_activation_gradient)):
+            if bound is not None:
+                check_number(name, bound)
+                if not bound > 0:
+                    raise ValueError(f"{name}: expected None or a number above 0, got {bound!r}")
+        check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-        if not isinstance(stop_usage_gradient, bool):
-            raise TypeError(f"stop_usage_gradient: expected a bool, got {stop_usage_gradient!r}")
+        check_bool("stop_usage_gradient", stop_usage_gradient)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
 

@@ -25,8 +25,8 @@ from dnc_triton.kernels import gradients, lstm, products, step_launch
 from dnc_triton.kernels.layout import Layout, default_layout, is_shared, kept_shapes, sequence_layouts
 from dnc_triton.kernels.step_launch import launch_backward, launch_forward
 from dnc_triton.sequence import one_launch, op, small_product, triton_memory, unroll
-from dnc_triton.sequence.history import SequenceSettings
 from dnc_triton.sequence.one_launch import OneLaunchSequence
+from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.sequence.triton_memory import TritonMemory
 
 BACKEND = "triton_sequence"
