@@ -137,6 +137,20 @@ def test_exported_program_survives_a_file(options):
     assert_close(torch.export.load(file).module()(inputs, **options), dnc(inputs, **options), **CLOSE)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_keeps_the_bound_of_gradients(strict):
+    """Where the layer runs step by step too; without gradients nothing of it is left."""
+    dnc, inputs = make(num_writes=2, max_activation_gradient=0.01), make_inputs(2, 2).requires_grad_()
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(dnc, (inputs,), strict=strict), file)
+    file.seek(0)
+    got, expected = (total(module(inputs)) for module in (torch.export.load(file).module(), dnc))
+    assert_close(gradients(got, inputs), gradients(expected, inputs), **CLOSE)
+    with torch.no_grad():
+        program = torch.export.export(dnc, (inputs,), strict=strict)
+    assert not [node for node in program.graph.nodes if "limit_gradient" in str(node.target)]
+
+
 def check_exported(dnc, inputs, shapes, others, strict):
     program = torch.export.export(dnc, (inputs,), dynamic_shapes={"inputs": shapes}, strict=strict)
     for batch, steps in others:

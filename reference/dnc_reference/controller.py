@@ -119,7 +119,19 @@ class _LimitGradientForwardMode(_LimitGradient):
         return tangent.view_as(tangent)
 
 
+@torch.library.custom_op("dnc_reference::limit_gradient", mutates_args=())
+def _limit_exported(x: Tensor, bound: float) -> Tensor:
+    """The same in a program that is exported, for `torch.export` leaves the backward of a function out."""
+    return x.clone()
+
+
+_limit_exported.register_fake(lambda x, bound: torch.empty_like(x))
+_limit_exported.register_autograd(_LimitGradient.backward, setup_context=_LimitGradient.setup_context)
+
+
 def _limit_gradient(x: Tensor, bound: float) -> Tensor:
+    if torch.compiler.is_exporting():
+        return _limit_exported(x, bound) if torch.is_grad_enabled() else x
     plain = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     limit = _LimitGradient if plain else _LimitGradientForwardMode
     limited: Tensor = limit.apply(x, bound)
