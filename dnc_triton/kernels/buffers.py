@@ -97,15 +97,16 @@ def state_at(state, entry, sizes: tl.constexpr, memory_shared=False, link_shared
 
 
 @triton.jit
-def zeros_or_state(zero, zeros_ptr, state):
-    """Zeros, which stand for every field, or a state."""
+def zeros_or_state(zero, zeros_ptr, state, but_large=False):
+    """Zeros, which stand for every field, or for all but memory and link, or a state."""
+    small = zero | but_large
     return MemoryState(
         tl.where(zero, zeros_ptr, state.memory),
-        tl.where(zero, zeros_ptr, state.usage),
+        tl.where(small, zeros_ptr, state.usage),
         tl.where(zero, zeros_ptr, state.link),
-        tl.where(zero, zeros_ptr, state.precedence),
-        tl.where(zero, zeros_ptr, state.read_weights),
-        tl.where(zero, zeros_ptr, state.write_weights),
+        tl.where(small, zeros_ptr, state.precedence),
+        tl.where(small, zeros_ptr, state.read_weights),
+        tl.where(small, zeros_ptr, state.write_weights),
     )
 
 

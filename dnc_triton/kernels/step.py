@@ -233,7 +233,8 @@ def step_forward_kernel(
     if marks_ptr is not None:
         mark = tl.load(marks_ptr + element)
         runs = mark & ENDED == 0
-        old = zeros_or_state(mark & FRESH != 0, zeros_ptr, old)
+        # What has ended goes on from zeros: by a link that was given, and no step makes, it would grow without bound.
+        old = zeros_or_state(mark & FRESH != 0, zeros_ptr, old, but_large=not runs)
     memory_step(
         interface_at(interface_ptr, element, sizes),
         old,

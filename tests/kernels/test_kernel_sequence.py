@@ -138,6 +138,17 @@ def test_lengths_and_resets_leave_nothing_unwritten(
         assert_close(run(dnc, inputs, state, backend, **call), expected, **CLOSE, name="")
 
 
+@pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
+def test_a_row_that_has_ended_does_not_grow(backend: str, device: torch.device) -> None:
+    """Whatever its link is: the gradients by the weights are those of the steps that run alone."""
+    dnc = make(device)
+    inputs, state = draw(dnc, 12)
+    with torch.no_grad():
+        state.memory.link[0] = 1e30
+    actual, expected = (run(dnc, inputs, state, name, lengths=[0, 12]) for name in (backend, "reference"))
+    assert_close(actual, expected, **CLOSE, name="")
+
+
 @pytest.mark.parametrize(
     ("backend", "options", "call"),
     [
