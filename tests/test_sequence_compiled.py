@@ -8,11 +8,12 @@ import pytest
 import test_sequence_goldens
 import torch
 from helpers import assert_same_bits
-from sequence_parity import assert_parity, draw, make, operation, outcome
+from sequence_parity import BATCH, assert_parity, draw, make, operation, outcome
 from torch.utils._pytree import tree_map
 
 from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
+from dnc_triton.sequence import compiled
 from dnc_triton.sequence.compiled import CompiledSequence
 from dnc_triton.sequence.compiler import like_of, machine_code
 
@@ -165,6 +166,22 @@ def test_strides_that_nobody_takes_compile_nothing_anew():
     assert cut.stride() != whole.stride()
     assert like_of(cut) == like_of(whole)
     assert like_of(torch.empty(2, 7, 3)[:, 2]) != like_of(torch.empty(2, 3))
+
+
+def test_another_number_of_steps_compiles_nothing_anew(monkeypatch):
+    """Whatever a reset's strides are, which with the batch first are others for each T."""
+    asked = set()
+    monkeypatch.setattr(compiled, "_compile", lambda *key: asked.add(key) or (lambda *tensors: None))
+    dnc = make(BACKEND)
+    for steps in (4, 7):
+        inputs, state = draw(dnc, steps)
+        reset = torch.zeros(BATCH, steps, dtype=torch.bool)
+        reset[1, 2] = True
+        for cleared in (reset.T, reset.T.contiguous(), reset[1].unsqueeze(1).expand(steps, BATCH)):
+            dnc(inputs, state, reset=cleared)
+            dnc(inputs, state, reset=cleared, lengths=[4, 4, 3])
+    asked_of = sorted((part, stops, resets) for part, *_, (_, stops, resets, *_), _, _ in asked)
+    assert asked_of == [("forward", 0, 0), ("forward", 0, 1), ("forward", 1, 0)]
 
 
 @pytest.mark.slow

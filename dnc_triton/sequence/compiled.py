@@ -33,6 +33,8 @@ class CompiledSequence(Sequence):
 
     def _by_step(self, state: Carried) -> None:
         history = self.history
+        if self.reset is not None:  # as a user has it, batch first, its strides are another kind with each T
+            self.reset = self.reset.contiguous()
         rows = history.carried_rows.unbind(0)
         states = [(*self.checkpoints[step], row) for step, row in enumerate(rows)]
         over_steps = [*history.gates, history.vectors, history.kept_rows, history.kept_by_memory[-1]]
