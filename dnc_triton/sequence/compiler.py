@@ -5,6 +5,7 @@ What is small is compiled into the code instead of called: products, sorts and r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import reduce
 from threading import RLock
@@ -29,6 +30,16 @@ def like_of(tensor: Tensor) -> Like:
 
 
 _one_at_a_time = RLock()  # PyTorch's compiler does not serve two threads at once
+
+
+def _renew_lock() -> None:
+    """In a forked process, where a thread that compiles does not go on."""
+    global _one_at_a_time
+    _one_at_a_time = RLock()
+
+
+if hasattr(os, "register_at_fork"):  # as not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def machine_code(
