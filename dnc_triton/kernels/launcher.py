@@ -41,6 +41,16 @@ class Compiling:
             self.begun[key] = self.pool.submit(kernel.warmup, *given, grid=grid, **options)
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """A tensor as the kernels take what is a caller's: contiguous, from a multiple of 16 bytes on, copied if need be.
+
+    For another place Triton would compile once more: to loads of one number each, which several threads then do, and
+    whose sums differ between these (`kernels.common.term`).
+    """
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 _compiling: ContextVar[Compiling | None] = ContextVar("dnc_triton_compiling_ahead", default=None)
 _overlapping: ContextVar[bool] = ContextVar("dnc_triton_overlapping", default=False)
 # Triton 3.7 takes a kernel for loaded while another thread is still loading it (triton-lang/triton#11518).

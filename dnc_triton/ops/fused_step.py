@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dnc_reference import Interface, MemoryState
 from dnc_reference.interface import interface_sizes
+from dnc_triton.kernels.launcher import aligned
 from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
 from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched
 
@@ -49,8 +50,8 @@ def _forward(
 
     with on_device(interface):
         return step_forward(
-            interface.contiguous(),
-            tuple(tensor.contiguous() for tensor in state),
+            aligned(interface),
+            tuple(map(aligned, state)),
             num_reads=state[4].shape[1],
             raw=raw,
             strength_offset=strength_offset,
@@ -104,15 +105,15 @@ def _run_backward(
     memory, usage, read_weights, write_weights, kept, free_list = result
     with on_device(memory):
         return step_backward(
-            interface.contiguous(),
-            tuple(tensor.contiguous() for tensor in state),
+            aligned(interface),
+            tuple(map(aligned, state)),
             memory=memory,
             usage=usage,
             read_weights=read_weights,
             write_weights=write_weights,
             kept=kept,
             free_list=free_list,
-            gradients=tuple(tensor.contiguous() for tensor in gradients),
+            gradients=tuple(map(aligned, gradients)),
             raw=raw,
             strength_offset=strength_offset,
             stop_usage_gradient=stop_usage_gradient,

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dnc_reference.memory import without_autocast
 from dnc_reference.types import MemoryState
-from dnc_triton.kernels.launcher import overlapping
+from dnc_triton.kernels.launcher import aligned, overlapping
 from dnc_triton.kernels.layout import Layout, is_shared
 from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched, savable
 from dnc_triton.sequence import graphs, pool
@@ -432,5 +432,6 @@ def _given(
     if lengths is not None:
         running = torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
     shared = {index for index in SHAREABLE if _takes_shared(settings) and is_shared(state[index])}
-    state = [x[:1].contiguous().expand_as(x) if i in shared else x.contiguous() for i, x in enumerate(state)]
+    whole = torch.Tensor.contiguous if settings.layout is None else aligned
+    state = [whole(x[:1]).expand_as(x) if i in shared else whole(x) for i, x in enumerate(state)]
     return Given(inputs, state, parameters, running, reset, dropout)

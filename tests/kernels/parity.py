@@ -139,6 +139,29 @@ class LaunchesInMargins:
             _bytes_of(x).copy_(_bytes_of(moved[name]))
 
 
+@contextmanager
+def launches_of_aligned() -> Iterator[None]:
+    """All that the kernels of a step are given meanwhile begins at a multiple of 16 bytes, as Triton has compiled."""
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        for place in [*enumerate(arguments), *options.items()]:
+            assert not isinstance(place[1], Tensor) or place[1].data_ptr() % 16 == 0, (kernel.__name__, place[0])
+        kernel[grid](*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_launch, "launch_or_compile", launch)
+        yield
+
+
+def beside_16_bytes(tensor: Tensor) -> Tensor:
+    """A copy that is contiguous and begins a number later than at a multiple of 16 bytes."""
+    wide = tensor.new_empty(tensor.numel() + 16 // tensor.itemsize)
+    first = (16 - wide.data_ptr() % 16) // tensor.itemsize % (16 // tensor.itemsize) + 1
+    copy = wide[first : first + tensor.numel()].view(tensor.shape).copy_(tensor.detach())
+    assert copy.data_ptr() % 16 == tensor.itemsize
+    return copy.requires_grad_(tensor.requires_grad)
+
+
 def _bytes_of(tensor: Tensor) -> Tensor:
     """The same memory. To write to it is none of autograd's business."""
     size, offset = tensor.nbytes, tensor.storage_offset() * tensor.itemsize

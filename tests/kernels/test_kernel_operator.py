@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import as_leaves, assert_close, assert_same_bits, random_interface, random_problem
-from parity import Case, draw, pick_layout, run_kernels
+from parity import Case, beside_16_bytes, draw, launches_of_aligned, pick_layout, run_kernels
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -205,6 +205,20 @@ def test_nothing_is_aliased(device: torch.device) -> None:
     assert_same_bits(new.memory, state.memory)
     storages = {x.untyped_storage().data_ptr() for x in tree_leaves((interface, state))}
     assert not storages & {x.untyped_storage().data_ptr() for x in new}
+
+
+@each_backend
+def test_what_does_not_begin_at_16_bytes(backend: str, device: torch.device) -> None:
+    """Parts of one buffer, for example: as kernels are compiled for others, it is copied. Gradients too."""
+    given = leaves(device)
+    read_words, new = memory_step(*given, backend="reference")
+    expected = gradients((read_words, new), given)
+    given = tree_map(beside_16_bytes, given)
+    with launches_of_aligned():
+        results = memory_step(*given, backend=backend)
+        assert_close(gradients(results, given, retain_graph=True), expected, **CLOSE, name="")
+        sent_back = [beside_16_bytes(torch.ones_like(x)) for x in results[1]]
+        torch.autograd.grad(list(results[1]), tree_leaves(given), sent_back)
 
 
 # --- what is declined

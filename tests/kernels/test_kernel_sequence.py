@@ -13,7 +13,7 @@ import test_sequence_goldens
 import test_sequence_kept
 import torch
 from helpers import as_leaves, assert_close, assert_same_bits
-from parity import Margins, launches_in_margins, pick_layout
+from parity import Margins, beside_16_bytes, launches_in_margins, launches_of_aligned, pick_layout
 from sequence_parity import most_allocated
 from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend, start, weighted
 from torch import Tensor
@@ -405,6 +405,17 @@ def test_strided_inputs_and_nothing_is_written_to(turn: int, backend: str, devic
     assert_same_bits((inputs, state, dnc.state_dict()), (*contiguous, before))
     given = {x.untyped_storage().data_ptr() for x in (inputs, *tree_leaves(state), *dnc.parameters())}
     assert not given & {x.untyped_storage().data_ptr() for x in tree_leaves((actual["outputs"], actual["final"]))}
+
+
+@pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
+def test_a_state_that_does_not_begin_at_16_bytes(backend: str, device: torch.device) -> None:
+    """Parts of one buffer, for example: as kernels are compiled for others, it is copied."""
+    dnc = make(device)
+    inputs, state = draw(dnc, 2)
+    expected = run(dnc, inputs, state, "reference")
+    with launches_of_aligned():
+        actual = run(dnc, *tree_map(beside_16_bytes, (inputs, state)), backend)
+    assert_close(actual, expected, **CLOSE, name="")
 
 
 @pytest.mark.parametrize(("backend", "small"), [(BACKEND, False), ("triton_fused", True), ("triton_split", False)])
