@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dnc_reference.checks import check_size
 from dnc_reference.interface import interface_sizes
 from dnc_triton.layer import DNC
+from dnc_triton.weights import Weights
 
 # Field of the interface → its linear layer in DeepMind's access.py.
 _INTERFACE_LAYERS = {
@@ -60,9 +61,10 @@ def from_deepmind(
     """
     if not isinstance(variables, Mapping):
         raise TypeError(f"variables: expected a mapping of names to arrays, got {type(variables).__name__}")
-    for name, size in (("word_size", word_size), ("num_reads", num_reads), ("num_writes", num_writes)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an integer, got {size!r}")
+    sizes: dict[str, Any] = dict(memory_size=memory_size, word_size=word_size)
+    sizes |= dict(num_reads=num_reads, num_writes=num_writes)
+    for name, size in sizes.items():
+        check_size(name, size)
     arrays: dict[str, Any] = {}
     for full_name, value in variables.items():
         if not isinstance(full_name, str):
@@ -71,15 +73,10 @@ def from_deepmind(
         if name in arrays:
             raise ValueError(f"variables: expected {name!r} once, got it as {name!r} and as {name + ':0'!r}")
         arrays[name] = value
-    scope = _scope(arrays)
+    scope, weights = _scope(arrays), Weights("variables", arrays, sizes)
 
     def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        if scope + name not in arrays:
-            raise ValueError(f"variables: expected {scope + name!r}, got only {sorted(arrays)}")
-        array = as_tensor("variables", scope + name, arrays[scope + name])
-        if shape is not None and array.shape != shape:
-            raise ValueError(f"variables: expected {scope + name!r} of shape {list(shape)}, got {list(array.shape)}")
-        return array
+        return weights.take(scope + name, shape)
 
     gates, output = take("lstm/w_gates"), take("output_linear/w")
     if gates.dim() != 2 or output.dim() != 2:
@@ -99,10 +96,7 @@ def from_deepmind(
         input_size,
         hidden_size,
         output_size,
-        memory_size=memory_size,
-        word_size=word_size,
-        num_reads=num_reads,
-        num_writes=num_writes,
+        **sizes,
         batch_first=batch_first,
         clip=clip,
         strength="softplus",
@@ -115,7 +109,7 @@ def from_deepmind(
     # i, g, f, o, torch's as i, f, g, o.
     gates_bias[2 * hidden_size : 3 * hidden_size] += 1
     gates, gates_bias = (torch.cat([x.chunk(4, -1)[gate] for gate in (0, 2, 1, 3)], -1) for x in (gates, gates_bias))
-    sizes = interface_sizes(num_reads, num_writes, word_size)
+    fields = interface_sizes(num_reads, num_writes, word_size)
     layers = {field: f"memory_access/{layer}" for field, layer in _INTERFACE_LAYERS.items()}
     dnc.load_state_dict(
         {
@@ -123,28 +117,13 @@ def from_deepmind(
             "controller.layers.0.weight_hh": gates[input_size + read_size :].T,
             "controller.layers.0.bias_ih": gates_bias,
             "controller.layers.0.bias_hh": torch.zeros_like(gates_bias),
-            "interface.weight": torch.cat([take(f"{layers[f]}/w", (hidden_size, sizes[f])) for f in sizes], -1).T,
-            "interface.bias": torch.cat([take(f"{layers[f]}/b", (sizes[f],)) for f in sizes]),
+            "interface.weight": torch.cat([take(f"{layers[f]}/w", (hidden_size, fields[f])) for f in fields], -1).T,
+            "interface.bias": torch.cat([take(f"{layers[f]}/b", (fields[f],)) for f in fields]),
             "output.weight": take("output_linear/w", (hidden_size + read_size, output_size)).T,
             "output.bias": take("output_linear/b", (output_size,)),
         }
     )
     return dnc
-
-
-def as_tensor(argument: str, name: str, value: Any) -> Tensor:
-    """A variable of that name in float64, whatever holds it; an error names the argument that it came with."""
-    try:
-        if isinstance(value, Tensor):
-            array = value.detach().cpu()
-        else:  # in this machine's order of bytes, whatever another has written
-            held = np.array(value)
-            array = torch.from_numpy(held.astype(held.dtype.newbyteorder("=")))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{argument}: expected {name!r} to be a floating array, got {type(value).__name__}") from error
-    if not array.is_floating_point():
-        raise TypeError(f"{argument}: expected {name!r} to be a floating array, got {array.dtype}")
-    return array.double()
 
 
 def _scope(arrays: Mapping[str, Any]) -> str:

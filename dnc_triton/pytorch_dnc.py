@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnc_reference.checks import check_bool, check_size
 from dnc_reference.interface import interface_sizes
-from dnc_triton.deepmind import as_tensor
 from dnc_triton.layer import DNC
+from dnc_triton.weights import Weights
 
 # Field of the interface → its linear layer in the package's memory.py, in the order of the package's interface vector.
 _INTERFACE_LAYERS = {
@@ -80,7 +81,8 @@ def from_pytorch_dnc(
         dtype: of the layer that is made; None for torch's default.
 
     Returns:
-        the layer, on the CPU. Its state_dict does not fit a plain `DNC`: to load one, make the layer by this function.
+        the layer, on the CPU, and training or not as a module is. Its state_dict does not fit a plain `DNC`: to load
+        one, make the layer by this function.
 
     A state_dict cannot be checked for this, so the caller must know it: that clip was 0 or at least 1; that an "rnn"
     had nonlinearity "tanh"; that the release was 1.1.0 or later. In those up to 1.0.3 names and shapes are the same,
@@ -114,53 +116,30 @@ def from_pytorch_dnc(
 
     Source: the package's dnc.py, memory.py and util.py.
     """
-    if not isinstance(read_feedback, bool):
-        raise TypeError(f"read_feedback: expected a bool, got {read_feedback!r}")
+    check_bool("read_feedback", read_feedback)
     sizes: dict[str, Any] = {"memory_size": memory_size, "word_size": word_size, "num_reads": num_reads}
     if isinstance(model, nn.Module):
         sizes = _sizes_of(model, sizes)
         if dropout is None:
             dropout = float(model.dropout)  # type: ignore[arg-type]
-        weights: Mapping[str, Any] = model.state_dict()
+        arrays: Mapping[str, Any] = model.state_dict()
     elif isinstance(model, Mapping):
-        weights = model
+        arrays = {str(name): value for name, value in model.items()}
     else:
         raise TypeError(f"model: expected a dnc.DNC or its state_dict, got {type(model).__name__}")
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an integer, which a state_dict does not tell, got {size!r}")
+        if size is None:
+            raise TypeError(f"{name}: expected an integer, which a state_dict does not tell, got None")
+        check_size(name, size)
 
-    scope, kind = _scope(weights)
+    weights = Weights("model", arrays, sizes)
+    scope, kind = _scope(arrays)
     layer = f"{scope}{kind}_layer_0."
-    names = {str(name) for name in weights}
-    if f"{scope}{kind}_layer_1.weight_ih_l0" in names:
+    if f"{scope}{kind}_layer_1.weight_ih_l0" in arrays:
         raise ValueError("model: expected num_layers=1, for a DNC here reads once in a step, got more layers")
     memories = [f"{scope}rnn_layer_memory_{which}." for which in ("shared", "0")]
-    memory = next((prefix for prefix in memories if any(name.startswith(prefix) for name in names)), memories[0])
-    unused = {name for name in names if name.startswith((layer, memory))}
-
-    def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        if name not in names:
-            raise ValueError(f"model: expected the weight {name!r}, got only {sorted(names)}")
-        unused.discard(name)
-        tensor = as_tensor("model", name, weights[name])
-        if shape is not None and tensor.shape != shape:
-            given = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            raise ValueError(f"model: expected {name!r} of shape {list(shape)} for {given}, got {list(tensor.shape)}")
-        return tensor
-
-    first, recurrent = (take(layer + name) for name in ("weight_ih_l0", "weight_hh_l0"))
-    for name, matrix in (("weight_ih_l0", first), ("weight_hh_l0", recurrent)):
-        if matrix.dim() != 2:
-            raise ValueError(f"model: expected {layer}{name} to be a matrix, got shape {list(matrix.shape)}")
-    hidden_size, read_size = recurrent.shape[1], sizes["num_reads"] * sizes["word_size"]
-    input_size = first.shape[1] - read_size
-    if input_size < 1:
-        raise ValueError(
-            f"model: expected {layer}weight_ih_l0 to have more columns than the {read_size} for num_reads="
-            f"{sizes['num_reads']} and word_size={sizes['word_size']}, got shape {list(first.shape)}"
-        )
-    num_layers = sum(bool(re.fullmatch(re.escape(layer) + r"weight_ih_l\d+", name)) for name in names)
+    memory = next((prefix for prefix in memories if any(name.startswith(prefix) for name in arrays)), memories[0])
+    input_size, hidden_size, num_layers = _sizes_of_controller(weights, layer)
 
     dnc = DNC(
         input_size,
@@ -175,37 +154,71 @@ def from_pytorch_dnc(
         device="cpu",
         dtype=dtype,
     )
-    rows, has_bias = _GATES[kind] * hidden_size, layer + "bias_ih_l0" in names
-    ours: dict[str, Tensor] = {}
-    for index in range(num_layers):
-        columns = hidden_size if index else input_size + read_size
-        for name, shape in (("ih", (rows, columns)), ("hh", (rows, hidden_size))):
-            to = f"controller.layers.{index}"
-            ours[f"{to}.weight_{name}"] = take(f"{layer}weight_{name}_l{index}", shape).clone()
-            bias = take(f"{layer}bias_{name}_l{index}", (rows,)) if has_bias else torch.zeros(rows, device="cpu")
-            ours[f"{to}.bias_{name}"] = bias
+    read_size = dnc.feature_size - hidden_size
+    ours = _controller(weights, layer, _GATES[kind] * hidden_size, input_size + read_size, hidden_size, num_layers)
     if not read_feedback:
         ours["controller.layers.0.weight_ih"][:, input_size:] = 0
-
     fields = interface_sizes(sizes["num_reads"], 1, sizes["word_size"])
-    for part, columns in (("weight", (hidden_size,)), ("bias", ())):
-        if f"{memory}interface_weights.{part}" in names:
-            vector = take(f"{memory}interface_weights.{part}", (sum(fields.values()), *columns))
-            pieces = dict(
-                zip(_INTERFACE_LAYERS, vector.split([fields[name] for name in _INTERFACE_LAYERS]), strict=True)
-            )
-        else:
-            pieces = {f: take(f"{memory}{_INTERFACE_LAYERS[f]}.{part}", (fields[f], *columns)) for f in fields}
-        ours[f"interface.{part}"] = torch.cat([pieces[field] for field in fields])
-    ours["output.weight"] = take(scope + "output.weight", (input_size, hidden_size + read_size))
-    ours["output.bias"] = take(scope + "output.bias", (input_size,))
+    ours |= _interface(weights, memory, fields, hidden_size)
+    ours["output.weight"] = weights.take(scope + "output.weight", (input_size, hidden_size + read_size))
+    ours["output.bias"] = weights.take(scope + "output.bias", (input_size,))
+    unused = sorted(name for name in weights.unused if name.startswith((layer, memory)))
     if unused:
-        raise ValueError(f"model: expected no weights but those of a dense dnc.DNC, got also {sorted(unused)}")
+        raise ValueError(f"model: expected no weights but those of a dense dnc.DNC, got also {unused}")
 
     dnc.load_state_dict(ours)
     bounded = sum(fields[name] for name in ("read_keys", "write_keys", "write_vectors"))
     dnc.interface = nn.Sequential(dnc.interface, BoundedKeys(bounded))  # type: ignore[assignment]
-    return dnc
+    return dnc.train(model.training) if isinstance(model, nn.Module) else dnc
+
+
+def _sizes_of_controller(weights: Weights, layer: str) -> tuple[int, int, int]:
+    """The input's, that of the hidden vector, and how many layers there are."""
+    first, recurrent = (weights.take(layer + name) for name in ("weight_ih_l0", "weight_hh_l0"))
+    for name, matrix in (("weight_ih_l0", first), ("weight_hh_l0", recurrent)):
+        if matrix.dim() != 2:
+            raise ValueError(f"model: expected {layer}{name} to be a matrix, got shape {list(matrix.shape)}")
+    num_reads, word_size = weights.sizes["num_reads"], weights.sizes["word_size"]
+    input_size = first.shape[1] - num_reads * word_size
+    if input_size < 1:
+        raise ValueError(
+            f"model: expected {layer}weight_ih_l0 to have more columns than the {num_reads * word_size} for "
+            f"num_reads={num_reads} and word_size={word_size}, got shape {list(first.shape)}"
+        )
+    layers = [name for name in weights.arrays if re.fullmatch(re.escape(layer) + r"weight_ih_l\d+", name)]
+    return input_size, recurrent.shape[1], len(layers)
+
+
+def _controller(
+    weights: Weights, layer: str, rows: int, columns: int, hidden_size: int, num_layers: int
+) -> dict[str, Tensor]:
+    """A controller of so many layers, the first of so many columns, with as many rows each, by our names."""
+    ours, has_bias = {}, layer + "bias_ih_l0" in weights.arrays
+    for index in range(num_layers):
+        shapes = {"ih": (rows, hidden_size if index else columns), "hh": (rows, hidden_size)}
+        for name, shape in shapes.items():
+            to = f"controller.layers.{index}"
+            ours[f"{to}.weight_{name}"] = weights.take(f"{layer}weight_{name}_l{index}", shape).clone()
+            bias = (
+                weights.take(f"{layer}bias_{name}_l{index}", (rows,)) if has_bias else torch.zeros(rows, device="cpu")
+            )
+            ours[f"{to}.bias_{name}"] = bias
+    return ours
+
+
+def _interface(weights: Weights, memory: str, fields: dict[str, int], hidden_size: int) -> dict[str, Tensor]:
+    """The interface layer, which there is one or one for each field, by our names and in our order."""
+    ours = {}
+    for part, columns in (("weight", (hidden_size,)), ("bias", ())):
+        if f"{memory}interface_weights.{part}" in weights.arrays:
+            vector = weights.take(f"{memory}interface_weights.{part}", (sum(fields.values()), *columns))
+            pieces = vector.split([fields[name] for name in _INTERFACE_LAYERS])
+            of_field = dict(zip(_INTERFACE_LAYERS, pieces, strict=True))
+        else:
+            names = {field: f"{memory}{_INTERFACE_LAYERS[field]}.{part}" for field in fields}
+            of_field = {field: weights.take(name, (fields[field], *columns)) for field, name in names.items()}
+        ours[f"interface.{part}"] = torch.cat([of_field[field] for field in fields])
+    return ours
 
 
 def _sizes_of(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:

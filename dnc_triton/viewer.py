@@ -85,6 +85,7 @@ def write_page(
         wrong = [target not in ("", output) for target, output in zip(targets, outputs, strict=True)]
     if len(wrong) != steps:
         raise ValueError(f"wrong: expected {steps} marks, one per step of the trace, got {len(wrong)}")
+    wrong = [bool(mark) for mark in wrong]  # NumPy's or a tensor's too
 
     written = (row["write_weights"] >= WRITTEN).any(1)  # [T, N]
     first_write = np.where(written.any(0), written.argmax(0), steps)

