@@ -12,7 +12,8 @@ from sequence_parity import assert_parity, draw, make, operation, outcome, total
 from torch import Tensor
 
 from dnc_triton import dispatch
-from dnc_triton.sequence import compiled, link
+from dnc_triton.sequence import compiled, native_link
+from dnc_triton.sequence.native_link import link_backward, link_forward
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_COMPILER, reason="no C++ compiler")
 
@@ -43,7 +44,7 @@ def test_forward_and_backward_are_what_the_equations_say(sizes: tuple[int, int, 
     close = {torch.float64: dict(rtol=1e-13, atol=1e-15), torch.float32: dict(rtol=1e-5, atol=1e-6)}[dtype]
     given = problem(*sizes, dtype)
     new = torch.full_like(given[0], torch.nan)
-    made = new, *link.follow(*given, new)
+    made = new, *link_forward(*given, new)
     leaves = problem(*sizes, torch.float64, grad=True)
     expected = followed(*leaves)
     for actual, right in zip(made, expected, strict=True):
@@ -53,7 +54,7 @@ def test_forward_and_backward_are_what_the_equations_say(sizes: tuple[int, int, 
     right = torch.autograd.grad(expected, leaves, gradients)
     d_link, d_backward, d_forward = (x.to(dtype) for x in gradients)
     linked = torch.cat([d_forward, given[3], d_backward], 1)
-    d_read, d_write, d_precedence = link.follow_backward(given[0].squeeze(1), *given[1:3], linked, d_link.squeeze(1))
+    d_read, d_write, d_precedence = link_backward(given[0].squeeze(1), *given[1:3], linked, d_link.squeeze(1))
     for actual, expects in zip((d_link, d_precedence, d_write, d_read), right, strict=True):
         torch.testing.assert_close(actual, expects.to(dtype), rtol=close["rtol"], atol=50 * close["atol"])
 
@@ -66,7 +67,14 @@ def test_the_same_bits_by_any_number_of_threads() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             new, d = torch.empty_like(given[0]), d_link.clone()
-            results.append((new, *link.follow(*given, new), d, *link.follow_backward(given[0], *given[1:3], linked, d)))
+            results.append(
+                (
+                    new,
+                    *link_forward(*given, new),
+                    d,
+                    *link_backward(given[0], *given[1:3], linked, d),
+                )
+            )
     finally:
         torch.set_num_threads(threads)
     for others in results[1:]:
@@ -76,7 +84,7 @@ def test_the_same_bits_by_any_number_of_threads() -> None:
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nothing to look into a library with")
 def test_a_library_shows_no_more_than_its_two_functions() -> None:
     """Others, with other numbers of read heads, have parts of the same names."""
-    library = link._library(torch.float32, 4)._name
+    library = native_link._library(torch.float32, 4)._name
     table = subprocess.run(["nm", "-DC", library], capture_output=True, text=True, check=True)
     shown = [line.split() for line in table.stdout.splitlines() if line[:1].isalnum()]  # what has an address in it
     assert [name.lstrip("_") for _, _, *names in shown for name in names] == ["link_backward", "link_forward"]
@@ -85,10 +93,10 @@ def test_a_library_shows_no_more_than_its_two_functions() -> None:
 def test_a_nan_stays_in_its_row() -> None:
     given = problem(2, 40, 2, torch.float32)
     right = torch.empty_like(given[0])
-    link.follow(*given, right)
+    link_forward(*given, right)
     given[0][1, 0, 3, 4] = torch.nan
     new = torch.empty_like(right)
-    backward, forward = link.follow(*given, new)
+    backward, forward = link_forward(*given, new)
     assert_same_bits(new[0], right[0])
     assert new[1, 0, 3, 4].isnan()
     assert backward[1, :, 4].isnan().all()
@@ -97,18 +105,18 @@ def test_a_nan_stays_in_its_row() -> None:
 
 def test_operators() -> None:
     given = problem(2, 5, 2, torch.float64)
-    torch.library.opcheck(link.follow, (*given, torch.empty_like(given[0])))
+    torch.library.opcheck(link_forward, (*given, torch.empty_like(given[0])))
     linked, d_link = torch.randn(2, 6, 5, dtype=torch.float64), torch.randn(2, 5, 5, dtype=torch.float64)
-    torch.library.opcheck(link.follow_backward, (given[0].squeeze(1), *given[1:3], linked, d_link))
+    torch.library.opcheck(link_backward, (given[0].squeeze(1), *given[1:3], linked, d_link))
 
 
 def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = (torch.empty(8, slots, 1, device="meta") for slots in (256, 255))
-    assert link.serves(large)
-    assert not link.serves(small)
-    assert not link.serves(large.bfloat16())
+    assert native_link.serves(large)
+    assert not native_link.serves(small)
+    assert not native_link.serves(large.bfloat16())
     monkeypatch.setattr("sys.platform", "win32")
-    assert not link.serves(large)
+    assert not native_link.serves(large)
 
 
 # --- in the compiled sequence
@@ -120,7 +128,7 @@ def _all_are_large(monkeypatch: pytest.MonkeyPatch):
     caches = compiled._compile, compiled._compile_alone
     for cache in caches:
         cache.cache_clear()
-    monkeypatch.setattr(link, "LARGE", 1)
+    monkeypatch.setattr(native_link, "LEAST_NUMBERS", 1)
     yield
     for cache in caches:
         cache.cache_clear()
@@ -129,8 +137,8 @@ def _all_are_large(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.usefixtures("all_are_large")
 def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    exact = link._call
-    monkeypatch.setattr(link, "_call", lambda name, *others: called.append(name) or exact(name, *others))
+    exact = native_link._call
+    monkeypatch.setattr(native_link, "_call", lambda name, *others: called.append(name) or exact(name, *others))
     dnc = make("torch_compiled", clip=0.1, memory_size=9)
     inputs, state = draw(dnc)
     assert_parity(dnc, inputs, state)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from dnc_reference.types import MemoryState
-from dnc_triton.sequence import link, pool
+from dnc_triton.sequence import native_link, pool
 from dnc_triton.sequence.carried import Carried, Light
 from dnc_triton.sequence.compiler import Like, like_of, machine_code, sum_down
 from dnc_triton.sequence.history import History, Plan
 from dnc_triton.sequence.loop import Before, Sequence
+from dnc_triton.sequence.native_link import link_backward, link_forward
 from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.sequence.torch_memory import TorchMemory
 
@@ -105,25 +106,25 @@ class _Memory(TorchMemory):
 
     Attributes:
         numbers: [N], of the slots. To compare integers takes vectors of floating-point numbers several instructions.
-        native_link: whether link.cpp makes the link.
+        has_native_link: whether link.cpp makes the link.
     """
 
     numbers: Tensor
-    native_link: bool
+    has_native_link: bool
 
     def replay(self, step: int, prev: MemoryState, new: MemoryState) -> None:
         """To the same bits: by what made the link the first time, whatever is read from it."""
-        if not self.native_link:
+        if not self.has_native_link:
             super().replay(step, prev, new)
             return
         self._write(step, prev, new)
-        link.follow(*_of_link(prev, new), new.link)
+        link_forward(*_of_link(prev, new), new.link)
 
     def _follow(self, prev: MemoryState, new: MemoryState, backward: Tensor, forward: Tensor) -> None:
-        if not self.native_link:
+        if not self.has_native_link:
             super()._follow(prev, new, backward, forward)
             return
-        followed = link.follow(*_of_link(prev, new), new.link)
+        followed = link_forward(*_of_link(prev, new), new.link)
         for weights, made in zip((backward, forward), followed, strict=True):
             weights.copy_(made)
 
@@ -144,8 +145,8 @@ class _Memory(TorchMemory):
         d_precedence: Tensor,
     ) -> None:
         """Without a diagonal, or a sum of outer products, that is written on its own; in place: less to cache."""
-        if self.native_link:
-            d_read, d_write, d_before = link.follow_backward(prev_link, precedence, write_weights, self.linked, d_link)
+        if self.has_native_link:
+            d_read, d_write, d_before = link_backward(prev_link, precedence, write_weights, self.linked, d_link)
             d_read_weights.copy_(d_read)
             d_write_weights.add_(d_write)
             d_precedence.add_(d_before)
@@ -216,7 +217,7 @@ class _Step(Sequence):
         self.vectors = vectors.unbind(0)
         self.cells = self._make_cells()
         self.memory = self._memory(before.memory.memory, before.words.shape[1])
-        self.memory.numbers, self.memory.native_link = numbers, link.serves(before.memory.memory)
+        self.memory.numbers, self.memory.has_native_link = numbers, native_link.serves(before.memory.memory)
 
     def _at(self, step: int) -> Carried:
         return self.states[step]
@@ -275,7 +276,7 @@ def _compile(
         # What is written forward goes to tensors of its own, which are copied at the end, each buffer as a whole: of
         # writes to parts of what it is given the compiler loses the order.
         own_memory, own_link = after[:2] if part == "backward" else map(torch.empty_like, (memory, prev_link))
-        own_link = after[1] if link.serves(memory) else own_link
+        own_link = after[1] if native_link.serves(memory) else own_link
         if part == "forward":
             light, own = ([row.new_empty(shape) for shape in parts.shapes] for parts in (plan.carried, plan.kept))
             gates, others = [tensor.clone() for tensor in kept[:layers]], list(map(torch.empty_like, kept[layers:]))
@@ -322,7 +323,7 @@ def _compile_alone(
             for parts in (plan.carried, *plan.others, *plan.by_step)
         )
         *gates, vector = (tensor for (tensor,) in each)
-        own_link = large[1] if link.serves(memory) else torch.empty_like(prev_link)
+        own_link = large[1] if native_link.serves(memory) else torch.empty_like(prev_link)
         new = Carried.of(torch.empty_like(memory), own_link, carried, settings.num_layers)
         if settings.cell.states == 0:  # where hidden vectors go, which are not returned
             prev = prev._replace(layers=new.layers)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 2**19  # numbers in all links; of fewer the compiler's own code takes as long
+LEAST_NUMBERS = 2**19  # in all links; of fewer the compiler's own code takes as long
 _CHUNK = 128  # rows over which columns are added up at a time, however many threads there are: to the same bits
 _NUMBERS = {torch.float32: "float", torch.float64: "double"}
 
@@ -22,11 +22,11 @@ _NUMBERS = {torch.float32: "float", torch.float64: "double"}
 def serves(memory: Tensor) -> bool:
     """Whether the links of such a memory [B, N, W] are large, and what compiles here knows vectors as GCC does."""
     batch, slots, _ = memory.shape
-    return batch * slots * slots >= LARGE and memory.dtype in _NUMBERS and sys.platform != "win32"
+    return batch * slots * slots >= LEAST_NUMBERS and memory.dtype in _NUMBERS and sys.platform != "win32"
 
 
 @torch.library.custom_op("dnc_triton::link_forward", mutates_args=("link",))
-def follow(
+def link_forward(
     prev_link: Tensor, precedence: Tensor, write_weights: Tensor, read_weights: Tensor, link: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sets the new link, and returns the backward and the forward weights, [B, R, N] each.
@@ -43,7 +43,7 @@ def follow(
     return backward, forward
 
 
-@follow.register_fake
+@link_forward.register_fake
 def _(
     prev_link: Tensor, precedence: Tensor, write_weights: Tensor, read_weights: Tensor, link: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def _(
 
 
 @torch.library.custom_op("dnc_triton::link_backward", mutates_args=("d_link",))
-def follow_backward(
+def link_backward(
     prev_link: Tensor, precedence: Tensor, write_weights: Tensor, linked: Tensor, d_link: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turns the gradient by the new link into that by the one before.
@@ -73,7 +73,7 @@ def follow_backward(
     return d_read_weights, d_write_weights, d_precedence
 
 
-@follow_backward.register_fake
+@link_backward.register_fake
 def _(
     prev_link: Tensor, precedence: Tensor, write_weights: Tensor, linked: Tensor, d_link: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
