@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -92,7 +92,7 @@ def write_page(
     orders = {"first_write": np.argsort(first_write, kind="stable"), "number": np.arange(slots)}
     names = {key: [str(slot) for slot in order] for key, order in orders.items()}
 
-    panels, slot_axes = _panels(row, symbols, wrong, names["first_write"])
+    over_time, slot_axes = _over_time(_panels(row), symbols, wrong, names["first_write"])
     link, link_axes = _link(writes, names["first_write"])
     levels = (row["link"].clip(0, 1) * 255).round().astype(np.uint8)
     data = {
@@ -104,7 +104,7 @@ def write_page(
         "orders": names,
         "slot_axes": slot_axes,
         "link_axes": link_axes,
-        "panels": panels.to_plotly_json(),
+        "panels": over_time.to_plotly_json(),
         "link": link.to_plotly_json(),
     }
     # No "<" in a script: whatever the symbols say, it does not end there.
@@ -142,39 +142,65 @@ def bit_symbols(bits: Tensor) -> list[str]:
     return ["\n".join("■" if bit else "·" for bit in vector) for vector in (bits > 0.5).tolist()]
 
 
-def _panels(
-    row: dict[str, np.ndarray], symbols: dict[str, list[str]], wrong: list[bool], order: list[str]
-) -> tuple[go.Figure, list[str]]:
-    """All that has a time axis, and which of its y axes are slots."""
-    steps, writes, slots = row["write_weights"].shape
-    reads = row["read_weights"].shape[1]
-    slot_names = [str(slot) for slot in range(slots)]
-    slots_height = min(max(8 * slots, 120), 320)
-    width = max(STEP_PIXELS, 900 / steps)
+class Panel(NamedTuple):
+    """A quantity over time, in rows.
 
-    # (title, height in pixels, names of the rows, [rows, T], colours)
-    panels: list[tuple[str, float, list[str], np.ndarray, list[str]]] = []
-    for head in range(writes):
-        weights = row["write_weights"][:, head].T
-        panels.append((f"Write weights{_of(head, writes)}", slots_height, slot_names, weights, WRITING))
-    for head in range(reads):
-        weights = row["read_weights"][:, head].T
-        panels.append((f"Read weights{_of(head, reads)}", slots_height, slot_names, weights, READING))
-    panels.append(("Usage", slots_height, slot_names, row["usage"].T, KEEPING))
+    Attributes:
+        title: above it.
+        height: in pixels.
+        names: of the rows, the first one on top.
+        values: [rows, T].
+        colors: from 0 to 1.
+        of_slots: whether the rows are slots, which are put in order and zoom with those of the other panels.
+    """
+
+    title: str
+    height: float
+    names: list[str]
+    values: np.ndarray
+    colors: list[str]
+    of_slots: bool = False
+
+
+def _panels(row: dict[str, np.ndarray]) -> list[Panel]:
+    """From the top: write weights, read weights, usage, gates, read modes."""
+    _, writes, slots = row["write_weights"].shape
+    reads = row["read_weights"].shape[1]
+
+    def of_slots(title: str, values: np.ndarray, colors: list[str]) -> Panel:
+        height, names = min(max(8 * slots, 120), 320), [str(slot) for slot in range(slots)]
+        return Panel(title, height, names, values.T, colors, of_slots=True)
+
+    def of_few(title: str, names: list[str], values: np.ndarray, colors: list[str]) -> Panel:
+        return Panel(title, 18 * len(names), names, values, colors)
+
+    panels = []
+    for name, heads, colors in (("write", writes, WRITING), ("read", reads, READING)):
+        for head in range(heads):
+            title = f"{name.capitalize()} weights{_of(head, heads)}"
+            panels.append(of_slots(title, row[f"{name}_weights"][:, head], colors))
+    panels.append(of_slots("Usage", row["usage"], KEEPING))
     for title, kinds, heads, colors in (
         ("Write and allocation gates", ("write", "allocation"), writes, WRITING),
         ("Free gates", ("free",), reads, READING),
     ):
         gates = {f"{kind}{_of(i, heads)}": row[f"{kind}_gates"][:, i] for i in range(heads) for kind in kinds}
-        panels.append((title, 18 * len(gates), list(gates), np.stack(list(gates.values())), colors))
+        panels.append(of_few(title, list(gates), np.stack(list(gates.values())), colors))
+    modes = [f"{way}{_of(i, writes)}" for way in ("backward", "forward") for i in range(writes)] + ["content"]
     for head in range(reads):
-        modes = [f"{way}{_of(i, writes)}" for way in ("backward", "forward") for i in range(writes)] + ["content"]
-        values = row["read_modes"][:, head].T
-        panels.append((f"Read modes{_of(head, reads)}", 18 * len(modes), modes, values, READING))
+        panels.append(of_few(f"Read modes{_of(head, reads)}", modes, row["read_modes"][:, head].T, READING))
+    return panels
 
+
+def _over_time(
+    panels: list[Panel], symbols: dict[str, list[str]], wrong: list[bool], order: list[str]
+) -> tuple[go.Figure, list[str]]:
+    """All that has a time axis, symbols above panels, and which of its y axes are slots, in this order at first."""
+    steps = len(wrong)
+    width = max(STEP_PIXELS, 900 / steps)
     rotated = {name: _rotated(strings, width) for name, strings in symbols.items()}
     heights = [_symbol_height(strings, rotated[name]) for name, strings in symbols.items()]
-    heights += [height for _, height, *_ in panels]
+    heights += [panel.height for panel in panels]
     # Between two rows lies the title of the lower one; those of symbols have none.
     spacing = [4.0] * (len(symbols) - 1) + [float(TITLE_PIXELS)] * len(panels)
     figure, total = _stack(heights, spacing)
@@ -182,38 +208,15 @@ def _panels(
     annotations: list[dict[str, Any]] = []
     for index, (name, strings) in enumerate(symbols.items(), start=1):
         marked = wrong if name == "output" else [False] * steps
-        figure.add_trace(
-            go.Heatmap(
-                z=[[int(mark) for mark in marked]],
-                y=[name],
-                zmin=0,
-                zmax=1,
-                colorscale=[[0, "#f6f8f9"], [1, "#f4cfc9"]],
-                showscale=False,
-                xgap=1,
-                customdata=[[_plotly_text(string) for string in strings]],
-                hovertemplate=f"step %{{x}}, {name}<br>%{{customdata}}<extra></extra>",
-            ),
-            row=index,
-            col=1,
-        )
-        axes = {"xref": f"x{index}", "yref": f"y{index}"}
-        for step, string in enumerate(strings):
-            font = {"size": 11, "family": "ui-monospace, monospace", "color": WRONG if marked[step] else INK}
-            letters = {"text": _plotly_text(string), "textangle": -90 if rotated[name] else 0, "font": font}
-            annotations.append({**letters, **axes, "x": step, "y": name, "showarrow": False})
-    slot_axes = []
-    for index, (title, _, names, values, colors) in enumerate(panels, start=len(symbols) + 1):
-        what = "slot " if names is slot_names else ""
-        figure.add_trace(_heatmap(values, names, colors, f"step %{{x}}, {what}%{{y}}: %{{z:.3f}}"), row=index, col=1)
-        place = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": f"y{index} domain", "yanchor": "bottom"}
-        annotations.append({"text": title, **place, "yshift": 3, "showarrow": False, "font": {"size": 13}})
-        figure.update_yaxes(fixedrange=True, row=index, col=1)
-        if names is slot_names:
+        annotations += _add_symbols(figure, index, name, strings, marked, rotated=rotated[name])
+    slot_axes: list[str] = []
+    for index, panel in enumerate(panels, start=len(symbols) + 1):
+        annotations.append(_add_panel(figure, index, panel))
+        if panel.of_slots:
             slot_axes.append(f"yaxis{index}")
             slot_axis = dict(categoryorder="array", categoryarray=order, nticks=7, title="slot", fixedrange=False)
-            figure.update_yaxes(slot_axis, matches=f"y{len(symbols) + 1}", row=index, col=1)
-        figure.update_yaxes(range=[len(names) - 0.5, -0.5], row=index, col=1)  # the first one on top
+            figure.update_yaxes(slot_axis, matches=slot_axes[0].replace("axis", ""), row=index, col=1)
+        figure.update_yaxes(range=[len(panel.names) - 0.5, -0.5], row=index, col=1)  # the first one on top
     figure.update_yaxes(type="category")
     figure.update_xaxes(range=[-0.5, steps - 0.5], showticklabels=False)
     figure.update_xaxes(title="step", showticklabels=True, row=len(heights), col=1)
@@ -222,6 +225,43 @@ def _panels(
     figure.update_layout(_style(), annotations=annotations, height=total + 84, dragmode="zoom", hovermode="closest")
     figure.update_layout(margin={"l": 110, "r": 16, "t": 34, "b": 50})
     return figure, slot_axes
+
+
+def _add_symbols(
+    figure: go.Figure, index: int, name: str, strings: list[str], marked: list[bool], *, rotated: bool
+) -> list[dict[str, Any]]:
+    """A row of symbols, those that are marked on red; returns its annotations, which are the symbols."""
+    figure.add_trace(
+        go.Heatmap(
+            z=[[int(mark) for mark in marked]],
+            y=[name],
+            zmin=0,
+            zmax=1,
+            colorscale=[[0, "#f6f8f9"], [1, "#f4cfc9"]],
+            showscale=False,
+            xgap=1,
+            customdata=[[_plotly_text(string) for string in strings]],
+            hovertemplate=f"step %{{x}}, {name}<br>%{{customdata}}<extra></extra>",
+        ),
+        row=index,
+        col=1,
+    )
+    annotations = []
+    for step, (string, mark) in enumerate(zip(strings, marked, strict=True)):
+        font = {"size": 11, "family": "ui-monospace, monospace", "color": WRONG if mark else INK}
+        letters = {"text": _plotly_text(string), "textangle": -90 if rotated else 0, "font": font}
+        place = {"xref": f"x{index}", "yref": f"y{index}", "x": step, "y": name}
+        annotations.append({**letters, **place, "showarrow": False})
+    return annotations
+
+
+def _add_panel(figure: go.Figure, index: int, panel: Panel) -> dict[str, Any]:
+    """A panel; returns its annotation, which is the title."""
+    text = f"step %{{x}}, {'slot ' if panel.of_slots else ''}%{{y}}: %{{z:.3f}}"
+    figure.add_trace(_heatmap(panel.values, panel.names, panel.colors, text), row=index, col=1)
+    figure.update_yaxes(fixedrange=True, row=index, col=1)
+    place = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": f"y{index} domain", "yanchor": "bottom"}
+    return {"text": panel.title, **place, "yshift": 3, "showarrow": False, "font": {"size": 13}}
 
 
 def _link(writes: int, order: list[str]) -> tuple[go.Figure, list[str]]:
