@@ -62,7 +62,7 @@ class Kept(NamedTuple):
     retention: Tensor  # [B, N]
     written: Tensor  # [B, N], usage before anything is freed
     sorted_usage: Tensor  # [B, N]
-    product: Tensor  # [B, N], exclusive
+    exclusive_product: Tensor  # [B, N], of the usages sorted before
     sorted_allocation: Tensor  # [B, N]
     candidates: Tensor  # [B, 2, N], where to write: allocation, content
     key_norms: Tensor  # [B, R+1]
@@ -153,7 +153,7 @@ class TorchMemory:
 
     def begin_forward(self) -> None:
         """Before the first step."""
-        self.all_kept.product[..., 0].fill_(1)  # of no factors
+        self.all_kept.exclusive_product[..., 0].fill_(1)  # of no factors
 
     def forward(self, step: int, prev: MemoryState, new: MemoryState, read_words: Tensor, *, fresh: bool) -> None:
         """One step.
@@ -185,8 +185,8 @@ class TorchMemory:
         sorted_free, free_list = torch.sort(one - row, dim=-1, descending=True, stable=True)
         kept.free_list.copy_(free_list)
         torch.gather(row, -1, free_list, out=kept.sorted_usage)
-        torch.cumprod(kept.sorted_usage[:, :-1], -1, out=kept.product[:, 1:])
-        torch.mul(sorted_free, kept.product, out=kept.sorted_allocation)
+        torch.cumprod(kept.sorted_usage[:, :-1], -1, out=kept.exclusive_product[:, 1:])
+        torch.mul(sorted_free, kept.exclusive_product, out=kept.sorted_allocation)
         allocation, write_content = kept.candidates.unbind(1)
         allocation.scatter_(-1, free_list, kept.sorted_allocation)
 
@@ -358,7 +358,7 @@ class TorchMemory:
         d_sorted = torch.gather(self.d_pair[:, 0], -1, kept.free_list)
         torch.mul(d_sorted, kept.sorted_allocation, out=row)
         later = self._sum_of_later(row).div_(kept.sorted_usage)
-        later.addcmul_(d_sorted, kept.product, value=-1)
+        later.addcmul_(d_sorted, kept.exclusive_product, value=-1)
         d_usage.add_(row.scatter_(-1, kept.free_list, later), alpha=1 - USAGE_EPSILON)
         d_retention = torch.mul(d_usage, kept.written, out=row)
         if self.stop_usage_gradient:
