@@ -138,6 +138,32 @@ def test_lengths_and_resets_leave_nothing_unwritten(
         assert_close(run(dnc, inputs, state, backend, **call), expected, **CLOSE, name="")
 
 
+@pytest.mark.parametrize("put_back", ["lengths", "reset"])
+def test_small_products_where_rows_are_put_back(
+    put_back: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those rows keep the gradient by the words that the output layer was given, which a product may add ahead."""
+    monkeypatch.setattr(small_product, "MOST_WORK", {device.type: 2**20})
+    dnc = make(device)
+    inputs, state = draw(dnc, 3)
+    reset = torch.tensor([[0, 1, 0], [0, 0, 1]], dtype=torch.bool, device=device)
+    call = {"lengths": [3, 2]} if put_back == "lengths" else {"reset": reset}
+    actual, expected = (run(dnc, inputs, state, name, **call) for name in ("triton_split", "reference"))
+    assert_close(actual, expected, **CLOSE, name="")
+
+
+@pytest.mark.parametrize("backend", ["torch_sequence", "triton_fused", BACKEND])
+def test_a_clip_lets_through_what_is_at_its_bound(backend: str, device: torch.device) -> None:
+    dnc = make(device, clip=0.5)
+    with torch.no_grad():
+        dnc.output.weight.zero_()
+        dnc.output.bias.copy_(torch.tensor([-0.5, 0.5]))
+    inputs, state = draw(dnc, 2)
+    actual, expected = (run(dnc, inputs, state, name) for name in (backend, "reference"))
+    assert_close(actual, expected, **CLOSE, name="")
+    assert (actual["outputs"].abs() == 0.5).all()
+
+
 @pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
 def test_a_row_that_has_ended_does_not_grow(backend: str, device: torch.device) -> None:
     """Whatever its link is: the gradients by the weights are those of the steps that run alone."""
