@@ -57,6 +57,20 @@ def test_every_choice(backend, controller, num_layers, clip, strength, stop_usag
         assert unused == ({"state.memory.write_weights"} if stop_usage_gradient else set())
 
 
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@each_backend
+def test_a_clip_stops_infinite_gradients(backend, controller):
+    dnc = make(backend, controller=controller, num_layers=2, clip=1e-9)
+
+    def loss(outputs: Tensor, state: DNCState) -> Tensor:
+        return torch.inf * total(outputs, state.controller)
+
+    outcomes = [outcome(run, dnc, *draw(dnc), loss=loss) for run in (operation, oracle)]
+    gradients = [{k: g for k, g in x.gradients.items() if k != "output.bias"} for x in outcomes]
+    assert not any(g.any() for g in gradients[1].values())  # a NaN is not zero
+    assert_close(*gradients, name="gradient")
+
+
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("controller", CONTROLLERS)

@@ -146,8 +146,8 @@ class Cell:
     def _unclip(self, step: int, d: list[Tensor], d_above: Tensor | None) -> Tensor:
         """The gradient by the unclipped hidden vector, with that of the layer above, which was given it; bounded."""
         if self.clip is not None:
-            for gradient, within in zip(d, self._within, strict=True):
-                gradient.mul_(within[step])
+            for gradient, beyond in zip(d, self._beyond, strict=True):
+                gradient.masked_fill_(beyond[step], 0)  # an infinite one too
         if d_above is not None:
             d[0].add_(d_above)
         if self.max_gradient is not None:
@@ -155,10 +155,10 @@ class Cell:
         return d[0]
 
     @cached_property
-    def _within(self) -> list[Tensor]:
-        """Where a clip lets gradients through, for all steps at once."""
+    def _beyond(self) -> list[Tensor]:
+        """Where a clip lets no gradient through, for all steps at once: what is NaN is not within it either."""
         assert self.clip is not None
-        return [tensor.abs() <= self.clip for tensor in self.unclipped]
+        return [~(tensor.abs() <= self.clip) for tensor in self.unclipped]
 
 
 class RNN(Cell):

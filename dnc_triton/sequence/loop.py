@@ -141,7 +141,8 @@ class Sequence:
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
         if settings.clip is not None:
-            d_outputs = d_outputs * (self._project(*self._before_output()).abs() <= settings.clip)
+            within = self._project(*self._before_output()).abs() <= settings.clip
+            d_outputs = torch.where(within, d_outputs, 0)  # infinite ones too
         self.d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
         d_words_out = self.from_words.all_backward(d_outputs)
         self.d_words_out = d_words_out.unflatten(-1, d_last.words.shape[1:]).unbind(0)

@@ -172,7 +172,8 @@ class OneLaunchSequence:
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
         if self.settings.clip is not None:
-            d_outputs = d_outputs * (self._project().abs() <= self.settings.clip)
+            within = self._project().abs() <= self.settings.clip
+            d_outputs = torch.where(within, d_outputs, 0)  # infinite ones too
 
         d_sent_back = self.output.all_backward(d_outputs)
         last = self._carried_on(d_last)

@@ -175,6 +175,17 @@ def test_a_row_that_has_ended_does_not_grow(backend: str, device: torch.device) 
     assert_close(actual, expected, **CLOSE, name="")
 
 
+@pytest.mark.parametrize("backend", [BACKEND, "triton_fused"])
+def test_a_clip_stops_infinite_gradients(backend: str, device: torch.device) -> None:
+    dnc = make(device, clip=1e-9)
+    inputs, _ = draw(dnc, 2)
+    with use_backend(backend):
+        outputs, _ = dnc(inputs)
+    parameters = [x for name, x in dnc.named_parameters() if name != "output.bias"]
+    for gradient in torch.autograd.grad(torch.inf * outputs.sum(), [inputs, *parameters]):
+        assert not gradient.any()  # a NaN is not zero
+
+
 @pytest.mark.parametrize(
     ("backend", "options", "call"),
     [
