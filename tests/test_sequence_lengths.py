@@ -109,6 +109,22 @@ def test_a_row_that_has_ended_does_not_grow(checkpoint):
     assert_close(actual, expected, **GRADIENT)
 
 
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@each_backend
+def test_what_overflows_behind_the_end_of_a_row_is_in_no_gradient(backend, controller):
+    """What such a state reads is finite, and what goes on from there is not."""
+    dnc = make(backend, controller=controller, num_layers=2, dtype=torch.float32)
+    inputs, given = draw(dnc)
+    with torch.no_grad():
+        given.memory.link[1], given.memory.memory[1] = 1e31, 1e7 * given.memory.memory[1]
+        next(dnc.controller.parameters()).mul_(100)
+    runs = (operation, oracle)
+    actual, expected = (outcome(run, dnc, inputs, given, lengths=[5, 0, 3]) for run in runs)
+    for name, gradient in expected.gradients.items():
+        assert gradient.isfinite().all()
+        assert actual.gradients[name].isfinite().all(), name
+
+
 @pytest.mark.parametrize("checkpoint", [None, 2])
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @each_backend

@@ -380,7 +380,7 @@ class Sequence:
 
     def _weight_gradients(self, d_outputs: Tensor, before: Before) -> list[Tensor]:
         """One product each, in the order of the parameters."""
-        words_before = before.carried.words
+        words_before = self._without_ended(before.carried.words)
         gradients: list[Tensor] = []
         for layer, cell in enumerate(self.cells):
             if layer == 0:
@@ -391,17 +391,22 @@ class Sequence:
                 under = self.cells[layer - 1]
                 below = self.history.layers[layer - 1][0][1:] if under.clip is None else under.unclipped[0]
                 below = below * self.dropout[layer - 1] if self.dropout else below
-                gradients.append(self.below[layer].weight_gradient(cell.d_pre, below))
+                gradients.append(self.below[layer].weight_gradient(cell.d_pre, self._without_ended(below)))
             recurrent = self.recurrent[layer]
             if recurrent is not None:
-                gradients.append(recurrent.weight_gradient(cell.d_pre_hidden, before.layers[layer][0]))
+                hidden_before = self._without_ended(before.layers[layer][0])
+                gradients.append(recurrent.weight_gradient(cell.d_pre_hidden, hidden_before))
                 gradients.append(cell.d_pre.sum((0, 1)))
             gradients.append(cell.d_pre_hidden.sum((0, 1)))
-        hidden, words = self._before_output()
+        hidden, words = map(self._without_ended, self._before_output())
         gradients += [self.interface.weight_gradient(self.d_vectors, hidden), self.d_vectors.sum((0, 1))]
         from_hidden = self.from_hidden.weight_gradient(d_outputs, hidden)
         from_words = self.from_words.weight_gradient(d_outputs, words)
         return [*gradients, torch.cat([from_hidden, from_words], 1), d_outputs.sum((0, 1))]
+
+    def _without_ended(self, x: Tensor) -> Tensor:
+        """[T, B, ...], zeros where a row has ended: what overflows as it runs on is NaN times a gradient of 0, too."""
+        return x if self.running is None else torch.where(_rows(self.running, x), x, 0)
 
     def _hold(self, step: int, before: MemoryState, after: MemoryState, *fields: str) -> None:
         """These fields of rows that have ended stay. All else runs on, and is not used."""
@@ -425,8 +430,8 @@ class Sequence:
 
 
 def _rows(rows: Tensor, like: Tensor) -> Tensor:
-    """A mask [B] that applies to [B, ...]."""
-    return rows.view(-1, *[1] * (like.dim() - 1))
+    """A mask [B], or [T, B], that applies to [B, ...], or [T, B, ...]."""
+    return rows.view(*rows.shape, *[1] * (like.dim() - rows.dim()))
 
 
 def _any_by_step(mask: Tensor | None, steps: int) -> list[bool]:
