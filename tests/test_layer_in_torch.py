@@ -179,6 +179,31 @@ def test_exports_what_auto_keeps_of_a_known_size(monkeypatch):
         assert node.args[-4] == expected
 
 
+def test_the_operator_takes_none_for_no_dropout():
+    """As which AOTInductor hands on an empty list, forward and backward."""
+    dnc, inputs = make(), make_inputs().requires_grad_()
+    module = torch.export.export(dnc, (inputs,)).module()
+    (node,) = (node for node in module.graph.nodes if node.target is torch.ops.dnc_triton.sequence.default)
+    place = [argument.name for argument in node.target._schema.arguments].index("dropout")
+    assert node.args[place] == []
+    node.update_arg(place, None)
+    module.recompile()
+    got, expected = (total(run(inputs)) for run in (module, dnc))
+    assert_close(gradients(got, inputs), gradients(expected, inputs), **CLOSE)
+
+
+@pytest.mark.slow
+def test_packages_by_aotinductor(tmp_path):
+    dnc, inputs, given = make().eval(), make_inputs(2, 4), warm_state(make(), 2).detach()
+    shapes = {"inputs": {1: Dim("T", min=2)}, "state": given.map(lambda x: None)}
+    with torch.no_grad():
+        program = torch.export.export(dnc, (inputs, given), dynamic_shapes=shapes)
+        file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "dnc.pt2"))
+        packaged = torch._inductor.aoti_load_package(file)
+        for other in (inputs, make_inputs(2, 20)):
+            assert_close(packaged(other, given), dnc(other, given), **CLOSE)
+
+
 def test_functional_calls():
     dnc, inputs = make(), make_inputs()
     parameters = {name: p.detach() for name, p in dnc.named_parameters()}

@@ -63,7 +63,8 @@ class Given(NamedTuple):
 
 
 # What the operators take: the tensors, and `SequenceSettings` field by field, the layout as `Layout.as_operand` has it.
-TENSORS = "Tensor inputs, Tensor[] state, Tensor[] parameters, Tensor? lengths, Tensor? reset, Tensor[] dropout"
+# AOTInductor hands an empty list on as None.
+TENSORS = "Tensor inputs, Tensor[] state, Tensor[] parameters, Tensor? lengths, Tensor? reset, Tensor[]? dropout"
 SETTINGS = (
     "str controller, SymInt num_layers, float? clip, float? max_activation_gradient, float strength_offset, "
     "bool stop_usage_gradient, ScalarType product_dtype, SymInt checkpoint, bool compiled, SymInt[]? layout"
@@ -79,7 +80,7 @@ def _sequence(
     parameters: list[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
-    dropout: list[Tensor],
+    dropout: list[Tensor] | None,
     *arguments: Any,
 ) -> list[Tensor]:
     """Outputs [T, B, output_size], the state after the last step, and with `keep` the history."""
@@ -142,7 +143,7 @@ def _(
     parameters: list[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
-    dropout: list[Tensor],
+    dropout: list[Tensor] | None,
     *arguments: Any,
 ) -> list[Tensor]:
     *operands, keep = arguments
@@ -169,7 +170,7 @@ def _sequence_backward(
     parameters: list[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
-    dropout: list[Tensor],
+    dropout: list[Tensor] | None,
     last: list[Tensor],
     history: list[Tensor],
     *operands: Any,
@@ -293,7 +294,8 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     given = _zero_filled(gradients[: 1 + len(state)], inputs, state, parameters)
     d_inputs, *others = _sequence_backward(given, *nested, *ctx.settings)
     d_state, d_parameters = others[: len(state)], _without_unused(others[len(state) :], gradients[0])
-    return d_inputs, d_state, d_parameters, None, None, [None] * len(nested[5]), *[None] * (len(ctx.settings) + 1)
+    d_dropout = None if nested[5] is None else [None] * len(nested[5])
+    return d_inputs, d_state, d_parameters, None, None, d_dropout, *[None] * (len(ctx.settings) + 1)
 
 
 def _without_unused(given_back: list[Any], d_outputs: Tensor | None) -> list[Any]:
@@ -425,7 +427,7 @@ def _given(
     parameters: list[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
-    dropout: list[Tensor],
+    dropout: list[Tensor] | None,
 ) -> Given:
     """As the operators take it, the lengths as a mask."""
     running = None
@@ -434,4 +436,4 @@ def _given(
     shared = {index for index in SHAREABLE if _takes_shared(settings) and is_shared(state[index])}
     whole = torch.Tensor.contiguous if settings.layout is None else aligned
     state = [whole(x[:1]).expand_as(x) if i in shared else whole(x) for i, x in enumerate(state)]
-    return Given(inputs, state, parameters, running, reset, dropout)
+    return Given(inputs, state, parameters, running, reset, dropout or [])
