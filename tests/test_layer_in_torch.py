@@ -13,6 +13,7 @@ from small_layer import BATCH, CLOSE, EXACT, LENGTHS, RESETS, gradients, make, m
 from torch import nn
 from torch.export import Dim
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from dnc_triton import DNC, DNCState, MemoryState
@@ -96,6 +97,16 @@ def check_compiled(backend, options, **changes):
 @pytest.mark.parametrize("options", [{}, LENGTHS_AND_RESET], ids=["plain", "lengths, reset"])
 def test_compiles_to_one_graph(options):
     check_compiled("aot_eager", options)
+
+
+def test_compiled_a_state_wants_no_gradient_where_only_the_output_layer_learns():
+    """It may be handed on without `detach`, as from the layer itself."""
+    torch._dynamo.reset()
+    dnc, inputs = make().requires_grad_(False), make_inputs(2, 2)
+    dnc.output.requires_grad_()
+    (got, state), (expected, _) = torch.compile(dnc, fullgraph=True, backend="aot_eager")(inputs), dnc(inputs)
+    assert not any(tensor.requires_grad for tensor in tree_leaves(state))
+    assert_close(gradients(total(got), dnc.output), gradients(total(expected), dnc.output), **CLOSE)
 
 
 def test_compiles_step_by_step_with_a_bound_of_gradients():

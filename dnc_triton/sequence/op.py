@@ -389,7 +389,10 @@ def run_sequence(
     tensors = [inputs, *state, *parameters]
     if not is_eager(tensors):
         results = _sequence(inputs, state, parameters, lengths, reset, dropout, *_as_operands(settings), keep)
-        return results[: 1 + len(state)]
+        outputs, *last = results[: 1 + len(state)]
+        if keep and not any(tensor.requires_grad for tensor in tensors[:-2]):  # only the output layer learns
+            last = [tensor.detach() for tensor in last]
+        return [outputs, *last]
     if keep:
         counts = len(state), len(parameters)
         return list(_Sequence.apply(settings, counts, lengths, savable(reset), *map(savable, tensors), *dropout))
