@@ -127,6 +127,7 @@ def test_symbols_are_one_string_per_step(name, tmp_path):
         write_page(make_trace(), tmp_path / "page.html", **(SYMBOLS | {name: None}), title="")
     with pytest.raises(ValueError, match=r"^wrong: expected 6 marks, one per step of the trace, got 1"):
         write_page(make_trace(), tmp_path / "page.html", **SYMBOLS, title="", wrong=[True])
+    assert not list(tmp_path.iterdir())
 
 
 def test_marks_may_be_a_tensor(tmp_path: Path) -> None:
