@@ -197,12 +197,10 @@ def _controller(
     for index in range(num_layers):
         shapes = {"ih": (rows, hidden_size if index else columns), "hh": (rows, hidden_size)}
         for name, shape in shapes.items():
+            weight, bias = (f"{layer}{part}_{name}_l{index}" for part in ("weight", "bias"))
             to = f"controller.layers.{index}"
-            ours[f"{to}.weight_{name}"] = weights.take(f"{layer}weight_{name}_l{index}", shape).clone()
-            bias = (
-                weights.take(f"{layer}bias_{name}_l{index}", (rows,)) if has_bias else torch.zeros(rows, device="cpu")
-            )
-            ours[f"{to}.bias_{name}"] = bias
+            ours[f"{to}.weight_{name}"] = weights.take(weight, shape).clone()
+            ours[f"{to}.bias_{name}"] = weights.take(bias, (rows,)) if has_bias else torch.zeros(rows, device="cpu")
     return ours
 
 

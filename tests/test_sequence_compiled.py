@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
-from dnc_triton.sequence import compiled, compiler
+from dnc_triton.sequence import compiled
 from dnc_triton.sequence.compiled import CompiledSequence
 from dnc_triton.sequence.compiler import like_of, machine_code
 
@@ -65,35 +63,6 @@ def test_threads_that_compile_at_once():
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(run, drawn))
     assert_same_bits(together, [run(given) for given in drawn])
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # is multi-threaded, since Python 3.12
-def test_a_process_that_is_forked_while_another_thread_compiles():
-    """It may compile as well."""
-
-    def take():
-        with compiler._one_at_a_time:
-            pass
-
-    compiling, forked = threading.Event(), threading.Event()
-
-    def compile_until_then():
-        with compiler._one_at_a_time:
-            compiling.set()
-            forked.wait()
-
-    thread = threading.Thread(target=compile_until_then)
-    thread.start()
-    compiling.wait()
-    process = multiprocessing.get_context("fork").Process(target=take)
-    process.start()
-    process.join(timeout=10)
-    process.kill()
-    forked.set()
-    thread.join()
-    process.join()
-    assert process.exitcode == 0
 
 
 @pytest.mark.slow

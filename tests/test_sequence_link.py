@@ -67,14 +67,7 @@ def test_the_same_bits_by_any_number_of_threads() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             new, d = torch.empty_like(given[0]), d_link.clone()
-            results.append(
-                (
-                    new,
-                    *link_forward(*given, new),
-                    d,
-                    *link_backward(given[0], *given[1:3], linked, d),
-                )
-            )
+            results.append((new, *link_forward(*given, new), d, *link_backward(given[0], *given[1:3], linked, d)))
     finally:
         torch.set_num_threads(threads)
     for others in results[1:]:

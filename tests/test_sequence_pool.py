@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import threading
 
 import pytest
@@ -102,26 +101,3 @@ def test_threads_and_the_collector_share_it():
     finally:
         gc.set_threshold(*threshold)
     assert wrong == []
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # is multi-threaded, since Python 3.12
-def test_a_process_that_is_forked_while_another_thread_is_at_it():
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with pool._lock:
-            held.set()
-            done.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    process = multiprocessing.get_context("fork").Process(target=pool.empty, args=((64,), BYTES))
-    process.start()
-    process.join(timeout=30)
-    process.kill()
-    done.set()
-    thread.join()
-    process.join()
-    assert process.exitcode == 0

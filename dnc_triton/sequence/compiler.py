@@ -5,15 +5,15 @@ What is small is compiled into the code instead of called: products, sorts and r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import reduce
-from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from dnc_triton.lock import ForkSafeLock
 
 FEW = 8  # rows of a product, or the root of how many numbers are sorted, that are no call of their own
 BLOCK = 16  # rows that are added up at a time
@@ -29,17 +29,7 @@ def like_of(tensor: Tensor) -> Like:
     return tensor.shape, strides, tensor.dtype
 
 
-_one_at_a_time = RLock()  # PyTorch's compiler does not serve two threads at once
-
-
-def _renew_lock() -> None:
-    """In a forked process, where a thread that compiles does not go on."""
-    global _one_at_a_time
-    _one_at_a_time = RLock()
-
-
-if hasattr(os, "register_at_fork"):  # as not on Windows
-    os.register_at_fork(after_in_child=_renew_lock)
+_one_at_a_time = ForkSafeLock()  # PyTorch's compiler does not serve two threads at once
 
 
 def machine_code(
@@ -55,7 +45,7 @@ def machine_code(
         memory: of the memory among them.
         returns: whether it returns tensors.
     """
-    with _one_at_a_time, torch.device("cpu"):  # whatever the default one is
+    with _one_at_a_time.held(), torch.device("cpu"):  # whatever the default one is
         # Both take a second.
         from torch._inductor.compile_fx import compile_fx_inner
 

@@ -8,8 +8,6 @@ once, so its largest buffers wait here.
 from __future__ import annotations
 
 import math
-import os
-import threading
 import weakref
 
 import numpy as np
@@ -17,23 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from dnc_triton.lock import ForkSafeLock
+
 SMALLEST = 2**20  # bytes; what is smaller malloc keeps by itself
 MOST = 2**28  # bytes that wait at most
 
 _waiting: dict[int, np.ndarray] = {}  # by id, the latest last; 256 at most, as large as they are
 # Guards `_waiting` between threads. It can be taken twice, since the garbage collector may drop a tensor, and so call
 # `_give_back`, in a thread that holds it: what is done here is one atomic step at a time, on a copy of what waits.
-_lock = threading.RLock()
-
-
-def _renew_lock() -> None:
-    """In a forked process, where a thread that holds it does not go on."""
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # as not on Windows
-    os.register_at_fork(after_in_child=_renew_lock)
+_lock = ForkSafeLock()
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -55,7 +45,7 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def _take(size: int) -> np.ndarray:
-    with _lock:
+    with _lock.held():
         for block in reversed(list(_waiting.values())):
             if block.nbytes == size and _waiting.pop(id(block), None) is not None:
                 return block
@@ -63,7 +53,7 @@ def _take(size: int) -> np.ndarray:
 
 
 def _give_back(block: np.ndarray) -> None:
-    with _lock:
+    with _lock.held():
         _waiting[id(block)] = block
         blocks = list(_waiting.values())
         excess = sum(waiting.nbytes for waiting in blocks) - MOST
