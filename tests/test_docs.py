@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from dnc_triton.cli import main
-from dnc_triton.tasks.stories import generate_story, write_stories
+from dnc_triton.tasks.stories import generate_story
+from tests.stories import write_stories
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

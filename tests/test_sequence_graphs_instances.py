@@ -203,7 +203,7 @@ def test_the_least_recently_used_is_given_up(monkeypatch: pytest.MonkeyPatch, wi
     short, long = cache().instances
     results(dnc, *draw(dnc, 2, 2))
     assert cache().instances == [long, short]
-    monkeypatch.setattr(StandIn, "memory", lambda self: graphs.SHARE * (short.size + 2 * long.size))
+    monkeypatch.setattr(StandIn, "memory", lambda self: int((short.size + 2 * long.size) / graphs.SHARE))
     for seed in range(2):
         assert_same_bits(results(dnc, *draw(dnc, seed, 4)), without(results, dnc, *draw(dnc, seed, 4)))
     assert cache().instances[0] is short
@@ -263,11 +263,11 @@ def test_a_backward_beyond_the_bound(monkeypatch: pytest.MonkeyPatch, without: A
 def test_what_is_leased_is_not_given_up(leased: Any, monkeypatch: pytest.MonkeyPatch, without: Any) -> None:
     dnc, outputs, _ = leased
     (instance,) = cache().instances
-    monkeypatch.setattr(StandIn, "memory", lambda self: graphs.SHARE * instance.size)
+    monkeypatch.setattr(StandIn, "memory", lambda self: int(instance.size / graphs.SHARE))
     for seed in range(4):
         results(dnc, *draw(dnc, seed, 2))
     assert cache().instances == [instance]
-    monkeypatch.setattr(StandIn, "memory", lambda self: graphs.SHARE * 2 * instance.size)
+    monkeypatch.setattr(StandIn, "memory", lambda self: int(2 * instance.size / graphs.SHARE))
     for steps in (2, 3):  # one comes, and goes for the other; both are younger
         for seed in range(7):
             results(dnc, *draw(dnc, seed, steps))

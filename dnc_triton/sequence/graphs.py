@@ -46,7 +46,7 @@ from dnc_triton import environment
 from dnc_triton.kernels.launcher import is_compiling_ahead
 from dnc_triton.sequence.engine import Captured, Engine, is_out_of_memory, size_of
 
-SHARE = 4  # the bound is this part of the device's memory
+SHARE = 0.25  # the bound is this part of the device's memory
 SIGNATURES = 1024  # of calls are remembered
 LONGEST = 4096  # steps
 MEBIBYTE = 2**20
@@ -166,7 +166,7 @@ class GraphCache:
         """Bytes that all instances may take."""
         asked = os.environ.get(environment.GRAPH_MEMORY)
         if not asked:
-            return self.engine.memory() // SHARE
+            return int(self.engine.memory() * SHARE)
         if not asked.isdecimal():
             raise ValueError(f"{environment.GRAPH_MEMORY}: expected a whole number of MiB, got {asked!r}")
         return int(asked) * MEBIBYTE

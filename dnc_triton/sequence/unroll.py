@@ -23,7 +23,7 @@ from dnc_triton.sequence.settings import SequenceSettings
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _OF_LINEAR, _OF_CELL = ("weight", "bias"), ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-SHARE = 4  # all of the history is kept while it takes at most this part of a GPU's memory
+SHARE = 0.25  # all of the history is kept while it takes at most this part of a GPU's memory
 
 
 def unroll_sequence(
@@ -187,5 +187,5 @@ def _checkpoint(checkpoint: int | str | None, steps: int, memory: MemoryState, l
 def _most_kept(device: torch.device) -> int:
     """How many bytes of memory and link "auto" keeps."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory) // SHARE
+        return int(torch.cuda.get_device_properties(device).total_memory * SHARE)
     return pool.MOST  # memory beyond that a CPU must clear first, which takes as long as to make the states again

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -85,15 +84,6 @@ def read_stories(path: Path) -> list[list[Line]]:
     if not stories[-1][-1].answers:
         raise ValueError(f"{path}: expected a question at the end, got {stories[-1][-1].text!r}: is the file cut off?")
     return stories
-
-
-def write_stories(stories: Iterable[list[Line]], path: Path) -> None:
-    """Write a file that `read_stories` reads."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for story in stories:
-            for number, (text, answers, supporting) in enumerate(story, start=1):
-                question = f" \t{','.join(answers)}\t{' '.join(map(str, supporting))}" if answers else ""
-                file.write(f"{number} {text}{question}\n")
 
 
 @dataclass
