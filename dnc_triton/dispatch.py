@@ -34,7 +34,7 @@ from dnc_triton.kernels.layout import (
     sequence_layouts,
 )
 from dnc_triton.ops.eager import is_transformed
-from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
+from dnc_triton.ops.kernel_step import kernel_interface_step, kernel_memory_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.stepwise import unroll_stepwise
 from dnc_triton.sequence.unroll import is_plain, unroll_sequence
@@ -78,11 +78,11 @@ class Backend:
         )
 
 
-def _fused_unroll(cell: DNCCell, *arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
+def _kernel_unroll(cell: DNCCell, *arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
     """As one operation with the kernels for the memory's part; step by step where the layer's parts must be called."""
     if is_plain(cell, resets=keywords.get("reset") is not None):
         return unroll_sequence(cell, *arguments, layout=layout, **keywords)
-    step = partial(fused_interface_step, layout=layout)
+    step = partial(kernel_interface_step, layout=layout)
     return unroll_stepwise(cell, *arguments, interface_step=step, **keywords)
 
 
@@ -184,15 +184,15 @@ BACKENDS: dict[str, Backend] = {
     ),
     "triton_fused": Backend(
         supports=_fused_supports,
-        memory_step=fused_memory_step,
-        unroll=_fused_unroll,
+        memory_step=kernel_memory_step,
+        unroll=_kernel_unroll,
         rank=lambda problem: _kernels_rank(problem, 1 if problem.memory_size <= 64 else 3),
         layouts=lambda problem: [x for x in layouts(problem.memory_size) if x.fused],
     ),
     "triton_split": Backend(
         supports=_kernels_support,
-        memory_step=fused_memory_step,
-        unroll=_fused_unroll,
+        memory_step=kernel_memory_step,
+        unroll=_kernel_unroll,
         rank=lambda problem: _kernels_rank(problem, 2),
         layouts=lambda problem: [x for x in layouts(problem.memory_size) if not x.fused],
     ),

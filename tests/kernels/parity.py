@@ -18,7 +18,7 @@ from dnc_reference import Interface, MemoryState, addressing, interface_step, me
 from dnc_reference.interface import activate_interface, interface_sizes
 from dnc_triton.kernels import gradients, lstm, products, step_launch
 from dnc_triton.kernels.layout import Layout, layouts
-from dnc_triton.ops.fused_step import fused_interface_step, fused_memory_step
+from dnc_triton.ops.kernel_step import kernel_interface_step, kernel_memory_step
 from dnc_triton.sequence import one_launch
 
 # --- what surrounds a buffer ------------------------------------------------------------------------------------------
@@ -340,9 +340,9 @@ def run_kernels(
     """The kernels' step, likewise."""
     options = dict(stop_usage_gradient=stop_usage_gradient, layout=layout)
     if isinstance(inputs, Interface):
-        return fused_memory_step(inputs, state, **options)
+        return kernel_memory_step(inputs, state, **options)
     sizes = dict(num_reads=state.read_weights.shape[1], num_writes=1)
-    return fused_interface_step(inputs, state, **sizes, strength=strength, **options)
+    return kernel_interface_step(inputs, state, **sizes, strength=strength, **options)
 
 
 class Outcome(NamedTuple):

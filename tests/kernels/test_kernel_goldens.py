@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from dnc_reference import DNCState, MemoryState
 from dnc_reference.addressing import softplus
 from dnc_triton import from_deepmind, memory_step
-from dnc_triton.ops.fused_step import fused_memory_step
+from dnc_triton.ops.kernel_step import kernel_memory_step
 
 STEPS = [name for name in GOLDEN_NAMES if name.startswith("memory_step_") and "K1_" in name]
 LAYOUTS = ("triton_fused", "triton_split", "spread")
@@ -51,7 +51,7 @@ def test_memory_step(name: str, dtype: torch.dtype, backend: str, device: torch.
         )
         if backend == "spread":
             layout = pick_layout("spread", golden.meta["config"]["memory_size"], 0)
-            read_words, new = fused_memory_step(interface, prev, stop_usage_gradient=True, layout=layout)
+            read_words, new = kernel_memory_step(interface, prev, stop_usage_gradient=True, layout=layout)
         else:
             read_words, new = memory_step(interface, prev, stop_usage_gradient=True, backend=backend)
         results = {"out_read_words": read_words, **named("next_", STATE_KEYS, new)}

@@ -18,7 +18,7 @@ import dnc_reference
 from dnc_reference import Interface, MemoryState
 from dnc_triton import memory_step
 from dnc_triton.dispatch import BACKENDS
-from dnc_triton.ops.fused_step import _step, _step_backward
+from dnc_triton.ops.kernel_step import _step, _step_backward
 from dnc_triton.problem import Problem
 
 CLOSE = dict(rtol=1e-12, atol=1e-14)

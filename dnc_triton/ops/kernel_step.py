@@ -195,7 +195,7 @@ class _Step(torch.autograd.Function):
         return d_interface, None, None, None, None, *d_state
 
 
-def fused_memory_step(
+def kernel_memory_step(
     interface: Interface, state: MemoryState, *, stop_usage_gradient: bool, layout: Layout
 ) -> tuple[Tensor, MemoryState]:
     """`dnc_reference.memory_step` by the kernels."""
@@ -204,7 +204,7 @@ def fused_memory_step(
     return _run(vector, state, False, 0.0, stop_usage_gradient, layout)
 
 
-def fused_interface_step(
+def kernel_interface_step(
     vector: Tensor,
     state: MemoryState,
     *,
