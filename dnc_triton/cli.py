@@ -16,12 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnc_triton.folder import claim, give_up
+from dnc_triton.training.folder import claim, give_up
 
 if TYPE_CHECKING:
-    from dnc_triton.settings import Settings
     from dnc_triton.tasks import Task
-    from dnc_triton.train import Run
+    from dnc_triton.training.run import Run
+    from dnc_triton.training.settings import Settings
 
 NEEDED = ("lightning_fabric", "matplotlib", "plotly", "tensorboard", "tqdm")
 INTERRUPTED, UNREAD = 130, 141  # what a shell expects of a program that SIGINT, or SIGPIPE, ended
@@ -168,7 +168,7 @@ def _add_training(tasks: Any, task: type[Task]) -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     """The settings that all tasks share, and the task's own; what is not given keeps the task's default."""
-    from dnc_triton.settings import CHOICES, Settings
+    from dnc_triton.training.settings import CHOICES, Settings
 
     defaults = Settings.read(task.name)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings, such as a run's "
@@ -210,20 +210,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    from dnc_triton.settings import Settings
+    from dnc_triton.training.settings import Settings
 
     return Settings.read(options.task, getattr(options, "config", None), **_given(options))
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    from dnc_triton.settings import with_whole_path
+    from dnc_triton.training.settings import with_whole_path
 
     return with_whole_path({name: value for name, value in vars(options).items() if name not in OWN})
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dnc_triton.report import report
-    from dnc_triton.train import Run
+    from dnc_triton.training.report import report
+    from dnc_triton.training.run import Run
 
     task, where = options.task, {"device": options.device, "workers": options.workers}
     if options.workers < 0:
@@ -315,14 +315,14 @@ def _check_same(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    from dnc_triton.train import Run
+    from dnc_triton.training.run import Run
 
     name = {"last": "checkpoint.pt", "best": "best.pt"}[options.checkpoint]
     return Run.resume(options.run, name=name, device=options.device)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from dnc_triton.report import evaluate, table
+    from dnc_triton.training.report import evaluate, table
 
     if options.sequences < 1:
         raise ValueError(f"--sequences: expected at least 1, got {options.sequences}")
@@ -334,7 +334,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from dnc_triton.report import draw
+    from dnc_triton.training.report import draw
 
     folder = options.output or options.run
     print(draw(_load(options), folder, options.size, options.index))

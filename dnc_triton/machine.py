@@ -13,9 +13,9 @@ from torch.utils.benchmark import Timer
 import dnc_triton
 from dnc_triton.layer import explain
 from dnc_triton.pictures import LABELS
-from dnc_triton.settings import Settings
 from dnc_triton.tasks.data import generator
-from dnc_triton.train import Run
+from dnc_triton.training.run import Run
+from dnc_triton.training.settings import Settings
 from dnc_triton.tuning import cache_directory, triton_version
 
 SECONDS = 2.0  # for each figure

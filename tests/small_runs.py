@@ -11,8 +11,8 @@ from typing import Any
 from helpers import assert_same_bits
 from torch.utils._pytree import tree_leaves
 
-from dnc_triton import checkpoint
-from dnc_triton.settings import Settings
+from dnc_triton.training import checkpoint
+from dnc_triton.training.settings import Settings
 
 SIZES = {"hidden_size": 8, "memory_size": 4, "word_size": 4, "batch_size": 4}
 SMALL = ["--hidden-size", "8", "--memory-size", "4", "--word-size", "4", "--batch-size", "4", "--max-length", "3"]

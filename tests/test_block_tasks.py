@@ -12,11 +12,11 @@ import pytest
 import torch
 from answering import Answering, random
 
-from dnc_triton.report import draw
-from dnc_triton.settings import Settings
 from dnc_triton.tasks import Batch, BlockPuzzleTask
 from dnc_triton.tasks.blocks import LETTERS, MINI_SHRDLU, RELATIONS, _count_boards, make_world
-from dnc_triton.train import Run
+from dnc_triton.training.report import draw
+from dnc_triton.training.run import Run
+from dnc_triton.training.settings import Settings
 
 
 def columns_of(task: BlockPuzzleTask, step: torch.Tensor) -> list[list[int]]:
@@ -230,10 +230,12 @@ def test_a_trace_is_of_what_the_network_saw(tmp_path: Path, monkeypatch: pytest.
     run = Run(settings, tmp_path)
     pages: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        "dnc_triton.report.write_page", lambda trace, path, **lists: pages.append({**lists, "of": trace})
+        "dnc_triton.training.report.write_page", lambda trace, path, **lists: pages.append({**lists, "of": trace})
     )
     fed: list[torch.Tensor] = []
-    monkeypatch.setattr("dnc_triton.report.draw_memory", lambda trace, inputs, targets, path: fed.append(inputs))
+    monkeypatch.setattr(
+        "dnc_triton.training.report.draw_memory", lambda trace, inputs, targets, path: fed.append(inputs)
+    )
     differing = 0
     for index in range(10):
         words = draw(run, tmp_path, index=index)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from small_runs import SMALL, assert_same_run, start
 
-from dnc_triton import checkpoint
 from dnc_triton.cli import main
-from dnc_triton.folder import claim
-from dnc_triton.learner import Learner
-from dnc_triton.settings import Settings
 from dnc_triton.tasks import CopyTask
-from dnc_triton.train import PARTS, Run
+from dnc_triton.training import checkpoint
+from dnc_triton.training.folder import claim
+from dnc_triton.training.learner import Learner
+from dnc_triton.training.run import PARTS, Run
+from dnc_triton.training.settings import Settings
 from dnc_triton.tuning import triton_version
 
 SHORT = ["train", "copy", *SMALL, "--steps", "20", "--validate-every", "10"]
@@ -78,7 +78,7 @@ def test_runs_that_start_in_one_second_have_a_folder_each(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
-    monkeypatch.setattr("dnc_triton.report.report", lambda run: "")
+    monkeypatch.setattr("dnc_triton.training.report.report", lambda run: "")
     for seed in range(3):
         assert main([*SHORT, "--no-baseline", "--seed", str(seed)]) == 0
     names = ["copy-20260101-000000", "copy-20260101-000000-2", "copy-20260101-000000-3"]
@@ -195,9 +195,9 @@ def test_what_nobody_reads_any_more_is_no_error(run: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "where"),
     [
-        ("train", "dnc_triton.train.make_fabric"),
-        ("train", "dnc_triton.report.evaluate"),
-        ("evaluate", "dnc_triton.report.evaluate"),
+        ("train", "dnc_triton.training.run.make_fabric"),
+        ("train", "dnc_triton.training.report.evaluate"),
+        ("evaluate", "dnc_triton.training.report.evaluate"),
         ("bench", "dnc_triton.machine.bench"),
     ],
 )
@@ -407,7 +407,7 @@ def test_a_table_is_printed_where_nothing_can_be_written(
     def refuse(*arguments: object) -> None:
         raise PermissionError(13, "Permission denied", "memory.png")
 
-    monkeypatch.setattr("dnc_triton.report.draw", refuse)
+    monkeypatch.setattr("dnc_triton.training.report.draw", refuse)
     assert main(["train", "copy", "--resume", str(run)]) == 2
     printed = capsys.readouterr()
     assert "as trained" in printed.out

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from answering import Answering, random
 
-from dnc_triton.baseline import LSTMBaseline
 from dnc_triton.tasks import Batch, GraphTraversalTask, ShortestPathTask
 from dnc_triton.tasks.graphs import Lesson, draw_graphs
 from dnc_triton.tasks.planning import first_answer
+from dnc_triton.training.baseline import LSTMBaseline
 
 
 def labels_of(channels: torch.Tensor, base: int, num_digits: int) -> list[tuple[int | None, ...]]:

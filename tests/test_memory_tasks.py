@@ -11,7 +11,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dnc_triton.settings import Settings
 from dnc_triton.tasks import (
     AssociativeRecallTask,
     Batch,
@@ -20,6 +19,7 @@ from dnc_triton.tasks import (
     RepeatCopyTask,
     Task,
 )
+from dnc_triton.training.settings import Settings
 
 Steps = list[list[float]]
 

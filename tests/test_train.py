@@ -18,13 +18,13 @@ import torch
 from helpers import assert_same_bits
 from small_runs import SMALL, assert_same_run, start
 
-from dnc_triton import checkpoint
 from dnc_triton.cli import main
-from dnc_triton.report import draw
-from dnc_triton.settings import Settings
 from dnc_triton.tasks import TASKS, Batch, CopyTask, DelayedCopyTask, Task
 from dnc_triton.tasks.data import TrainingBatches, generator
-from dnc_triton.train import LOG_EVERY, Run
+from dnc_triton.training import checkpoint
+from dnc_triton.training.report import draw
+from dnc_triton.training.run import LOG_EVERY, Run
+from dnc_triton.training.settings import Settings
 
 
 def test_copy_sequences_are_what_the_task_says() -> None:
@@ -118,8 +118,10 @@ def test_a_picture_shows_targets_on_the_channels_of_the_output(
     """Symbols one-hot, nothing where nothing is asked for: such outputs would be right."""
     run = Run(Settings.read(name, hidden_size=8, memory_size=4, baseline=False), tmp_path)
     drawn: list[torch.Tensor] = []
-    monkeypatch.setattr("dnc_triton.report.write_page", lambda *arguments, **named: None)
-    monkeypatch.setattr("dnc_triton.report.draw_memory", lambda trace, inputs, targets, path: drawn.append(targets))
+    monkeypatch.setattr("dnc_triton.training.report.write_page", lambda *arguments, **named: None)
+    monkeypatch.setattr(
+        "dnc_triton.training.report.draw_memory", lambda trace, inputs, targets, path: drawn.append(targets)
+    )
     draw(run, tmp_path)
     batch = run.task.sample(1, run.task.lessons[-1][-1], generator(0, "validation", 0), split="validation")
     assert drawn[0].shape == (batch.inputs.shape[1], run.task.output_size)
@@ -132,8 +134,8 @@ def test_another_way_that_is_right_is_not_marked_as_wrong(tmp_path: Path, monkey
     run = Run(Settings.read("shortest_path", hidden_size=8, memory_size=4, baseline=False), tmp_path)
     judged = torch.tensor([[[False], [True]]])
     pages: list[dict[str, Any]] = []
-    monkeypatch.setattr("dnc_triton.report.draw_memory", lambda *arguments: None)
-    monkeypatch.setattr("dnc_triton.report.write_page", lambda *arguments, **named: pages.append(named))
+    monkeypatch.setattr("dnc_triton.training.report.draw_memory", lambda *arguments: None)
+    monkeypatch.setattr("dnc_triton.training.report.write_page", lambda *arguments, **named: pages.append(named))
     monkeypatch.setattr(run.task, "wrong", lambda outputs, batch: judged.expand(1, 2, 1))
     draw(run, tmp_path)
     assert pages[0]["wrong"] == [False, True]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from small_runs import SMALL, start
 
-from dnc_triton import checkpoint
 from dnc_triton.cli import main
+from dnc_triton.training import checkpoint
 
 # One step of a Learner in each of two processes: the gradient is that of one process with the whole batch. Rows of
 # different lengths make that wrong if each process divides by its own units.
@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 
-from dnc_triton.baseline import LSTMBaseline
-from dnc_triton.learner import Learner, make_fabric
-from dnc_triton.settings import Settings
+from dnc_triton.training.baseline import LSTMBaseline
+from dnc_triton.training.learner import Learner, make_fabric
+from dnc_triton.training.settings import Settings
 
 settings = Settings("copy", {"max_length": 3}, hidden_size=6, memory_size=4, word_size=4, batch_size=5, clip=20.0,
                     controller=sys.argv[1], num_layers=2, max_gradient_norm=0.01, precision=sys.argv[2])
@@ -71,7 +71,7 @@ BEST = """
 import os
 import sys
 from pathlib import Path
-from dnc_triton.train import Run
+from dnc_triton.training.run import Run
 from small_runs import small
 
 run = Run(small(steps=3, validate_every=2), Path(sys.argv[1]))

@@ -20,12 +20,13 @@ import torch
 from small_runs import SMALL, assert_same_run, small, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dnc_triton import checkpoint, files
+from dnc_triton import files
 from dnc_triton.cli import main
-from dnc_triton.folder import held
-from dnc_triton.report import report
 from dnc_triton.tasks import Batch
-from dnc_triton.train import LOG_EVERY, Run
+from dnc_triton.training import checkpoint
+from dnc_triton.training.folder import held
+from dnc_triton.training.report import report
+from dnc_triton.training.run import LOG_EVERY, Run
 
 
 def before_step(run: Run, step: int, act: Callable[[], object]) -> None:
@@ -194,7 +195,7 @@ def test_a_full_disk_loses_nothing(
     rescue, folder = tmp_path / "rescue", small_disk / "run"
     rescue.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(rescue))
-    monkeypatch.setattr("dnc_triton.train.CHECKPOINT_SECONDS", 0.0)  # try again at once
+    monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SECONDS", 0.0)  # try again at once
     settings = small(steps=2 * LOG_EVERY + 7, validate_every=LOG_EVERY)
     assert Run(settings, tmp_path / "whole").train()
 
@@ -243,7 +244,7 @@ def test_a_failed_write_is_told_as_what_it_is(
     """Room is asked for where there is none, and an old file is called whole where there is one."""
     folder, rescue, full = tmp_path / "run", tmp_path / "rescue", number != errno.EIO
     monkeypatch.setattr("tempfile.tempdir", str(rescue))
-    monkeypatch.setattr("dnc_triton.train.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SECONDS", 0.0)
     replace, broken = os.replace, [folder, rescue]
 
     def fail(source: Path, target: Path) -> None:
@@ -323,7 +324,7 @@ def test_a_result_is_written_before_pictures_that_take_more_room(
 ) -> None:
     """What finds no room leaves the page that was there."""
     run = Run(small(steps=2, baseline=False), tmp_path)
-    monkeypatch.setattr("dnc_triton.report.EVALUATION_SEQUENCES", 10)
+    monkeypatch.setattr("dnc_triton.training.report.EVALUATION_SEQUENCES", 10)
     assert run.train()
     (tmp_path / "memory.html").write_text("as it was")
     write = files.write
@@ -354,7 +355,7 @@ def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.M
     """A disk that was full at the only validation."""
     run = Run(small(steps=2, baseline=False), tmp_path)
     monkeypatch.setattr(run, "_try_to_save", lambda name: False)
-    monkeypatch.setattr("dnc_triton.report.EVALUATION_SEQUENCES", 10)
+    monkeypatch.setattr("dnc_triton.training.report.EVALUATION_SEQUENCES", 10)
     assert run.train()
     assert "sequences without an error" in report(run)
     assert json.loads((tmp_path / "result.json").read_text())["best_step"] is None
@@ -385,11 +386,11 @@ def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytes
     assert main(["train", "copy", "--resume", str(run.folder)]) == 0, "now it is free"
 
 
-@pytest.mark.parametrize("fails", ["learner.Learner.update", "tasks.data.TrainingBatches.__getitem__"])
+@pytest.mark.parametrize("fails", ["training.learner.Learner.update", "tasks.data.TrainingBatches.__getitem__"])
 def test_an_error_ends_those_who_draw_batches(tmp_path: Path, fails: str) -> None:
     """Theirs or another one; they ignore the signals that would, and while an error is looked at nobody forgets it."""
     script = """
-import dnc_triton.learner, dnc_triton.tasks.data
+import dnc_triton.training.learner, dnc_triton.tasks.data
 from dnc_triton.cli import main
 def fail(*arguments, **options):
     raise RuntimeError("of the run time")

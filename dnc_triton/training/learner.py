@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from dnc_triton.settings import Settings
 from dnc_triton.tasks import Batch, Task
+from dnc_triton.training.settings import Settings
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

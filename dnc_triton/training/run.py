@@ -35,16 +35,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dnc_triton import checkpoint, environment
+from dnc_triton import environment
 from dnc_triton.dispatch import BACKENDS, check_backend
 from dnc_triton.files import is_full, write, write_table
-from dnc_triton.folder import held, let_go
-from dnc_triton.journal import Journal, say
 from dnc_triton.layer import DNC
-from dnc_triton.learner import Learner, make_fabric
-from dnc_triton.settings import Settings
 from dnc_triton.tasks import Batch
 from dnc_triton.tasks.data import TrainingBatches, generator
+from dnc_triton.training import checkpoint
+from dnc_triton.training.folder import held, let_go
+from dnc_triton.training.journal import Journal, say
+from dnc_triton.training.learner import Learner, make_fabric
+from dnc_triton.training.settings import Settings
 
 LOG_EVERY = 50  # steps between two rows of metrics.csv, and between two checkpoints unless the clock says otherwise
 CHECKPOINT_SECONDS = 60.0  # a checkpoint is no older than that

@@ -18,7 +18,7 @@ from dnc_triton.files import write
 from dnc_triton.layer import DNC
 from dnc_triton.pictures import LABELS, draw_learning_curve, draw_memory
 from dnc_triton.tasks.data import generator
-from dnc_triton.train import PARTS, Run
+from dnc_triton.training.run import PARTS, Run
 from dnc_triton.viewer import write_page
 
 EVALUATION_SEQUENCES = 1000  # per row of the table, in batches of one length

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from dnc_reference.controller import CONTROLLERS
-from dnc_triton.baseline import LSTMBaseline
 from dnc_triton.layer import DNC
 from dnc_triton.tasks import TASKS, Task
+from dnc_triton.training.baseline import LSTMBaseline
 
 if sys.version_info >= (3, 11):
     import tomllib
