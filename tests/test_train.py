@@ -257,6 +257,22 @@ def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_bar_shows_how_many_steps_are_done(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Run(Settings.read("copy", hidden_size=8, memory_size=4, baseline=False, steps=3), tmp_path)
+    assert run.train()
+    assert "| 3/3 [" in capsys.readouterr().err
+
+
+def test_a_lesson_ends_at_the_share_that_is_asked_for_and_the_last_one_never_does(tmp_path: Path) -> None:
+    run = Run(Settings.read("copy", hidden_size=8, memory_size=4, baseline=False, advance_at=1.0), tmp_path)
+    run.task.lessons = [[1], [2]]
+    lessons = []
+    for right in (0.99, 1.0, 1.0):
+        run._advance({"dnc_right": right})
+        lessons.append(run.lesson)
+    assert lessons == [0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
