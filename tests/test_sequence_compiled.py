@@ -8,7 +8,7 @@ import pytest
 import test_sequence_goldens
 import torch
 from helpers import assert_same_bits
-from sequence_parity import BATCH, assert_parity, draw, make, operation, outcome
+from sequence_parity import BATCH, assert_equal_outcomes, assert_parity, draw, make, operation, outcome
 from torch.utils._pytree import tree_map
 
 from dnc_triton import dispatch, explain
@@ -49,6 +49,18 @@ def test_parity_of_all_that_the_layer_can_be_told(choice):
     inputs, state = draw(dnc)
     assert_parity(dnc, inputs, state)
     assert_parity(dnc, inputs, state, **masks(inputs))
+
+
+@pytest.mark.slow  # compiles
+def test_dropout():
+    """With the masks that the step as it is written draws from the same seed."""
+    outcomes = []
+    for backend in (BACKEND, "torch_sequence"):
+        dnc = make(backend, num_layers=2, dropout=0.5)
+        inputs, state = draw(dnc)
+        torch.manual_seed(2)
+        outcomes.append(outcome(operation, dnc, inputs, state))
+    assert_equal_outcomes(*outcomes)
 
 
 @pytest.mark.slow
