@@ -29,7 +29,8 @@ from benchmarks.static.compiling import compiling_map
 from benchmarks.static.measuring import idle_barriers, measure
 from benchmarks.static.record import RECORD, read_record, worse_than_recorded
 from dnc_triton import dispatch
-from dnc_triton.kernels.layout import default_layout, layouts, sequence_layouts
+from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
+from dnc_triton.kernels.step_launch import compile_options, launches
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 KERNELS = Path(__file__).parent.parent / "dnc_triton" / "kernels"
@@ -107,6 +108,31 @@ def test_what_the_dispatcher_may_take_is_compiled_and_held_to_spill_nothing(dtyp
             taken += step(shape, "sm_90", layout=layout, dtype=dtype)
         assert compiled.issuperset(taken), shape
         assert not any(case.may_spill for case in taken), shape
+
+
+def test_a_head_has_programs_of_its_own_where_a_layout_spreads_and_nowhere_else():
+    """The others would do again what the first does."""
+
+    def programs(spread, backward):
+        """Of the first phase and of the last, and how many parts that has."""
+        layout, options = Layout(False, 32, 128, 1, spread=spread), dict(raw=True, compute=torch.float32)
+        first, _, last = launches(2, 512, 64, 8, layout, backward=backward, **options)
+        return first.grid[1], last.grid[1], last.sizes.PARTS
+
+    for spread, backward, of_first, per_part, more in (
+        (False, False, 1, 1, 0),
+        (True, False, 1, 8, 0),
+        (False, True, 1, 1, 8),
+        (True, True, 8, 1, 9),
+    ):
+        first, last, parts = programs(spread, backward)
+        assert (first, last) == (of_first, per_part * parts + more)
+
+
+def test_a_backward_with_eight_warps_is_not_told_to_take_every_register():
+    """It would spill."""
+    options = [compile_options(Layout(True, 16, 16, warps), warps, backward=True, hip=False) for warps in (4, 8)]
+    assert options == [dict(num_warps=4, maxnreg=255), dict(num_warps=8)]
 
 
 def test_float64_is_compiled_at_every_shape_and_may_spill():
