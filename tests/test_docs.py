@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from stories import write_stories
 
 from dnc_triton.cli import main
 from dnc_triton.tasks.stories import generate_story
-from tests.stories import write_stories
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from babel import Locale
+from stories import write_stories
 
 from dnc_triton.cli import main
 from dnc_triton.tasks import BabiTask, Batch, DatesTask
 from dnc_triton.tasks.data import generator
 from dnc_triton.tasks.stories import KINDS, VOCABULARY, Line, generate_story, read_stories, words
 from dnc_triton.tasks.translation import STYLES
-from tests.stories import write_stories
 
 SPLITS = ("train", "validation", "test")
 
