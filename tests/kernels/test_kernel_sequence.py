@@ -494,21 +494,24 @@ PRODUCTS = {"product_kernel", "lstm_product_forward_kernel", "lstm_product_backw
 @pytest.mark.parametrize(
     ("backend", "small", "kernels", "dtype"),
     [
-        pytest.param(*case, dtype, id=f"{name}-{dtype}", marks=pytest.mark.slow if dtype.itemsize > 4 else ())
+        pytest.param(*case, dtype, id=f"{name}-{dtype}", marks=pytest.mark.slow if slow else ())
+        for dtype in (torch.float32, torch.float64)
         for name, case in {
             "one launch": (BACKEND, False, SEQUENCE),
             "one launch, weights": (BACKEND, True, SEQUENCE | {"weight_gradients_kernel"}),
             "LSTM": ("triton_fused", False, STEP | {"lstm_forward_kernel"}),
             "products": ("triton_fused", True, STEP | PRODUCTS),
         }.items()
-        for dtype in (torch.float32, torch.float64)
-        if name != "one launch, weights" or dtype == torch.float32
+        for slow in [dtype == torch.float64 and name != "one launch, weights"]
     ],
 )
 def test_nothing_beside_a_buffer_is_touched(
     backend: str, small: bool, kernels: set[str], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """In float32 with a row that ends, and rows that begin anew. Of two layers only the highest has the interface."""
+    """In float32 with a row that ends, and rows that begin anew. Of two layers only the highest has the interface.
+
+    The kernel for gradients by weights sums in float32, and leaves others to the library.
+    """
     dnc = make(device, dtype=dtype, clip=0.4, num_layers=1 if backend == BACKEND else 2)
     inputs, state = draw(dnc, 2)
     call: dict[str, Any] = {}
@@ -518,7 +521,7 @@ def test_nothing_beside_a_buffer_is_touched(
         patch.setattr(small_product, "MOST_WORK", {device.type: 2**20 * small})
         patch.setattr(one_launch, "MOST_ROWS", {device.type: 2**10 * small})
         actual = run(dnc, inputs, state, backend, **call)
-    assert around.seen == kernels
+    assert around.seen == (kernels if dtype == torch.float32 else kernels - {"weight_gradients_kernel"})
     close = CLOSE if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-6)
     assert_close(actual, run(dnc, inputs, state, "reference", **call), **close, name="")
 
