@@ -17,7 +17,7 @@ PROMISES = [
     ("delayed_copy", range(3), {"delay 4, as trained": 0.99}),
     ("repeat_copy", range(3), {"1 to 4 vectors, 1 to 4 times, as trained": 0.99}),
     ("associative_recall", range(3), {"2 to 6 items, as trained": 0.99}),
-    ("key_value", range(3), {"2 to 8 pairs, as trained": 0.99, "9 to 16 pairs": 0.95}),
+    ("key_value", range(3), {"2 to 8 pairs, as trained": 0.99, "9 to 16 pairs": 0.99}),
     ("priority_sort", range(2), {"6 highest of 8, as trained": 0.9}),
     ("translation", range(3), {"all styles": 0.95}),
     (
