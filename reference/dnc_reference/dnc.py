@@ -239,7 +239,11 @@ class DNCCell(nn.Module):
         return self._clip(self.output(features))
 
     def _clip(self, x: Tensor) -> Tensor:
-        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+        """x within the bound. What stands at it lets its gradient through, as by TensorFlow's `clip_by_value`.
+
+        PyTorch's `clamp` did so too until 2.14, which lets nothing through there.
+        """
+        return x if self.clip is None else torch.where(x.abs() <= self.clip, x, x.clamp(-self.clip, self.clip))
 
     def extra_repr(self) -> str:
         """The sizes, and of the other arguments those that are not the default."""

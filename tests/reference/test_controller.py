@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_leaves, assert_close, random_like
+from helpers import as_leaves, assert_close, assert_same_bits, random_like
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.utils._pytree import tree_leaves
@@ -194,6 +194,18 @@ def test_clip_bounds_the_state_of_a_controller_of_ones_own() -> None:
     cell = make_cell(clip=0.25)
     _, state = unroll(cell, 100 * normal(T, B, 2), cell.initial_state(B))
     assert max(tensor.abs().max().item() for tensor in tree_leaves(state.controller)) == 0.25
+
+
+def test_a_clip_lets_the_gradient_of_what_stands_at_its_bound_through() -> None:
+    """Of outputs at either bound, within, and beyond; whatever PyTorch's clamp does."""
+    cell = DNCCell(2, 3, 5, memory_size=4, word_size=2, num_reads=1, clip=0.5, dtype=torch.float64)
+    with torch.no_grad():
+        cell.output.weight.zero_()
+        cell.output.bias.copy_(torch.tensor([-0.5, 0.5, 0.25, -0.75, torch.nan]))
+    outputs, _ = cell(normal(B, 2), cell.initial_state(B))
+    assert_same_bits(outputs, torch.tensor([-0.5, 0.5, 0.25, -0.5, torch.nan], dtype=torch.float64).expand(B, -1))
+    (gradient,) = torch.autograd.grad(outputs.sum(), cell.output.bias)
+    assert gradient.tolist() == [B, B, B, 0, 0]
 
 
 # --- bounded gradients ------------------------------------------------------------------------------------------------
