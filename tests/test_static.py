@@ -16,11 +16,12 @@ from small_layer import PROBLEM
 pytest.importorskip("triton")
 
 from benchmarks.static.cases import (
+    DATA_CENTERS,
     DIRECTIONS,
     LARGEST,
     SEQUENCES,
     SHAPES,
-    TARGETS,
+    WORKSTATIONS,
     cases,
     sequence,
     step,
@@ -62,14 +63,16 @@ def test_the_versions_that_are_tested_are_on_record():
 
 
 def test_every_shape_is_compiled_for_every_target():
-    """In full, and without a GPU, each time that the tests run."""
+    """In full, and without a GPU, each time that the tests run; with the slow tests for workstations as well."""
     assert SHAPES == [
         (16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)
     ]  # fmt: skip
-    assert list(TARGETS) == ["sm_80", "sm_90", "sm_100", "gfx942"]
-    compiled = cases()
+    assert DATA_CENTERS == ("sm_80", "sm_90", "sm_100", "gfx942")
+    assert WORKSTATIONS == ("sm_89", "sm_120", "gfx1100")
+    quick, complete = cases(), cases(complete=True)
+    assert {case.target for case in quick} == {*DATA_CENTERS, *WORKSTATIONS}
     for shape in SHAPES:
-        for target in TARGETS:
+        for target, compiled in (dict.fromkeys(DATA_CENTERS, quick) | dict.fromkeys(WORKSTATIONS, complete)).items():
             phases = {(case.direction, case.phase) for case in compiled if (case.shape, case.target) == (shape, target)}
             fused = {(direction, "whole") for direction in DIRECTIONS}
             split = {(direction, phase) for direction in DIRECTIONS for phase in ("first", "middle", "last")}

@@ -29,7 +29,12 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
+WORKSTATIONS = ("sm_89", "sm_120", "gfx1100")  # GeForce RTX 40 and 50, Radeon RX 7900; the others are of data centres
+DATA_CENTERS = tuple(target for target in TARGETS if target not in WORKSTATIONS)
 FEATURES = 8  # of inputs and outputs, where they are in the kernel
 DIRECTIONS = ("forward", "backward")
 LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4, overlaps=True)  # of which it takes these
@@ -91,7 +96,7 @@ class Case:
     @property
     def overlaps(self) -> bool:
         """Whether it begins while the launch before it ends."""
-        return self.layout.overlaps and self.target in ("sm_90", "sm_100")
+        return self.layout.overlaps and self.target in ("sm_90", "sm_100", "sm_120")
 
     @property
     def compute(self) -> torch.dtype:
@@ -112,10 +117,11 @@ class Case:
         """Held to spill nothing, on the target that they were chosen for, is every layout that may be taken.
 
         Not in float64, which is there to check gradients with: what fits in registers in float32 needs twice as many.
+        The controller's kernels, which are small, spill nothing on any target of a data centre.
         """
-        return self.phase not in CONTROLLER and (
-            self.target != "sm_90" or self.dtype == "float64" or self.shape in (LARGEST, LONGEST)
-        )
+        if self.phase in CONTROLLER:
+            return self.target in WORKSTATIONS
+        return self.target != "sm_90" or self.dtype == "float64" or self.shape in (LARGEST, LONGEST)
 
 
 def weight_tiles(case: Case) -> tuple[int, ...]:
@@ -131,15 +137,17 @@ def tiles_of(case: Case) -> Tiles:
 
 
 def cases(complete: bool = False) -> list[Case]:
-    """What to compile: every shape for every target, one shape at least of every dtype and variant, or everything.
+    """What to compile: every shape for data centres' targets, one at least of every other target, dtype and variant.
 
-    Everything is what may be taken on sm_90: all layouts that are measured against each other, in every dtype and
-    variant.
+    Or everything: what may be taken on sm_90, all layouts that are measured against each other, in every dtype and
+    variant; and every shape for every target.
     """
     found = []
     for shape in SHAPES:
-        for target in TARGETS:
+        for target in DATA_CENTERS:
             found += step(shape, target)
+    for target in WORKSTATIONS:
+        found += step(SHAPES[1], target)
     found += step(SHAPES[-1], "sm_90", layout=spread(SHAPES[-1]))
     # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
     found += step(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
@@ -168,13 +176,16 @@ def _everything() -> list[Case]:
             found += step(shape, "sm_90", layout=layout, dtype=dtype, variant=variant)
     found += step(SHAPES[-1], "gfx942", layout=spread(SHAPES[-1]))
     for dtype in TRITON_TYPES:
-        for target in TARGETS:
+        for target in DATA_CENTERS:
             found += step(LARGEST, target, dtype=dtype)
             found += step(LARGEST, target, dtype=dtype, layout=spread(LARGEST))
     for layout in layouts(LONGEST[0]):
         found += step(LONGEST, "sm_90", layout=layout)
     for target in TARGETS:
         found += step(LONGEST, target)
+    for shape in SHAPES:
+        for target in WORKSTATIONS:
+            found += step(shape, target)
     for *shape, hidden_size in SEQUENCES:
         for layout, variant in itertools.product(sequence_layouts(*shape[:2]), SEQUENCE_VARIANTS):
             found += sequence(tuple(shape), hidden_size, "sm_90", layout=layout, variant=variant)

@@ -22,7 +22,15 @@ from benchmarks.static.ttgir import Unchecked, without_barriers
 from dnc_triton.kernels.buffers import ENDED, FRESH, LOST
 
 # Bytes a block may have. A kernel that wants more compiles, and fails when it is launched.
-SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_LIMITS = {
+    "sm_80": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+    "gfx1100": 65_536,
+}
 # Of what takes them: each step meets the one before and the one after, and of two blocks one is full, one is not. The
 # row that runs to the end is reset before its first and its last step, the other one at both of its steps. Where a step
 # is marked one row is reset at it and at the next, the other has ended.
