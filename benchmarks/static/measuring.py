@@ -48,6 +48,8 @@ ARGUMENTS = {
 }
 # Of the kernel that makes links again: from two steps back.
 BEHIND = {"behind": 2, "row": 12, "precedence_ptr": 192, "write_weights_ptr": 96}
+# Places of barriers without which some kernel was found to be wrong, in this process: one is enough.
+_needed: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Measurement:
     case: Case
     numbers: Numbers | None  # None if it does not compile
     errors: list[str]  # of compiling it, and races
-    barriers: dict[str, bool]  # by place in the source, whether the kernel would be wrong without it
+    barriers: dict[str, bool]  # by place in the source, whether this kernel or one before would be wrong without it
 
     def problems(self) -> list[str]:
         """What must not be, in words."""
@@ -101,10 +103,11 @@ def measure(case: Case) -> Measurement:
         errors += [f"{site} accesses memory that the launch before it may still write to" for site in early]
     try:
         # Which barriers are needed does not depend on the target; to find out takes a walk for each of them.
-        without = without_barriers(ttgir) if case.target == "sm_90" else []
+        without = list(without_barriers(ttgir)) if case.target == "sm_90" else []
         behind = (case.direction, case.phase) == ("backward", "middle")
         arguments = ARGUMENTS | BEHIND if behind else ARGUMENTS
-        needed = {place: bool(races(code, arguments=arguments)) for place, code in without}
+        _needed.update(place for place, code in without if place not in _needed and races(code, arguments=arguments))
+        needed = {place: place in _needed for place, _ in without}
         return Measurement(case, numbers, errors + races(ttgir, case.grid, arguments), needed)
     except Unchecked as error:
         return Measurement(case, numbers, [*errors, f"barriers cannot be checked: {error}"], {})

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -59,14 +60,34 @@ def _remember_numpy_dtypes() -> None:
 
 
 def _remember_shapes() -> None:
-    """A tensor's shape is a tuple of Triton's, of constants of Triton's."""
-    known: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    """A shape is a tuple of Triton's, of constants of Triton's for a tensor, made anew and compared at each operation.
 
-    def init(self: Any, handle: Any, type: Any) -> None:
-        sizes = type.shape if type.is_block() else ()
-        if sizes not in known:
-            known[sizes] = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+    Here types of one shape share one tuple, by which two can be told to be the same without a look inside.
+    """
+    of_types: dict[tuple[int, ...], tuple[Any, int, str]] = {}
+    of_tensors: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    init_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
+
+    def init_type_once(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if sizes not in of_types:
+            init_type(self, element_ty, shape)
+            of_types[sizes] = self.shape, self.numel, str(self.shape)
+        self.element_ty = element_ty
+        self.shape, self.numel, text = of_types[sizes]
+        self.name = f"<{text}, {element_ty}>"
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if sizes not in of_tensors:
+            of_tensors[sizes] = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = known[sizes]
+        self.shape, self.numel = of_tensors[sizes]
 
-    tl.tensor.__init__ = init
+    def broadcast_unless_alike(self: Any, left: Any, right: Any) -> Any:
+        if left.type.is_block() and right.type.is_block() and left.type.shape is right.type.shape:
+            return left, right
+        return broadcast(self, left, right)
+
+    tl.block_type.__init__, tl.tensor.__init__ = init_type_once, init_tensor
+    TritonSemantic.broadcast_impl_value = broadcast_unless_alike
