@@ -226,6 +226,17 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert instance.size == sum(x.numel() * x.element_size() for x in tensors)
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((3, 4), (1, 3)), ((3, 1, 2), (2, 7, 1)), ((1, 3), (5, 1)), ((0, 3), (7, 2))]
+)
+def test_an_alias_has_the_place_of_what_it_stands_for(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """To the stride of an axis of length 1; and a storage of its own."""
+    tensor = torch.empty_strided(shape, strides)
+    alias = graphs._alias(tensor)
+    assert (alias.shape, alias.stride(), alias.data_ptr()) == (tensor.shape, strides, tensor.data_ptr())
+    assert alias.numel() == 0 or alias.untyped_storage()._cdata != tensor.untyped_storage()._cdata
+
+
 @pytest.mark.parametrize("bound", ["0", "1"])
 def test_more_than_the_bound(
     bound: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, without: Any

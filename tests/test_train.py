@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_bits
-from small_runs import SMALL, assert_same_run, start
+from small_runs import SMALL, assert_same_run, small, start
 
 from dnc_triton.cli import main
 from dnc_triton.tasks import TASKS, Batch, CopyTask, DelayedCopyTask, Task
@@ -53,6 +53,22 @@ def test_no_sequence_is_validated_twice(task: str, tmp_path: Path, monkeypatch: 
     (sizes,) = asked
     assert sorted(set(sizes)) == sorted(sizes)
     assert max(sizes) == max(run.task.lessons[-1])
+
+
+def test_a_score_is_per_unit_and_per_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all sizes, each as often as the others."""
+    run = Run(small(), tmp_path)
+    monkeypatch.setattr(run.task, "right", lambda *_: torch.tensor([True, False]))
+    sums = torch.zeros(3)
+    for size in (1, 3):
+        batch = run.task.sample(2, size, generator(run.settings.seed, "test", size), split="test")
+        outputs, _ = run.learners["dnc"].model(batch.inputs)
+        loss, wrong = run.task.loss(outputs, batch), run.task.wrong(outputs, batch).sum()
+        sums += torch.stack([loss, wrong, run.task.units(batch)]).detach()
+    loss, wrong, units = sums.tolist()
+    assert units == 2 * (1 + 3) * 8
+    expected = {"loss": loss / units, "bit_error": wrong / units, "right": 0.5}
+    assert run.score([1, 3], 3, "test")["dnc"] == pytest.approx(expected)
 
 
 def test_delayed_copy_gives_the_symbol_back_at_the_end() -> None:

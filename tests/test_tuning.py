@@ -152,6 +152,18 @@ def test_of_what_is_replayed_the_work_of_the_device_counts(
     assert not graphs._launching
 
 
+@pytest.mark.parametrize(("working", "times"), [(0.01, 15), (0.3, 4), (5.0, 1)])
+def test_a_candidate_is_measured_for_a_second(working: float, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is slow fewer times, but once at least."""
+    device, runs = Device(monkeypatch, launching=0.0, working=working, has_room=True), []
+
+    def run() -> None:
+        runs.append(device.run())
+
+    EXACT_MEASURE(PROBLEM, run)
+    assert len(runs) == tuning.WARM_UP + times
+
+
 def test_a_sequence_too_long_to_be_replayed_has_a_measurement_of_its_own(clock: Clock) -> None:
     tuning.fastest(PROBLEM, STEPS)
     tuning.fastest(replace(PROBLEM, steps=graphs.LONGEST), STEPS)

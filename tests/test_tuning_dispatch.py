@@ -37,7 +37,7 @@ def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.Mo
     lines = dispatch.explain_problem(PROBLEM).splitlines()
     (starred,) = [line for line in lines if line.startswith("*")]
     assert "triton_split" in starred
-    assert "5.0 µs" in starred
+    assert f"{wanted.describe()}: 5.0 µs" in starred
     assert sum("50.0 µs" in line for line in lines) == 4
 
 
@@ -46,11 +46,22 @@ def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.M
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
 
 
-@pytest.mark.parametrize(("slots", "name"), [(16, "triton_sequence"), (64, "triton_fused"), (100, "triton_split")])
-def test_without_measuring_the_default_is_taken(slots: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("slots", "hidden", "name"),
+    [
+        (16, 20, "triton_sequence"),
+        (32, 64, "triton_sequence"),
+        (32, 65, "triton_fused"),
+        (64, 20, "triton_fused"),
+        (100, 20, "triton_split"),
+    ],
+)
+def test_without_measuring_the_default_is_taken(
+    slots: int, hidden: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
-    problem = replace(PROBLEM, memory_size=slots)
-    default = sequence_layouts(16, 8)[0] if name == "triton_sequence" else default_layout(slots)
+    problem = replace(PROBLEM, memory_size=slots, hidden_size=hidden)
+    default = sequence_layouts(slots, 8)[0] if name == "triton_sequence" else default_layout(slots)
     assert dispatch.choose(problem).unroll.keywords["layout"] == default
     assert f"* {name}" in dispatch.explain_problem(problem)
 

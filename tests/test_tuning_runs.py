@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -92,3 +93,22 @@ def test_times_are_kept_in_the_users_cache(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert tuning.cache_directory() == Path(directory)
+
+
+@pytest.mark.parametrize("variables", [{}, {"DNC_TRITON_CACHE": "~/times"}], ids=["by default", "named"])
+def test_a_user_without_a_home_has_them_among_temporary_files(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in some containers, where a number is all there is of a user."""
+
+    def nowhere(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("home", "expanduser"):
+        monkeypatch.setattr(Path, name, nowhere)
+    for name in ("DNC_TRITON_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert tuning.cache_directory() == tmp_path / "dnc_triton"
