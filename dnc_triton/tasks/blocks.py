@@ -211,12 +211,14 @@ class BlockPuzzleTask(PlanningTask):
 
         first = max(map(len, stated))  # step of the answer; shorter lists begin with steps of nothing
         steps = first + lesson.depth[1]
-        said = torch.zeros(batch_size, steps, self.said_size + 1)
+        ones: list[tuple[int, int, int]] = []  # (row, step, channel)
         for row, goals in enumerate(stated):
             for step, (letter, constraint) in enumerate(goals, first - len(goals)):
-                said[row, step, self._channels(letter, constraint)] = 1
+                ones += [(row, step, channel) for channel in self._channels(letter, constraint)]
             letters = sorted({letter for letter, _ in goals})  # each once, however many constraints it has
-            said[row, first, letters[int(torch.randint(len(letters), (1,), generator=generator))]] = 1
+            ones.append((row, first, letters[int(torch.randint(len(letters), (1,), generator=generator))]))
+        said = torch.zeros(batch_size, steps, self.said_size + 1)
+        said[tuple(torch.tensor(ones).T)] = 1
         said[:, first:, -1] = 1
         here = torch.tensor(starts)
         boards = self._show_board(here).unsqueeze(1).repeat(1, steps, 1)
@@ -239,29 +241,30 @@ class BlockPuzzleTask(PlanningTask):
         blocks = integers(lesson.blocks, [count], generator).unsqueeze(1)
         start = (world.num_blocks == blocks).float().multinomial(1, generator=generator).squeeze(1)
         away = F.one_hot(start, len(world.boards)).bool()
-        distance = _moves_to(away, world, lesson.depth[1])
+        # On arrays: what follows are hundreds of small things a batch, which take a tensor several times as long.
+        distance = _moves_to(away, world, lesson.depth[1]).numpy()
+        holds, held = world.holds.numpy(), world.holds.float()
+        num_new = ((held.sum(1) - held[start] @ held.T) / 2).numpy()  # each is said in two ways
         puzzles = []
         number = integers(lesson.goals, [count], generator).tolist()
-        for row in range(count):
-            new = world.holds & ~world.holds[start[row]]
-            num_new = new.sum(1) // 2  # each is said in two ways
+        for row, here in enumerate(start.tolist()):
             letters = torch.randperm(self.num_letters, generator=generator)[: number[row]].tolist()
             goals: list[tuple[int, int]] = []
             for letter in letters:
                 depth = int(integers(lesson.depth, [], generator))
                 asked = int(integers(lesson.constraints, [], generator))
-                boards = ((distance[row] == depth) & (num_new >= asked)).nonzero().squeeze(1)
+                boards = ((distance[row] == depth) & (num_new[row] >= asked)).nonzero()[0]
                 if not len(boards):
                     break
                 board = boards[int(torch.randint(len(boards), (1,), generator=generator))]
-                facts = new[board].nonzero().squeeze(1)
-                facts = facts[torch.randperm(len(facts), generator=generator)]
+                facts = (holds[board] & ~holds[here]).nonzero()[0]
+                facts = facts[torch.randperm(len(facts), generator=generator).numpy()]
                 pairs: dict[frozenset[int], int] = {}  # two blocks touch in one way at most
                 for fact in facts.tolist():
                     pairs.setdefault(frozenset(world.constraints[fact][::2]), fact)
                 goals += [(letter, fact) for fact in list(pairs.values())[:asked]]
             else:
-                puzzles.append((int(start[row]), goals))
+                puzzles.append((here, goals))
         return puzzles
 
     def _channels(self, letter: int, constraint: int) -> list[int]:
