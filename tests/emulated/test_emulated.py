@@ -14,6 +14,7 @@ from parity import Case
 
 # The tests themselves, to be run again here.
 # ruff: noqa: F401
+from test_kernel_kept import test_lean_is_full_to_the_last_bit, test_links_that_are_not_kept
 from test_kernel_parity import (
     test_products_are_not_rounded,
     test_sixteen_bits_are_for_storage,
@@ -27,11 +28,7 @@ from test_kernel_rows import (
     test_no_rows,
     test_same_call_same_bits,
 )
-from test_kernel_sequence import (
-    test_lean_is_full_to_the_last_bit,
-    test_lengths_and_resets_leave_nothing_unwritten,
-    test_links_that_are_not_kept,
-)
+from test_kernel_sequence import test_lengths_and_resets_leave_nothing_unwritten
 
 pytestmark = pytest.mark.slow
 

@@ -25,6 +25,13 @@ from test_compiling_ahead import SMALL
 # ruff: noqa: F401
 from test_kernel_functions import test_precision, test_ranks_are_the_order_of_a_sort, test_where_there_is_no_number
 from test_kernel_goldens import test_cell_rollout, test_memory_rollout, test_memory_step
+from test_kernel_kept import (
+    test_a_lean_backward_twice,
+    test_a_long_sequence_without_gradients_keeps_little,
+    test_checkpoints_are_for_the_kernels_of_a_step,
+    test_lean_is_full_to_the_last_bit,
+    test_links_that_are_not_kept,
+)
 from test_kernel_layer import (
     test_autocast,
     test_checkpoint,
@@ -76,18 +83,13 @@ from test_kernel_rows import (
     test_same_call_same_bits,
 )
 from test_kernel_sequence import (
-    test_a_lean_backward_twice,
-    test_a_long_sequence_without_gradients_keeps_little,
     test_a_row_does_not_depend_on_the_others_and_twice_is_the_same,
     test_a_state_of_one_element_for_all,
     test_an_empty_batch,
-    test_checkpoints_are_for_the_kernels_of_a_step,
     test_declines,
     test_float32,
     test_layouts,
-    test_lean_is_full_to_the_last_bit,
     test_lengths_and_resets_leave_nothing_unwritten,
-    test_links_that_are_not_kept,
     test_sizes,
     test_zeros_of_one_element_for_all,
 )

@@ -1,0 +1,146 @@
+"""What becomes of a measurement that fails, finds no memory or cannot be kept; with the fake device of straw.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from straw import FAST, PROBLEM, REFERENCE, SLOW, STEPS, Clock, _a_gpu_of_straw, _clock, files, forget  # noqa: F401
+
+from dnc_triton import tuning
+from dnc_triton.problem import Problem
+
+
+def keeps_no_error(caplog: pytest.LogCaptureFixture) -> bool:
+    """Whose frames hold memory."""
+    return not any(isinstance(x, BaseException) for record in caplog.records for x in record.args or ())
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_survived(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "file" / "cache"))
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert "cannot keep the measured times" in caplog.text
+    assert keeps_no_error(caplog)
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert len(clock.asked) == 3
+
+
+def out_of(what: str) -> Exception:
+    """Of shared memory: a block that wants more than a multiprocessor has compiles, and fails when it is launched."""
+    from triton.runtime.errors import OutOfResources
+
+    if what == "memory":
+        return torch.OutOfMemoryError("CUDA out of memory")
+    if what == "shared memory":
+        return OutOfResources(100_352, 65_536, "shared memory")
+    return RuntimeError(f"no {what}")
+
+
+@pytest.mark.parametrize("what", ["shared memory", "code for this"])
+def test_what_fails_is_not_chosen_and_said_once(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(fast=out_of(what), slow=30.0, reference=900.0)
+    monkeypatch.setattr(tuning, "_measure", clock)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+        forget()
+    assert len(clock.asked) == 3, "the failure survives the file"
+    (message,) = caplog.messages
+    assert message.startswith("fused (True, 16, 16, 4, ")
+    assert message.endswith(str(out_of(what)))
+    assert keeps_no_error(caplog)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["PyTorch", "Triton", "cuBLAS"],
+)
+def test_what_finds_no_memory_is_not_chosen_in_this_process(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another one may have more, and the batch that is measured is up to twice as large."""
+    clock = Clock(fast=error, slow=30.0, reference=900.0)
+    monkeypatch.setattr(tuning, "_measure", clock)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+        assert tuning.is_settled(PROBLEM, STEPS)
+    (message,) = caplog.messages
+    assert message.endswith(str(error))
+    forget()
+    assert not tuning.is_settled(PROBLEM, STEPS)
+    clock.microseconds["fast"] = 10.0
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert clock.asked == ["slow", "fast", "reference", "fast"]
+
+
+@pytest.mark.parametrize("what", ["nothing", "nothing but what does not compile"])
+def test_where_memory_suffices_for_nothing_the_first_is_taken(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call itself may still find room."""
+    failures = dict.fromkeys(("slow", "fast", "reference"), out_of("memory"))
+    if what != "nothing":
+        failures["slow"] = failures["reference"] = out_of("code for this")
+    clock = Clock(**failures)
+    monkeypatch.setattr(tuning, "_measure", clock)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == (("split", SLOW) if what == "nothing" else ("fused", FAST))
+    assert clock.asked == ["slow", "fast", "reference"]
+    assert tuning.is_settled(PROBLEM, STEPS)
+
+
+def test_where_there_is_no_memory_to_measure_in_the_first_is_taken(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(problem: Problem) -> None:
+        raise out_of("memory")
+
+    monkeypatch.setattr(tuning, "_random_sequence", fail)
+    monkeypatch.setattr(tuning, "_random_step", fail)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+    (message,) = caplog.messages
+    assert message.startswith("nothing is measured for")
+    assert keeps_no_error(caplog)
+    assert not clock.asked
+    assert not files()
+
+
+def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where something else that may be taken did, and late or not each is tried; nothing is remembered."""
+    monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
+    clock = Clock(slow=RuntimeError("first"), fast=RuntimeError("second"), reference=RuntimeError("third"))
+    monkeypatch.setattr(tuning, "_measure", clock)
+    with pytest.raises(RuntimeError, match="third"):
+        tuning.fastest(PROBLEM, STEPS)
+    assert clock.asked == ["slow", "fast", "reference"]
+    assert not files()
+    clock.microseconds["slow"] = 30.0
+    tuning.fastest(PROBLEM, {("split", SLOW): "slow"})
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+
+
+def test_what_leaves_cuda_unusable_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it told by PyTorch, or by Triton, whose errors are RuntimeErrors: then by the next synchronization."""
+    told = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    monkeypatch.setattr(tuning, "_measure", Clock(slow=30.0, fast=told, reference=900.0))
+    with pytest.raises(torch.AcceleratorError, match="unspecified"):
+        tuning.fastest(PROBLEM, STEPS)
+
+    def synchronize(device: object = None) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    told = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    monkeypatch.setattr(tuning, "_measure", Clock(slow=30.0, fast=told, reference=900.0))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        tuning.fastest(PROBLEM, STEPS)
+    assert not files()
