@@ -13,7 +13,7 @@ from dnc_triton.problem import Problem
 BATCH, STEPS, INPUTS, HIDDEN, OUTPUTS = 4, 5, 3, 6, 2
 SIZES = dict(memory_size=5, word_size=4, num_reads=2)
 # float64: summing in another order then moves the last digits only, so that one bound serves every comparison of two
-# ways to the same value. "Bit for bit" is `rtol=0, atol=0`.
+# ways to the same value. "Bit for bit" is `EXACT`.
 CLOSE = dict(rtol=1e-10, atol=1e-12)
 EXACT = dict(rtol=0.0, atol=0.0)
 LENGTHS = [3, 0, 5, 1]

@@ -101,7 +101,7 @@ def test_an_initial_state_of_ones_own(whose):
         dnc.controller.initial_state = lambda *sizes, **options: tree_map(torch.ones_like, zeros(*sizes, **options))
     inputs = torch.randn(2, 4, 3)
     actual = dnc(inputs)
-    assert_close(actual, dnc(inputs, dnc.initial_state(2)), rtol=0, atol=0)
+    assert_close(actual, dnc(inputs, dnc.initial_state(2)), **EXACT)
     assert (actual[0] != dnc(inputs, DNC.initial_state(dnc, 2).map(torch.zeros_like))[0]).any()
 
 

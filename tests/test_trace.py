@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from small_layer import BATCH, CLOSE, EXACT, STEPS, gradients, make, make_inputs
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
@@ -12,23 +12,6 @@ from dnc_reference import DNCState, Interface, MemoryState, memory_step_with_add
 from dnc_reference.interface import activate_interface
 from dnc_triton import DNC, use_backend
 from dnc_triton.trace import Trace
-
-BATCH, STEPS, INPUTS = 4, 5, 3
-CLOSE = dict(rtol=1e-10, atol=1e-12)
-EXACT = dict(rtol=0.0, atol=0.0)
-
-
-def make(**changes) -> DNC:
-    torch.manual_seed(0)
-    sizes = dict(memory_size=5, word_size=4, num_reads=2)
-    dnc = DNC(INPUTS, 6, 2, **{**sizes, "dtype": torch.float64, **changes})
-    with torch.no_grad():  # as torch initialises it the memory hardly matters: the gates all stand near one half
-        dnc.interface.weight.mul_(4)
-    return dnc
-
-
-def make_inputs(batch: int = BATCH, steps: int = STEPS) -> torch.Tensor:
-    return torch.randn(batch, steps, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def by_hand(dnc: DNC, inputs: torch.Tensor, state: DNCState) -> list[tuple[Interface, MemoryState]]:
@@ -43,10 +26,6 @@ def by_hand(dnc: DNC, inputs: torch.Tensor, state: DNCState) -> list[tuple[Inter
         state = DNCState(controller, memory, read_words)
         steps.append((interface, memory))
     return steps
-
-
-def gradients(loss: torch.Tensor, dnc: nn.Module) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(loss, list(dnc.parameters()))
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_writes": 2, "strength": "softplus"}, {"controller": "gru"}])
