@@ -21,9 +21,6 @@ from dnc_reference.dnc import interface_step
 from dnc_triton import DNC
 from dnc_triton.sequence import pool
 
-BACKENDS = ["torch_sequence"]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-
 CONTROLLERS = ["lstm", "gru", "rnn", "feedforward"]
 STEPS, BATCH = 5, 3
 SIZES = dict(input_size=3, hidden_size=6, output_size=2, memory_size=5, word_size=4, num_reads=2)
@@ -33,7 +30,7 @@ FORWARD, GRADIENT = dict(rtol=1e-12, atol=1e-15), dict(rtol=1e-10, atol=1e-12)
 Run = Callable[..., tuple[Tensor, DNCState]]
 
 
-def make(backend: str, **changes: Any) -> DNC:
+def make(backend: str = "torch_sequence", **changes: Any) -> DNC:
     torch.manual_seed(0)
     dnc = DNC(**{**SIZES, "dtype": torch.float64, "batch_first": False, "backend": backend, **changes})
     with torch.no_grad():  # as torch initialises it the memory hardly matters: the gates all stand near one half

@@ -171,7 +171,6 @@ def test_what_training_took_of_memory(monkeypatch):
     again = lean.train_once("auto", 4, 2, small)
     assert again.keys() == rows[0].keys()
     assert again["finite"]
-    assert again["grown_bytes"] >= 0
 
 
 def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,6 @@ from sequence_parity import (
     STEPS,
     assert_parity,
     draw,
-    each_backend,
     least_gap,
     make,
     operation,
@@ -43,10 +42,9 @@ from dnc_triton.sequence import op
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("controller", CONTROLLERS)
-@each_backend
-def test_every_choice(backend, controller, num_layers, clip, strength, stop_usage_gradient):
+def test_every_choice(controller, num_layers, clip, strength, stop_usage_gradient):
     choice = dict(controller=controller, num_layers=num_layers, strength=strength)
-    dnc = make(backend, **choice, clip=clip, stop_usage_gradient=stop_usage_gradient)
+    dnc = make(**choice, clip=clip, stop_usage_gradient=stop_usage_gradient)
     expected = assert_parity(dnc, *draw(dnc))
     if clip is not None:
         bounded = [expected.outputs, *tree_leaves(expected.state.controller)]
@@ -58,9 +56,8 @@ def test_every_choice(backend, controller, num_layers, clip, strength, stop_usag
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
-@each_backend
-def test_a_clip_stops_infinite_gradients(backend, controller):
-    dnc = make(backend, controller=controller, num_layers=2, clip=1e-9)
+def test_a_clip_stops_infinite_gradients(controller):
+    dnc = make(controller=controller, num_layers=2, clip=1e-9)
 
     def loss(outputs: Tensor, state: DNCState) -> Tensor:
         return torch.inf * total(outputs, state.controller)
@@ -74,10 +71,9 @@ def test_a_clip_stops_infinite_gradients(backend, controller):
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("controller", CONTROLLERS)
-@each_backend
-def test_bounded_activation_gradient(backend, controller, num_layers, clip):
+def test_bounded_activation_gradient(controller, num_layers, clip):
     options = dict(controller=controller, num_layers=num_layers, clip=clip)
-    dnc, free = (make(backend, **options, max_activation_gradient=bound) for bound in (0.05, None))
+    dnc, free = (make(**options, max_activation_gradient=bound) for bound in (0.05, None))
     bounded = assert_parity(dnc, *draw(dnc), lengths=[5, 2, 4])
     unbounded = outcome(oracle, free, *draw(free), lengths=[5, 2, 4])
     assert_same_bits(bounded[:2], unbounded[:2])
@@ -98,18 +94,16 @@ def test_bounded_activation_gradient(backend, controller, num_layers, clip):
     ],
     ids=["N=1", "W=1", "R=1", "all 1", "odd", "larger batch", "larger"],
 )
-@each_backend
-def test_every_size(backend, batch, sizes):
-    dnc = make(backend, **sizes)
+def test_every_size(batch, sizes):
+    dnc = make(**sizes)
     assert_parity(dnc, *draw(dnc, batch=batch), lengths=[STEPS - i % 3 for i in range(batch)])
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["from a state", "from the initial state"])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 50])
-@each_backend
-def test_every_length(backend, steps, warm):
+def test_every_length(steps, warm):
     """From an all-zero memory the order of slots hangs on the last bit: compared is what has no slots."""
-    dnc = make(backend)
+    dnc = make()
     inputs, given = draw(dnc, steps)
     if warm:
         assert_parity(dnc, inputs, given)
@@ -119,11 +113,10 @@ def test_every_length(backend, steps, warm):
         assert_close((actual.outputs, actual.gradients), (expected.outputs, expected.gradients), **GRADIENT)
 
 
-@each_backend
 @pytest.mark.parametrize("controller", ["lstm", "feedforward"])
 @pytest.mark.parametrize(("steps", "batch"), [(3, 0), (0, 2), (0, 0)])
-def test_nothing_to_do(backend, controller, steps, batch):
-    dnc = make(backend, controller=controller, checkpoint=2)
+def test_nothing_to_do(controller, steps, batch):
+    dnc = make(controller=controller, checkpoint=2)
     inputs, given = draw(dnc, steps, batch)
     options = dict(lengths=[0] * batch, reset=torch.ones(steps, batch, dtype=torch.bool))
     for these in ({}, options):
@@ -142,9 +135,8 @@ FLOOR_ULPS = 2 * STEPS
 
 @pytest.mark.parametrize("options", [{}, dict(lengths=[5, 2, 4])], ids=["plain", "lengths"])
 @pytest.mark.parametrize("controller", CONTROLLERS)
-@each_backend
-def test_float32(backend, controller, options):
-    dnc = make(backend, controller=controller, num_layers=2, dtype=torch.float32)
+def test_float32(controller, options):
+    dnc = make(controller=controller, num_layers=2, dtype=torch.float32)
     inputs, given = draw(dnc)
     exact = tree_map(torch.Tensor.double, (inputs, given))
     assert least_gap(copy.deepcopy(dnc).double(), *exact) > 1e-4, "float32 may sort these slots otherwise"
@@ -200,10 +192,9 @@ def test_a_hundred_steps_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("used", ["outputs", "last output", "controller", "read_words", *MemoryState._fields])
-@each_backend
-def test_a_loss_of_one_result(backend, used):
+def test_a_loss_of_one_result(used):
     """Autograd then has nothing to send back for the others."""
-    dnc = make(backend, checkpoint=2)
+    dnc = make(checkpoint=2)
 
     def loss(outputs: Tensor, state: DNCState) -> Tensor:
         results = {"outputs": outputs, "last output": outputs[-1], **state._asdict(), **state.memory._asdict()}
@@ -221,10 +212,9 @@ def test_a_loss_of_one_result(backend, used):
         *("output.bias", "interface.weight", "controller.layers.0.weight_hh", "controller.layers.0.bias_ih"),
     ],
 )
-@each_backend
-def test_a_gradient_by_one_thing(backend, wanted):
+def test_a_gradient_by_one_thing(wanted):
     """Everything else is frozen: it neither gets a gradient nor keeps the wanted one from being made."""
-    dnc = make(backend).requires_grad_(False)
+    dnc = make().requires_grad_(False)
     inputs, given = draw(dnc)
     leaves = {"inputs": inputs, **dict(dnc.named_parameters())}
     leaves |= {"state" + keystr(path): leaf for path, leaf in tree_flatten_with_path(given)[0]}
@@ -238,15 +228,13 @@ def test_a_gradient_by_one_thing(backend, wanted):
     assert all(x.grad is None for x in leaves.values() if x is not leaf)
 
 
-@each_backend
-def test_nothing_is_differentiated(backend):
-    dnc = make(backend).requires_grad_(False)
+def test_nothing_is_differentiated():
+    dnc = make().requires_grad_(False)
     assert not any(x.requires_grad for x in tree_leaves(dnc(*draw(dnc))))
 
 
-@each_backend
-def test_strided_inputs_and_nothing_is_written_to(backend):
-    dnc = make(backend, checkpoint=2)
+def test_strided_inputs_and_nothing_is_written_to():
+    dnc = make(checkpoint=2)
     inputs, given = draw(dnc)
     wide = torch.full((2 * STEPS, BATCH, 2 * dnc.input_size), torch.nan, dtype=torch.float64)
     wide[::2, :, 1::2] = inputs

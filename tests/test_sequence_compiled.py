@@ -283,4 +283,4 @@ def test_who_is_served(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CELLS if "B1N128" in name or "clip0p5" in name])
 def test_deepminds_rollouts(name):
-    test_sequence_goldens.test_cell_rollout(BACKEND, name, torch.float64, None)
+    test_sequence_goldens.check_cell_rollout(BACKEND, name, torch.float64, None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, assert_same_bits
-from sequence_parity import BATCH, FORWARD, draw, each_backend, make, most_allocated, operation, outcome
+from sequence_parity import BATCH, FORWARD, draw, make, most_allocated, operation, outcome
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,23 +33,21 @@ from dnc_triton.sequence.loop import Sequence
     ],
     ids=["lstm", "gru", "lengths", "lengths, reset"],
 )
-@each_backend
-def test_checkpoints_change_no_bit(backend, choice, options, checkpoint, monkeypatch):
+def test_checkpoints_change_no_bit(choice, options, checkpoint, monkeypatch):
     if checkpoint == "auto":
         monkeypatch.setattr(pool, "MOST", 0)  # 9 steps: every third is kept
-    dnc, full = make(backend, **choice, checkpoint=checkpoint), make(backend, **choice, checkpoint=None)
+    dnc, full = make(**choice, checkpoint=checkpoint), make(**choice, checkpoint=None)
     arguments = draw(dnc, steps=9)
     assert_same_bits(outcome(operation, dnc, *arguments, **options), outcome(operation, full, *arguments, **options))
 
 
-@each_backend
-def test_checkpoints_keep_less(backend, monkeypatch):
+def test_checkpoints_keep_less(monkeypatch):
     """Of T steps every k-th memory and link, as measured; √T when they would take more than waits for the next."""
     sizes, steps = dict(memory_size=16, word_size=8), 25
     state_bytes = BATCH * (16 * 16 + 16 * 8) * 8
 
     def kept(checkpoint: int | str | None) -> int:
-        dnc = make(backend, **sizes, checkpoint=checkpoint)
+        dnc = make(**sizes, checkpoint=checkpoint)
         return saved_bytes(lambda: dnc(*draw(dnc, steps)))
 
     full = kept(None)
@@ -113,9 +111,8 @@ def saved_bytes(run: Callable[[], Any]) -> int:
     [(torch.float64, 5), (torch.float64, 64), (torch.float64, 65), (torch.float64, 130), (torch.float32, 64)],
 )
 @pytest.mark.parametrize("options", [{}, dict(lengths=True)], ids=["plain", "lengths, reset"])
-@each_backend
-def test_the_same_bits_without_gradients(backend, dtype, options, steps):
-    dnc = make(backend, num_layers=2, dtype=dtype, checkpoint=3)
+def test_the_same_bits_without_gradients(dtype, options, steps):
+    dnc = make(num_layers=2, dtype=dtype, checkpoint=3)
     inputs, given = draw(dnc, steps)
     if options:
         options = dict(lengths=[steps - 1, steps // 2, steps], reset=torch.rand(steps, BATCH) < 0.05)
@@ -144,8 +141,11 @@ class Watch(TorchDispatchMode):
         return results
 
 
-@each_backend
-def test_nothing_is_kept_without_gradients(backend):
+def test_nothing_is_kept_without_gradients():
+    check_nothing_is_kept("torch_sequence")
+
+
+def check_nothing_is_kept(backend):
     dnc = make(backend)
     inputs, given = draw(dnc, steps=100)
     with torch.no_grad(), Watch() as watch:
@@ -157,7 +157,7 @@ def test_nothing_is_kept_without_gradients(backend):
 
 
 def test_memory_without_gradients_does_not_grow_with_the_sequence():
-    dnc = make("torch_sequence", memory_size=32)
+    dnc = make(memory_size=32)
 
     def most(steps: int) -> int:
         inputs, given = draw(dnc, steps)

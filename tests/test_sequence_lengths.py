@@ -17,7 +17,6 @@ from sequence_parity import (
     assert_equal_outcomes,
     assert_parity,
     draw,
-    each_backend,
     make,
     operation,
     oracle,
@@ -64,10 +63,9 @@ OPTIONS = {
     ],
     ids=lambda choice: ", ".join(map(str, choice.values())) or "lstm",
 )
-@each_backend
-def test_lengths_and_reset(backend, choice, options):
+def test_lengths_and_reset(choice, options):
     """A reset row's memory is all zeros: compared is what does not see the order of its slots."""
-    dnc = make(backend, **choice)
+    dnc = make(**choice)
     inputs, given = draw(dnc)
 
     def loss(outputs: Tensor, state: DNCState) -> Tensor:
@@ -83,9 +81,8 @@ def test_lengths_and_reset(backend, choice, options):
 
 
 @pytest.mark.parametrize("checkpoint", [None, 2])
-@each_backend
-def test_padding_changes_nothing(backend, checkpoint):
-    dnc = make(backend, checkpoint=checkpoint)
+def test_padding_changes_nothing(checkpoint):
+    dnc = make(checkpoint=checkpoint)
     inputs, given = draw(dnc)
     lengths = [3, 0, 5]
     padding = torch.arange(STEPS).unsqueeze(1) >= torch.tensor(lengths)
@@ -101,7 +98,7 @@ def test_padding_changes_nothing(backend, checkpoint):
 @pytest.mark.parametrize("checkpoint", [None, 30])
 def test_a_row_that_has_ended_does_not_grow(checkpoint):
     """Whatever its link is: the gradients by the weights are those of its steps alone."""
-    dnc = make("torch_sequence", checkpoint=checkpoint)
+    dnc = make(checkpoint=checkpoint)
     _, given = draw(dnc)
     given = given._replace(memory=given.memory._replace(link=torch.full_like(given.memory.link, 1e3)))
     inputs = torch.zeros(120, BATCH, dnc.input_size, dtype=torch.float64)
@@ -110,10 +107,9 @@ def test_a_row_that_has_ended_does_not_grow(checkpoint):
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
-@each_backend
-def test_what_overflows_behind_the_end_of_a_row_is_in_no_gradient(backend, controller):
+def test_what_overflows_behind_the_end_of_a_row_is_in_no_gradient(controller):
     """What such a state reads is finite, and what goes on from there is not."""
-    dnc = make(backend, controller=controller, num_layers=2, dtype=torch.float32)
+    dnc = make(controller=controller, num_layers=2, dtype=torch.float32)
     inputs, given = draw(dnc)
     with torch.no_grad():
         given.memory.link[1], given.memory.memory[1] = 1e31, 1e7 * given.memory.memory[1]
@@ -127,9 +123,8 @@ def test_what_overflows_behind_the_end_of_a_row_is_in_no_gradient(backend, contr
 
 @pytest.mark.parametrize("checkpoint", [None, 2])
 @pytest.mark.parametrize("controller", CONTROLLERS)
-@each_backend
-def test_reset_cleans_a_spoilt_state(backend, controller, checkpoint):
-    dnc = make(backend, controller=controller, checkpoint=checkpoint)
+def test_reset_cleans_a_spoilt_state(controller, checkpoint):
+    dnc = make(controller=controller, checkpoint=checkpoint)
     inputs, given = draw(dnc)
     given = spoilt(given, 1)
     actual, expected = (outcome(run, dnc, inputs, given, reset=resets((0, 1))) for run in (operation, oracle))
@@ -146,10 +141,9 @@ def test_reset_cleans_a_spoilt_state(backend, controller, checkpoint):
 @pytest.mark.parametrize(
     "options", [{}, dict(lengths=[5, 4, 5], reset=resets((2, 2)))], ids=["plain", "lengths, reset"]
 )
-@each_backend
-def test_rows_are_independent(backend, options):
+def test_rows_are_independent(options):
     """A NaN in one row changes no bit of another: not of its outputs, its state, or the gradients by them."""
-    dnc = make(backend, num_layers=2)
+    dnc = make(num_layers=2)
     inputs, given = draw(dnc)
     clean = outcome(operation, dnc, inputs, given, **options)
     inputs[1, 0] = torch.nan
@@ -183,9 +177,8 @@ def spoilt(state: DNCState, index: int) -> DNCState:
 @pytest.mark.parametrize("checkpoint", [None, 2])
 @pytest.mark.parametrize("chunks", [[2, 3], [1] * STEPS, [0, 5, 0]], ids=str)
 @pytest.mark.parametrize("options", ["plain", "both"])
-@each_backend
-def test_whole_equals_chunks(backend, chunks, checkpoint, options):
-    dnc = make(backend, checkpoint=checkpoint, num_layers=2)
+def test_whole_equals_chunks(chunks, checkpoint, options):
+    dnc = make(checkpoint=checkpoint, num_layers=2)
 
     def in_chunks(
         dnc: DNC, inputs: Tensor, state: DNCState, *, lengths: list[int] | None = None, reset: Tensor | None = None
@@ -206,9 +199,8 @@ def test_whole_equals_chunks(backend, chunks, checkpoint, options):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-@each_backend
-def test_step_by_step(backend, batch_first):
-    dnc = make(backend, batch_first=batch_first)
+def test_step_by_step(batch_first):
+    dnc = make(batch_first=batch_first)
 
     def streamed(dnc: DNC, inputs: Tensor, state: DNCState | None) -> tuple[Tensor, DNCState]:
         outputs = []
@@ -222,9 +214,8 @@ def test_step_by_step(backend, batch_first):
     assert_close(streamed(dnc, inputs, None)[0], oracle(dnc, inputs, None)[0], **FORWARD)
 
 
-@each_backend
-def test_a_detached_state_cuts_the_gradient(backend):
-    dnc = make(backend)
+def test_a_detached_state_cuts_the_gradient():
+    dnc = make()
     inputs, given = as_leaves(draw(dnc))
     _, between = dnc(inputs[:2], given)
     outputs, _ = dnc(inputs[2:], between.detach())

@@ -62,7 +62,7 @@ def test_memory_without_gradients_does_not_grow_with_the_sequence(backend: str, 
     short, long = most(192), most(512)
     assert long < 1.1 * short
     assert most(192, keep=True) > 2 * short  # it does count
-    test_sequence_kept.test_nothing_is_kept_without_gradients(backend)
+    test_sequence_kept.check_nothing_is_kept(backend)
 
 
 @pytest.mark.parametrize("slots", [5, 65])

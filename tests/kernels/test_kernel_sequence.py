@@ -500,7 +500,7 @@ QUICK_ROLLOUTS = ("B3N16W8R1K1_fresh", "B2N1W4R1")
     ],
 )
 def test_deepminds_rollouts(name: str) -> None:
-    test_sequence_goldens.test_cell_rollout(BACKEND, name, torch.float64, None)
+    test_sequence_goldens.check_cell_rollout(BACKEND, name, torch.float64, None)
 
 
 @pytest.mark.parametrize("layout", [pytest.param("fused", marks=pytest.mark.slow), "split"])  # in the interpreter
