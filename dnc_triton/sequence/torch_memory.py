@@ -10,7 +10,7 @@ Letters in every shape: T steps, B batch, N memory slots, W word size, R read he
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,10 +46,6 @@ class Vectors(NamedTuple):
             squashed,
             modes.unflatten(-1, (reads, 3)),
         )
-
-    def steps(self) -> list[Vectors]:
-        """A tuple of views per step."""
-        return [Vectors(*views) for views in zip(*(tensor.unbind(0) for tensor in self), strict=True)]
 
 
 class Kept(NamedTuple):
@@ -90,10 +86,6 @@ class Kept(NamedTuple):
         }
         return [shapes.get(name, row) for name in cls._fields]
 
-    def steps(self) -> list[Kept]:
-        """A tuple of views per step."""
-        return [Kept(*views) for views in zip(*(tensor.unbind(0) for tensor in self), strict=True)]
-
 
 class Slopes(NamedTuple):
     """By what a gradient is multiplied on its way back through a step. Of all steps [T, ...], or of one."""
@@ -109,9 +101,13 @@ class Slopes(NamedTuple):
     new_norms: Tensor  # [B, 1, N]
     vectors: Tensor  # [B, S], from the activated interface to the raw one, but for the modes
 
-    def steps(self) -> list[Slopes]:
-        """A tuple of views per step."""
-        return [Slopes(*views) for views in zip(*(tensor.unbind(0) for tensor in self), strict=True)]
+
+Fields = TypeVar("Fields", Vectors, Kept, Slopes)
+
+
+def _steps(fields: Fields) -> list[Fields]:
+    """Cut into steps, as views."""
+    return [type(fields)(*views) for views in zip(*(tensor.unbind(0) for tensor in fields), strict=True)]
 
 
 class TorchMemory:
@@ -140,7 +136,7 @@ class TorchMemory:
         self.slots, self.word, self.reads = slots, word, reads
         self.strength_offset, self.stop_usage_gradient = strength_offset, stop_usage_gradient
         self.all_vectors, self.all_kept = Vectors.of(vectors, reads, word), kept
-        self.vectors, self.kept = self.all_vectors.steps(), kept.steps()
+        self.vectors, self.kept = _steps(self.all_vectors), _steps(kept)
         self.one = vectors.new_ones(())
         self.usage_epsilon = vectors.new_full((), USAGE_EPSILON)
         self.root_norm_epsilon = vectors.new_full((), math.sqrt(NORM_EPSILON))
@@ -251,7 +247,7 @@ class TorchMemory:
         fields = Vectors.of(vectors, reads, word)
         torch.sigmoid(self.all_vectors.strengths, out=fields.strengths)
         torch.mul(kept.squashed, 1 - kept.squashed, out=fields.squashed)
-        self.slopes = Slopes(
+        slopes = Slopes(
             free=others * read_weights,
             read_weights=others.mul_(free_gates.unsqueeze(-1)),
             usage=(1 - write_weights.squeeze(2)) * kept.retention,
@@ -262,8 +258,9 @@ class TorchMemory:
             norms=kept.norms.reciprocal().neg_().unsqueeze(2),
             new_norms=kept.new_norms.reciprocal().neg_().unsqueeze(2),
             vectors=vectors,
-        ).steps()
-        self.d_vectors, self.d_raw = d_vectors.unbind(0), Vectors.of(d_vectors, reads, word).steps()
+        )
+        self.slopes, self.d_raw = _steps(slopes), _steps(Vectors.of(d_vectors, reads, word))
+        self.d_vectors = d_vectors.unbind(0)
 
         empty = usage.new_empty
         self.other_row, self.other_heads = torch.empty_like(self.row), torch.empty_like(self.heads)
