@@ -28,7 +28,7 @@ from benchmarks.configurations import BASE, case_of
 from benchmarks.floors import bytes_per_second, cache_bytes_per_second, step_bytes
 from benchmarks.machine import describe_machine
 from benchmarks.measure import COMPILE_SECONDS, in_a_line
-from benchmarks.modes import aside, draw_inputs
+from benchmarks.modes import TRAINING, aside, draw_inputs
 from benchmarks.peers import Network, compile_reference, dnc_layer
 from dnc_reference import MemoryState, interface_step
 from dnc_reference.interface import interface_sizes
@@ -230,9 +230,9 @@ def sequence_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock
         outputs, state = unroll(layer, inputs.transpose(0, 1), state, layout=layout)
         return outputs.transpose(0, 1), state
 
-    truth = verify.find_truth(case, inputs, ["training"])
-    error = verify.error(Network(layer, run), "training", truth)
-    if not error <= truth.allowed["training"]:
+    truth = verify.find_truth(case, inputs, [TRAINING])
+    error = verify.error(Network(layer, run), TRAINING, truth)
+    if not error <= truth.allowed[TRAINING]:
         return replace(row, error=error, note="wrong: not timed")
     parameters = list(layer.parameters())
     forward = clock(lambda: run(inputs, None))

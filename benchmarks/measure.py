@@ -15,7 +15,7 @@ from benchmarks import verify
 from benchmarks.configurations import Case
 from benchmarks.floors import floor_bytes, synchronize
 from benchmarks.memory import cpu_peak, gpu_peak
-from benchmarks.modes import CAPTURED, TRAINS, call_of, draw_inputs, inputs_of
+from benchmarks.modes import CAPTURED, TRAINING, TRAINS, call_of, draw_inputs, inputs_of
 from benchmarks.peers import EAGER, OURS, DeclinedError, MissingPeerError, Network, all_peers, is_ours
 
 WARM_UP_ROUNDS = 2
@@ -354,7 +354,7 @@ def _with_peak(row: Row, network: Network, call: Callable[[], Any], session: Ses
     """A row with its peak of memory, where that can be told, or with the reason why there was none."""
     peer, on_gpu = all_peers()[row.peer], session.device.type == "cuda"
     # On a CPU the compiler's memory would count; and a process takes its time.
-    if peer.hides_memory or (not on_gpu and (peer.compiles or row.mode != "training")):
+    if peer.hides_memory or (not on_gpu and (peer.compiles or row.mode != TRAINING)):
         return row
     if reason := session.over:
         return replace(row, note=f"the memory of {row.peer} on {row.case.configuration}, {row.mode}: {reason}")

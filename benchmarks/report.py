@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import goals
-from benchmarks.measure import MEASURED
+from benchmarks.measure import FAILED, MEASURED, WRONG
 from benchmarks.modes import MODES
 from benchmarks.peers import OURS, all_peers, is_ours
 
@@ -117,7 +117,7 @@ def every_figure(rows: list[Record]) -> str:
                 _number(row.get("bytes_per_second"), "{:.1f}", 1e-9),
                 _number(row.get("floor_share"), "{:.1%}"),
             ]
-        elif row["status"] in ("wrong", "failed"):
+        elif row["status"] in (WRONG, FAILED):
             cells += [row["status"], *[""] * 6]
         else:
             continue
