@@ -56,8 +56,10 @@ def from_deepmind(
         the layer, on the CPU.
 
     Raises:
-        ValueError: a variable is missing, is there twice, or has a shape that does not fit the sizes given.
-        TypeError: variables is no mapping of names to floating arrays; a size that is no integer.
+        ValueError: a variable is missing, is there twice, or has a shape that does not fit the sizes given; a size or
+            clip as `DNC` refuses it.
+        TypeError: variables is no mapping of names to floating arrays; a size, clip, batch_first or dtype of the wrong
+            type.
     """
     if not isinstance(variables, Mapping):
         raise TypeError(f"variables: expected a mapping of names to arrays, got {type(variables).__name__}")

@@ -155,7 +155,7 @@ class DNC(DNCCell):
 
         Raises:
             ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T or
-                beside a `PackedSequence`, which has its own.
+                beside a `PackedSequence`, which has its own; an unknown backend, by the environment's variable say.
             TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
                 state that is no `DNCState`, a trace that is no bool.
             RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.
@@ -361,7 +361,7 @@ def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
         a table to print, a line for each backend; the one that would run has a star in front.
 
     Raises:
-        ValueError, TypeError: as `DNC.forward` for `inputs`; a TypeError for what is no `DNC`.
+        ValueError, TypeError: as `DNC.forward` for `inputs` and backends; a TypeError for what is no `DNC`.
     """
     if not callable(getattr(dnc, "problem", None)):  # one that is compiled hands on what it is asked
         raise TypeError(f"dnc: expected a DNC, got {type(dnc).__name__}")

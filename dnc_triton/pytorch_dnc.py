@@ -111,8 +111,9 @@ def from_pytorch_dnc(
         ValueError: what has no counterpart here: num_layers above 1 (each reads once more within a step; the package's
             num_hidden_layers are what is called num_layers here), nonlinearity "relu", clip between 0 and 1, the
             sparse memories of SAM and SDNC; a weight that is missing, unknown, or of a shape that does not fit the
-            sizes.
-        TypeError: model is neither a `dnc.DNC` of 2.0.0b1 nor a mapping; a size or weight of the wrong type.
+            sizes; sizes that are not the module's own, or below 1; dropout out of range.
+        TypeError: model is neither a `dnc.DNC` of 2.0.0b1 nor a mapping; a size or weight, or another argument, of the
+            wrong type.
 
     Source: the package's dnc.py, memory.py and util.py.
     """

@@ -78,8 +78,8 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
     Args:
         problem: the call.
         operations: candidate → its `unroll` if `measures_sequence`, else its `memory_step`; in the order of preference.
-        measure: whether to measure what is not remembered. It is not done while a CUDA graph is captured, nor with
-            DNC_TRITON_MEASURE=0.
+        measure: whether to measure what is not remembered. It is not done while a CUDA graph is captured or a mode or
+            tracer sees each operator, nor with DNC_TRITON_MEASURE=0.
 
     Returns:
         one of the candidates; the first of those that memory did not suffice for, where none of the others works.
@@ -107,6 +107,7 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
 
 
 def _captures() -> bool:
+    """Whether what is measured would be recorded: by a CUDA graph, a mode or a tracer."""
     if is_in_torch_dispatch_mode() or torch.jit.is_tracing():  # which would see it, or fake it
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
