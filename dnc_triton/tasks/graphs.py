@@ -127,9 +127,12 @@ class GraphTask(SymbolTask):
     def _decode(self, channels: Tensor) -> Tensor:
         """Channels [..., output_size or more] as labels [..., 3], −1 for none."""
         digits = channels[..., : self.output_size].unflatten(-1, (3, self.num_digits, self.base))
-        powers = self.base ** torch.arange(self.num_digits - 1, -1, -1, device=channels.device)
-        labels = (digits.argmax(-1) * powers).sum(-1)
-        return labels.where(digits.flatten(-2).any(-1), -1)
+        return self._labels(digits.argmax(-1)).where(digits.flatten(-2).any(-1), -1)
+
+    def _labels(self, digits: Tensor) -> Tensor:
+        """Digits [..., num_digits] as labels [...]."""
+        powers = self.base ** torch.arange(self.num_digits - 1, -1, -1, device=digits.device)
+        return (digits * powers).sum(-1)
 
     def _digits(self, channels: Tensor) -> Tensor:
         """The most likely or given digits [..., 3 num_digits]."""
@@ -141,9 +144,8 @@ class GraphTask(SymbolTask):
             return ["" if step == ["_"] * 3 else "{}-{}>{}".format(*step) for step in steps]
 
         scored = batch.scored[0].unsqueeze(-1)
-        powers = self.base ** torch.arange(self.num_digits - 1, -1, -1, device=outputs.device)
         answers = [digits.unflatten(-1, (3, -1)) for digits in (batch.targets[0], self._digits(outputs[0]))]
-        target, output = [text((digits * powers).sum(-1).where(scored, -1)) for digits in answers]
+        target, output = [text(self._labels(digits).where(scored, -1)) for digits in answers]
         return {"input": text(self._decode(batch.inputs[0])), "target": target, "output": output}
 
 
