@@ -54,16 +54,16 @@ class Backend:
 
     Attributes:
         supports: problem → (whether this backend serves it, why or why not).
-        memory_step: with the signature of `dnc_reference.memory_step`.
         unroll: with the signature of `dnc_reference.unroll`, and `checkpoint` as `DNC` has it.
+        memory_step: with the signature of `dnc_reference.memory_step`; not asked for where `supports` declines it.
         rank: problem → the lower, the sooner it is taken where nothing was measured.
         layouts: problem → how the work may be cut up, the default first. If there is any, `memory_step` and `unroll`
             take one of them as `layout`.
     """
 
     supports: Callable[[Problem], tuple[bool, str]]
-    memory_step: Callable[..., tuple[Tensor, MemoryState]]
     unroll: Callable[..., tuple[Tensor, DNCState]]
+    memory_step: Callable[..., tuple[Tensor, MemoryState]] = dnc_reference.memory_step
     rank: Callable[[Problem], int] = lambda problem: 0
     layouts: Callable[[Problem], list[Layout]] = lambda problem: []
 
@@ -175,7 +175,6 @@ def _kernels_rank(problem: Problem, rank: int) -> int:
 BACKENDS: dict[str, Backend] = {
     "triton_sequence": Backend(
         supports=_one_launch_supports,
-        memory_step=dnc_reference.memory_step,
         unroll=unroll_sequence,
         rank=lambda problem: _kernels_rank(
             problem, 0 if problem.memory_size <= 32 and problem.hidden_size <= 64 else 3
@@ -198,21 +197,18 @@ BACKENDS: dict[str, Backend] = {
     ),
     "torch_sequence": Backend(
         supports=_sequence_supports,
-        memory_step=dnc_reference.memory_step,
         unroll=unroll_sequence,
         # For a single step without a backward there is nothing to gain from what it prepares.
         rank=lambda problem: 6 if problem.steps == 1 and not problem.needs_gradient else 4,
     ),
     "torch_compiled": Backend(
         supports=_compiled_supports,
-        memory_step=dnc_reference.memory_step,
         unroll=partial(unroll_sequence, compiled=True),
         # It compiles for half a minute: only for those who ask for it.
         rank=lambda problem: 8,
     ),
     "reference": Backend(
         supports=lambda problem: (True, "plain PyTorch: every device, floating dtype, size and controller"),
-        memory_step=dnc_reference.memory_step,
         unroll=unroll_stepwise,
         rank=lambda problem: 5,
     ),
