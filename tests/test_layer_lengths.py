@@ -61,9 +61,10 @@ def test_each_row_as_if_alone(controller):
     assert_close(row(state, 1), row(given, 1), **EXACT)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("filler", [torch.nan, torch.inf, -1e30])
-def test_padding_changes_nothing(filler):
-    dnc, given = make(), warm_state(make())
+def test_padding_changes_nothing(filler, backend):
+    dnc, given = make(backend=backend), warm_state(make())
     padding = torch.arange(STEPS) >= torch.tensor(LENGTHS).unsqueeze(1)
 
     def run(value):
@@ -199,8 +200,9 @@ def test_no_reset_is_no_change():
     assert_close(dnc(inputs, given, reset=torch.zeros(BATCH, STEPS, dtype=torch.bool)), dnc(inputs, given), **EXACT)
 
 
-def test_reset_cleans_a_spoilt_state():
-    dnc, inputs = make(), make_inputs()
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_reset_cleans_a_spoilt_state(backend):
+    dnc, inputs = make(backend=backend), make_inputs()
     spoilt = warm_state(dnc).detach().map(torch.clone)
     for x in tree_leaves(spoilt):
         x[1] = torch.nan
@@ -223,9 +225,10 @@ def test_lengths_and_reset_together():
     )
 
 
-def test_reset_after_the_end_changes_nothing():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_reset_after_the_end_changes_nothing(backend):
     """After its end a row's state stays, whatever stands in the padding of `inputs` and of `reset`."""
-    dnc, inputs, given = make(), make_inputs(), warm_state(make())
+    dnc, inputs, given = make(backend=backend), make_inputs(), warm_state(make())
     padding = torch.arange(STEPS) >= torch.tensor(LENGTHS).unsqueeze(1)
     expected = dnc(inputs, given, lengths=LENGTHS, reset=RESETS & ~padding)
     assert_close(dnc(inputs, given, lengths=LENGTHS, reset=RESETS | padding), expected, **EXACT)
