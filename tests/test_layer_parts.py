@@ -7,18 +7,13 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, assert_same_bits
+from small_layer import make
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from dnc_triton import DNC, explain, use_backend
 
 INPUTS = (3, 5, 3)
-
-
-def make(**options) -> DNC:
-    torch.manual_seed(0)
-    sizes = dict(memory_size=5, word_size=4, num_reads=2)
-    return DNC(3, 6, 2, **{**sizes, "dtype": torch.float64, **options})
 
 
 def draw(dtype: torch.dtype = torch.float64) -> Tensor:

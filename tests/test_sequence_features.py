@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from helpers import assert_close, assert_same_bits
+from small_layer import make
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
@@ -18,12 +19,6 @@ from dnc_triton import DNC, explain, use_backend
 from dnc_triton.sequence import op, pool
 
 INPUTS = (3, 5, 3)
-
-
-def make(**options) -> DNC:
-    torch.manual_seed(0)
-    sizes = dict(memory_size=5, word_size=4, num_reads=2)
-    return DNC(3, 6, 2, **{**sizes, "dtype": torch.float64, **options})
 
 
 def warm(dnc: DNC):
