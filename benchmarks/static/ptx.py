@@ -18,7 +18,7 @@ _SITE = re.compile(r"\s*\.loc\s+(\d+ \d+ \d+)(?:.*inlined_at (\d+ \d+ \d+))?.*//
 _FILE = re.compile(r'\.file\s+(\d+) ".*?(\w+\.py)"')
 _REGISTER = re.compile(r"%\w+")
 _ACCESS = re.compile(r"\b((?:ld|st|atom|red)\.(?:[a-z]+\.)*?global|cp\.async|cp\.reduce)\b")
-_WAIT = "griddepcontrol.wait;"
+_WAIT = re.compile(r"griddepcontrol\.wait\s*;")  # Triton 3.9 has a space there
 _MOVES = ("mov.b", "cvt.u", "shl.b64", "or.b64")
 
 
@@ -43,7 +43,7 @@ def uneven_sums(ptx: str) -> list[str]:
 def early_accesses(ptx: str) -> list[str]:
     """Where a kernel accesses memory before it waits for the launch before it, each place once."""
     found, site, callers, files = set(), "an unknown place", dict[str, str](), dict(_FILE.findall(ptx))
-    for line in ptx.partition(_WAIT)[0].splitlines():
+    for line in _WAIT.split(ptx, maxsplit=1)[0].splitlines():
         if located := _SITE.match(line):
             site = _ours(located, callers, files)
         elif not line.lstrip().startswith("//") and _ACCESS.search(line):

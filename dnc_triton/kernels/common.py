@@ -6,6 +6,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dnc_reference import addressing
 
+if triton.knobs.runtime.interpret:
+    from dnc_triton.kernels.interpreted import keep_truth
+
+    keep_truth()
+
 NORM_EPSILON = tl.constexpr(addressing.NORM_EPSILON)
 SIMILARITY_EPSILON = tl.constexpr(addressing.SIMILARITY_EPSILON)
 USAGE_EPSILON = tl.constexpr(addressing.USAGE_EPSILON)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
@@ -36,6 +37,11 @@ def function_kernel(x_ptr, out_ptr, size, NAME: tl.constexpr, BLOCK: tl.constexp
     else:
         y = tanh(x)
     tl.store(out_ptr + i, y, mask=i < size)
+
+
+def masked_kernel(x_ptr, out_ptr, count):
+    i = tl.arange(0, 4)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=(i < 3) & (tl.program_id(0) < count), other=-1.0))
 
 
 def run(name: str, x: Tensor) -> Tensor:
@@ -74,6 +80,23 @@ def test_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
 def test_where_there_is_no_number(name: str, device: torch.device) -> None:
     x = torch.tensor([-torch.inf, -200.0, -0.0, 0.0, 200.0, torch.inf, torch.nan], device=device)
     torch.testing.assert_close(run(name, x), FUNCTIONS[name](x), equal_nan=True, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [1.0, 2.0, 3.0, -1.0]), (0, [-1.0] * 4)])
+def test_a_mask_of_what_holds_for_all_of_a_block(count: int, expected: list[float], monkeypatch) -> None:
+    """Interpreted, it is one of truth values: Triton takes no other from 3.9 on."""
+    load, masks = InterpreterBuilder.create_masked_load, []
+
+    def load_and_look(self, pointers, mask, *others):
+        masks.append(mask.data.dtype)
+        return load(self, pointers, mask, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load_and_look)
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    out = torch.full_like(x, torch.nan)
+    triton.jit(masked_kernel)[(1,)](x, out, count)
+    assert out.tolist() == expected
+    assert masks == [bool]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
