@@ -387,8 +387,10 @@ def _outline(nest: Any) -> str:
 
 
 def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tensor:
+    # In a compiler `as_tensor` of a list makes its numbers part of the program, and `tensor` of an array warns.
+    convert: Any = torch.tensor if isinstance(lengths, (list, tuple)) else torch.as_tensor
     try:  # a tensor stays on its device, whatever the default one is
-        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+        lengths = lengths if isinstance(lengths, Tensor) else convert(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths: expected a tensor or a list of integers, got a {type(lengths).__name__}") from error
     check_dense("lengths", lengths)

@@ -6,8 +6,10 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch._dynamo.utils
 from small_layer import BATCH, CLOSE, EXACT, LENGTHS, RESETS, gradients, make, make_inputs, row, total, warm_state
 from torch import nn
@@ -107,6 +109,30 @@ def test_compiled_a_state_wants_no_gradient_where_only_the_output_layer_learns()
     (got, state), (expected, _) = torch.compile(dnc, fullgraph=True, backend="aot_eager")(inputs), dnc(inputs)
     assert not any(tensor.requires_grad for tensor in tree_leaves(state))
     assert_close(gradients(total(got), dnc.output), gradients(total(expected), dnc.output), **CLOSE)
+
+
+def test_lists_of_lengths_are_compiled_for_once():
+    """Not for each batch of a training anew, which from the ninth on is an error."""
+    torch._dynamo.reset()
+    dnc, inputs = make(), make_inputs()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(dnc, fullgraph=True, backend=counter)
+    counts = []
+    for lengths in ([5, 2, 3, 4], [2, 3, 4, 5], [3, 5, 2, 4], [4, 4, 3, 2]):
+        assert_close(compiled(inputs, lengths=lengths), dnc(inputs, lengths=lengths), **CLOSE)
+        counts.append(counter.frame_count)
+    assert counts[1:] == counts[1:2] * 3  # for the first list, then for any
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor], ids=["NumPy's", "tensors"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_compiles_for_a_list_of_numbers_that_are_not_pythons(number):
+    torch._dynamo.reset()
+    dnc, inputs = make(), make_inputs()
+    compiled = torch.compile(dnc, fullgraph=True, backend="aot_eager")
+    expected = dnc(inputs, lengths=LENGTHS)
+    assert_close(compiled(inputs, lengths=[number(x) for x in LENGTHS]), expected, **CLOSE)
+    assert_close(compiled(inputs, lengths=np.array(LENGTHS)), expected, **CLOSE)
 
 
 def test_compiles_step_by_step_with_a_bound_of_gradients():
