@@ -295,6 +295,8 @@ def test_a_lesson_ends_at_the_share_that_is_asked_for_and_the_last_one_never_doe
         (["copy", "--steps", "0"], ["steps", "at least 1", "got 0"]),
         (["copy", "--batch-size", "0"], ["batch_size", "at least 1", "got 0"]),
         (["copy", "--learning-rate", "0"], ["learning_rate", "above 0", "got 0"]),
+        (["copy", "--max-gradient-norm", "inf"], ["max_gradient_norm: expected a finite number above 0, got inf"]),
+        (["copy", "--clip", "inf"], ["clip: expected a finite number, at least 0, got inf"]),
         (["copy", "--controller", "transformer"], ["controller", "lstm, gru, rnn, feedforward, got 'transformer'"]),
         (["copy", "--memory-size", "0"], ["memory_size", "at least 1", "got 0"]),
         (["copy", "--max-length", "0"], ["max_length: expected an integer, at least 1, got 0"]),

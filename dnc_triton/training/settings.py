@@ -100,10 +100,10 @@ class Settings:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "max_gradient_norm", "input_gain"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "clip", "max_activation_gradient"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a finite number, at least 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"warmup: expected at least 0 and less than the {self.steps} steps, got {self.warmup}")
         if not 0 < self.advance_at <= 1:
