@@ -67,7 +67,7 @@ class DNC(DNCCell):
             max_activation_gradient out of range; num_layers, dropout or max_activation_gradient with a controller of
             your own.
         TypeError: a size or checkpoint that is no integer, a flag that is no bool, dropout or a bound that is no
-            number, a dtype that is not floating point; a factory that does not make a controller.
+            number, a dtype that PyTorch does not compute in; a factory that does not make a controller.
 
     Example:
         >>> dnc = DNC(input_size=8, hidden_size=64, output_size=8, memory_size=16, word_size=16)

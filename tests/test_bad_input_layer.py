@@ -82,6 +82,7 @@ def test_sizes(name, size, error, expected):
         case("backend", None, ValueError, BACKENDS, "None", id="no backend"),
         case("dtype", torch.int32, TypeError, "floating dtype", "torch.int32", id="dtype integer"),
         case("dtype", torch.complex64, TypeError, "floating dtype", "torch.complex64", id="dtype complex"),
+        case("dtype", torch.float8_e5m2, TypeError, "16 bits", "torch.float8_e5m2", id="dtype of 8 bits"),
         case("dtype", torch.bool, TypeError, "floating dtype", "torch.bool", id="dtype bool"),
         case("dtype", "float32", TypeError, "floating dtype", "'float32'", id="dtype is text"),
     ],

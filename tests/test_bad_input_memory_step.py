@@ -83,6 +83,16 @@ def test_memory_step_with_one_field_that_does_not_go_with_the_rest(part, name, c
         case(
             "state", "memory", lambda x: x + 0j, TypeError, "state.memory", "floating dtype", "complex64", id="complex"
         ),
+        case(
+            "state",
+            "memory",
+            lambda x: x.to(torch.float8_e5m2),
+            TypeError,
+            "state.memory",
+            "16 bits",
+            "float8_e5m2",
+            id="8 bits",
+        ),
         case("state", "memory", lambda x: x[:, :4], ValueError, "state.usage", "[4, 4]", "[4, 5]", id="N"),
         case(
             "state", "memory", lambda x: x[..., :2], ValueError, "interface.read_keys", "[4, 2, 2]", "[4, 2, 3]", id="W"

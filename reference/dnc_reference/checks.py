@@ -29,6 +29,12 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
+def check_floating(name: str, dtype: Any) -> None:
+    """Raise TypeError, naming it, unless it is a dtype that PyTorch computes in; to those of 8 bits it but rounds."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"{name}: expected a floating dtype of 16 bits or more, got {dtype!r}")
+
+
 def check_dense(name: str, tensor: Any) -> None:
     """Raise TypeError, naming it, unless it is a tensor that is neither sparse nor nested."""
     if not isinstance(tensor, Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dnc_reference.checks import check_bool, check_number, check_size
+from dnc_reference.checks import check_bool, check_floating, check_number, check_size
 from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.interface import STRENGTHS, activate_interface, interface_sizes
 from dnc_reference.memory import memory_step, without_autocast
@@ -69,7 +69,7 @@ class DNCCell(nn.Module):
         ValueError: a size below 1, an unknown controller or strength, dropout outside [0, 1), a bound not above 0;
             num_layers, dropout or max_activation_gradient with a controller of your own.
         TypeError: a size that is no integer, a flag that is no bool, dropout or a bound that is no number, a dtype that
-            is not floating point; a factory that does not make a controller.
+            PyTorch does not compute in; a factory that does not make a controller.
 
     Source: Graves et al. 2016, Methods, "Controller network", with the layers stacked as in `nn.LSTM`: the paper also
     feeds the input to every layer and every layer to the output. `clip`: DeepMind's published code, dnc.py.
@@ -111,8 +111,8 @@ class DNCCell(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         check_bool("stop_usage_gradient", stop_usage_gradient)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
+        if dtype is not None:
+            check_floating("dtype", dtype)
 
         self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, output_size
         self.memory_size, self.word_size = memory_size, word_size

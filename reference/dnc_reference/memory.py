@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference import addressing
-from dnc_reference.checks import check_dense, check_tensor
+from dnc_reference.checks import check_dense, check_floating, check_tensor
 from dnc_reference.types import Interface, MemoryState
 
 
@@ -124,8 +124,7 @@ def check_memory_step(interface: Interface, state: MemoryState) -> None:
     batch, slots, word = state.memory.shape
     reads, writes = interface.read_keys.shape[1], interface.write_keys.shape[1]
     dtype, device = state.memory.dtype, state.memory.device
-    if not dtype.is_floating_point:
-        raise TypeError(f"state.memory: expected a floating dtype, got {dtype}")
+    check_floating("state.memory", dtype)
 
     for name, shape in Interface.shapes(batch, word, reads, writes).items():
         check_tensor(f"interface.{name}", getattr(interface, name), shape, dtype=dtype, device=device)
