@@ -41,7 +41,12 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(
-            *arguments: Tensor | int | None, sizes: Sizes, num_warps: int, maxnreg: int = 0, **constants: Any
+            *arguments: Tensor | int | None,
+            sizes: Sizes,
+            num_warps: int,
+            enable_fp_fusion: bool,
+            maxnreg: int = 0,
+            **constants: Any,
         ) -> None:
             compute = next(dtype for dtype, name in TRITON_DTYPES.items() if name == sizes.COMPUTE)
             constants["sizes"] = sizes._replace(COMPUTE=compute)

@@ -41,15 +41,16 @@ def test_this_threads_launches_alone_run_nothing() -> None:
 
 
 def test_kernels_are_launched_one_at_a_time() -> None:
-    """A second thread must not find one that is only half loaded."""
-    inside, seen = [], []
+    """A second thread must not find one that is only half loaded. Each is asked for with fused products and sums."""
+    inside, seen, given = [], [], []
 
     class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[[], None]:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return self.launch
 
-        def launch(self) -> None:
+        def launch(self, **options: bool) -> None:
             inside.append(self)
+            given.append(options)
             time.sleep(0.01)
             seen.append(len(inside))
             inside.pop()
@@ -60,6 +61,7 @@ def test_kernels_are_launched_one_at_a_time() -> None:
     for thread in threads:
         thread.join()
     assert seen == [1] * 4
+    assert given == [{"enable_fp_fusion": True}] * 4
 
 
 def test_an_error_in_the_block_ends_it() -> None:
