@@ -76,6 +76,8 @@ def test_sizes(name, size, error, expected):
         case("clip", "3", TypeError, "number", "'3'", id="clip is text"),
         case("max_activation_gradient", 0, ValueError, "above 0", "0", id="max_activation_gradient 0"),
         case("max_activation_gradient", True, TypeError, "number", "True", id="max_activation_gradient is a bool"),
+        case("batch_first", 1, TypeError, "bool", "1", id="batch_first is a number"),
+        case("stop_usage_gradient", None, TypeError, "bool", "None", id="no stop_usage_gradient"),
         case("strength", "relu", ValueError, "'oneplus', 'softplus'", "'relu'", id="strength"),
         case("strength", None, ValueError, "'oneplus', 'softplus'", "None", id="no strength"),
         case("backend", "cuda", ValueError, BACKENDS, "'cuda'", id="backend"),
@@ -248,6 +250,18 @@ def test_reset_of_a_time_first_layer_is_time_first():
 def test_inputs_of_a_single_step_that_are_no_tensor(inputs):
     with refuses(TypeError, "inputs", "a tensor [B, input_size]", type(inputs).__name__):
         make().step(inputs)
+
+
+def test_nested_inputs_of_a_single_step():
+    """Whose number of dimensions is a layer's, and whose shape may not be asked for."""
+    nested = torch.nested.nested_tensor([torch.zeros(3)] * BATCH)
+    with refuses(TypeError, "inputs", "a dense tensor", "nested"):
+        make().step(nested)
+
+
+def test_a_trace_that_is_no_bool():
+    with refuses(TypeError, "trace", "bool", "'yes'"):
+        make()(INPUTS, trace="yes")
 
 
 def test_what_is_explained_is_a_layer():
