@@ -59,10 +59,11 @@ def _add_statements(program: Program, text: str, place: str) -> None:
         statement = statement.strip().removeprefix("{ ")  # what is declared in a scope has one type everywhere
         if register := re.match(r"\.reg\s+\.(\w+)\s+(%?\w+)(<\d+>)?$", statement):
             check(program.registers.setdefault(register[2], register[1]) == register[1], statement)
-        elif instruction := re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z][\w.]*)\s*(.*)", statement, re.DOTALL):
+        elif instruction := re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement, re.DOTALL):
             operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]]+", instruction[3])
             operands = [x.strip() for x in operands if x.strip()]
-            program.instructions.append(Instruction(instruction[2], operands, instruction[1] or "", place))
+            op = instruction[2].replace(".shared::cta", ".shared")  # the same, and how Triton 3.9 spells it
+            program.instructions.append(Instruction(op, operands, instruction[1] or "", place))
         else:
             check(not statement or statement.startswith(".pragma"), statement)
 

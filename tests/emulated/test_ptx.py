@@ -17,13 +17,15 @@ from memory import Mistake
 from ptx import meeting_points, parse
 from torch import Tensor
 
+from dnc_triton.kernels.launcher import FUSED
+
 pytestmark = pytest.mark.slow
 
 N = 256
 
 
 def run(kernel: Any, *args: Any, grid: tuple[int, ...] = (1,), warps: int = 4, **constants: Any) -> None:
-    Emulated(kernel)[grid](*args, **constants, num_warps=warps)
+    Emulated(kernel)[grid](*args, **constants, num_warps=warps, **FUSED)
 
 
 def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
