@@ -118,11 +118,16 @@ class Registers:
     _mad = _mul
 
     def _abs(self, i: Instruction) -> Runner:
-        if i.op in ("abs.f16", "abs.bf16"):
-            return self._computed(i, lambda x: x & np.uint16(0x7FFF), "b16", "b16")
-        if i.op in ("abs.f16x2", "abs.bf16x2"):
-            return self._computed(i, lambda x: x & np.uint32(0x7FFF7FFF), "b32", "b32")
-        return self._same_type(i)
+        """Also `neg`: of numbers of 16 bits, one or two together, only signs change."""
+        operation, _, kind = i.op.rpartition(".")
+        signs = {"f16": 0x8000, "bf16": 0x8000, "f16x2": 0x80008000, "bf16x2": 0x80008000}.get(kind)
+        if signs is None:
+            return self._same_type(i)
+        bits = "b32" if kind.endswith("x2") else "b16"
+        sign = DTYPES[bits].type(signs)
+        return self._computed(i, lambda x: x ^ sign if operation == "neg" else x & ~sign, bits, bits)
+
+    _neg = _abs
 
     def _shl(self, i: Instruction) -> Runner:
         """Also `shr`."""
