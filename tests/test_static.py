@@ -70,7 +70,7 @@ def test_every_shape_is_compiled_for_every_target():
     assert DATA_CENTERS == ("sm_80", "sm_90", "sm_100", "gfx942")
     assert WORKSTATIONS == ("sm_89", "sm_120", "gfx1100")
     quick, complete = cases(), cases(complete=True)
-    assert {case.target for case in quick} == {*DATA_CENTERS, *WORKSTATIONS}
+    assert {case.target for case in quick} == {*DATA_CENTERS}
     for shape in SHAPES:
         for target, compiled in (dict.fromkeys(DATA_CENTERS, quick) | dict.fromkeys(WORKSTATIONS, complete)).items():
             phases = {(case.direction, case.phase) for case in compiled if (case.shape, case.target) == (shape, target)}

@@ -96,6 +96,7 @@ def find_in_a_step(case):
     return uneven_sums(compile_case(case)[0]["ptx"])
 
 
+@pytest.mark.slow  # compiles some of the longest kernels
 def test_the_same_sum_in_every_thread_where_no_shape_on_record_is():
     """Of words of odd length a thread has a single number; with sixteen heads those of a single slot."""
     cases = [case for case in step((65, 17, 1), "sm_90") if case.phase != "last"]

@@ -147,17 +147,15 @@ def tiles_of(case: Case) -> Tiles:
 
 
 def cases(complete: bool = False) -> list[Case]:
-    """What to compile: every shape for data centres' targets, one at least of every other target, dtype and variant.
+    """What to compile: every shape for data centres' targets, one at least of every dtype and variant.
 
     Or everything: what may be taken on sm_90, all layouts that are measured against each other, in every dtype and
-    variant; and every shape for every target.
+    variant; and every shape for every target, those of workstations too.
     """
     found = []
     for shape in SHAPES:
         for target in DATA_CENTERS:
             found += step(shape, target)
-    for target in WORKSTATIONS:
-        found += step(SHAPES[1], target)
     found += step(SHAPES[-1], "sm_90", layout=spread(SHAPES[-1]))
     # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
     found += step(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
