@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_wait  # noqa: E402
 from benchmarks.static.cases import TARGETS, sequence, step  # noqa: E402
 from benchmarks.static.compiling import compile_case, compiling_map  # noqa: E402
 from benchmarks.static.ptx import early_accesses, uneven_sums  # noqa: E402
-from dnc_triton.kernels.launcher import FUSED  # noqa: E402
+from dnc_triton.kernels.launcher import FMA  # noqa: E402
 from dnc_triton.kernels.layout import sequence_layouts  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
@@ -77,7 +77,7 @@ def find(name):
     arguments = {argument: "constexpr" if argument in constants else f"*{dtype}" for argument in function.arg_names}
     source = ASTSource(function, arguments, constants)
     check = early_accesses if kernel == "waiting" else uneven_sums
-    return check(triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 1, **FUSED}).asm["ptx"])
+    return check(triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 1, **FMA}).asm["ptx"])
 
 
 @pytest.fixture(scope="module")

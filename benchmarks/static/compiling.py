@@ -16,7 +16,7 @@ from benchmarks.static.cases import CONTROLLER, FEATURES, TARGETS, TRITON_TYPES,
 from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels import gradients
 from dnc_triton.kernels.gradients import weight_gradients_kernel
-from dnc_triton.kernels.launcher import FUSED
+from dnc_triton.kernels.launcher import FMA
 from dnc_triton.kernels.lstm import BLOCK, lstm_backward_kernel, lstm_forward_kernel
 from dnc_triton.kernels.products import (
     block_of,
@@ -68,7 +68,7 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
             and is_capped(case.launch, getattr(torch, case.dtype)),
             hip=case.target.startswith("gfx"),
         )
-        | FUSED
+        | FMA
         | ({"launch_pdl": True} if case.overlaps else {}),
     )
     return compiled.asm, compiled.metadata.shared

@@ -18,7 +18,7 @@ from dnc_triton.kernels.layout import Layout
 
 # A product and a sum in one instruction, rounded once. Kernels got that without asking; Triton 3.9 warns that from 3.10
 # on they will not.
-FUSED = {"enable_fp_fusion": True}
+FMA = {"enable_fp_fusion": True}
 MOST_THREADS = 8  # what is gained beyond is little: the longest kernel takes a fifth of the time of all
 
 
@@ -63,7 +63,7 @@ _one_at_a_time = Lock()
 def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options), or what `compiling_ahead` makes of it."""
     compiling = _compiling.get()
-    options |= FUSED
+    options |= FMA
     if _overlapping.get():
         options |= {"OVERLAPS": True, "launch_pdl": True}
     if compiling is None:

@@ -17,7 +17,7 @@ from memory import Mistake
 from ptx import meeting_points, parse
 from torch import Tensor
 
-from dnc_triton.kernels.launcher import FUSED
+from dnc_triton.kernels.launcher import FMA
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ N = 256
 
 
 def run(kernel: Any, *args: Any, grid: tuple[int, ...] = (1,), warps: int = 4, **constants: Any) -> None:
-    Emulated(kernel)[grid](*args, **constants, num_warps=warps, **FUSED)
+    Emulated(kernel)[grid](*args, **constants, num_warps=warps, **FMA)
 
 
 def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
