@@ -23,6 +23,7 @@ from test_compiling_ahead import SMALL
 
 # The tests themselves, to be run again here.
 # ruff: noqa: F401
+from test_kernel_buffers import test_a_state_of_one_element_for_all, test_zeros_of_one_element_for_all
 from test_kernel_functions import test_precision, test_ranks_are_the_order_of_a_sort, test_where_there_is_no_number
 from test_kernel_goldens import test_cell_rollout, test_memory_rollout, test_memory_step
 from test_kernel_kept import (
@@ -84,14 +85,12 @@ from test_kernel_rows import (
 )
 from test_kernel_sequence import (
     test_a_row_does_not_depend_on_the_others_and_twice_is_the_same,
-    test_a_state_of_one_element_for_all,
     test_an_empty_batch,
     test_declines,
     test_float32,
     test_layouts,
     test_lengths_and_resets_leave_nothing_unwritten,
     test_sizes,
-    test_zeros_of_one_element_for_all,
 )
 from test_kernel_sequence import test_opcheck as test_opcheck_of_the_sequence
 from torch.utils._pytree import tree_leaves, tree_map
