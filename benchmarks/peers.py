@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -202,8 +201,10 @@ def compile_reference(call: Callable[..., Any], memory_size: int, mode: str = "d
     On an H200 PyTorch 2.11 stopped at an assertion of its compiler's from N = 192 on ("190 v.s. 189"), about reductions
     in different orders in the backward of `cumprod`. For more than 64 slots it is told not to fuse such ones.
     """
-    options = torch._inductor.list_mode_options(mode)
-    if memory_size > 64 and MIXED_ORDERS in torch._inductor.list_options():
+    from torch._inductor import list_mode_options, list_options  # takes seconds
+
+    options = list_mode_options(mode)
+    if memory_size > 64 and MIXED_ORDERS in list_options():
         options[MIXED_ORDERS] = False
     return torch.compile(call, options=options)
 

@@ -144,7 +144,7 @@ def test_compiles_with_inductor():
     check_compiled("inductor", LENGTHS_AND_RESET)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_backward_that_is_compiled_as_it_goes(compiled):
     torch._dynamo.reset()
     dnc, inputs = make(), make_inputs(2, 2).requires_grad_()
@@ -174,7 +174,7 @@ def test_exported_program_survives_a_file(options):
     assert_close(torch.export.load(file).module()(inputs, **options), dnc(inputs, **options), **CLOSE)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_program_keeps_the_bound_of_gradients(strict):
     """Where the layer runs step by step too; without gradients nothing of it is left."""
     dnc, inputs = make(num_writes=2, max_activation_gradient=0.01), make_inputs(2, 2).requires_grad_()
@@ -195,8 +195,10 @@ def check_exported(dnc, inputs, shapes, others, strict):
         assert_close(program.module()(other), dnc(other), **CLOSE)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("most", [2**14, 2**28])
+@pytest.mark.parametrize(
+    ("strict", "most"),
+    [(False, 2**14), (False, 2**28), (True, 2**28), pytest.param(True, 2**14, marks=pytest.mark.slow)],
+)
 def test_exports_for_any_size(most, strict, monkeypatch):
     """Whatever of them "auto" would keep."""
     monkeypatch.setattr(pool, "MOST", most)
@@ -349,7 +351,7 @@ def test_forward_mode_through_a_bound_of_gradients():
     assert_close(forward(make(max_activation_gradient=0.1)), forward(make()), **EXACT)
 
 
-@pytest.mark.parametrize("what", ["jvp", "grad", pytest.param("vmap of grad", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["grad", *(pytest.param(w, marks=pytest.mark.slow) for w in ("jvp", "vmap of grad"))])
 def test_transforms_compile(what):
     dnc, inputs = make(), make_inputs(2, 2)
 

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 import torch
-from helpers import assert_same_bits
-from sequence_parity import assert_parity, draw, make, operation, outcome, total
+from helpers import assert_close, assert_same_bits
+from sequence_parity import FORWARD, assert_parity, draw, make, operation, oracle, outcome, total
 from torch import Tensor
 
 from dnc_triton import dispatch
@@ -128,14 +128,19 @@ def _all_are_large(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("all_are_large")
-def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_parity(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     exact = native_link._call
     monkeypatch.setattr(native_link, "_call", lambda name, *others: called.append(name) or exact(name, *others))
     dnc = make("torch_compiled", clip=0.1, memory_size=9)
     inputs, state = draw(dnc)
-    assert_parity(dnc, inputs, state)
-    assert set(called) == {"link_forward", "link_backward"}
+    if backward:
+        assert_parity(dnc, inputs, state)
+    else:
+        with torch.no_grad():
+            assert_close(operation(dnc, inputs, state), oracle(dnc, inputs, state), **FORWARD)
+    assert set(called) == {"link_forward", *["link_backward"] * backward}
 
 
 @pytest.mark.slow  # compiles for a minute, as the next one

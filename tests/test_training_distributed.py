@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import SMALL, start
+from lightning_fabric import Fabric
+from small_runs import SMALL, small, start
 
 from dnc_triton.cli import main
 from dnc_triton.training import checkpoint
+from dnc_triton.training.run import Run
 
 # One step of a Learner in each of two processes: the gradient is that of one process with the whole batch. Rows of
 # different lengths make that wrong if each process divides by its own units.
@@ -66,28 +68,32 @@ os._exit(0)
 """
 
 
-# A run whose best step is amid a row of the metrics.
+# In each of two processes.
 BEST = """
 import os
 import sys
 from pathlib import Path
-from dnc_triton.training.run import Run
-from small_runs import small
+from test_training_distributed import train_with_its_best_amid_a_row
 
-run = Run(small(steps=3, validate_every=2), Path(sys.argv[1]))
-run._is_best = lambda row: row["step"] == 2
-run.train()
+train_with_its_best_amid_a_row(Path(sys.argv[1]))
 os._exit(0)
 """
 
 
-def run_script(text: str, folder: Path, *arguments: str, processes: int = 2) -> None:
+def train_with_its_best_amid_a_row(folder: Path) -> None:
+    """A row of the metrics."""
+    run = Run(small(steps=3, validate_every=2), folder)
+    run._is_best = lambda row: row["step"] == 2  # type: ignore[method-assign]
+    run.train()
+
+
+def run_script(text: str, folder: Path, *arguments: str) -> None:
     """Run it by torchrun, from this folder, to its good end."""
     script = folder / "script.py"
     script.write_text(text)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*launch, str(script), *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -101,8 +107,8 @@ def test_two_processes_have_the_gradients_of_one(controller: str, precision: str
 
 
 def test_the_best_of_two_processes_has_the_sums_of_both(tmp_path: Path) -> None:
-    for processes in (1, 2):
-        run_script(BEST, tmp_path, str(tmp_path / str(processes)), processes=processes)
+    train_with_its_best_amid_a_row(tmp_path / "1")
+    run_script(BEST, tmp_path, str(tmp_path / "2"))
     one, two = (checkpoint.load(tmp_path / folder / "best.pt") for folder in ("1", "2"))
     assert one["step"] == two["step"] == 2
     torch.testing.assert_close(two["sums"], one["sums"], rtol=1e-3, atol=1e-4)
@@ -147,8 +153,10 @@ def test_two_processes_stop_together_where_one_has_a_bad_number(tmp_path: Path) 
     assert len(kept["batch"]["inputs"]) == 4
 
 
-def test_more_processes_than_sequences_are_refused(tmp_path: Path) -> None:
-    process = start("train", "copy", "--batch-size", "1", "--folder", str(tmp_path / "run"), processes=2)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
+def test_more_processes_than_sequences_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Fabric, "world_size", 2)
+    assert main(["train", "copy", "--batch-size", "1", "--folder", str(tmp_path / "run")]) == 2
+    errors = capsys.readouterr().err
     assert "batch_size: expected at least one sequence for each of 2 processes, got 1" in errors

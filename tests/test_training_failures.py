@@ -386,7 +386,10 @@ def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytes
     assert main(["train", "copy", "--resume", str(run.folder)]) == 0, "now it is free"
 
 
-@pytest.mark.parametrize("fails", ["training.learner.Learner.update", "tasks.data.TrainingBatches.__getitem__"])
+@pytest.mark.parametrize(
+    "fails",
+    ["training.learner.Learner.update", pytest.param("tasks.data.TrainingBatches.__getitem__", marks=pytest.mark.slow)],
+)
 def test_an_error_ends_those_who_draw_batches(tmp_path: Path, fails: str) -> None:
     """Theirs or another one; they ignore the signals that would, and while an error is looked at nobody forgets it."""
     script = """
