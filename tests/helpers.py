@@ -138,6 +138,11 @@ def as_leaves(nest: Any) -> Any:
     return tree_map(lambda x: x.detach().clone().requires_grad_(), nest)
 
 
+def negated_when_read(tensor: Tensor) -> Tensor:
+    """The same values, with the other sign in memory."""
+    return torch._neg_view(-tensor.detach())
+
+
 def step_gradients(
     step: Callable[..., tuple[Tensor, MemoryState]],
     interface: Interface,

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import test_sequence_goldens
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, negated_when_read
 from sequence_parity import BATCH, assert_equal_outcomes, assert_parity, draw, make, operation, outcome
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
@@ -210,6 +210,21 @@ def test_the_first_call_without_gradients_whatever_the_default_device():
         with torch.device("meta"):
             outputs, _ = dnc(inputs, state)
         torch.testing.assert_close(outputs, make("reference", word_size=3)(inputs, state)[0], rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_negated_when_it_is_read():
+    """As the imaginary part of a conjugate is: in memory it has the other sign."""
+    dnc, lazy = (make(BACKEND, clip=0.1, stop_usage_gradient=True) for _ in range(2))
+    for module in lazy.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(negated_when_read(parameter)))
+    inputs, state = draw(dnc)
+    expected = dnc(inputs, state), dnc.step(inputs[0], state)
+    negated = tree_map(negated_when_read, (inputs, state))
+    assert all(x.is_neg() for x in (*tree_leaves(negated), *lazy.parameters()))
+    assert_same_bits((lazy(*negated), lazy.step(negated[0][0], negated[1])), expected)
+    with torch.no_grad():
+        assert_same_bits((lazy(*negated), lazy.step(negated[0][0], negated[1])), expected)
 
 
 def test_the_same_bits_again():

@@ -45,12 +45,13 @@ class Compiling:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """A tensor as the kernels take what is a caller's: contiguous, from a multiple of 16 bytes on, copied if need be.
+    """A tensor as the kernels take what is a caller's, copied if need be.
 
-    For another place Triton would compile once more: to loads of one number each, which several threads then do, and
-    whose sums differ between these (`kernels.common.term`).
+    Contiguous, with the signs that it has (`torch.Tensor.resolve_neg`), from a multiple of 16 bytes on: for another
+    place Triton would compile once more: to loads of one number each, which several threads then do, and whose sums
+    differ between these (`kernels.common.term`).
     """
-    tensor = tensor.contiguous()
+    tensor = tensor.resolve_neg().contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 

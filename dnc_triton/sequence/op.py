@@ -432,11 +432,16 @@ def _given(
     reset: Tensor | None,
     dropout: list[Tensor] | None,
 ) -> Given:
-    """As the operators take it, the lengths as a mask."""
+    """As the operators take it, the lengths as a mask. What reads memory as it is sees the signs that numbers have."""
     running = None
     if lengths is not None:
         running = torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
     shared = {index for index in SHAREABLE if _takes_shared(settings) and is_shared(state[index])}
-    whole = torch.Tensor.contiguous if settings.layout is None else aligned
+    inputs, *parameters = (x.resolve_neg() for x in (inputs, *parameters))
+    whole = _contiguous if settings.layout is None else aligned
     state = [whole(x[:1]).expand_as(x) if i in shared else whole(x) for i, x in enumerate(state)]
     return Given(inputs, state, parameters, running, reset, dropout or [])
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.resolve_neg().contiguous()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_leaves, assert_close, assert_same_bits
+from helpers import as_leaves, assert_close, assert_same_bits, negated_when_read
 from parity import Margins, beside_16_bytes, launches_in_margins, launches_of_aligned
 from test_kernel_layer import CLOSE, each_backend, weighted
 from test_kernel_sequence import BACKEND, draw, make, poisoned, run
@@ -145,6 +145,20 @@ def test_strided_inputs_and_nothing_is_written_to(turn: int, backend: str, devic
     assert_same_bits((inputs, state, dnc.state_dict()), (*contiguous, before))
     given = {x.untyped_storage().data_ptr() for x in (inputs, *tree_leaves(state), *dnc.parameters())}
     assert not given & {x.untyped_storage().data_ptr() for x in tree_leaves((actual["outputs"], actual["final"]))}
+
+
+@each_backend
+def test_what_is_negated_when_it_is_read(backend: str, device: torch.device) -> None:
+    """As the imaginary part of a conjugate is: in memory it has the other sign."""
+    dnc = make(device)
+    inputs, state = draw(dnc, 2)
+    expected = run(dnc, inputs, state, "reference")
+    for module in dnc.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(negated_when_read(parameter)))
+    inputs, state = tree_map(lambda x: negated_when_read(x).requires_grad_(), (inputs, state))
+    assert all(x.is_neg() for x in (inputs, *tree_leaves(state), *dnc.parameters()))
+    assert_close(run(dnc, inputs, state, backend), expected, **CLOSE, name="")
 
 
 @pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
