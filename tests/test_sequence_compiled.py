@@ -180,6 +180,17 @@ def test_strides_that_nobody_takes_compile_nothing_anew():
     assert like_of(torch.empty(2, 7, 3)[:, 2]) != like_of(torch.empty(2, 3))
 
 
+def test_an_empty_batch_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(compiled, "machine_code", None)
+    dnc = make(BACKEND, memory_size=7)
+    inputs, state = draw(dnc, batch=0)
+    assert_parity(dnc, inputs, state)
+    with torch.no_grad():
+        outputs, last = dnc.step(inputs[0], state)
+    assert outputs.shape == (0, dnc.output_size)
+    assert last.memory.link.shape == (0, 1, 7, 7)
+
+
 def test_another_number_of_steps_compiles_nothing_anew(monkeypatch):
     """Whatever a reset's strides are, which with the batch first are others for each T."""
     asked = set()

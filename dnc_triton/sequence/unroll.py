@@ -76,7 +76,7 @@ def unroll_sequence(
         stop_usage_gradient=cell.stop_usage_gradient,
         product_dtype=product_dtype,
         checkpoint=every,
-        compiled=compiled,
+        compiled=compiled and batch > 0,  # nobody waits for a compiler to have nothing computed
         layout=layout,
     )
     with without_autocast(inputs.device) if autocast else nullcontext():
