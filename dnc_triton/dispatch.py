@@ -114,7 +114,7 @@ def _compiled_supports(problem: Problem) -> tuple[bool, str]:
 
 
 def _kernels_support(problem: Problem) -> tuple[bool, str]:
-    """What the kernels of the step can do, in one launch or three."""
+    """What the kernels of the step can do, in one launch or three, or four forward."""
     if problem.trace:
         return False, "a trace is asked for, which the reference keeps step by step"
     limits = (
@@ -159,7 +159,8 @@ def _one_launch_supports(problem: Problem) -> tuple[bool, str]:
         return supported, reason
     if problem.controller != "lstm":
         return False, f"the controller is {problem.controller!r}, the kernel has an LSTM in it"
-    # As far as it was compiled without spilling. With W = 256 it spilled up to 2.6 KB a thread, at every step.
+    # As far as it was compiled for Hopper without spilling, in float32. With W = 256 it spilled up to 2.6 KB a thread,
+    # at every step.
     limits = (("num_layers", 1), ("hidden_size", 128), ("memory_size", MOST_IN_ONE_LAUNCH), ("word_size", 64))
     for name, limit in limits:
         if getattr(problem, name) > limit:

@@ -190,6 +190,10 @@ class DNC(DNCCell):
         check_dense("inputs", inputs)
         if inputs.dim() != 2:
             raise ValueError(f"inputs: expected 2 dimensions [B, input_size], got shape {list(inputs.shape)}")
+        if inputs.shape[1] != self.input_size:
+            raise ValueError(
+                f"inputs: expected [B, input_size] with input_size {self.input_size}, got shape {list(inputs.shape)}"
+            )
         time = 1 if self.batch_first else 0
         outputs, state = self._run(inputs.unsqueeze(time), state, None, None, trace=False)
         return outputs.squeeze(time), state
@@ -363,7 +367,8 @@ def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
     Raises:
         ValueError, TypeError: as `DNC.forward` for `inputs` and backends; a TypeError for what is no `DNC`.
     """
-    if not callable(getattr(dnc, "problem", None)):  # one that is compiled hands on what it is asked
+    # One that is compiled is no DNC, and hands on what it is asked.
+    if isinstance(dnc, type) or not callable(getattr(dnc, "problem", None)):
         raise TypeError(f"dnc: expected a DNC, got {type(dnc).__name__}")
     return explain_problem(dnc.problem(inputs), dnc.backend)
 
@@ -392,7 +397,8 @@ def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tenso
     try:  # a tensor stays on its device, whatever the default one is
         lengths = lengths if isinstance(lengths, Tensor) else convert(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lengths: expected a tensor or a list of integers, got a {type(lengths).__name__}") from error
+        came = f"a {type(lengths).__name__} ({error})"
+        raise TypeError(f"lengths: expected a tensor or a list of integers, got {came}") from error
     check_dense("lengths", lengths)
     if lengths.is_meta:
         raise ValueError("lengths: expected a tensor with values, got one on the meta device")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference import Interface, MemoryState
+from dnc_reference.checks import check_bool
 from dnc_reference.memory import check_memory_step
 from dnc_triton.dispatch import choose
 from dnc_triton.problem import Problem
@@ -29,13 +30,14 @@ def memory_step(
         read words [B, R, W] and the memory after the step.
 
     Raises:
-        TypeError: a field is not a floating tensor of the dtype of `state.memory`.
+        TypeError: a field is not a floating tensor of the dtype of `state.memory`; `stop_usage_gradient` is no bool.
         ValueError: a field has another shape than the other fields ask for, or another device; an unknown backend.
         RuntimeError: the backend asked for does not serve this call.
 
     Source: Graves et al. 2016, Methods. The oracle is `dnc_reference.memory_step`.
     """
     check_memory_step(interface, state)
+    check_bool("stop_usage_gradient", stop_usage_gradient)
     batch, slots, word = state.memory.shape
     problem = Problem(
         device=state.memory.device,

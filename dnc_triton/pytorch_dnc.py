@@ -242,7 +242,10 @@ def _sizes_of(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         )
     sizes = {name: getattr(model, attribute) for name, attribute in _SIZES.items()}
     for name, size in given.items():
-        if size is not None and size != sizes[name]:
+        if size is None:
+            continue
+        check_size(name, size)
+        if size != sizes[name]:
             raise ValueError(f"{name}: expected None or the module's own {sizes[name]}, got {size!r}")
     return sizes
 

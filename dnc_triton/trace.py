@@ -55,7 +55,7 @@ _register_namedtuple(Trace, serialized_type_name="dnc_triton.Trace")
 
 
 def traced_unroll(
-    cell: DNCCell, inputs: Tensor, state: DNCState, *, lengths: Tensor | None = None, reset: Tensor | None = None
+    cell: DNCCell, inputs: Tensor, state: DNCState, *, lengths: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, DNCState, Trace]:
     """`dnc_reference.unroll`, and the `Trace` of what it did. Takes what that takes, time first."""
     seen: list[dict[str, Tensor]] = []

@@ -12,8 +12,8 @@ processes may measure at once; what is in a file that cannot be understood is me
 asked for before or left when time was up, is measured when it is asked for next. Most of the time goes into compiling
 kernels, so those of several candidates compile at once, before they are measured.
 
-Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless something is
-remembered), DNC_TRITON_CACHE names another directory.
+Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless what it takes
+is remembered), DNC_TRITON_CACHE names another directory.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measures_sequence(problem: Problem) -> bool:
 
 
 def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, measure: bool = True) -> Candidate:
-    """The fastest candidate for a problem of those that were measured, now or before, else the first.
+    """The fastest candidate for a problem of those that were measured, now or before; the first if it was not.
 
     Args:
         problem: the call.

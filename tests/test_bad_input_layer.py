@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same_bits
@@ -11,7 +12,7 @@ from refusals import BACKENDS, BATCH, INPUTS, STEPS, case, make, refuses
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from dnc_triton import explain
+from dnc_triton import DNC, explain
 
 # --- The constructor
 
@@ -80,6 +81,7 @@ def test_sizes(name, size, error, expected):
         case("stop_usage_gradient", None, TypeError, "bool", "None", id="no stop_usage_gradient"),
         case("strength", "relu", ValueError, "'oneplus', 'softplus'", "'relu'", id="strength"),
         case("strength", None, ValueError, "'oneplus', 'softplus'", "None", id="no strength"),
+        case("strength", ["oneplus"], ValueError, "'oneplus', 'softplus'", "['oneplus']", id="strengths"),
         case("backend", "cuda", ValueError, BACKENDS, "'cuda'", id="backend"),
         case("backend", None, ValueError, BACKENDS, "None", id="no backend"),
         case("dtype", torch.int32, TypeError, "floating dtype", "torch.int32", id="dtype integer"),
@@ -197,6 +199,7 @@ ONE_PER_ROW = "shape [4], one per row of the batch"
         case(["7"] * 4, TypeError, "integers", "list", id="list of text"),
         case([None] * 4, TypeError, "integers", "list", id="list of None"),
         case({}, TypeError, "integers", "dict", id="dict"),
+        case(np.arange(4)[::-1], TypeError, "integers", "stride", id="backwards"),
         case(torch.ones(4, dtype=torch.int64, device="meta"), ValueError, "values", "meta", id="meta"),
     ],
 )
@@ -252,6 +255,11 @@ def test_inputs_of_a_single_step_that_are_no_tensor(inputs):
         make().step(inputs)
 
 
+def test_inputs_of_a_single_step_of_another_size():
+    with refuses(ValueError, "inputs", "[B, input_size] with input_size 3", f"[{BATCH}, 2]"):
+        make(batch_first=False).step(INPUTS[:, 0, :2])
+
+
 def test_nested_inputs_of_a_single_step():
     """Whose number of dimensions is a layer's, and whose shape may not be asked for."""
     nested = torch.nested.nested_tensor([torch.zeros(3)] * BATCH)
@@ -265,7 +273,7 @@ def test_a_trace_that_is_no_bool():
 
 
 def test_what_is_explained_is_a_layer():
-    for other in (nn.LSTM(3, 6), None):
+    for other in (nn.LSTM(3, 6), None, DNC):
         with refuses(TypeError, "dnc", "a DNC", type(other).__name__):
             explain(other, INPUTS)
     assert explain(torch.compile(make()), INPUTS) == explain(make(), INPUTS)  # which hands on what it is asked

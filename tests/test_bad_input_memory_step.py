@@ -134,6 +134,7 @@ def test_memory_step_with_other_sizes(part, name, change, error, argument, expec
         case({"state": tuple(STEP["state"])}, "state", "a MemoryState", "tuple", id="state is a tuple"),
         case({"state": STEP["interface"]}, "state", "a MemoryState", "Interface", id="swapped"),
         case({"state": make().initial_state(4)}, "state", "a MemoryState", "DNCState", id="DNCState"),
+        case({"stop_usage_gradient": "no"}, "stop_usage_gradient", "a bool", "'no'", id="text"),
     ],
 )
 def test_memory_step_of_what_it_does_not_know(changes, argument, expected, came):

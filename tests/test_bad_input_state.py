@@ -216,6 +216,13 @@ def test_rows_are_picked_by_a_bool_each(rows, error, expected, came):
         state.where(rows, state)
 
 
+@pytest.mark.parametrize("other", [None, ((), None, None)], ids=["None", "tuple"])
+def test_rows_are_picked_from_two_states(other):
+    _, state = make()(INPUTS)
+    with refuses(TypeError, "other", "a DNCState", type(other).__name__):
+        state.where(torch.ones(BATCH, dtype=torch.bool), other)
+
+
 def test_what_is_not_dense_is_named():
     """Also what is not the inputs, and in a step."""
     dnc = make()

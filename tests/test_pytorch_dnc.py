@@ -344,3 +344,5 @@ def test_sparse_memories_have_no_counterpart():
 def test_sizes_that_are_not_the_modules():
     with pytest.raises(ValueError, match=re.escape(f"memory_size: expected None or the module's own {N}, got 3")):
         from_pytorch_dnc(make_theirs(), memory_size=3)
+    with pytest.raises(TypeError, match=re.escape(f"num_reads: expected an integer, got {float(R)}")):
+        from_pytorch_dnc(make_theirs(), num_reads=float(R))

@@ -1,9 +1,9 @@
 """A sequence whose step, and the adjoint of it, is compiled by PyTorch's compiler for a CPU, controller and all.
 
 Where the network is small the time goes into the number of calls, and compiled a step and its adjoint are two of them
-instead of some 150; to make memory and link of a step again is a third. Nothing is written a second time: what is
-compiled is a step of `Sequence` itself. A step that is taken by itself is one call, with what a sequence does before
-its loop and after it.
+instead of some 150; to make memory and link of a step again is a third. What is compiled is a step of `Sequence`
+itself, but for the link and what is as large, which `_Memory` formulates for the compiler. A step that is taken by
+itself is one call, with what a sequence does before its loop and after it.
 """
 
 from __future__ import annotations

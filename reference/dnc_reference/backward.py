@@ -1,8 +1,8 @@
 """The adjoint of every equation in `addressing`, derived by hand: same order, same names, plain PyTorch.
 
 The text that the backward kernels are written from. For each y = f(x…) there is `f_backward(d_y, x…, saved…)` that
-returns d_x…, where d_z is the gradient of the loss by z. None of it uses autograd or divides by what can be 0. The
-tests hold each against autograd.
+returns d_x…, where d_z is the gradient of the loss by z. (oneplus has softplus's, a sort none; those of helpers are
+within their callers'.) None of it uses autograd or divides by what can be 0. The tests hold each against autograd.
 
 Letters in every shape: B batch, N memory slots, W word size, R read heads, K write heads, H heads of either kind.
 """

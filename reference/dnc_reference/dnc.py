@@ -100,7 +100,7 @@ class DNCCell(nn.Module):
         sizes.update(word_size=word_size, num_reads=num_reads, num_writes=num_writes, num_layers=num_layers)
         for name, size in sizes.items():
             check_size(name, size)
-        if strength not in STRENGTHS:
+        if not isinstance(strength, str) or strength not in STRENGTHS:
             raise ValueError(f"strength: expected one of {', '.join(map(repr, STRENGTHS))}, got {strength!r}")
         for name, bound in (("clip", clip), ("max_activation_gradient", max_activation_gradient)):
             if bound is not None:

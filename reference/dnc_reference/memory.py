@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference import addressing
-from dnc_reference.checks import check_dense, check_floating, check_tensor
+from dnc_reference.checks import check_bool, check_dense, check_floating, check_tensor
 from dnc_reference.types import Interface, MemoryState
 
 
@@ -48,7 +48,7 @@ def memory_step(
         read words [B, R, W] and the memory after the step. Nothing is clamped or renormalised.
 
     Raises:
-        TypeError: a field is not a floating tensor of the dtype of `state.memory`.
+        TypeError: a field is not a floating tensor of the dtype of `state.memory`; `stop_usage_gradient` is no bool.
         ValueError: a field has another shape than the other fields ask for, or another device.
 
     Source: Graves et al. 2016, Methods.
@@ -62,6 +62,7 @@ def memory_step_with_addressing(
 ) -> tuple[Tensor, MemoryState, Addressing]:
     """`memory_step`, and how it came to its weights."""
     check_memory_step(interface, state)
+    check_bool("stop_usage_gradient", stop_usage_gradient)
     with without_autocast(state.memory.device):
         return _memory_step(interface, state, stop_usage_gradient)
 

@@ -145,8 +145,10 @@ class DNCState(NamedTuple):
         Raises:
             ValueError: `rows` are not as many as the batch has, or on another device; or the states are not of one
                 shape, as those of a controller that grows its state are not, or not of one structure.
-            TypeError: `rows` is no tensor of bools.
+            TypeError: `rows` is no tensor of bools, `other` no `DNCState`.
         """
+        if not isinstance(other, DNCState):
+            raise TypeError(f"other: expected a DNCState, got {type(other).__name__}")
         check_tensor("rows", rows, self.read_words.shape[:1], dtype=torch.bool, device=self.read_words.device)
         here, there = tree_structure(self.controller), tree_structure(other.controller)
         if here != there:
