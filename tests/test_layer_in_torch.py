@@ -144,7 +144,8 @@ def test_compiles_with_inductor():
     check_compiled("inductor", LENGTHS_AND_RESET)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 def test_a_backward_that_is_compiled_as_it_goes(compiled):
     torch._dynamo.reset()
     dnc, inputs = make(), make_inputs(2, 2).requires_grad_()
@@ -351,7 +352,8 @@ def test_forward_mode_through_a_bound_of_gradients():
     assert_close(forward(make(max_activation_gradient=0.1)), forward(make()), **EXACT)
 
 
-@pytest.mark.parametrize("what", ["grad", *(pytest.param(w, marks=pytest.mark.slow) for w in ("jvp", "vmap of grad"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["jvp", "grad", "vmap of grad"])
 def test_transforms_compile(what):
     dnc, inputs = make(), make_inputs(2, 2)
 
