@@ -143,6 +143,13 @@ def negated_when_read(tensor: Tensor) -> Tensor:
     return torch._neg_view(-tensor.detach())
 
 
+def replace_parameters(module: torch.nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Put a parameter of what `function` makes of its values in the place of each."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, torch.nn.Parameter(function(parameter.detach())))
+
+
 def step_gradients(
     step: Callable[..., tuple[Tensor, MemoryState]],
     interface: Interface,

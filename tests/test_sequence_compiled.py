@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import test_sequence_goldens
 import torch
-from helpers import assert_same_bits, negated_when_read
+from helpers import assert_same_bits, negated_when_read, replace_parameters
 from sequence_parity import BATCH, assert_equal_outcomes, assert_parity, draw, make, operation, outcome
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -226,9 +226,7 @@ def test_the_first_call_without_gradients_whatever_the_default_device():
 def test_what_is_negated_when_it_is_read():
     """As the imaginary part of a conjugate is: in memory it has the other sign."""
     dnc, lazy = (make(BACKEND, clip=0.1, stop_usage_gradient=True) for _ in range(2))
-    for module in lazy.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(negated_when_read(parameter)))
+    replace_parameters(lazy, negated_when_read)
     inputs, state = draw(dnc)
     expected = dnc(inputs, state), dnc.step(inputs[0], state)
     negated = tree_map(negated_when_read, (inputs, state))

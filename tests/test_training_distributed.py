@@ -81,7 +81,7 @@ os._exit(0)
 
 
 def train_with_its_best_amid_a_row(folder: Path) -> None:
-    """A row of the metrics."""
+    """A row of the metrics sums up several steps; the best is not its last."""
     run = Run(small(steps=3, validate_every=2), folder)
     run._is_best = lambda row: row["step"] == 2  # type: ignore[method-assign]
     run.train()

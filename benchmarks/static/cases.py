@@ -159,7 +159,7 @@ def cases(complete: bool = False) -> list[Case]:
     found += step(SHAPES[-1], "sm_90", layout=spread(SHAPES[-1]))
     # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
     found += step(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
-    for dtype in ("bfloat16", "float64"):  # float16 is bfloat16 by another name
+    for dtype in ("bfloat16", "float64"):  # float16 is loaded and stored as bfloat16 is
         found += step(SHAPES[0], "sm_90", dtype=dtype)
     for variant in STEP_VARIANTS[1:]:
         found += step(SHAPES[1], "sm_90", variant=variant)

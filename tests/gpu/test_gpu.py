@@ -23,7 +23,11 @@ from test_compiling_ahead import SMALL
 
 # The tests themselves, to be run again here.
 # ruff: noqa: F401
-from test_kernel_buffers import test_a_state_of_one_element_for_all, test_zeros_of_one_element_for_all
+from test_kernel_buffers import (
+    test_a_state_of_one_element_for_all,
+    test_what_is_negated_when_it_is_read,
+    test_zeros_of_one_element_for_all,
+)
 from test_kernel_functions import test_precision, test_ranks_are_the_order_of_a_sort, test_where_there_is_no_number
 from test_kernel_goldens import test_cell_rollout, test_memory_rollout, test_memory_step
 from test_kernel_kept import (

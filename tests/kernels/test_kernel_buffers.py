@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_leaves, assert_close, assert_same_bits, negated_when_read
+from helpers import as_leaves, assert_close, assert_same_bits, negated_when_read, replace_parameters
 from parity import Margins, beside_16_bytes, launches_in_margins, launches_of_aligned
 from test_kernel_layer import CLOSE, each_backend, weighted
 from test_kernel_sequence import BACKEND, draw, make, poisoned, run
@@ -153,9 +153,7 @@ def test_what_is_negated_when_it_is_read(backend: str, device: torch.device) -> 
     dnc = make(device)
     inputs, state = draw(dnc, 2)
     expected = run(dnc, inputs, state, "reference")
-    for module in dnc.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(negated_when_read(parameter)))
+    replace_parameters(dnc, negated_when_read)
     inputs, state = tree_map(lambda x: negated_when_read(x).requires_grad_(), (inputs, state))
     assert all(x.is_neg() for x in (inputs, *tree_leaves(state), *dnc.parameters()))
     assert_close(run(dnc, inputs, state, backend), expected, **CLOSE, name="")
@@ -179,11 +177,7 @@ def test_strided_parameters(backend: str, small: bool, device: torch.device, mon
     dnc = make(device)
     inputs, state = draw(dnc, 2)
     expected = run(dnc, inputs, state, "reference")
-    for module in dnc.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            wide = torch.full((*parameter.shape, 2), torch.nan, dtype=parameter.dtype, device=device)
-            wide[..., 1] = parameter.detach()
-            setattr(module, name, torch.nn.Parameter(wide[..., 1]))
+    replace_parameters(dnc, lambda x: torch.stack([torch.full_like(x, torch.nan), x], -1)[..., 1])
     assert not any(parameter.is_contiguous() for parameter in dnc.parameters())
     assert_close(run(dnc, inputs, state, backend), expected, **CLOSE, name="")
 
