@@ -1,10 +1,10 @@
 """Which backend serves a call: one table, what each entry can do, and how one is chosen.
 
 The `backend` argument of the call or layer decides first, then `use_backend`, then the environment variable
-DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else, and
-for a single step without gradients, the reference. On a GPU it is what was the fastest when measured, which happens on
-the first call of a kind (`tuning`). While a graph is captured nothing is measured: what is remembered is taken, or else
-the first in rank; while one is traced, or with deterministic algorithms, always the first in rank.
+DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else the
+reference. On a GPU it is what was the fastest when measured, which happens on the first call of a kind (`tuning`).
+While a graph is captured nothing is measured: what is remembered is taken, or else the first in rank; while one is
+traced, or with deterministic algorithms, always the first in rank.
 """
 
 from __future__ import annotations
@@ -199,8 +199,7 @@ BACKENDS: dict[str, Backend] = {
     "torch_sequence": Backend(
         supports=_sequence_supports,
         unroll=unroll_sequence,
-        # For a single step without a backward there is nothing to gain from what it prepares.
-        rank=lambda problem: 6 if problem.steps == 1 and not problem.needs_gradient else 4,
+        rank=lambda problem: 4,
     ),
     "torch_compiled": Backend(
         supports=_compiled_supports,

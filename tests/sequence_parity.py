@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import as_leaves, assert_close, random_like, random_problem
+from helpers import as_leaves, assert_close, assert_same_bits, random_like, random_problem
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
@@ -26,6 +26,15 @@ STEPS, BATCH = 5, 3
 SIZES = dict(input_size=3, hidden_size=6, output_size=2, memory_size=5, word_size=4, num_reads=2)
 # float64: sums in another order move the last digits only. What is exactly 0 in one may be an ulp of 1 in the other.
 FORWARD, GRADIENT = dict(rtol=1e-12, atol=1e-15), dict(rtol=1e-10, atol=1e-12)
+
+CHOICES: list[dict[str, Any]] = [  # one of each kind of controller, and each strength
+    dict(num_layers=2, clip=0.1, max_activation_gradient=0.5),
+    dict(strength="softplus"),
+    dict(controller="gru", num_layers=2),
+    dict(controller="rnn", clip=0.2),
+    dict(controller="feedforward", num_layers=2),
+]
+NAMES = ["lstm", "softplus", "gru", "rnn", "feedforward"]
 
 Run = Callable[..., tuple[Tensor, DNCState]]
 
@@ -97,6 +106,30 @@ def assert_parity(dnc: DNC, inputs: Tensor, given: DNCState | None, **options: A
     expected = outcome(oracle, dnc, inputs, given, **options)
     assert_equal_outcomes(outcome(operation, dnc, inputs, given, **options), expected)
     return expected
+
+
+def assert_parity_of_single_steps(backend: str, **options: Any) -> None:
+    """Three steps by themselves, and one after a NaN; what they are given stays as it is."""
+    dnc, reference = (make(name, **options) for name in (backend, "reference"))
+    inputs, state = draw(dnc)
+    with torch.no_grad():
+        for step in range(3):
+            given = inputs[step].mT.contiguous().mT  # not contiguous
+            before = tree_map(torch.clone, state)
+            outputs, new_state = dnc.step(given, state)
+            expected = reference.step(given, state)
+            assert_same_bits(before, state)
+            torch.testing.assert_close((outputs, new_state), expected, rtol=1e-11, atol=1e-13)
+            state = new_state
+        with torch.inference_mode():
+            assert_same_bits(dnc.step(given, before), (outputs, new_state))
+        given[1, 0] = torch.nan
+        spoilt, of_spoilt = dnc.step(given, before)
+    assert spoilt[1].isnan().all()
+    assert of_spoilt.memory.memory[1].isnan().all()
+    for row in (0, 2):
+        assert_same_bits(spoilt[row], outputs[row])
+        assert_same_bits(of_spoilt.memory.link[row], new_state.memory.link[row])
 
 
 def least_gap(dnc: DNC, inputs: Tensor, given: DNCState) -> float:

@@ -8,7 +8,18 @@ import pytest
 import test_sequence_goldens
 import torch
 from helpers import assert_same_bits, negated_when_read, replace_parameters
-from sequence_parity import BATCH, assert_equal_outcomes, assert_parity, draw, make, operation, outcome
+from sequence_parity import (
+    BATCH,
+    CHOICES,
+    NAMES,
+    assert_equal_outcomes,
+    assert_parity,
+    assert_parity_of_single_steps,
+    draw,
+    make,
+    operation,
+    outcome,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import dispatch, explain
@@ -19,14 +30,6 @@ from dnc_triton.sequence.compiler import like_of, machine_code
 
 BACKEND = "torch_compiled"
 CELLS = test_sequence_goldens.CELLS
-NAMES = ["lstm", "softplus", "gru", "rnn", "feedforward"]
-CHOICES = [
-    dict(num_layers=2, clip=0.1, max_activation_gradient=0.5),
-    dict(strength="softplus"),
-    dict(controller="gru", num_layers=2),
-    dict(controller="rnn", clip=0.2),
-    dict(controller="feedforward", num_layers=2),
-]
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_COMPILER, reason="no C++ compiler")
 
@@ -142,34 +145,10 @@ def test_without_gradients():
         torch.testing.assert_close(tuple(new_state.memory), tuple(last.memory), rtol=1e-11, atol=1e-14)
 
 
-def check_steps(**options):
-    """Three steps by themselves, and one after a NaN; what they are given stays as it is."""
-    dnc, reference = (make(backend, **options) for backend in (BACKEND, "reference"))
-    inputs, state = draw(dnc)
-    with torch.no_grad():
-        for step in range(3):
-            given = inputs[step].mT.contiguous().mT  # not contiguous
-            before = tree_map(torch.clone, state)
-            outputs, new_state = dnc.step(given, state)
-            expected = reference.step(given, state)
-            assert_same_bits(before, state)
-            torch.testing.assert_close((outputs, new_state), expected, rtol=1e-11, atol=1e-13)
-            state = new_state
-        with torch.inference_mode():
-            assert_same_bits(dnc.step(given, before), (outputs, new_state))
-        given[1, 0] = torch.nan
-        spoilt, of_spoilt = dnc.step(given, before)
-    assert spoilt[1].isnan().all()
-    assert of_spoilt.memory.memory[1].isnan().all()
-    for row in (0, 2):
-        assert_same_bits(spoilt[row], outputs[row])
-        assert_same_bits(of_spoilt.memory.link[row], new_state.memory.link[row])
-
-
 def test_a_step_by_itself(monkeypatch):
     """It prepares no sequence."""
     monkeypatch.setattr(CompiledSequence, "forward", None)
-    check_steps(clip=0.1, stop_usage_gradient=True)
+    assert_parity_of_single_steps(BACKEND, clip=0.1, stop_usage_gradient=True)
 
 
 def test_strides_that_nobody_takes_compile_nothing_anew():
@@ -210,7 +189,7 @@ def test_another_number_of_steps_compiles_nothing_anew(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES, ids=NAMES)
 def test_a_step_by_itself_of_all_that_the_layer_can_be_told(choice):
-    check_steps(**choice)
+    assert_parity_of_single_steps(BACKEND, **choice)
 
 
 @pytest.mark.slow  # compiles

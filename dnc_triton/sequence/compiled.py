@@ -24,6 +24,7 @@ from dnc_triton.sequence.history import History, Plan
 from dnc_triton.sequence.loop import Before, Sequence
 from dnc_triton.sequence.native_link import link_backward, link_forward
 from dnc_triton.sequence.settings import SequenceSettings
+from dnc_triton.sequence.step import Step
 from dnc_triton.sequence.torch_memory import TorchMemory
 
 Part = Literal["forward", "backward", "replay"]  # the last makes memory and link again
@@ -84,13 +85,10 @@ class CompiledSequence(Sequence):
         compiled(*tensors)
 
 
-def step_alone(
+def compiled_step_alone(
     settings: SequenceSettings, inputs: Tensor, before: Carried, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it, a list.
-
-    What a sequence prepares takes longer than such a step.
-    """
+    """As `step_alone`, one call."""
     state = before.flatten()
     new_memory, new_link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
     tensors = [inputs.contiguous(), *state, *parameters]
@@ -174,7 +172,7 @@ def _of_link(prev: MemoryState, new: MemoryState) -> tuple[Tensor, Tensor, Tenso
     return prev.link, prev.precedence, new.write_weights, prev.read_weights
 
 
-class _Step(Sequence):
+class _Step(Step):
     """One step of a sequence while it is traced, when no number can be asked for.
 
     Args:
@@ -206,33 +204,15 @@ class _Step(Sequence):
         memory: list[Tensor],
         numbers: Tensor,
     ) -> None:
-        self.settings, self.states = settings, (before, after)
+        gates, vectors, memory = [x.unsqueeze(0) for x in gates], vector.unsqueeze(0), [x.unsqueeze(0) for x in memory]
+        cells, nothing = [[x.unsqueeze(0) for x in kept] for kept in cells], vector.new_empty(0)
+        history = History(gates, [], cells, vectors, Light(*[nothing] * 5), memory, *[nothing] * 4)
+        super().__init__(settings, history, before.memory.memory, before.words.shape[1])
+        self.memory.numbers, self.memory.has_native_link = numbers, native_link.serves(before.memory.memory)
         self.dropout = [mask.unsqueeze(0) for mask in dropout]
         self.running, self.reset = (mask[0].unsqueeze(0) if mask else None for mask in (running, reset))
         self.stops, self.resets = [bool(running)], [bool(reset)]
-        self._products(parameters, input_size)
-        gates, vectors, memory = [x.unsqueeze(0) for x in gates], vector.unsqueeze(0), [x.unsqueeze(0) for x in memory]
-        cells, nothing = [[x.unsqueeze(0) for x in kept] for kept in cells], vector.new_empty(0)
-        self.history = History(gates, [], cells, vectors, Light(*[nothing] * 5), memory, *[nothing] * 4)
-        self.vectors = vectors.unbind(0)
-        self.cells = self._make_cells()
-        self.memory = self._memory(before.memory.memory, before.words.shape[1])
-        self.memory.numbers, self.memory.has_native_link = numbers, native_link.serves(before.memory.memory)
-
-    def _at(self, step: int) -> Carried:
-        return self.states[step]
-
-    def run_forward(self) -> None:
-        self._begin_forward()
-        self._forward_step(0)
-
-    def run_alone(self, inputs: Tensor) -> Tensor:
-        """Forward, with what a sequence does before its loop and after it: inputs [B, I] to outputs [B, O]."""
-        self.inputs = inputs.unsqueeze(0)
-        self._begin_gates()
-        self.run_forward()
-        after = self.states[1]
-        return self._clip(self._project(after.layers[-1][0], after.words.flatten(1)))
+        self.bind(parameters, input_size, before, after)
 
     def run_replay(self) -> None:
         """Memory and link alone, from the write weights."""

@@ -12,7 +12,7 @@ interface vector. K = 1.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -179,7 +179,7 @@ class Sequence:
         """What does not wait for a step before: the part of the inputs, and the biases."""
         for layer, (gates, biases) in enumerate(zip(self.history.gates, self.biases, strict=True)):
             # The GRU's second bias stands apart.
-            bias = biases[0] if self.settings.controller == "gru" else torch.stack(biases).sum(0)
+            bias = biases[0] if self.settings.controller == "gru" else reduce(torch.add, biases)
             torch.add(self.from_inputs(self.inputs), bias, out=gates) if layer == 0 else gates.copy_(bias)
 
     def _begin_forward(self) -> None:

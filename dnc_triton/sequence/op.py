@@ -25,11 +25,12 @@ from dnc_triton.kernels.layout import Layout, is_shared
 from dnc_triton.ops.eager import is_eager, no_second_backward, on_device, refuse_batched, savable
 from dnc_triton.sequence import graphs, pool
 from dnc_triton.sequence.carried import Carried
-from dnc_triton.sequence.compiled import CompiledSequence, step_alone
+from dnc_triton.sequence.compiled import CompiledSequence, compiled_step_alone
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 from dnc_triton.sequence.parts import zeros
 from dnc_triton.sequence.settings import SequenceSettings
+from dnc_triton.sequence.step import step_alone
 
 SHAREABLE = tuple(MemoryState._fields.index(name) for name in ("memory", "link"))  # where these are in a state
 
@@ -111,8 +112,10 @@ def _unroll(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor
     kind = _kind(settings)
     inputs, state, parameters, running, reset, dropout = given
     carried = Carried.unflatten(state, settings.num_layers)
-    if settings.compiled and not keep and len(inputs) == 1 and not dropout and running is None and reset is None:
-        outputs, new_state = step_alone(settings, inputs[0], carried, parameters)
+    masked = bool(dropout) or running is not None or reset is not None
+    if not keep and len(inputs) == 1 and not masked and settings.layout is None and inputs.device.type == "cpu":
+        alone = compiled_step_alone if settings.compiled else step_alone
+        outputs, new_state = alone(settings, inputs[0], carried, parameters)
         return [outputs.unsqueeze(0), *new_state]
     if keep:
         sequence = kind(settings, inputs, carried, parameters, running, reset, dropout)

@@ -21,7 +21,7 @@ from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
 
-_softmax_backward = torch.ops.aten._softmax_backward_data.out
+_softmax_backward = torch._softmax_backward_data
 
 
 class Vectors(NamedTuple):

@@ -1,0 +1,99 @@
+"""One step of a sequence by itself, of which nothing is kept: in plain PyTorch on a CPU, as a stream wants it.
+
+What a sequence prepares takes as long as such a step: its buffers and their views. Here they are used again.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import lru_cache
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnc_triton.sequence import pool
+from dnc_triton.sequence.carried import Carried
+from dnc_triton.sequence.history import History, Plan
+from dnc_triton.sequence.loop import Sequence
+from dnc_triton.sequence.settings import SequenceSettings
+
+LARGEST = 2**22  # bytes of buffers that are used again: of a larger step they are a small part of the time
+
+
+class Step(Sequence):
+    """One step, on buffers that hold nothing of another one.
+
+    Args:
+        settings: of the sequence.
+        history: buffers of one step.
+        memory: [B, N, W], of the sizes of any state's.
+        reads: R.
+    """
+
+    def __init__(self, settings: SequenceSettings, history: History, memory: Tensor, reads: int) -> None:
+        self.settings, self.history, self.vectors = settings, history, history.vectors.unbind(0)
+        self.dropout: list[Tensor] = []
+        self.running, self.reset = None, None
+        self.stops, self.resets = [False], [False]
+        self.memory = self._memory(memory, reads)
+
+    def bind(self, parameters: list[Tensor], input_size: int, before: Carried, after: Carried) -> None:
+        """Say of which network, as in `Sequence`, from which state to which one."""
+        self.states = before, after
+        self._products(parameters, input_size)
+        self.cells = self._make_cells()
+
+    def _at(self, step: int) -> Carried:
+        return self.states[step]
+
+    def run_forward(self) -> None:
+        """The step, of which its gates have begun."""
+        self._begin_forward()
+        self._forward_step(0)
+
+    def run_alone(self, inputs: Tensor) -> Tensor:
+        """With what a sequence does before its loop and after it: inputs [B, I] to outputs [B, O]."""
+        self.inputs = inputs.unsqueeze(0)
+        self._begin_gates()
+        self.run_forward()
+        after = self.states[1]
+        return self._clip(self._project(after.layers[-1][0], after.words.flatten(1)))
+
+
+def step_alone(
+    settings: SequenceSettings, inputs: Tensor, before: Carried, parameters: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it, a list."""
+    memory, state = before.memory.memory, before.flatten()
+    hidden_size = parameters[-4].shape[1]  # of the interface
+    sizes = settings._replace(checkpoint=1), memory.shape, before.words.shape[1], hidden_size, memory.dtype
+    # One [B, N, W], ten [B, R, N].
+    size = (memory.numel() + 10 * before.memory.read_weights.numel()) * memory.element_size()
+    prepared, shapes = _prepared(*sizes, get_ident()) if size <= LARGEST else _prepare(*sizes)
+    step = copy(prepared)  # which holds no state and no parameter when this is over
+    light = [memory.new_empty(shape) for shape in shapes]
+    large = pool.empty_like(memory), pool.empty_like(before.memory.link)
+    after = Carried.of(*large, light, settings.num_layers)
+    if settings.cell.states == 0:  # the hidden vectors have no place in a state
+        before = before._replace(layers=after.layers)
+    step.bind(parameters, inputs.shape[-1], before, after)
+    return step.run_alone(inputs), after.flatten()[: len(state)]
+
+
+def _prepare(
+    settings: SequenceSettings, shape: torch.Size, reads: int, hidden_size: int, dtype: torch.dtype
+) -> tuple[Step, tuple[tuple[int, ...], ...]]:
+    """A step on buffers of these sizes; and the shapes of what it hands on, in the order of `Carried.light`."""
+    with torch.inference_mode(False):  # outside of which they could not be written to
+        memory = torch.empty(shape, dtype=dtype, device="cpu")
+        plan = Plan(settings, memory, reads, hidden_size)
+        return Step(settings, plan.cut(plan.allocate(1)), memory, reads), plan.carried.shapes
+
+
+@lru_cache(maxsize=8)
+def _prepared(*arguments: Any) -> tuple[Step, tuple[tuple[int, ...], ...]]:
+    """The same, made once for a thread, the last of the arguments."""
+    *sizes, _ = arguments
+    return _prepare(*sizes)
