@@ -264,7 +264,7 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     if (known := _settled.get(_key(problem, asked))) is not None:
         return known
     if asked == "auto":
-        serving = [name for name in BACKENDS if BACKENDS[name].supports(problem)[0]]
+        serving = _serving(problem)
     else:
         supported, reason = BACKENDS[asked].supports(problem)
         if not supported:
@@ -338,6 +338,17 @@ def _key(problem: Problem, asked: str) -> tuple[Any, ...] | None:
 def _clock_decides(problem: Problem) -> bool:
     """Whether what is chosen is what was measured."""
     return _settles(problem) and not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
+
+
+def _serving(problem: Problem) -> list[str]:
+    """The backends that serve; where no clock decides the first in rank alone, and those behind it are not asked."""
+    clock_decides, serving = _clock_decides(problem), []
+    for name in sorted(BACKENDS, key=lambda name: BACKENDS[name].rank(problem)):
+        if BACKENDS[name].supports(problem)[0]:
+            serving.append(name)
+            if not clock_decides:
+                break
+    return serving
 
 
 def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[tuning.Candidate, bool]:
