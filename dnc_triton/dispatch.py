@@ -1,10 +1,10 @@
 """Which backend serves a call: one table, what each entry can do, and how one is chosen.
 
 The `backend` argument of the call or layer decides first, then `use_backend`, then the environment variable
-DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else the
-reference. On a GPU it is what was the fastest when measured, which happens on the first call of a kind (`tuning`).
-While a graph is captured nothing is measured: what is remembered is taken, or else the first in rank; while one is
-traced, or with deterministic algorithms, always the first in rank.
+DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else, and
+for a single step without gradients that is traced, the reference. On a GPU it is what was the fastest when measured,
+which happens on the first call of a kind (`tuning`). While a graph is captured nothing is measured: what is remembered
+is taken, or else the first in rank; while one is traced, or with deterministic algorithms, always the first in rank.
 """
 
 from __future__ import annotations
@@ -199,7 +199,10 @@ BACKENDS: dict[str, Backend] = {
     "torch_sequence": Backend(
         supports=_sequence_supports,
         unroll=unroll_sequence,
-        rank=lambda problem: 4,
+        # Of a single step without a backward a compiler makes more where it can look into what is called.
+        rank=lambda problem: (
+            6 if torch.compiler.is_compiling() and problem.steps == 1 and not problem.needs_gradient else 4
+        ),
     ),
     "torch_compiled": Backend(
         supports=_compiled_supports,

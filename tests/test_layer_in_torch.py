@@ -211,6 +211,16 @@ def test_exports_for_any_size(most, strict, monkeypatch):
         check_exported(dnc, make_inputs(3, 5), {**batch, 1: Dim("T", min=2)}, [(2, 2), (8, 50)], strict)
 
 
+@pytest.mark.parametrize(("steps", "is_operator"), [(1, False), (2, True)])
+def test_a_compiler_looks_into_a_single_step_without_gradients(steps, is_operator):
+    """Which it makes faster than the operator, and whoever loads such a program need not have this package."""
+    dnc, inputs = make(), make_inputs(3, steps)
+    with torch.no_grad():
+        program = torch.export.export(dnc, (inputs,))
+    assert any("dnc_triton" in str(node.target) for node in program.graph.nodes) == is_operator
+    assert_close(program.module()(inputs), dnc(inputs), **CLOSE)
+
+
 def test_exports_what_auto_keeps_of_a_known_size(monkeypatch):
     for most, expected in ((2**14, 8), (2**28, 1)):
         monkeypatch.setattr(pool, "MOST", most)
