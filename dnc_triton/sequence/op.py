@@ -113,7 +113,7 @@ def _unroll(settings: SequenceSettings, given: Given, keep: bool) -> list[Tensor
     inputs, state, parameters, running, reset, dropout = given
     carried = Carried.unflatten(state, settings.num_layers)
     masked = bool(dropout) or running is not None or reset is not None
-    if not keep and len(inputs) == 1 and not masked and settings.layout is None and inputs.device.type == "cpu":
+    if not keep and len(inputs) == 1 and not masked and settings.layout is None:
         alone = compiled_step_alone if settings.compiled else step_alone
         outputs, new_state = alone(settings, inputs[0], carried, parameters)
         return [outputs.unsqueeze(0), *new_state]

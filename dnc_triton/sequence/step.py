@@ -1,6 +1,6 @@
-"""One step of a sequence by itself, of which nothing is kept: in plain PyTorch on a CPU, as a stream wants it.
+"""One step of a sequence by itself, in plain PyTorch, of which nothing is kept: as a stream wants it.
 
-What a sequence prepares takes as long as such a step: its buffers and their views. Here they are used again.
+What a sequence prepares takes as long as such a step: its buffers and their views. On a CPU they are used again here.
 """
 
 from __future__ import annotations
@@ -66,12 +66,13 @@ def step_alone(
     settings: SequenceSettings, inputs: Tensor, before: Carried, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it, a list."""
-    memory, state = before.memory.memory, before.flatten()
+    memory, reads, state = before.memory.memory, before.words.shape[1], before.flatten()
     hidden_size = parameters[-4].shape[1]  # of the interface
-    sizes = settings._replace(checkpoint=1), memory.shape, before.words.shape[1], hidden_size, memory.dtype
+    sizes = settings._replace(checkpoint=1), memory.shape, reads, hidden_size, memory.dtype, memory.device
     # One [B, N, W], ten [B, R, N].
     size = (memory.numel() + 10 * before.memory.read_weights.numel()) * memory.element_size()
-    prepared, shapes = _prepared(*sizes, get_ident()) if size <= LARGEST else _prepare(*sizes)
+    again = memory.device.type == "cpu" and size <= LARGEST  # a graph's have to be its own, or a stream's
+    prepared, shapes = _prepared(*sizes, get_ident()) if again else _prepare(*sizes)
     step = copy(prepared)  # which holds no state and no parameter when this is over
     light = [memory.new_empty(shape) for shape in shapes]
     large = pool.empty_like(memory), pool.empty_like(before.memory.link)
@@ -83,16 +84,21 @@ def step_alone(
 
 
 def _prepare(
-    settings: SequenceSettings, shape: torch.Size, reads: int, hidden_size: int, dtype: torch.dtype
+    settings: SequenceSettings,
+    shape: torch.Size,
+    reads: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Step, tuple[tuple[int, ...], ...]]:
     """A step on buffers of these sizes; and the shapes of what it hands on, in the order of `Carried.light`."""
     with torch.inference_mode(False):  # outside of which they could not be written to
-        memory = torch.empty(shape, dtype=dtype, device="cpu")
+        memory = torch.empty(shape, dtype=dtype, device=device)
         plan = Plan(settings, memory, reads, hidden_size)
         return Step(settings, plan.cut(plan.allocate(1)), memory, reads), plan.carried.shapes
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _prepared(*arguments: Any) -> tuple[Step, tuple[tuple[int, ...], ...]]:
     """The same, made once for a thread, the last of the arguments."""
     *sizes, _ = arguments
