@@ -79,7 +79,12 @@ from test_kernel_products import (
 )
 from test_kernel_products import test_parity as test_products
 from test_kernel_products import test_the_layer as test_the_layer_with_small_products
-from test_kernel_rollouts import test_a_layer_in_bfloat16, test_fifty_steps, test_torch_sequence
+from test_kernel_rollouts import (
+    test_a_layer_in_bfloat16,
+    test_fifty_steps,
+    test_torch_sequence,
+    test_torch_sequence_step_by_step,
+)
 from test_kernel_rows import (
     test_a_nan_is_not_lost,
     test_a_nan_stays_in_its_row,

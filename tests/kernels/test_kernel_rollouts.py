@@ -18,7 +18,7 @@ from test_kernel_sequence import draw, make, run
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dnc_triton import DNC, DNCState
+from dnc_triton import DNC, DNCState, use_backend
 
 Problem = tuple[DNC, Tensor, DNCState]
 
@@ -85,3 +85,17 @@ def test_torch_sequence(controller: str, device: torch.device) -> None:
         **CLOSE,
         name="",
     )
+
+
+@torch.no_grad()
+def test_torch_sequence_step_by_step(device: torch.device) -> None:
+    """On a GPU the first two are launched, the others replayed."""
+    dnc = make(device, sizes=(16, 8, 2), num_layers=2)
+    inputs, state = draw(dnc, 6, batch=3)
+    outputs = []
+    with use_backend("torch_sequence"):
+        expected = dnc(inputs, state)
+        for given in inputs.unbind(1):
+            output, state = dnc.step(given, state)
+            outputs.append(output)
+    assert_close((torch.stack(outputs, 1), state), expected, **CLOSE, name="")
