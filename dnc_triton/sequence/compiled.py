@@ -93,7 +93,7 @@ def compiled_step_alone(
     new_memory, new_link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
     tensors = [inputs.contiguous(), *state, *parameters]
     likes = tuple(map(like_of, tensors))
-    settings, counts = settings._replace(checkpoint=1), (1, len(state), len(parameters))
+    counts = 1, len(state), len(parameters)
     compiled = _compile_alone(settings, before.words.shape[1], counts, likes, torch.get_num_threads())
     outputs, usage, *others = compiled(*tensors, new_memory, new_link)
     return outputs, [new_memory, usage, new_link, *others]
@@ -305,8 +305,6 @@ def _compile_alone(
         *gates, vector = (tensor for (tensor,) in each)
         own_link = large[1] if native_link.serves(memory) else torch.empty_like(prev_link)
         new = Carried.of(torch.empty_like(memory), own_link, carried, settings.num_layers)
-        if settings.cell.states == 0:  # where hidden vectors go, which are not returned
-            prev = prev._replace(layers=new.layers)
         cells, of_memory = plan.split(kept)
         written = gates, vector, cells, [*of_memory, free_list]
         step = _Step(settings, parameters, inputs.shape[-1], [], [], [], prev, new, *written, numbers)

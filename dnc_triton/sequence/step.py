@@ -68,7 +68,7 @@ def step_alone(
     """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it, a list."""
     memory, reads, state = before.memory.memory, before.words.shape[1], before.flatten()
     hidden_size = parameters[-4].shape[1]  # of the interface
-    sizes = settings._replace(checkpoint=1), memory.shape, reads, hidden_size, memory.dtype, memory.device
+    sizes = settings, memory.shape, reads, hidden_size, memory.dtype, memory.device
     # One [B, N, W], ten [B, R, N].
     size = (memory.numel() + 10 * before.memory.read_weights.numel()) * memory.element_size()
     again = memory.device.type == "cpu" and size <= LARGEST  # a graph's have to be its own, or a stream's
@@ -77,8 +77,6 @@ def step_alone(
     light = [memory.new_empty(shape) for shape in shapes]
     large = pool.empty_like(memory), pool.empty_like(before.memory.link)
     after = Carried.of(*large, light, settings.num_layers)
-    if settings.cell.states == 0:  # the hidden vectors have no place in a state
-        before = before._replace(layers=after.layers)
     step.bind(parameters, inputs.shape[-1], before, after)
     return step.run_alone(inputs), after.flatten()[: len(state)]
 
