@@ -71,9 +71,9 @@ def step_alone(
     sizes = settings, memory.shape, reads, hidden_size, memory.dtype, memory.device
     # One [B, N, W], ten [B, R, N].
     size = (memory.numel() + 10 * before.memory.read_weights.numel()) * memory.element_size()
-    again = memory.device.type == "cpu" and size <= LARGEST  # a graph's have to be its own, or a stream's
+    again = memory.device.type == "cpu" and size <= LARGEST  # on a GPU each graph and each stream wants its own
     prepared, shapes = _prepared(*sizes, get_ident()) if again else _prepare(*sizes)
-    step = copy(prepared)  # which holds no state and no parameter when this is over
+    step = copy(prepared)  # so that what waits holds no state and no parameter
     light = [memory.new_empty(shape) for shape in shapes]
     large = pool.empty_like(memory), pool.empty_like(before.memory.link)
     after = Carried.of(*large, light, settings.num_layers)
