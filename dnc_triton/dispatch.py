@@ -287,7 +287,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     """The table of backends for a problem, a line each, with what was measured; the chosen one is starred."""
     asked, asked_by = _asked(backend)
     answers = {name: BACKENDS[name].supports(problem) for name in BACKENDS}
-    serving = [name for name in BACKENDS if answers[name][0] and asked in ("auto", name)]
+    serving = [name for name in _ranked(problem) if answers[name][0] and asked in ("auto", name)]
     chosen = _best(problem, serving, measure=False)[0][0] if serving else None
     times = tuning.remembered(problem)
     lines = [str(problem), f"asked for: {asked!r}, by {asked_by}"]
@@ -343,10 +343,15 @@ def _clock_decides(problem: Problem) -> bool:
     return _settles(problem) and not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
 
 
+def _ranked(problem: Problem) -> list[str]:
+    """All backends, those first that are taken where nothing was measured."""
+    return sorted(BACKENDS, key=lambda name: BACKENDS[name].rank(problem))
+
+
 def _serving(problem: Problem) -> list[str]:
-    """The backends that serve; where no clock decides the first in rank alone, and those behind it are not asked."""
+    """The backends that serve, by rank; where no clock decides the first alone, and those behind it are not asked."""
     clock_decides, serving = _clock_decides(problem), []
-    for name in sorted(BACKENDS, key=lambda name: BACKENDS[name].rank(problem)):
+    for name in _ranked(problem):
         if BACKENDS[name].supports(problem)[0]:
             serving.append(name)
             if not clock_decides:
@@ -355,10 +360,9 @@ def _serving(problem: Problem) -> list[str]:
 
 
 def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[tuning.Candidate, bool]:
-    """Of the backends that serve a problem the fastest, with its layout; and whether nothing is left to be measured."""
-    ranked = sorted(serving, key=lambda name: BACKENDS[name].rank(problem))
+    """Of those that serve, by rank, the fastest, with its layout; and whether nothing is left to be measured."""
     candidates: list[tuning.Candidate] = []
-    for name in ranked:
+    for name in serving:
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
     if len(candidates) == 1 or not _clock_decides(problem):
         return candidates[0], True

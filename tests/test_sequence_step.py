@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from sequence_parity import CHOICES, NAMES, assert_parity_of_single_steps, draw, make
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton.sequence import step
 from dnc_triton.sequence.loop import Sequence
@@ -115,9 +115,36 @@ def test_neither_a_network_nor_a_state_is_held():
     assert not [storage for storage in storages if storage() is not None]
 
 
-def test_large_buffers_do_not_wait():
-    dnc = make(memory_size=64, word_size=64, dtype=torch.float32)
-    with torch.no_grad():
-        for batch, waiting in ((16, 1), (512, 1), (17, 2)):
-            dnc.step(torch.zeros(batch, 3))
-            assert step._prepared.cache_info().currsize == waiting
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(memory_size=16, word_size=16, num_reads=4, hidden_size=64),
+        dict(memory_size=2, word_size=64, num_reads=4, hidden_size=16),
+        dict(memory_size=64, word_size=1, num_reads=16),
+        dict(memory_size=4, hidden_size=512, num_layers=3, clip=1.0),
+        dict(memory_size=4, hidden_size=512, controller="gru"),
+    ],
+    ids=str,
+)
+def test_what_buffers_take_is_known_before_they_are_there(sizes, monkeypatch):
+    """To a factor of two: what is above the limit does not wait."""
+    dnc = make(**sizes)
+    inputs, state = draw(dnc, batch=4)
+
+    def take_a_step():
+        with torch.no_grad():
+            dnc.step(inputs[0], state)
+        return step._prepared.cache_info().currsize
+
+    made = []
+    prepare = step._prepare
+    monkeypatch.setattr(step, "_prepare", lambda *given: made.append(prepare(*given)) or made[-1])
+    assert take_a_step() == 1
+    (prepared, _), *_ = made
+    parts = [prepared.history, prepared.vectors, vars(prepared.memory)]
+    storages = {x.untyped_storage() for x in tree_leaves(parts) if isinstance(x, torch.Tensor)}
+    taken = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    for limit, waiting in ((2 * taken, 1), (taken / 2, 0)):
+        step._prepared.cache_clear()
+        monkeypatch.setattr(step, "LARGEST", limit)
+        assert take_a_step() == waiting

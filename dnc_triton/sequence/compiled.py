@@ -172,7 +172,7 @@ def _of_link(prev: MemoryState, new: MemoryState) -> tuple[Tensor, Tensor, Tenso
     return prev.link, prev.precedence, new.write_weights, prev.read_weights
 
 
-class _Step(Step):
+class _TracedStep(Step):
     """One step of a sequence while it is traced, when no number can be asked for.
 
     Args:
@@ -263,14 +263,14 @@ def _compile(
             vector, _, free_list = others
             cells, of_memory = plan.split(own)
             new = Carried.of(own_memory, own_link, light, layers)
-            _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers).run_forward()
+            _TracedStep(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers).run_forward()
             made = [*after, *kept]
             results = [own_memory, own_link, plan.carried.join(light), *gates, vector, plan.kept.join(own), free_list]
         else:
             new = Carried.of(own_memory, own_link, plan.carried.cut(after[2]), layers)
             *gates, vector, kept_row, free_list = kept
             cells, of_memory = plan.split(plan.kept.cut(kept_row))
-            step = _Step(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers)
+            step = _TracedStep(*of_network, prev, new, gates, vector, cells, [*of_memory, free_list], numbers)
             if part == "replay":
                 step.run_replay()
                 made, results = after[:2], [own_memory, own_link]
@@ -307,7 +307,7 @@ def _compile_alone(
         new = Carried.of(torch.empty_like(memory), own_link, carried, settings.num_layers)
         cells, of_memory = plan.split(kept)
         written = gates, vector, cells, [*of_memory, free_list]
-        step = _Step(settings, parameters, inputs.shape[-1], [], [], [], prev, new, *written, numbers)
+        step = _TracedStep(settings, parameters, inputs.shape[-1], [], [], [], prev, new, *written, numbers)
         outputs, states = step.run_alone(inputs), new.flatten()[: len(state)]
         _copy_all(large, [states.pop(0), states.pop(1)])
         return [outputs, *states]

@@ -19,7 +19,7 @@ from dnc_triton.sequence.history import History, Plan
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.settings import SequenceSettings
 
-LARGEST = 2**22  # bytes of buffers that are used again: of a larger step they are a small part of the time
+LARGEST = 2**22  # bytes of buffers that wait: of a larger step to prepare them is a small part of the time
 
 
 class Step(Sequence):
@@ -67,11 +67,9 @@ def step_alone(
 ) -> tuple[Tensor, list[Tensor]]:
     """One step, and nothing kept: inputs [B, I] and a state to outputs [B, O] and the state after it, a list."""
     memory, reads, state = before.memory.memory, before.words.shape[1], before.flatten()
-    hidden_size = parameters[-4].shape[1]  # of the interface
-    sizes = settings, memory.shape, reads, hidden_size, memory.dtype, memory.device
-    # One [B, N, W], ten [B, R, N].
-    size = (memory.numel() + 10 * before.memory.read_weights.numel()) * memory.element_size()
-    again = memory.device.type == "cpu" and size <= LARGEST  # on a GPU each graph and each stream wants its own
+    sizes = settings, memory.shape, reads, parameters[-4].shape[1], memory.dtype, memory.device
+    again = memory.device.type == "cpu"  # on a GPU each graph and each stream wants its own
+    again = again and _bytes(settings, memory, reads, *parameters[-4].shape) <= LARGEST
     prepared, shapes = _prepared(*sizes, get_ident()) if again else _prepare(*sizes)
     step = copy(prepared)  # so that what waits holds no state and no parameter
     light = [memory.new_empty(shape) for shape in shapes]
@@ -79,6 +77,13 @@ def step_alone(
     after = Carried.of(*large, light, settings.num_layers)
     step.bind(parameters, inputs.shape[-1], before, after)
     return step.run_alone(inputs), after.flatten()[: len(state)]
+
+
+def _bytes(settings: SequenceSettings, memory: Tensor, reads: int, interface_size: int, hidden_size: int) -> int:
+    """What the buffers of a step take, to a factor of two: most for an LSTM with a clip."""
+    batch, slots, word = memory.shape
+    by_slot, by_unit = word + 12 * reads + 20, 12 * settings.num_layers
+    return batch * (slots * by_slot + hidden_size * by_unit + 2 * interface_size) * memory.element_size()
 
 
 def _prepare(

@@ -89,7 +89,7 @@ def test_torch_sequence(controller: str, device: torch.device) -> None:
 
 @torch.no_grad()
 def test_torch_sequence_step_by_step(device: torch.device) -> None:
-    """On a GPU the first two are launched, the others replayed."""
+    """On a GPU the first is launched, the others are replayed."""
     dnc = make(device, sizes=(16, 8, 2), num_layers=2)
     inputs, state = draw(dnc, 6, batch=3)
     outputs = []
