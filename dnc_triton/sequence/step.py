@@ -80,7 +80,7 @@ def step_alone(
 
 
 def _bytes(settings: SequenceSettings, memory: Tensor, reads: int, interface_size: int, hidden_size: int) -> int:
-    """What the buffers of a step take, to a factor of two: most for an LSTM with a clip."""
+    """About what the buffers of a step take: of an LSTM with a clip, of which other controllers take a part."""
     batch, slots, word = memory.shape
     by_slot, by_unit = word + 12 * reads + 20, 12 * settings.num_layers
     return batch * (slots * by_slot + hidden_size * by_unit + 2 * interface_size) * memory.element_size()
