@@ -36,6 +36,21 @@ def test_state_of_another_configuration(changes, argument, expected, came):
         make()(INPUTS, make(**changes).initial_state(BATCH))
 
 
+@pytest.mark.parametrize(
+    ("size", "error", "expected"),
+    [
+        (-1, ValueError, "at least 0"),
+        (2.0, TypeError, "an integer"),
+        ("2", TypeError, "an integer"),
+        (True, TypeError, "an integer"),
+        (None, TypeError, "an integer"),
+    ],
+)
+def test_an_initial_state_of_no_batch(size, error, expected):
+    with refuses(error, "batch_size", expected, repr(size)):
+        make().initial_state(size)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_state_of_another_batch(rows):
     with refuses(ValueError, "state.memory.memory", "[4, 5, 4]", f"[{rows}, 5, 4]"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,6 +15,16 @@ def check_size(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_batch_size(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError, naming it, unless it is an integer that is not negative."""
+    if isinstance(value, torch.SymInt):  # of a program that is traced for any size
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
 
 
 def check_bool(name: str, value: Any) -> None:

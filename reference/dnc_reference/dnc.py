@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dnc_reference.checks import check_bool, check_floating, check_number, check_size
+from dnc_reference.checks import check_batch_size, check_bool, check_floating, check_number, check_size
 from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.interface import STRENGTHS, activate_interface, interface_sizes
 from dnc_reference.memory import memory_step, without_autocast
@@ -167,7 +167,13 @@ class DNCCell(nn.Module):
         raise TypeError("parameters: expected one of a floating dtype at least, whose dtype and device the state has")
 
     def initial_state(self, batch_size: int) -> DNCState:
-        """The state before the first step: zeros, in the parameters' dtype and on their device."""
+        """The state before the first step: zeros, in the parameters' dtype and on their device.
+
+        Raises:
+            TypeError: `batch_size` is no integer.
+            ValueError: it is negative.
+        """
+        check_batch_size("batch_size", batch_size)
         like = self.like()
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         return DNCState(
