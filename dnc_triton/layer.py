@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from dnc_reference import DNCCell, DNCState, MemoryState
 from dnc_reference.checks import check_bool, check_dense, check_tensor
 from dnc_reference.controller import CONTROLLERS
+from dnc_reference.interface import check_strength
 from dnc_reference.memory import check_memory_state
 from dnc_triton.dispatch import check_backend, choose, explain_problem
 from dnc_triton.kernels.layout import MOST_IN_ONE_LAUNCH, MOST_SLOTS
@@ -49,14 +50,16 @@ class DNC(DNCCell):
         stop_usage_gradient: no gradient from usage to earlier writes, as in DeepMind's published code.
         max_activation_gradient: bound on each element of the gradient with respect to the hidden vectors of a built-in
             controller, at every step, which bounds what goes back through time; None for none. The paper has 10.
+            Of a loss that is scaled, as by a `GradScaler`, it bounds the scaled gradient: scale it as well, in
+            ``controller.max_activation_gradient``.
         checkpoint: at which steps memory and link, by far the largest tensors, are kept for the backward. None: at
             every step (the backend "triton_split" keeps every fourth link). An integer k: at every k-th; the backward
             computes the others again, to the same bits, which takes time; parts of your own are called again for it,
-            hooks too, and what these change on the way is changed twice; where the layer runs step by step parameters
-            and the given state must stay as they are until then. "auto": at every step while that takes at
-            most 256 MiB on a CPU or a quarter of a GPU's memory, else at every √T-th; at every step wherever the layer
-            runs step by step, as with several write heads or parts of your own, and in a program that is exported for
-            a batch or T left open.
+            hooks too, and what these change on the way is changed twice; where the layer runs step by step parameters,
+            the given state and the mode, train or eval, must stay as they are until then. "auto": at every step while
+            that takes at most 256 MiB on a CPU or a quarter of a GPU's memory, else at every √T-th; at every step
+            wherever the layer runs step by step, as with several write heads or parts of your own, and in a program
+            that is exported for a batch or T left open.
         backend: "auto", or the name of the one to use; see `explain`.
         device, dtype: of the parameters and the state; None for torch's defaults.
 
@@ -206,7 +209,8 @@ class DNC(DNCCell):
         reset: Tensor | None,
         trace: bool,
     ) -> Any:
-        _check_checkpoint(self.checkpoint)  # it may have been set since
+        _check_checkpoint(self.checkpoint)  # they may have been set since
+        check_strength(self.strength)
         problem = self.problem(inputs)
         batch, steps = problem.batch, problem.steps
         if state is None:

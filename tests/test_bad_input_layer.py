@@ -96,6 +96,14 @@ def test_constructor(argument, value, error, expected, came):
         make(**{argument: value})
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_strength_set_after_the_constructor_looked_at_it(backend):
+    dnc = make(backend=backend)
+    dnc.strength = "relu"
+    with refuses(ValueError, "strength", "'oneplus', 'softplus'", "'relu'"):
+        dnc(INPUTS)
+
+
 @pytest.mark.filterwarnings("ignore:dropout")
 @pytest.mark.parametrize("changes", [{"num_layers": 2}, {"dropout": 0.5}], ids=["num_layers", "dropout"])
 def test_layers_and_dropout_belong_to_built_in_controllers(changes):

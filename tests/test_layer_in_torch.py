@@ -324,18 +324,22 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("stepwise", [*STEPWISE, dict(controller=Scaled)], ids=str)
 def test_checkpoints_have_the_weights_of_a_functional_call(stepwise):
+    class Tagged(nn.Parameter):
+        """As those are that a package keeps notes on."""
+
     """Which are gone when the backward computes steps again; tied or not, buffers too."""
 
-    def run(checkpoint, **options):
+    def run(checkpoint, kind=nn.Parameter, **options):
         dnc = make(checkpoint=checkpoint, **stepwise)
         dnc.twice = dnc.interface.weight  # under another name
-        weights = {name: (1.5 * p).detach().requires_grad_() for name, p in dnc.named_parameters()}
+        weights = {name: kind(1.5 * p.detach()) for name, p in dnc.named_parameters()}
         tensors = weights | {name: 3 * buffer for name, buffer in dnc.named_buffers()}
         outputs, state = torch.func.functional_call(dnc, tensors, (make_inputs(),), **options)
         return gradients(total(outputs, state), weights)
 
     assert_close(run(2), run(None), **CLOSE)
     assert_close(run(2, tie_weights=False), run(None, tie_weights=False), **CLOSE)
+    assert_close(run(2, Tagged), run(None, Tagged), **CLOSE)
 
 
 @pytest.mark.parametrize("stepwise", STEPWISE, ids=str)

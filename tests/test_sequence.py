@@ -18,6 +18,7 @@ from sequence_parity import (
     FORWARD,
     GRADIENT,
     STEPS,
+    Outcome,
     assert_parity,
     draw,
     least_gap,
@@ -79,6 +80,20 @@ def test_bounded_activation_gradient(controller, num_layers, clip):
     assert_same_bits(bounded[:2], unbounded[:2])
     biases = [name for name in bounded.gradients if name.startswith("controller") and "bias" in name]
     assert all((bounded.gradients[name] - unbounded.gradients[name]).abs().max() > 1e-3 for name in biases)
+
+
+@pytest.mark.parametrize("run", [operation, oracle])
+def test_a_bound_that_is_scaled_as_the_loss_is(run):
+    """As docs/own_data.md has it for float16. By a power of two, which no sum rounds otherwise."""
+    scale = 2.0**16
+
+    def found(by: float) -> Outcome:
+        dnc = make(num_layers=2, max_activation_gradient=0.05)
+        dnc.controller.max_activation_gradient *= by
+        return outcome(run, dnc, *draw(dnc), loss=lambda *results: by * total(*results))
+
+    plain, scaled = found(1.0), found(scale)
+    assert_same_bits({name: gradient / scale for name, gradient in scaled.gradients.items()}, plain.gradients)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import dnc_reference
 from dnc_reference import DNCCell, DNCState
-from dnc_triton.ops.eager import ORDINARY, all_savable, is_transformed
+from dnc_triton.ops.eager import all_savable, is_transformed
 
 
 def unroll_stepwise(
@@ -75,8 +75,8 @@ def _again(cell: DNCCell, given: list[Any]) -> Callable[..., tuple[Tensor, DNCSt
     forward. One that was changed in place meanwhile is an error, as for what autograd saves, even where no gradient
     needs its value. (Inputs are checked by the checkpoint itself.)
     """
-    parameters = _ordinary(cell.named_parameters(remove_duplicate=False))
-    tensors = parameters | _ordinary(cell.named_buffers(remove_duplicate=False))
+    parameters = _whole(cell.named_parameters(remove_duplicate=False))
+    tensors = parameters | _whole(cell.named_buffers(remove_duplicate=False))
     # Those of inference mode have no version.
     counted = [x for x in (*parameters.values(), *given) if isinstance(x, Tensor) and not x.is_inference()]
     versions = [x._version for x in counted]
@@ -99,6 +99,6 @@ def _again(cell: DNCCell, given: list[Any]) -> Callable[..., tuple[Tensor, DNCSt
     return run
 
 
-def _ordinary(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Without those that are sharded over devices: what shards them gathers them for a backward itself."""
-    return {name: tensor for name, tensor in named if type(tensor) in ORDINARY}
+def _whole(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Without those that are sharded over devices (`DTensor`): what shards them gathers them for a backward itself."""
+    return {name: tensor for name, tensor in named if not hasattr(tensor, "placements")}

@@ -99,7 +99,7 @@ def allocation_weights(usage: Tensor) -> Tensor:
     """
     sorted_usage, free_list = sort_usage(usage)
     sorted_allocation = (1 - sorted_usage) * exclusive_product(sorted_usage)
-    return torch.empty_like(usage).scatter_(-1, free_list, sorted_allocation)
+    return torch.empty_like(usage).scatter(-1, free_list, sorted_allocation)
 
 
 def sort_usage(usage: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from dnc_reference.checks import check_batch_size, check_bool, check_floating, check_number, check_size
 from dnc_reference.controller import CONTROLLERS, Controller
-from dnc_reference.interface import STRENGTHS, activate_interface, interface_sizes
+from dnc_reference.interface import activate_interface, check_strength, interface_sizes
 from dnc_reference.memory import memory_step, without_autocast
 from dnc_reference.types import DNCState, MemoryState
 
@@ -62,7 +62,8 @@ class DNCCell(nn.Module):
         strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
         stop_usage_gradient: as in `memory_step`.
         max_activation_gradient: bound on each element of the gradient with respect to the hidden vectors of a built-in
-            controller, at every step; None for none. The paper has 10.
+            controller, at every step; None for none. The paper has 10. Of a loss that is scaled, as by a
+            `GradScaler`, it bounds the scaled gradient: scale it as well, in ``controller.max_activation_gradient``.
         device, dtype: of the parameters and the state; None for torch's defaults.
 
     Raises:
@@ -100,8 +101,7 @@ class DNCCell(nn.Module):
         sizes.update(word_size=word_size, num_reads=num_reads, num_writes=num_writes, num_layers=num_layers)
         for name, size in sizes.items():
             check_size(name, size)
-        if not isinstance(strength, str) or strength not in STRENGTHS:
-            raise ValueError(f"strength: expected one of {', '.join(map(repr, STRENGTHS))}, got {strength!r}")
+        check_strength(strength)
         for name, bound in (("clip", clip), ("max_activation_gradient", max_activation_gradient)):
             if bound is not None:
                 check_number(name, bound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,12 @@ from dnc_reference.addressing import oneplus, softplus
 from dnc_reference.types import Interface
 
 STRENGTHS: dict[str, Callable[[Tensor], Tensor]] = {"oneplus": oneplus, "softplus": softplus}
+
+
+def check_strength(strength: Any) -> None:
+    """Raise ValueError unless it is the name of what makes strengths."""
+    if not isinstance(strength, str) or strength not in STRENGTHS:
+        raise ValueError(f"strength: expected one of {', '.join(map(repr, STRENGTHS))}, got {strength!r}")
 
 
 def interface_sizes(num_reads: int, num_writes: int, word_size: int) -> dict[str, int]:
