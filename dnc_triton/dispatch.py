@@ -274,9 +274,12 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
             raise RuntimeError(f"backend {asked!r}, asked for by {asked_by}, does not serve this call: {reason}")
         serving = [asked]
     (name, layout), settled = _best(problem, serving)
+    key = _key(problem, asked)  # by now more may have been measured, by other threads too
+    settled = settled and key is not None
+    if settled:
+        (name, layout), _ = _best(problem, serving, measure=False)
     chosen = BACKENDS[name].with_layout(layout)
-    key = _key(problem, asked)  # by now more may have been measured
-    if key is not None and settled:
+    if settled:
         if len(_settled) >= 1000:  # of a new batch or length each time
             _settled.clear()
         _settled[key] = chosen

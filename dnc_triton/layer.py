@@ -344,7 +344,12 @@ class DNC(DNCCell):
             return False
         shape, dtype, device = (batch, self.hidden_size), weight.dtype, weight.device
         return all(
-            isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype and x.device == device
+            isinstance(x, Tensor)
+            and not x.is_nested
+            and x.layout == torch.strided
+            and x.shape == shape
+            and x.dtype == dtype
+            and x.device == device
             for layer in state
             for x in layer
         )
@@ -378,7 +383,7 @@ def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
 
 
 def _check_checkpoint(checkpoint: Any) -> None:
-    if checkpoint is None or checkpoint == "auto":
+    if checkpoint is None or (isinstance(checkpoint, str) and checkpoint == "auto"):
         return
     if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
         raise TypeError(f"checkpoint: expected 'auto', None or an integer, got {checkpoint!r}")

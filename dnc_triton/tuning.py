@@ -9,7 +9,8 @@ A problem is remembered by its bucket: the device's model, the versions of this 
 dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of two; for a sequence
 also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not at all, so that any number of
 processes may measure at once; what is in a file that cannot be understood is measured again. What a bucket lacks, not
-asked for before or left when time was up, is measured when it is asked for next. Most of the time goes into compiling
+asked for before or left when time was up, is measured when it is asked for next; what failed for want of something that
+there may be another time, in the next process. Most of the time goes into compiling
 kernels, so those of several candidates compile at once, before they are measured.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless what it takes
@@ -43,13 +44,12 @@ from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
-from dnc_triton.sequence.engine import is_out_of_memory
 from dnc_triton.version import __version__
 
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-FORMAT = 9  # of what is remembered; another one where kernels changed so much that old times mislead
+FORMAT = 10  # of what is remembered; another one where kernels changed so much that old times mislead
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
@@ -64,7 +64,7 @@ TOTAL_SECONDS = 60.0
 logger = logging.getLogger("dnc_triton")
 _known: dict[str, dict[Candidate, float]] = {}
 _measured_times = 0  # in this process
-_no_room: dict[str, set[Candidate]] = {}  # what ran out of memory in this process; the next one tries it again
+_failed_for_now: dict[str, set[Candidate]] = {}  # in this process; the next one tries it again
 
 
 def measures_sequence(problem: Problem) -> bool:
@@ -82,11 +82,12 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
             tracer sees each operator, nor with DNC_TRITON_MEASURE=0.
 
     Returns:
-        one of the candidates; the first of those that memory did not suffice for, where none of the others works.
+        one of the candidates; the first of those that failed for want of memory, say, where none of the others works:
+        the call itself may find some, or says what is wrong.
 
     Raises:
         ValueError: DNC_TRITON_MEASURE or DNC_TRITON_GRAPHS is neither 0 nor 1.
-        Exception: every candidate failed, and this one the last; or CUDA can no longer be used.
+        Exception: every candidate failed for good, and this one the last; or CUDA can no longer be used.
     """
     times, measured = remembered(problem), _measured(problem)
     missing = {candidate: operation for candidate, operation in operations.items() if candidate not in measured}
@@ -124,7 +125,7 @@ def measured_times() -> int:
 
 
 def _measured(problem: Problem) -> set[Candidate]:
-    return remembered(problem).keys() | _no_room.get(_bucket(problem), set())
+    return remembered(problem).keys() | _failed_for_now.get(_bucket(problem), set())
 
 
 def remembered(problem: Problem) -> dict[Candidate, float]:
@@ -198,10 +199,11 @@ def _read(path: Path, bucket: str) -> dict[Candidate, float]:
             (str(name), None if layout is None else Layout(*layout)): float(microseconds)
             for name, layout, microseconds in record["times"]
         }
+        whole = all(type(x) in (bool, int) for _, layout in times for x in layout or ())
+        return times if whole and all(microseconds > 0 for microseconds in times.values()) else {}
     # Not there, or damaged: measure again.
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}
-    return times if all(microseconds > 0 for microseconds in times.values()) else {}
 
 
 def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
@@ -232,19 +234,19 @@ def _measured_steps(problem: Problem) -> int:
 
 
 def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], works: bool) -> dict[Candidate, float]:
-    """µs per step of each candidate that is reached: infinite for one that fails, none for want of memory.
+    """µs per step of each candidate that is reached: infinite for one that fails for good, none for now.
 
     If none of them works the last one's error is raised, unless `works` says that a candidate that is not among them
-    does, or one failed for want of memory.
+    does, or one failed for now.
     """
     started = time.perf_counter()
-    no_room = _no_room.setdefault(_bucket(problem), set())
+    failed_for_now = _failed_for_now.setdefault(_bucket(problem), set())
     try:
         with torch.inference_mode(False), torch.cuda.device(problem.device):
             run = _random_sequence(problem) if measures_sequence(problem) else _random_step(problem)
     except torch.OutOfMemoryError as error:
         logger.warning("nothing is measured for %s: %s", problem, str(error))
-        no_room.update(operations)
+        failed_for_now.update(operations)
         return {}
     times: dict[Candidate, float] = {}
     # An activation checkpoint, whose hooks they may be, runs the call again later, and has to be given the same choice.
@@ -264,13 +266,14 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
             torch.cuda.synchronize(problem.device)  # raises if CUDA is of no more use
             # As a string: with the error a handler that keeps records would keep all that its frames hold.
             logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, str(error))
-            if is_out_of_memory(error):
-                no_room.add((name, layout))
+            # What Triton says of a kernel is so for good; memory, a compiler, room on a disk there may be another time.
+            if not type(error).__module__.startswith("triton."):
+                failed_for_now.add((name, layout))
                 continue
             failure, microseconds = error.with_traceback(None), math.inf  # its frames hold memory
         times[name, layout] = microseconds / _measured_steps(problem)
     if min(times.values(), default=math.inf) == math.inf:
-        if not (works or no_room):
+        if not (works or failed_for_now):
             raise failure
         return times
     name, layout = min(times, key=lambda candidate: times[candidate])
@@ -348,20 +351,22 @@ def _random_sequence(problem: Problem) -> Callable[[Operation], None]:
     """
     size, state = problem.hidden_size, _random_state(problem)
     assert problem.controller is not None
-    with torch.random.fork_rng([problem.device] if problem.device.type == "cuda" else []):
-        cell = DNCCell(
-            size,
-            size,
-            size,
-            memory_size=problem.memory_size,
-            word_size=problem.word_size,
-            num_reads=problem.num_reads,
-            num_writes=problem.num_writes,
-            controller=problem.controller,
-            num_layers=problem.num_layers,
-            device=problem.device,
-            dtype=problem.dtype,
-        )
+    cell = DNCCell(
+        size,
+        size,
+        size,
+        memory_size=problem.memory_size,
+        word_size=problem.word_size,
+        num_reads=problem.num_reads,
+        num_writes=problem.num_writes,
+        controller=problem.controller,
+        num_layers=problem.num_layers,
+        device="meta",
+        dtype=problem.dtype,
+    ).to_empty(device=problem.device)
+    with torch.no_grad():  # a parameter's own initialisation would draw from generators that other threads draw from
+        for parameter in cell.parameters():
+            parameter.copy_((2 * _draw(problem, parameter.shape) - 1) / math.sqrt(size))
     given: list[Tensor] = list(cell.parameters())
     inputs = _draw(problem, (_measured_steps(problem), state.memory.shape[0], size))
     begin = cell.initial_state(state.memory.shape[0])._replace(memory=state)

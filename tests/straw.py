@@ -50,7 +50,7 @@ def _a_gpu_of_straw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tuning, "_random_step", lambda problem: print)
     monkeypatch.setattr(launcher, "compiling_ahead", lambda device: nullcontext())
     monkeypatch.setattr(tuning, "_known", {})
-    monkeypatch.setattr(tuning, "_no_room", {})
+    monkeypatch.setattr(tuning, "_failed_for_now", {})
     monkeypatch.setattr(dispatch, "_settled", {})
     monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DNC_TRITON_MEASURE", raising=False)
@@ -70,7 +70,7 @@ STEPS = {("split", SLOW): "slow", ("fused", FAST): "fast", ("reference", REFEREN
 def forget() -> None:
     """What a new process knows: nothing but the files."""
     tuning._known.clear()
-    tuning._no_room.clear()
+    tuning._failed_for_now.clear()
 
 
 def files() -> list[Path]:

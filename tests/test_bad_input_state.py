@@ -247,6 +247,7 @@ def test_what_is_not_dense_is_named():
     for name, call in (
         ("inputs", lambda: dnc.step(INPUTS[:, 0].to_sparse())),
         ("state.read_words", lambda: dnc(INPUTS, sparse)),
+        ("state.controller", lambda: dnc(INPUTS, replaced(state, "controller", torch.Tensor.to_sparse))),
         ("reset", lambda: dnc(INPUTS, reset=reset.to_sparse())),
         ("lengths", lambda: dnc(INPUTS, lengths=lengths.to_sparse())),
     ):

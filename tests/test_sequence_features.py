@@ -363,7 +363,15 @@ def test_checkpoints_step_by_step(options):
 
 @pytest.mark.parametrize(
     ("checkpoint", "error"),
-    [(0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError), ("all", TypeError)],
+    [
+        (0, ValueError),
+        (-3, ValueError),
+        (2.5, TypeError),
+        (True, TypeError),
+        ("all", TypeError),
+        (torch.ones(2), TypeError),
+    ],
+    ids=str,
 )
 def test_bad_checkpoints(checkpoint, error):
     with pytest.raises(error, match=r"^checkpoint: expected .*got"):

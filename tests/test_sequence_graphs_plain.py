@@ -80,17 +80,25 @@ def test_where_launches_are_asked_for() -> None:
     assert graphs.replays(device) == replays + 2
 
 
-def test_other_numerics_in_the_backward() -> None:
+@pytest.mark.parametrize("name", ["deterministic", "bf16", "fp16"])
+def test_other_numerics_in_the_backward(name: str) -> None:
+    """For products whose sums are reduced in half precision, also whether they may be split."""
+    products, option = torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction"
+
+    def change(to: Any) -> None:
+        torch.use_deterministic_algorithms(to) if name == "deterministic" else setattr(products, option, to)
+
     dnc = make()
-    for seed in range(2):
-        results(dnc, *draw(dnc, seed))
-    outputs, _ = dnc(*draw(dnc, 2))
-    replays = engine().replays
-    torch.use_deterministic_algorithms(True)
     try:
+        change(False)
+        for seed in range(2):
+            results(dnc, *draw(dnc, seed))
+        outputs, _ = dnc(*draw(dnc, 2))
+        replays = engine().replays
+        change(True if name == "deterministic" else (False, False))
         outputs.sum().backward()
     finally:
-        torch.use_deterministic_algorithms(False)
+        change(name != "deterministic")
     assert engine().replays == replays
 
 

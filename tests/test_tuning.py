@@ -284,6 +284,20 @@ def test_a_damaged_file_is_measured_again_and_replaced(clock: Clock, content: st
     assert path.read_text() == whole
 
 
+@pytest.mark.parametrize("part", [None, "16", 16.5, [16]], ids=str)
+def test_layouts_that_cannot_be_are_measured_again(clock: Clock, part: object) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    (path,) = files()
+    whole = path.read_text()
+    record = json.loads(whole)
+    next(layout for _, layout, _ in record["times"] if layout)[1] = part
+    path.write_text(json.dumps(record))
+    forget()
+    dispatch.explain_problem(PROBLEM)
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert path.read_text() == whole
+
+
 @pytest.mark.parametrize("time", [float("nan"), -1.0, 0.0, "soon", pytest.param(10**400, id="huge")], ids=str)
 def test_times_that_cannot_be_are_measured_again(clock: Clock, time: object) -> None:
     tuning.fastest(PROBLEM, STEPS)

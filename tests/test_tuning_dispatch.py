@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,26 @@ def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytes
     assert chosen[-1] is dispatch.BACKENDS["torch_sequence"]
 
 
+def test_what_another_thread_measures_on_the_way_is_not_settled_without(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where this one may not measure, since it captures a graph."""
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
+    captures = [True]
+    monkeypatch.setattr(tuning, "_captures", lambda: captures[0])
+    is_settled = tuning.is_settled
+
+    def measured_meanwhile(*arguments: object) -> bool:
+        if captures[0]:
+            captures[0] = False
+            dispatch.choose(PROBLEM)
+        return is_settled(*arguments)
+
+    monkeypatch.setattr(tuning, "is_settled", measured_meanwhile)
+    dispatch.choose(PROBLEM)
+    assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
+
+
 def test_explain_measures_nothing(clock: Clock) -> None:
     dispatch.explain_problem(PROBLEM)
     assert not clock.asked
@@ -182,12 +203,22 @@ def test_what_is_measured_is_the_problem(
     """On random data of the size, with a backward where one is needed; here on a CPU, for the reference."""
     monkeypatch.undo()
     problem = replace(PROBLEM, device=torch.device("cpu"), controller=controller, needs_gradient=needs_gradient)
-    random_state = torch.get_rng_state()
+    drawn: list[torch.Tensor] = []
+
+    def make(function: Callable, *arguments: Any, **keywords: Any) -> Any:
+        """While another thread draws from the generator that all share: its numbers must not come again."""
+        drawn.append(torch.rand(1))
+        return function(*arguments, **keywords)
+
+    for name in ("DNCCell", "_draw"):
+        monkeypatch.setattr(tuning, name, partial(make, getattr(tuning, name)))
+    expected = torch.Generator().set_state(torch.get_rng_state())
     if controller in ("lstm", "gru"):
         run, operation = tuning._random_sequence(problem), dispatch.BACKENDS["reference"].unroll
     else:
         run, operation = tuning._random_step(problem), dispatch.BACKENDS["reference"].memory_step
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.cat(drawn).equal(torch.cat([torch.rand(1, generator=expected) for _ in drawn]))
+    assert torch.equal(torch.get_rng_state(), expected.get_state())
     seen = []
 
     def spy(*arguments: object, **keywords: object) -> object:

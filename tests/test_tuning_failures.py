@@ -31,13 +31,13 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(
 
 def out_of(what: str) -> Exception:
     """Of shared memory: a block that wants more than a multiprocessor has compiles, and fails when it is launched."""
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     if what == "memory":
         return torch.OutOfMemoryError("CUDA out of memory")
     if what == "shared memory":
         return OutOfResources(100_352, 65_536, "shared memory")
-    return RuntimeError(f"no {what}")
+    return PTXASError(f"no {what}")
 
 
 @pytest.mark.parametrize("what", ["shared memory", "code for this"])
@@ -62,13 +62,16 @@ def test_what_fails_is_not_chosen_and_said_once(
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        OSError(28, "No space left on device"),
+        PermissionError(13, "Permission denied"),
     ],
-    ids=["PyTorch", "Triton", "cuBLAS"],
+    ids=["PyTorch", "Triton", "cuBLAS", "compiler", "disk", "permission"],
 )
-def test_what_finds_no_memory_is_not_chosen_in_this_process(
+def test_what_may_work_another_time_is_not_chosen_in_this_process(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another one may have more, and the batch that is measured is up to twice as large."""
+    """Another one may have a compiler or more memory, of which what is measured takes up to twice as much."""
     clock = Clock(fast=error, slow=30.0, reference=900.0)
     monkeypatch.setattr(tuning, "_measure", clock)
     for _ in range(2):
@@ -81,6 +84,18 @@ def test_what_finds_no_memory_is_not_chosen_in_this_process(
     clock.microseconds["fast"] = 10.0
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
     assert clock.asked == ["slow", "fast", "reference", "fast"]
+
+
+def test_where_nothing_works_for_now_the_first_is_taken_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(**dict.fromkeys(("slow", "fast", "reference"), OSError(28, "No space left on device")))
+    monkeypatch.setattr(tuning, "_measure", clock)
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+    assert clock.asked == ["slow", "fast", "reference"]
+    assert not files() or not tuning._read(files()[0], tuning._bucket(PROBLEM))
+    forget()
+    clock.microseconds.update(slow=30.0, fast=10.0, reference=900.0)
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
 
 
 @pytest.mark.parametrize("what", ["nothing", "nothing but what does not compile"])
@@ -117,9 +132,9 @@ def test_where_there_is_no_memory_to_measure_in_the_first_is_taken(
 def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not where something else that may be taken did, and late or not each is tried; nothing is remembered."""
     monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
-    clock = Clock(slow=RuntimeError("first"), fast=RuntimeError("second"), reference=RuntimeError("third"))
+    clock = Clock(slow=out_of("first"), fast=out_of("second"), reference=out_of("third"))
     monkeypatch.setattr(tuning, "_measure", clock)
-    with pytest.raises(RuntimeError, match="third"):
+    with pytest.raises(type(out_of("third")), match="third"):
         tuning.fastest(PROBLEM, STEPS)
     assert clock.asked == ["slow", "fast", "reference"]
     assert not files()

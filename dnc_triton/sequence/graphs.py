@@ -430,13 +430,14 @@ def _serving(tensor: Tensor) -> GraphCache | None:
 
 def _numerics() -> tuple[Any, ...]:
     """What a product depends on besides its factors."""
-    products = torch.backends.cuda.matmul
     return (
         torch.are_deterministic_algorithms_enabled(),
-        products.fp32_precision,
-        products.allow_bf16_reduced_precision_reduction,
-        products.allow_fp16_reduced_precision_reduction,
-        products.allow_fp16_accumulation,
+        torch.backends.cuda.matmul.fp32_precision,
+        # Not by that name: whether sums are split has one of its own, or none, depending on the version.
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_fp16_accumulation(),
+        torch.backends.cuda.preferred_blas_library(),
     )
 
 

@@ -27,7 +27,10 @@ _lock = ForkSafeLock()
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As `like.new_empty(shape)`, and what is large on a CPU is taken again once no tensor refers to it any more."""
+    """As `like.new_empty(shape)`, and what is large on a CPU is taken again once no tensor refers to it any more.
+
+    PyTorch cannot resize the storage of such a one.
+    """
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
     # What a mode traces or fakes it must see; and a size that is not known yet must not be asked for how large it is.
