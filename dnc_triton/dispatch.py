@@ -276,7 +276,7 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     (name, layout), settled = _best(problem, serving)
     key = _key(problem, asked)  # by now more may have been measured, by other threads too
     settled = settled and key is not None
-    if settled:
+    if settled:  # of all that the key stands for
         (name, layout), _ = _best(problem, serving, measure=False)
     chosen = BACKENDS[name].with_layout(layout)
     if settled:

@@ -10,8 +10,8 @@ dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rou
 also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not at all, so that any number of
 processes may measure at once; what is in a file that cannot be understood is measured again. What a bucket lacks, not
 asked for before or left when time was up, is measured when it is asked for next; what failed for want of something that
-there may be another time, in the next process. Most of the time goes into compiling
-kernels, so those of several candidates compile at once, before they are measured.
+there may be another time, in the next process. Most of the time goes into compiling kernels, so those of several
+candidates compile at once, before they are measured.
 
 Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless what it takes
 is remembered), DNC_TRITON_CACHE names another directory.
@@ -49,7 +49,7 @@ from dnc_triton.version import __version__
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-FORMAT = 10  # of what is remembered; another one where kernels changed so much that old times mislead
+FORMAT = 10  # of what is remembered; another one where old times mislead, as when kernels have changed much
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15

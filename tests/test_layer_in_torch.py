@@ -324,10 +324,10 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("stepwise", [*STEPWISE, dict(controller=Scaled)], ids=str)
 def test_checkpoints_have_the_weights_of_a_functional_call(stepwise):
-    class Tagged(nn.Parameter):
-        """As those are that a package keeps notes on."""
+    """Which are gone when the backward computes steps again; tied or not, of a class of their own, buffers too."""
 
-    """Which are gone when the backward computes steps again; tied or not, buffers too."""
+    class Tagged(nn.Parameter):
+        pass
 
     def run(checkpoint, kind=nn.Parameter, **options):
         dnc = make(checkpoint=checkpoint, **stepwise)

@@ -86,7 +86,10 @@ def test_other_numerics_in_the_backward(name: str) -> None:
     products, option = torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction"
 
     def change(to: Any) -> None:
-        torch.use_deterministic_algorithms(to) if name == "deterministic" else setattr(products, option, to)
+        if name == "deterministic":
+            torch.use_deterministic_algorithms(to)
+        else:
+            setattr(products, option, to)
 
     dnc = make()
     try:

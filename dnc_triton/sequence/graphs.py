@@ -433,7 +433,7 @@ def _numerics() -> tuple[Any, ...]:
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.matmul.fp32_precision,
-        # Not by that name: whether sums are split has one of its own, or none, depending on the version.
+        # What their public names read: with it, whether sums may be split, for which not every version has a name.
         torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_fp16_accumulation(),
