@@ -47,7 +47,10 @@ PARTS = [
         "--seconds {seconds} --output {folder}",
     ),
 ]
-TESTS = "pytest -m gpu -q --color=no -p no:cacheprovider tests/gpu --part {part} --seconds {seconds} --record {record}"
+TESTS = (
+    "pytest -m gpu -q --color=no -p no:cacheprovider tests/gpu "
+    "--claims {folder}/claims --seconds {seconds} --record {record}"
+)
 ONCE = (
     f"benchmarks run --device cuda --peers {PEERS} --modes training --rounds 1 --case-seconds 0 --no-memory "
     "--no-report --configurations {names} --seconds {seconds} --output {folder}"
@@ -119,7 +122,7 @@ def run_parity(output: Path, seconds: float) -> int:
     count = MOST_TESTS if cores >= MANY_CORES else max(1, cores // 2)
     print(f"--- parity: {count} processes, {seconds:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        tests = [fill_in(TESTS, seconds, part=f"{part}/{count}", record=record) for part in range(1, count + 1)]
+        tests = [fill_in(TESTS, seconds, folder=folder, record=record)] * count
         compiling = min(count, MOST_COMPILERS)
         names = [",".join(list(CONFIGURATIONS)[part::compiling]) for part in range(compiling)]
         compilers = [fill_in(ONCE, seconds, names=some, folder=folder) for some in names if some]
@@ -137,7 +140,7 @@ def run_parity(output: Path, seconds: float) -> int:
         if test.startswith("tests/"):  # by its name without the seconds; what fails in its teardown has a second line
             outcomes[test.rpartition(", ")[0]] = outcome
     counts = Counter(outcomes.values())
-    total = sum(int(line.split()[0]) for line in lines if " tests in part " in line)
+    total = max((int(line.split()[0]) for line in lines if line.endswith(" tests")), default=0)
     missing = total - sum(counts[name] for name in ("passed", "failed", "skipped"))
     counted = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
     complete = missing == 0 and counts["passed"] and not any(statuses)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_that_fails():
 def test_that_is_skipped():
     pytest.skip("there is one GPU")
 """
+LOST = """
+import torch
+
+def test_fifty_steps():
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    torch.cuda.is_available, torch.cuda.synchronize = lambda: True, fail
+    fail()
+"""
 
 
 @pytest.fixture
@@ -44,8 +55,8 @@ def run_tests(tmp_path):
     shutil.copy(ROOT / "tests" / "gpu" / "conftest.py", folder)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
 
-    def run(*arguments, fails=False):
-        (folder / "test_some.py").write_text(f"FAILS = {fails}\n{TESTS}", encoding="utf-8")
+    def run(*arguments, fails=False, more=""):
+        (folder / "test_some.py").write_text(f"FAILS = {fails}\n{TESTS}{more}", encoding="utf-8")
         record = tmp_path / "record.txt"
         record.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "gpu", *arguments]
@@ -57,21 +68,32 @@ def run_tests(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tests_on_a_gpu_go_in_parts_the_important_ones_first(run_tests):
-    parts = [run_tests("--part", f"{part}/2", "--record", "record.txt", fails=True) for part in (1, 2)]
-    assert [status for status, _, _ in parts] == [0, 1]
+def test_each_test_is_run_by_one_process_the_important_ones_first(run_tests, tmp_path):
     at = "gpu/test_some.py::test_"
-    assert parts[0][2] == ["4 tests in part 1/2", f"passed: {at}parity[0]", f"passed: {at}parity[2]",
-                           f"passed: {at}other", f"skipped: {at}that_is_skipped"]  # fmt: skip
-    assert parts[1][2] == ["3 tests in part 2/2", f"passed: {at}parity[1]", f"passed: {at}parity[3]",
-                           f"failed: {at}that_fails"]  # fmt: skip
+    claims = tmp_path / "claims"
+    claimed = ["--claims", str(claims), "--record", "record.txt"]
+    status, _, lines = run_tests(*claimed, fails=True)
+    assert status == 1
+    assert lines == ["7 tests", *(f"passed: {at}parity[{number}]" for number in range(4)), f"passed: {at}other",
+                     f"failed: {at}that_fails", f"skipped: {at}that_is_skipped"]  # fmt: skip
+    (claims / sha256(f"{at}parity[2]".encode()).hexdigest()).unlink()
+    assert run_tests(*claimed, fails=True)[::2] == (0, ["7 tests", f"passed: {at}parity[2]"])
+    assert run_tests(*claimed, fails=True)[::2] == (0, ["7 tests"])
+
+
+def test_where_the_device_stops_working_the_tests_that_come_are_left_to_others(run_tests, tmp_path):
+    status, printed, lines = run_tests("--claims", "claims", "--record", "record.txt", more=LOST)
+    assert status == pytest.ExitCode.INTERRUPTED
+    assert "the device has stopped working in this process" in printed
+    assert lines == ["8 tests", "failed: gpu/test_some.py::test_fifty_steps"]
+    assert len(list((tmp_path / "claims").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_the_tests_on_a_gpu_stop_in_time_and_say_so(run_tests):
     status, printed, lines = run_tests("--seconds", "0", "--record", "record.txt", fails=True)
     assert status == 1
-    assert [line.split(":")[0] for line in lines] == ["7 tests in part 1/1", *["not run"] * 7]
+    assert [line.split(":")[0] for line in lines] == ["7 tests", *["not run"] * 7]
     assert "7 tests were not run: the time is up. This is not all of parity." in printed
     status, printed, lines = run_tests()
     assert (status, lines) == (0, [])
@@ -160,9 +182,9 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
             return [1 if commands[0][0] == "benchmarks.gpu" else 0]
         record = Path(commands[0][-1])
         with record.open("a", encoding="utf-8") as file:
-            file.write("3 tests in part 1/2\npassed: tests/gpu/a.py::b, 1 s\npassed: tests/gpu/a.py::c[1, 2], 1 s\n")
+            file.write("5 tests\npassed: tests/gpu/a.py::b, 1 s\npassed: tests/gpu/a.py::c[1, 2], 1 s\n")
             file.write("failed: tests/gpu/a.py::c[1, 2], 0 s\n")
-            file.write("not run: tests/gpu/a.py::d, 0 s\n2 tests in part 2/2\nskipped: tests/gpu/a.py::e, 0 s\n")
+            file.write("not run: tests/gpu/a.py::d, 0 s\n5 tests\nskipped: tests/gpu/a.py::e, 0 s\n")
         for log in logs:
             log.write_text(f"what {log.name} printed\n")
         return [1, -9, *[0] * (len(commands) - 2)]

@@ -1,7 +1,7 @@
 """The tests of the kernels on a GPU: `pytest -m gpu tests/gpu`. Without one they are skipped.
 
-`make gpu` has little time: it runs them in several processes, each with a part of them, which stop by themselves and
-say what was not run.
+`make gpu` has little time: it runs them in several processes, each of which takes the next test that no other has
+taken, stops by itself and says what was not run.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from dnc_triton import dispatch
+from dnc_triton.sequence import graphs
 
 # What is the same on every device is in tests/kernels.
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -43,34 +47,50 @@ NOT_RUN = "not run: the time is up"
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gpu", "tests on a GPU in little time")
     group.addoption("--seconds", type=float, help="begin no test after this time")
-    group.addoption("--part", help="K/N: of N parts, in the order of importance, the K-th")
+    group.addoption("--claims", type=Path, help="folder of several processes: each test is run by one of them")
     group.addoption("--record", type=Path, help="file to which a line per test is appended when it ends")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Without a default there is an error where this file is not among the first to be read.
-    seconds, part, record = (config.getoption(name, None) for name in ("--seconds", "--part", "--record"))
-    if seconds is not None or part or record:
-        config.pluginmanager.register(InLittleTime(seconds, part or "1/1", record))
+    seconds, claims, record = (config.getoption(name, None) for name in ("--seconds", "--claims", "--record"))
+    if seconds is not None or claims or record:
+        config.pluginmanager.register(InLittleTime(seconds, claims, record))
 
 
 class InLittleTime:
-    """Picks a part of the tests, the important ones first, begins none after the time is up, and keeps a record.
+    """Runs the important tests first, begins none after the time is up, and keeps a record.
 
-    A run that has left out a test does not succeed.
+    A run that has left out a test does not succeed. With claims, one in which the device stops working ends, and leaves
+    the tests that come to the others.
     """
 
-    def __init__(self, seconds: float | None, part: str, record: Path | None) -> None:
+    def __init__(self, seconds: float | None, claims: Path | None, record: Path | None) -> None:
         self.deadline = float("inf") if seconds is None else time.monotonic() + seconds
-        self.part, self.parts = map(int, part.split("/"))
+        self.claims = claims
         self.record = record
         self.not_run = 0
 
     @pytest.hookimpl(trylast=True)  # after -m and -k
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items.sort(key=lambda item: FIRST.index(item.originalname) if item.originalname in FIRST else len(FIRST))
-        items[:] = items[self.part - 1 :: self.parts]
-        self.write(f"{len(items)} tests in part {self.part}/{self.parts}")
+        self.write(f"{len(items)} tests")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if self.claims is None or session.testsfailed:  # by an error while they were collected
+            return None
+        self.claims.mkdir(parents=True, exist_ok=True)
+        for item in session.items:
+            try:
+                (self.claims / sha256(item.nodeid.encode()).hexdigest()).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            failed = session.testsfailed
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)  # which comes next nobody knows yet
+            if session.testsfailed > failed and not device_works():
+                raise session.Interrupted("the device has stopped working in this process")
+        return True
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
@@ -98,11 +118,22 @@ class InLittleTime:
                 file.write(line + "\n")
 
 
+def device_works() -> bool:
+    """Whether it does what it is told; after an access out of bounds, say, it does nothing more in a process."""
+    try:
+        torch.cuda.is_available() and torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.fixture(autouse=True)
-def _first_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tested does not depend on what is the fastest here: nothing is measured, or remembered."""
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested depends neither on what is the fastest here nor on the tests before: nothing is remembered."""
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     monkeypatch.setenv("DNC_TRITON_CACHE", "/dev/null/nowhere")
+    monkeypatch.setattr(dispatch, "_settled", {})  # some have layouts of their own, for problems that others have too
+    monkeypatch.setattr(graphs, "_graphs", {})
 
 
 @pytest.fixture(autouse=True)

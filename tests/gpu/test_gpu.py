@@ -106,7 +106,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.jit import JITFunction
 
 from benchmarks.modes import aside
-from dnc_triton import DNC, dispatch, memory_step, tuning
+from dnc_triton import DNC, memory_step, tuning
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.sequence import graphs
@@ -114,12 +114,6 @@ from dnc_triton.sequence import graphs
 pytestmark = pytest.mark.gpu
 
 each_layout = pytest.mark.parametrize("layout", ["fused", "split"])
-
-
-@pytest.fixture(autouse=True)
-def _nothing_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some tests have layouts of their own, for problems that others have as well."""
-    monkeypatch.setattr(dispatch, "_settled", {})
 
 
 def on(device: torch.device, problem: Problem) -> Problem:

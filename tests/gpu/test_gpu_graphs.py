@@ -55,7 +55,6 @@ class Counting(engines.Engine):
 @pytest.fixture(autouse=True)
 def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(graphs.ENGINES, "cuda", Counting)
-    monkeypatch.setattr(graphs, "_graphs", {})
     monkeypatch.delenv(environment.GRAPHS, raising=False)
     monkeypatch.delenv(environment.GRAPH_MEMORY, raising=False)
 
