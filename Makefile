@@ -54,13 +54,15 @@ bench: .venv/.dev
 
 # On a machine with a GPU, a PyTorch and a pytest of its own: nothing is installed. Under 9 minutes: parity, then the
 # time of every layout, the memory of training, and the benchmark with its report.
-gpu sanitize: export PYTHONPATH := .:reference
+gpu sanitize: export PYTHONPATH := .:reference$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	@$(PYTHON) -m benchmarks.on_gpu $(ARGS)
 
 # What no test sees: reads and writes out of bounds, races, numbers that nobody wrote, barriers that not all reach. The
 # allocator's cache would hide the first and the third from the tools; without it there is no capturing of graphs.
 TOOLS ?= memcheck racecheck initcheck synccheck
+# Trainings by every kernel and of every kind of layout.
+SANITIZED := (test_the_layer and (plain or lstm_all)) or test_float32 or (test_limits and spread-activated) or (test_same_call and spread) or test_ranks
 sanitize:
 	@command -v compute-sanitizer > /dev/null || \
 		{ echo "compute-sanitizer is not on the path: it comes with the CUDA toolkit" >&2; exit 2; }
@@ -70,8 +72,7 @@ sanitize:
 		echo "--- $$tool"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 DNC_TRITON_GRAPHS=0 compute-sanitizer --tool $$tool --error-exitcode 1 \
 			--target-processes all \
-			$(PYTHON) -m pytest -m gpu -q tests/gpu/test_gpu.py -k '(test_the_layer and (plain or lstm_all)) or test_float32' $(ARGS) \
-			|| status=1; \
+			$(PYTHON) -m pytest -m gpu -q tests/gpu/test_gpu.py -k '$(SANITIZED)' $(ARGS) || status=1; \
 	done; exit $$status
 
 lint: .venv/.dev
