@@ -138,6 +138,11 @@ def as_leaves(nest: Any) -> Any:
     return tree_map(lambda x: x.detach().clone().requires_grad_(), nest)
 
 
+def columns_first(tensor: Tensor) -> Tensor:
+    """The same values in another order in memory."""
+    return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+
+
 def negated_when_read(tensor: Tensor) -> Tensor:
     """The same values, with the other sign in memory."""
     return torch._neg_view(-tensor.detach())

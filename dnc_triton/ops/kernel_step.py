@@ -102,7 +102,8 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from dnc_triton.kernels.step_launch import step_backward
 
-    memory, usage, read_weights, write_weights, kept, free_list = result
+    # Hooks on what autograd saves may hand it back with other strides.
+    memory, usage, read_weights, write_weights, kept, free_list = map(aligned, result)
     with on_device(memory):
         return step_backward(
             aligned(interface),

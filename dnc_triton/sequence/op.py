@@ -9,7 +9,7 @@ takes its place, which calls the same two functions, `_run` and `_run_backward`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
@@ -226,8 +226,10 @@ def _backward_through_time(
     history: list[Tensor],
     wanted: list[bool],
 ) -> list[Tensor | None]:
-    kind = _kind(settings)
+    kind, whole = _kind(settings), _whole(settings)
     inputs, state, parameters, running, reset, dropout = given
+    # Hooks on what autograd saves may hand it back with other strides.
+    memory, link, *history = map(whole, (*last, *history))
     sequence = kind(
         settings,
         inputs,
@@ -237,7 +239,7 @@ def _backward_through_time(
         reset,
         dropout,
         history=history,
-        last=last,
+        last=(memory, link),
     )
     d_outputs, *d_last = gradients
     if d_outputs is None:
@@ -441,9 +443,14 @@ def _given(
         running = torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
     shared = {index for index in SHAREABLE if _takes_shared(settings) and is_shared(state[index])}
     inputs, *parameters = (x.resolve_neg() for x in (inputs, *parameters))
-    whole = _contiguous if settings.layout is None else aligned
+    whole = _whole(settings)
     state = [whole(x[:1]).expand_as(x) if i in shared else whole(x) for i, x in enumerate(state)]
     return Given(inputs, state, parameters, running, reset, dropout or [])
+
+
+def _whole(settings: SequenceSettings) -> Callable[[Tensor], Tensor]:
+    """Makes of a tensor what a backend reads as it lies in memory."""
+    return _contiguous if settings.layout is None else aligned
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, random_problem
+from helpers import assert_close, columns_first, random_problem
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -203,6 +204,19 @@ def test_twice_in_one_graph(backend: str, device: torch.device) -> None:
 
     actual, expected = (run(dnc, inputs, state, name, module=twice) for name in (backend, "reference"))
     assert_close(actual, expected, **CLOSE, name="")
+
+
+@each_backend
+def test_what_hooks_hand_back_may_have_other_strides(backend: str, device: torch.device) -> None:
+    dnc = make(device)
+    inputs, state = make_inputs(dnc), start(dnc)
+
+    def hooked(*arguments: Any) -> Any:
+        with saved_tensors_hooks(lambda x: x, columns_first):
+            return dnc(*arguments)
+
+    actual = run(dnc, inputs, state, backend, module=hooked)
+    assert_close(actual, run(dnc, inputs, state, backend), **CLOSE, name="")
 
 
 @each_backend

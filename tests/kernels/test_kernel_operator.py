@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_leaves, assert_close, assert_same_bits, random_interface, random_problem
+from helpers import as_leaves, assert_close, assert_same_bits, columns_first, random_interface, random_problem
 from parity import Case, beside_16_bytes, draw, launches_of_aligned, pick_layout, run_kernels
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -151,6 +152,15 @@ def test_what_the_backward_needs_may_not_change(changed: str, backend: str, devi
     (before if changed == "input" else new).memory.detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(read_words, (interface, state))
+
+
+@each_backend
+def test_what_hooks_hand_back_may_have_other_strides(backend: str, device: torch.device) -> None:
+    given = leaves(device)
+    expected = gradients(memory_step(*given, backend=backend), given)
+    with saved_tensors_hooks(lambda x: x, columns_first):
+        results = memory_step(*given, backend=backend)
+    assert_close(gradients(results, given), expected, **CLOSE)
 
 
 # --- transformations
