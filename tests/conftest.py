@@ -21,10 +21,13 @@ pytest.register_assert_rewrite("helpers")
 NEEDED = {
     "reference/test_backward.py": "hypothesis",
     "reference/test_invariants.py": "hypothesis",
+    "test_benchmarks_results.py": "matplotlib",
+    "test_block_tasks.py": "matplotlib",
     "test_cli.py": "tqdm",
     "test_graph_tasks.py": "networkx",
     "test_language_tasks.py": "babel",
     "test_train.py": "tqdm",
+    "test_training_distributed.py": "lightning_fabric",
     "test_training_failures.py": "tensorboard",
 }
 collect_ignore = [file for file, package in NEEDED.items() if not find_spec(package)]
