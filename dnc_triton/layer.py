@@ -188,9 +188,7 @@ class DNC(DNCCell):
         Raises:
             as `forward`.
         """
-        if not isinstance(inputs, Tensor):
-            raise TypeError(f"inputs: expected a tensor [B, input_size], got {type(inputs).__name__}")
-        check_dense("inputs", inputs)
+        check_dense("inputs", inputs, "a tensor [B, input_size]")
         if inputs.dim() != 2:
             raise ValueError(f"inputs: expected 2 dimensions [B, input_size], got shape {list(inputs.shape)}")
         if inputs.shape[1] != self.input_size:
@@ -243,9 +241,7 @@ class DNC(DNCCell):
             inputs, _ = pad_packed_sequence(inputs, batch_first=self.batch_first)
         order = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
         weight = self.like()
-        if not isinstance(inputs, Tensor):
-            raise TypeError(f"inputs: expected a tensor {order} or a PackedSequence, got {type(inputs).__name__}")
-        check_dense("inputs", inputs)
+        check_dense("inputs", inputs, f"a tensor {order} or a PackedSequence")
         if inputs.dim() != 3:
             raise ValueError(f"inputs: expected 3 dimensions {order}, got shape {list(inputs.shape)}")
         if inputs.shape[-1] != self.input_size:

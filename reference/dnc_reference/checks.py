@@ -45,10 +45,10 @@ def check_floating(name: str, dtype: Any) -> None:
         raise TypeError(f"{name}: expected a floating dtype of 16 bits or more, got {dtype!r}")
 
 
-def check_dense(name: str, tensor: Any) -> None:
-    """Raise TypeError, naming it, unless it is a tensor that is neither sparse nor nested."""
+def check_dense(name: str, tensor: Any, expected: str = "a tensor") -> None:
+    """Raise TypeError, naming it and what was expected, unless it is a tensor that is neither sparse nor nested."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected {expected}, got {type(tensor).__name__}")
     if tensor.is_nested or tensor.layout != torch.strided:  # whose shape may not be asked for
         came = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name}: expected a dense tensor, got {came}")

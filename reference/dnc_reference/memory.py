@@ -117,9 +117,7 @@ def check_memory_step(interface: Interface, state: MemoryState) -> None:
         ("interface.read_keys", interface.read_keys, "[B, R, W]"),
         ("interface.write_keys", interface.write_keys, "[B, K, W]"),
     ):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor {letters}, got {type(tensor).__name__}")
-        check_dense(name, tensor)
+        check_dense(name, tensor, f"a tensor {letters}")
         if tensor.dim() != 3 or 0 in tensor.shape[1:]:
             raise ValueError(f"{name}: expected {letters}, all but B at least 1, got shape {list(tensor.shape)}")
     batch, slots, word = state.memory.shape
