@@ -23,7 +23,6 @@ class Configuration:
         source: who published it.
         memory_size, word_size, num_reads, hidden_size: N, W, R, H.
         input_size, output_size: of the network.
-        published_batch, published_steps: B and T as the source has them.
         cpu_batch, cpu_steps: B and T as run on a CPU; 0 if a CPU would take too long.
         gpu_batch, gpu_steps: B and T as run on a GPU.
         num_layers: LSTM layers of the controller, each of hidden_size.
@@ -36,8 +35,6 @@ class Configuration:
     hidden_size: int
     input_size: int
     output_size: int
-    published_batch: str
-    published_steps: str
     cpu_batch: int
     cpu_steps: int
     gpu_batch: int
@@ -81,8 +78,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         hidden_size=64,
         input_size=6,
         output_size=5,
-        published_batch="16",
-        published_steps="9 to 20",
+        # As published: B = 16, T = 9 to 20.
         cpu_batch=16,
         cpu_steps=20,
         gpu_batch=16,
@@ -96,8 +92,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         hidden_size=256,
         input_size=159,
         output_size=159,
-        published_batch="1 in each of 16 workers",
-        published_steps="about 70 to 400",
+        # As published: B = 1 in each of 16 workers, T about 70 to 400.
         cpu_batch=0,
         cpu_steps=0,
         gpu_batch=64,
@@ -111,8 +106,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         hidden_size=32,
         input_size=9,
         output_size=9,
-        published_batch="16",
-        published_steps="at most 240",
+        # As published: B = 16, T at most 240.
         cpu_batch=16,
         cpu_steps=40,
         gpu_batch=16,
@@ -126,8 +120,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         hidden_size=100,
         input_size=8,
         output_size=8,
-        published_batch="8",
-        published_steps="10",
+        # As published: B = 8, T = 10.
         cpu_batch=8,
         cpu_steps=10,
         gpu_batch=8,
@@ -141,8 +134,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         hidden_size=100,
         input_size=8,
         output_size=8,
-        published_batch="8",
-        published_steps="10",
+        # As published: B = 8, T = 10.
         cpu_batch=0,
         cpu_steps=0,
         gpu_batch=8,
@@ -156,8 +148,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         hidden_size=256,
         input_size=159,
         output_size=159,
-        published_batch="32",
-        published_steps="at most 1000",
+        # As published: B = 32, T at most 1000.
         cpu_batch=8,
         cpu_steps=20,
         gpu_batch=32,
@@ -171,8 +162,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         hidden_size=256,
         input_size=159,
         output_size=159,
-        published_batch="1 in each of 16 workers",
-        published_steps="about 70 to 400",
+        # As published: B = 1 in each of 16 workers, T about 70 to 400.
         cpu_batch=2,
         cpu_steps=30,
         gpu_batch=16,
@@ -187,8 +177,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         num_layers=3,
         input_size=92,
         output_size=90,
-        published_batch="2",
-        published_steps="as long as its graph",
+        # As published: B = 2, T as long as its graph.
         cpu_batch=2,
         cpu_steps=20,
         gpu_batch=2,
@@ -205,8 +194,6 @@ BASE = Configuration(
     hidden_size=128,
     input_size=32,
     output_size=32,
-    published_batch="",
-    published_steps="",
     cpu_batch=8,
     cpu_steps=10,
     gpu_batch=8,
