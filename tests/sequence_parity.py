@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import as_leaves, assert_close, assert_same_bits, random_like, random_problem
+from helpers import as_leaves, assert_close, assert_same_bits, random_like, random_problem, total
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from dnc_reference import DNCState, MemoryState, unroll
 from dnc_reference.dnc import interface_step
@@ -55,12 +55,6 @@ def draw(dnc: DNC, steps: int = STEPS, batch: int = BATCH, *, seed: int = 1) -> 
     controller, words = random_like((state.controller, state.read_words), seed=seed)
     inputs = random_like(torch.empty(steps, batch, dnc.input_size, dtype=torch.float64), seed=seed + 1)
     return tree_map(lambda x: x.to(weight.dtype), (inputs, DNCState(controller, memory, words)))
-
-
-def total(*nests: Any) -> Tensor:
-    """A loss that sees every number, each with a weight of its own."""
-    flat = torch.cat([x.flatten().double() for x in tree_leaves(nests)])
-    return (flat * (torch.arange(flat.numel(), dtype=flat.dtype) + 1).cos()).sum()
 
 
 def operation(dnc: DNC, inputs: Tensor, state: DNCState | None, **options: Any) -> tuple[Tensor, DNCState]:

@@ -1,5 +1,4 @@
-"""What the tests of the layer share: a small one, what it is given, what it asks of the dispatcher, and gradients by a
-loss that sees everything."""
+"""What the tests of the layer share: a small one, what it is given, what it asks of the dispatcher, and gradients."""
 
 from __future__ import annotations
 
@@ -57,12 +56,6 @@ def warm_state(dnc: DNC, batch=BATCH) -> DNCState:
 def row(tree, index: int):
     """One row of a batch, as a batch of one."""
     return tree.map(lambda x: x[index : index + 1]) if isinstance(tree, DNCState) else tree[index : index + 1]
-
-
-def total(*trees) -> torch.Tensor:
-    """A loss that sees every number in them, each with a weight of its own."""
-    leaves = tree_leaves(trees)
-    return sum(((torch.arange(x.numel(), dtype=x.dtype) + 1).cos() * x.flatten()).sum() for x in leaves)
 
 
 def gradients(loss: torch.Tensor, *trees) -> tuple[torch.Tensor, ...]:

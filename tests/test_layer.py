@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import total
 from small_layer import (
     BATCH,
     CLOSE,
@@ -18,7 +19,6 @@ from small_layer import (
     make,
     make_inputs,
     row,
-    total,
     warm_state,
 )
 from torch.testing import assert_close

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import total
 from small_layer import (
     BATCH,
     CLOSE,
@@ -20,7 +21,6 @@ from small_layer import (
     gradients,
     make,
     make_inputs,
-    total,
     warm_state,
 )
 from torch import nn

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._dynamo.utils
-from small_layer import BATCH, CLOSE, EXACT, LENGTHS, RESETS, gradients, make, make_inputs, row, total, warm_state
+from helpers import total
+from small_layer import BATCH, CLOSE, EXACT, LENGTHS, RESETS, gradients, make, make_inputs, row, warm_state
 from torch import nn
 from torch.export import Dim
 from torch.testing import assert_close

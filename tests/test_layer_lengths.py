@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import total
 from small_layer import (
     BATCH,
     CLOSE,
@@ -16,7 +17,6 @@ from small_layer import (
     make,
     make_inputs,
     row,
-    total,
     warm_state,
 )
 from torch import nn
