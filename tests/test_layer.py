@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from helpers import total
@@ -137,17 +135,6 @@ def test_a_reset_to_an_initial_state_of_ones_own(whose):
     assert_close(*computed, **CLOSE)
 
 
-def test_strided_inputs_and_nothing_is_written_to():
-    dnc, inputs = make(), make_inputs()
-    state = warm_state(dnc)
-    wide = torch.full((BATCH, 2 * STEPS, 2 * INPUTS), torch.nan, dtype=torch.float64)
-    wide[:, ::2, 1::2] = inputs
-    strided = state.map(lambda x: x.detach().mT.contiguous().mT)
-    before = copy.deepcopy((inputs, state))
-    assert_close(dnc(wide[:, ::2, 1::2], strided), dnc(inputs, state), **CLOSE)
-    assert_close((inputs, state), before, **EXACT)
-
-
 # --- The state
 
 
@@ -211,13 +198,6 @@ def test_rows_are_independent():
 
 
 # --- Gradients
-
-
-def test_twice_in_one_graph():
-    dnc, inputs = make(), make_inputs()
-    both = gradients(total(dnc(inputs)) + total(dnc(-inputs)), dnc)
-    one, other = gradients(total(dnc(inputs)), dnc), gradients(total(dnc(-inputs)), dnc)
-    assert_close(both, tuple(a + b for a, b in zip(one, other, strict=True)), **CLOSE)
 
 
 def test_without_gradients():

@@ -174,19 +174,6 @@ def test_a_backward_within_autocast_rounds_what_its_forward_did_and_no_more(roun
     assert_same_bits(gradients(True), gradients(False))
 
 
-def test_dropout_is_drawn_anew_and_off_in_evaluation():
-    dnc = make(num_layers=2, dropout=0.5)
-    state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
-    torch.manual_seed(1)
-    first = run(dnc, inputs, state)
-    torch.manual_seed(1)
-    assert_same_bits(run(dnc, inputs, state), first)
-    assert (run(dnc, inputs, state)[0] != first[0]).any()
-    without = copy.deepcopy(dnc)
-    without.controller.dropout.p = 0.0
-    assert_same_bits(run(dnc.eval(), inputs, state), run(without, inputs, state))
-
-
 def test_the_gradient_of_dropout():
     """Along one direction of the parameters, with the same masks."""
     dnc = make(num_layers=2, dropout=0.5)
