@@ -24,7 +24,7 @@ class Cell:
     Args:
         gates: [T, B, G]: what is added up before the loop, which the forward turns into the gates themselves.
         below, recurrent: the products with what comes from below and with the layer's own hidden vector.
-        hidden_bias: [G], what is added to the product with the hidden vector where it stands apart (GRU).
+        hidden_bias: [G], what a GRU adds to the product with the hidden vector; of others it is in `gates`.
         clip: bound on the absolute value of hidden vector and state, or None.
         max_gradient: bound on that of the gradient by the hidden vector, or None.
         kept: `count_kept` buffers [T, B, H] for what a backward wants to have besides the gates.
@@ -39,7 +39,7 @@ class Cell:
         gates: Tensor,
         below: Product,
         recurrent: Product | None,
-        hidden_bias: Tensor | None,
+        hidden_bias: Tensor,
         clip: float | None,
         max_gradient: float | None,
         kept: list[Tensor],
@@ -79,7 +79,7 @@ class Cell:
         return new[0] if self.clip is None else self.unclipped[0][step]
 
     def backward(
-        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None = None
+        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None
     ) -> None:
         """The adjoint of one step.
 
@@ -106,7 +106,7 @@ class Cell:
         interface: Product,
         d_vectors: Tensor,
         d_below: Tensor,
-        addend: Tensor | None = None,
+        addend: Tensor | None,
     ) -> None:
         """The adjoint of one step of the highest layer, whose hidden vector output and interface vector are made from.
 
@@ -200,7 +200,7 @@ class LSTM(Cell):
         self.d_gates = self.d_pre.unflatten(-1, (4, -1)).unbind(0)
 
     def backward(
-        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None = None
+        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None
     ) -> None:
         d_hidden, d_cell = self._unclip(step, d, d_above), d[1]
         by, d_gates = self.by[step], self.d_gates[step]
@@ -227,7 +227,6 @@ class GRU(Cell):
         gates, hidden = self.pre[step], new[0]
         size = self.hidden_size
         assert self.recurrent is not None
-        assert self.hidden_bias is not None
         self.below.add_to(gates, below, gates)
         from_hidden = self.recurrent.add_to(self.hidden_bias, prev[0], self._from_hidden)
         reset_update, n = gates[:, : 2 * size], gates[:, 2 * size :]
@@ -261,7 +260,7 @@ class GRU(Cell):
         self.d_gates = self.d_pre.unflatten(-1, (3, -1)).unbind(0)
 
     def backward(
-        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None = None
+        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None
     ) -> None:
         d_hidden = self._unclip(step, d, d_above)
         assert self.recurrent is not None

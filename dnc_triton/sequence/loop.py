@@ -131,7 +131,7 @@ class Sequence:
         return outputs, Carried.of(*self.checkpoints[self.steps], light, self.settings.num_layers)
 
     def backward(
-        self, d_outputs: Tensor, d_last: Carried, *, wants_inputs: bool = True, wants_state: bool = True
+        self, d_outputs: Tensor, d_last: Carried, *, wants_inputs: bool, wants_state: bool
     ) -> tuple[Tensor | None, Carried | None, list[Tensor]]:
         """From gradients by what `forward` returned to those by inputs, state and parameters.
 
@@ -351,9 +351,7 @@ class Sequence:
 
     def _start(self, trail: Tensor) -> Tensor:
         """A quantity as it goes into each step: [T, B, ...], rows that a step resets at zero."""
-        if self.reset is None:
-            return trail
-        return trail.masked_fill(self.reset.view(*self.reset.shape, *[1] * (trail.dim() - 2)), 0)
+        return trail if self.reset is None else trail.masked_fill(_rows(self.reset, trail), 0)
 
     def _replay(self, first: int, last: int) -> None:
         """Make memory and link again for the steps after `first`, which is kept, up to `last`.

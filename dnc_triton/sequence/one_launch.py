@@ -165,7 +165,7 @@ class OneLaunchSequence:
         return outputs, self._as_carried(copies)
 
     def backward(
-        self, d_outputs: Tensor, d_last: Carried, *, wants_inputs: bool = True, wants_state: bool = True
+        self, d_outputs: Tensor, d_last: Carried, *, wants_inputs: bool, wants_state: bool
     ) -> tuple[Tensor | None, Carried | None, list[Tensor]]:
         """As that of `Sequence`, but that nothing is overwritten."""
         history = self.history

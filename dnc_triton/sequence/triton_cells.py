@@ -40,7 +40,7 @@ class TritonLSTM(LSTM):
         self.prev_cells = prev[1].unbind(0)
 
     def backward(
-        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None = None
+        self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None
     ) -> None:
         d_hidden, d_cell = d
         given = self.pre[step], self.prev_cells[step], d_hidden, d_above
@@ -55,7 +55,7 @@ class TritonLSTM(LSTM):
         interface: Product,
         d_vectors: Tensor,
         d_below: Tensor,
-        addend: Tensor | None = None,
+        addend: Tensor | None,
     ) -> None:
         if not isinstance(interface, SmallProduct):
             super().backward_highest(step, d, d_out, interface, d_vectors, d_below, addend)

@@ -112,9 +112,7 @@ class RepeatCopyTask(BitTask):
         longer, more = range(max_length + 1, 2 * max_length + 1), range(max_repeats + 1, 2 * max_repeats + 1)
         self.lessons = [sizes(lengths, repeats)]
         self.evaluations = {
-            f"{min_length} to {max_length} vectors, {min_repeats} to {max_repeats} times, as trained": sizes(
-                lengths, repeats
-            ),
+            f"{min_length} to {max_length} vectors, {min_repeats} to {max_repeats} times, as trained": self.lessons[0],
             f"{longer[0]} to {longer[-1]} vectors": sizes(longer, repeats),
             f"{more[0]} to {more[-1]} times": sizes(lengths, more),
         }
