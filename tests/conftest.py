@@ -53,6 +53,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a run is drawn: it would take longer than a short training, and no test that asks for this looks."""
+    for name in ("draw_learning_curve", "draw_memory", "write_page"):
+        monkeypatch.setattr(f"dnc_triton.training.report.{name}", lambda *arguments, **named: None)
+
+
 @pytest.fixture(scope="module")
 def _compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what is compiled beside pytest's own notes, so that a second run compiles only what changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -262,6 +263,7 @@ def test_trace_draws_the_memory(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert "size: expected an integer, at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_the_settings_a_run_leaves_give_the_same_run(run: Path, tmp_path: Path) -> None:
     assert Settings.read("copy", run / "settings.toml") == Run.resume(run).settings
     assert main(["train", "copy", "--config", str(run / "settings.toml"), "--run", str(tmp_path / "again")]) == 0
@@ -329,6 +331,7 @@ def test_data_are_found_from_wherever_a_run_is_gone_on_with(
         assert f"got {tmp_path / 'en-10k'}: no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_a_run_goes_on_with_arguments_that_nobody_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """One that its file does not hold has the task's own value, and no other."""
     folder = tmp_path / "a folder"
@@ -361,6 +364,7 @@ def test_a_command_that_is_printed_goes_on_where_it_was(
     assert capsys.readouterr().out.endswith(f"{again} --device cpu:0 --workers 1\n")
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_a_run_that_cannot_begin_keeps_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -394,11 +398,13 @@ def test_a_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -
         assert len(line) < 400, "what PyTorch knows besides is no help here"
 
 
-def test_what_is_printed_is_printed_wherever_it_goes(run: Path) -> None:
+@pytest.mark.usefixtures("_undrawn")
+def test_what_is_printed_is_printed_wherever_it_goes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To a terminal that does not know all characters, too."""
-    done = start("trace", str(run), env={**os.environ, "PYTHONIOENCODING": "latin-1"}, text=False)
-    assert b"target" in done.communicate(timeout=120)[0]
-    assert done.returncode == 0
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["trace", str(run)]) == 0
+    assert b"target" in terminal.buffer.getvalue()
 
 
 def test_a_table_is_printed_where_nothing_can_be_written(

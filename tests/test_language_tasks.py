@@ -467,6 +467,7 @@ def test_the_table_is_that_of_the_papers() -> None:
     ]
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_babi_trains_from_a_folder_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_folder(tmp_path)
     run = tmp_path / "run"

@@ -228,6 +228,7 @@ def test_delayed_copy_is_learned_and_everything_is_left_in_the_folder(
     assert not list(folder.glob("*.part"))
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_interrupted_and_resumed_ends_with_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     steps = 3 * LOG_EVERY + 7

@@ -351,6 +351,7 @@ def test_a_name_that_tensorboard_cannot_encode_is_no_harm(
     assert "TensorBoard gets no more of this run" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that was full at the only validation."""
     run = Run(small(steps=2, baseline=False), tmp_path)
@@ -375,6 +376,7 @@ def test_two_who_write_a_file_at_once_write_it_whole(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = Run(small(steps=3, baseline=False), tmp_path / "run")
     run.save()
