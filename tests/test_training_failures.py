@@ -189,23 +189,31 @@ def test_what_is_not_finite_is_named_and_kept(tensor: str, tmp_path: Path, monke
 # --- full disks -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def row(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The steps of a row of the metrics, a tenth of what they are else; after each a checkpoint is due."""
+    for name, value in (("LOG_EVERY", 5), ("CHECKPOINT_SECONDS", 0.0), ("CHECKPOINT_SHARE", 1e9)):
+        monkeypatch.setattr(f"dnc_triton.training.run.{name}", value)
+    return 5
+
+
 def test_a_full_disk_loses_nothing(
-    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    row: int, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     rescue, folder = tmp_path / "rescue", small_disk / "run"
     rescue.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(rescue))
-    monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SECONDS", 0.0)  # try again at once
-    settings = small(steps=2 * LOG_EVERY + 7, validate_every=LOG_EVERY)
+    monkeypatch.setattr(Run, "_is_best", lambda run, validation: validation["step"] == row)
+    settings = small(steps=2 * row + 7, validate_every=row)
     assert Run(settings, tmp_path / "whole").train()
 
     run = Run(settings, folder)
-    before_step(run, LOG_EVERY + 5, lambda: fill(small_disk))
+    before_step(run, row + 3, lambda: fill(small_disk))
     with pytest.raises(OSError, match=r"No space left on device while writing.*make room, move it to") as error:
         run.train()
     assert "The old file is whole, training goes on" in capsys.readouterr().err
-    assert checkpoint.load(folder / "checkpoint.pt")["step"] <= LOG_EVERY + 5
-    assert checkpoint.load(folder / "best.pt")["step"] == LOG_EVERY
+    assert checkpoint.load(folder / "checkpoint.pt")["step"] == row + 2
+    assert checkpoint.load(folder / "best.pt")["step"] == row
     assert not list(folder.glob("*.part"))
 
     (rescued,) = rescue.glob("*.pt")
@@ -219,32 +227,31 @@ def test_a_full_disk_loses_nothing(
 
 
 def test_a_full_disk_with_nowhere_else_to_write(
-    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: int, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last checkpoint is what it was, and the run goes on from there to the same end."""
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
-    settings = small(steps=LOG_EVERY + 7)
+    settings = small(steps=row + 7)
     assert Run(settings, tmp_path / "whole").train()
     folder = small_disk / "run"
     run = Run(settings, folder)
-    before_step(run, LOG_EVERY + 5, lambda: fill(small_disk))
+    before_step(run, row + 3, lambda: fill(small_disk))
     with pytest.raises(OSError, match=f"Make room, then --resume {folder}"):
         run.train()
     (small_disk / "filler").unlink()
     resumed = Run.resume(folder)
-    assert resumed.step == LOG_EVERY
+    assert resumed.step == row + 2
     assert resumed.train()
     assert_same_run(tmp_path / "whole", folder)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, pytest.param(errno.EDQUOT, marks=pytest.mark.slow), errno.EIO])
 def test_a_failed_write_is_told_as_what_it_is(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    number: int, row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Room is asked for where there is none, and an old file is called whole where there is one."""
     folder, rescue, full = tmp_path / "run", tmp_path / "rescue", number != errno.EIO
     monkeypatch.setattr("tempfile.tempdir", str(rescue))
-    monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SECONDS", 0.0)
     replace, broken = os.replace, [folder, rescue]
 
     def fail(source: Path, target: Path) -> None:
@@ -253,7 +260,7 @@ def test_a_failed_write_is_told_as_what_it_is(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
-    settings = small(steps=LOG_EVERY + 7, validate_every=LOG_EVERY, baseline=False)
+    settings = small(steps=row + 7, validate_every=row, baseline=False)
     with pytest.raises(OSError, match=f"{os.strerror(number)} while writing.*All that was trained is lost") as error:
         Run(settings, folder).train()
     assert "Make room" not in str(error.value)
