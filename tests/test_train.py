@@ -250,11 +250,10 @@ def test_interrupted_and_resumed_ends_with_the_bits_of_an_uninterrupted_run(tmp_
     assert_same_run(whole, broken)
 
 
-def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path) -> None:
+def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM at an exact step: what was summed up for the next row of the metrics is resumed as well."""
-    settings = Settings(
-        "copy", {"max_length": 2}, steps=LOG_EVERY + 10, hidden_size=8, memory_size=4, word_size=4, batch_size=2
-    )
+    monkeypatch.setattr("dnc_triton.training.run.LOG_EVERY", 5)
+    settings = small(steps=9)
     whole = Run(settings, tmp_path / "whole")
     assert whole.train()
 
@@ -262,13 +261,13 @@ def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path) -> None:
     sample = broken.task.sample_training
 
     def sample_then_stop(*arguments: Any) -> Batch:
-        if broken.step == LOG_EVERY + 3:
+        if broken.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return sample(*arguments)
 
     broken.task.sample_training = sample_then_stop  # type: ignore[method-assign]
     assert not broken.train()
-    assert broken.step == LOG_EVERY + 4
+    assert broken.step == 7
     resumed = Run.resume(tmp_path / "broken")
     assert resumed.train()
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
