@@ -71,7 +71,7 @@ def test_checkpoints_are_for_the_kernels_of_a_step(
 ) -> None:
     """In the layout that they have where nothing was measured, for what was is one launch for all steps."""
     dnc = make(device, sizes=(slots, 3, 1), checkpoint=2, backend=BACKEND)
-    inputs, state = draw(dnc, 2)
+    inputs, state = draw(dnc, 2, batch=1)
     asked = []
 
     def run_sequence(settings: SequenceSettings, *given: Any) -> list[torch.Tensor]:
@@ -106,7 +106,7 @@ def test_lean_is_full_to_the_last_bit(backend: str, checkpoint: int, dtype: torc
 
 def test_a_lean_backward_twice(device: torch.device) -> None:
     dnc = make(device, checkpoint=3, backend="triton_split")
-    outputs, final = dnc(*draw(dnc, 5))
+    outputs, final = dnc(*draw(dnc, 5, batch=1))
     before = final.map(torch.clone)
     first, second = (
         torch.autograd.grad(weighted((outputs, final)), list(dnc.parameters()), retain_graph=True) for _ in range(2)
