@@ -99,37 +99,31 @@ def test_public_names():
     assert all(getattr(dnc_triton, name).__doc__ for name in promised)
 
 
-def imported(module: str, cwd: Path) -> set[str]:
-    """The top-level names that importing a module adds to what torch and NumPy have brought in already."""
-    code = f"""
-import importlib, json, pkgutil, sys
-import numpy, torch
-before = set(sys.modules)
-module = importlib.import_module({module!r})
-if module.__name__ == "dnc_reference":  # all of it, not only what its __init__ needs
-    for info in pkgutil.walk_packages(module.__path__, "dnc_reference."):
-        importlib.import_module(info.name)
-print(json.dumps(sorted(set(sys.modules) - before)))
-"""
-    return {name.split(".")[0] for name in python(code, cwd)}
+EXTRAS = {"lightning_fabric", "matplotlib", "tensorboard", "tqdm", "plotly", "babel"}
 
 
 def test_the_reference_imports_neither_triton_nor_the_product(tmp_path):
-    new = imported("dnc_reference", tmp_path)
+    """All of it, not only what its `__init__` needs."""
+    code = """
+import importlib, json, pkgutil, sys
+import numpy, torch
+before = set(sys.modules)
+import dnc_reference
+for info in pkgutil.walk_packages(dnc_reference.__path__, "dnc_reference."):
+    importlib.import_module(info.name)
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    new = {name.split(".")[0] for name in python(code, tmp_path)}
     assert "dnc_reference" in new
     assert not new & {"triton", "dnc_triton"}
 
 
-def test_the_product_imports_no_extras(tmp_path):
-    """Progress bars and pictures are for the command line: neither is needed to use the layer."""
-    new = imported("dnc_triton", tmp_path)
-    assert {"dnc_triton", "dnc_reference"} <= new
-    assert not new & {"lightning_fabric", "matplotlib", "tensorboard", "tqdm", "plotly", "babel"}
-
-
 def test_an_import_compiles_nothing_and_touches_no_gpu(tmp_path):
-    """Triton, which starts a driver, stays out; so does CUDA, whose set-up would break a fork; nothing is written."""
-    code = """
+    """Triton, which starts a driver, stays out; so does CUDA, whose set-up would break a fork; nothing is written.
+
+    Progress bars and pictures are for the command line: neither is needed to use the layer.
+    """
+    code = f"""
 import json, os, sys
 import torch
 
@@ -140,19 +134,19 @@ torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torc
 torch.cuda.get_device_capability = torch.cuda.get_device_name = torch.cuda.current_device = touched
 before = set(sys.modules)
 import dnc_triton
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(json.dumps([sorted(new & {"triton"}), torch.cuda.is_initialized(), os.listdir()]))
+new = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(json.dumps([sorted(new & {EXTRAS | {"triton"}}), torch.cuda.is_initialized(), os.listdir()]))
 """
     folders = {"TRITON_CACHE_DIR": str(tmp_path), "DNC_TRITON_CACHE": str(tmp_path), "HOME": str(tmp_path)}
     assert python(code, tmp_path, **folders) == [[], False, []]
 
 
-@pytest.mark.parametrize("absent", ["triton", "lightning_fabric", "matplotlib", "tqdm"])
+@pytest.mark.parametrize("absent", [["triton"], sorted(EXTRAS)], ids=["triton", "extras"])
 def test_runs_where_something_is_absent(absent, tmp_path):
     """Triton has no wheels for macOS and Windows; there the layer runs on what is left."""
     code = f"""
 import sys
-sys.modules[{absent!r}] = None  # importing it raises ModuleNotFoundError, as if it were not installed
+sys.modules.update(dict.fromkeys({absent}))  # importing them raises ModuleNotFoundError, as if they were not installed
 import json, torch, dnc_triton
 dnc = dnc_triton.DNC(3, 5, 2, memory_size=4, word_size=3, num_reads=2)
 inputs = torch.randn(2, 3, 3)
