@@ -230,7 +230,8 @@ def test_a_file_without_results_is_explained(tmp_path, text, message, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_report_on_what_no_run_writes_is_explained(tmp_path, results, capsys):
+def test_a_report_on_what_no_run_writes_is_explained(tmp_path, results, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.__main__.find_spec", lambda name: None)
     results["rows"][0]["floor_share"] = "much"
     path = written(tmp_path, "odd.json", results)
     assert main(["report", str(path)]) == 2
