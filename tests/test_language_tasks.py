@@ -340,12 +340,12 @@ def test_generated_batches_are_padded_stories(kind: int) -> None:
                 told.append(sentence)
 
 
-def write_folder(folder: Path, stories: int = 30) -> None:
+def write_folder(folder: Path) -> None:
     """Generated stories in the layout in which bAbI is published."""
     draw = random.Random(0)
     for kind, name in KINDS.items():
         for split in ("train", "test"):
-            written = (generate_story(kind, 6 + number % 3, 2, draw) for number in range(stories))
+            written = (generate_story(kind, 6 + number % 3, 2, draw) for number in range(30))
             write_stories(written, folder / f"qa{kind}_{name}_{split}.txt")
 
 

@@ -30,9 +30,7 @@ FIELDS = {
 }
 
 
-def make_weights(
-    kind="lstm", layers=1, *, joined=True, bias=True, prefix="", memory="shared"
-) -> dict[str, torch.Tensor]:
+def make_weights(kind="lstm", layers=1, *, joined=True, bias=True, prefix="") -> dict[str, torch.Tensor]:
     """Random numbers with the names and shapes of the package's state_dict."""
     weights = {}
     for index in range(layers):
@@ -45,7 +43,7 @@ def make_weights(
     if joined:
         separate = {f"interface_weights.{part}": torch.cat([separate[f"{name}.{part}"] for name in FIELDS])
                     for part in ("weight", "bias")}  # fmt: skip
-    weights |= {f"rnn_layer_memory_{memory}.{name}": tensor for name, tensor in separate.items()}
+    weights |= {f"rnn_layer_memory_shared.{name}": tensor for name, tensor in separate.items()}
     weights |= {"output.weight": torch.randn(D, H + R * W), "output.bias": torch.randn(D)}
     return {prefix + name: tensor for name, tensor in weights.items()}
 
