@@ -146,7 +146,7 @@ def columns_first(tensor: Tensor) -> Tensor:
 def total(*nests: Any) -> Tensor:
     """A loss that sees every number, each with a weight of its own."""
     flat = torch.cat([x.flatten().double() for x in tree_leaves(nests)])
-    return (flat * (torch.arange(flat.numel(), dtype=flat.dtype) + 1).cos()).sum()
+    return flat @ (torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device) + 1).cos()
 
 
 def negated_when_read(tensor: Tensor) -> Tensor:

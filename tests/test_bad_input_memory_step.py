@@ -6,6 +6,8 @@ import pytest
 import torch
 from refusals import BACKENDS, INPUTS, case, make, refuses
 
+from dnc_reference import interface_step
+from dnc_reference.interface import activate_interface
 from dnc_triton import Interface, MemoryState, explain, memory_step, use_backend
 
 # --- memory_step
@@ -123,6 +125,23 @@ def test_memory_step_with_one_field_that_does_not_go_with_the_rest(part, name, c
 def test_memory_step_with_other_sizes(part, name, change, error, argument, expected, came):
     with refuses(error, argument, expected, came):
         step_with(part, name, change)
+
+
+@pytest.mark.parametrize(
+    ("vector", "strength", "error", "argument", "expected", "came"),
+    [
+        case(torch.zeros(4, 27), "oneplus", ValueError, "vector", "[B, 28]", "[4, 27]", id="size"),
+        case(torch.zeros(28), "oneplus", ValueError, "vector", "[B, 28]", "[28]", id="rank"),
+        case(None, "oneplus", TypeError, "vector", "a tensor [B, S]", "NoneType", id="None"),
+        case(torch.zeros(4, 28), "twoplus", ValueError, "strength", "'oneplus'", "'twoplus'", id="strength"),
+    ],
+)
+def test_an_interface_vector_that_cannot_be(vector, strength, error, argument, expected, came):
+    options = dict(num_reads=2, num_writes=1, strength=strength)
+    with refuses(error, argument, expected, came):
+        activate_interface(vector, word_size=3, **options)
+    with refuses(error, argument, expected, came):
+        interface_step(vector, STEP["state"], **options, stop_usage_gradient=False)
 
 
 @pytest.mark.parametrize(

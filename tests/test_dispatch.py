@@ -235,10 +235,12 @@ def test_an_operator_is_given_settings_in_their_order():
     assert names[-len(SequenceSettings._fields) :] == SequenceSettings._fields
 
 
-@pytest.mark.parametrize("memory_size", [1, 16, 17, 64, 65, 128, 129, 1024, 2048])
-def test_layouts_are_few_and_told_apart(memory_size):
-    found = layouts(memory_size)
-    assert len(found) <= 5
+@pytest.mark.parametrize("hip", [False, True])
+@pytest.mark.parametrize("memory_size", [1, 16, 17, 64, 65, 128, 129, 1024, 1025, 2048])
+def test_layouts_are_few_and_told_apart(memory_size, hip):
+    found = layouts(memory_size, hip=hip)
+    assert 2 <= len(found) <= 5
+    assert all(layout.spread for layout in found) == (hip and memory_size > 1024)
     for fused in (True, False):
         described = [layout.describe() for layout in found if layout.fused == fused]
         assert len(set(described)) == len(described)

@@ -20,6 +20,7 @@ from dnc_triton.kernels.step_launch import Launch, launches
 SHAPES = [(16, 16, 1), (16, 16, 4), (64, 32, 4), (128, 64, 4), (192, 64, 4), (256, 64, 4), (512, 64, 8)]  # N, W, R
 LARGEST = (1024, 256, 16)
 LONGEST = (2048, 32, 4)
+MOST_HEADS = (2048, 32, 16)
 SEQUENCES = [  # N, W, R, H
     (16, 16, 1, 32), (16, 16, 4, 64), (64, 32, 4, 64), (128, 32, 4, 128),
     (16, 16, 4, 128), (64, 32, 4, 128), (128, 64, 4, 128),
@@ -121,7 +122,7 @@ class Case:
         """
         if self.phase in CONTROLLER:
             return self.target in WORKSTATIONS
-        return self.target != "sm_90" or self.dtype == "float64" or self.shape in (LARGEST, LONGEST)
+        return self.target != "sm_90" or self.dtype == "float64" or self.shape in (LARGEST, LONGEST, MOST_HEADS)
 
     @property
     def spilled_for_room(self) -> int:
@@ -190,6 +191,8 @@ def _everything() -> list[Case]:
         found += step(LONGEST, "sm_90", layout=layout)
     for target in TARGETS:
         found += step(LONGEST, target)
+    for target in DATA_CENTERS:
+        found += step(MOST_HEADS, target, dtype="bfloat16")
     for shape in SHAPES:
         for target in WORKSTATIONS:
             found += step(shape, target)
@@ -218,7 +221,7 @@ def step(
     variant: str = "",
 ) -> list[Case]:
     """Every launch of a step and its backward."""
-    layout = layout or default_layout(shape[0])
+    layout = layout or default_layout(shape[0], hip=target.startswith("gfx"))
     phases = ("whole",) if layout.fused else ("first", "middle", "last")
     before = ("rank",) if layout.ranks else ()
     return [

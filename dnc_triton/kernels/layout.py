@@ -68,8 +68,8 @@ class Layout(NamedTuple):
         return ", ".join([tiles, warps, *(name for name in ("spread", "ranks") if getattr(self, name))])
 
 
-def layouts(memory_size: int) -> list[Layout]:
-    """The layouts worth measuring for a memory of N slots, the default one first.
+def layouts(memory_size: int, *, hip: bool = torch.version.hip is not None) -> list[Layout]:
+    """The layouts worth measuring for a memory of N slots, the default one first; `hip` for one of AMD's GPUs.
 
     The order and the choice are from times on an H200, at B = 16 and 64: in three launches one warp, which needs no
     shared memory, was the fastest, and which rows depends on B: the more there are the fewer parts are left to be added
@@ -83,7 +83,9 @@ def layouts(memory_size: int) -> list[Layout]:
     if memory_size > 256:
         rows = 32 if memory_size <= 1024 else 64
         wide = [split._replace(rows=count) for count in (rows, 2 * rows, rows // 2)]
-        return [*wide, *(layout._replace(spread=True, ranks=True) for layout in wide[:2])]
+        spread = [layout._replace(spread=True, ranks=True) for layout in wide[:2]]
+        # A program for all heads would take 64 KB of shared memory there, which is all, and 128 for many in 16 bits.
+        return spread if hip and memory_size > 1024 else [*wide, *spread]
     if memory_size > 64:
         one = memory_size <= MOST_IN_ONE_LAUNCH
         others = [Layout(True, 16, block, 8)] if one else [split._replace(spread=True)]
@@ -104,9 +106,9 @@ def _block(memory_size: int) -> int:
     return max(16, 1 << (memory_size - 1).bit_length())
 
 
-def default_layout(memory_size: int) -> Layout:
-    """The layout that a step's kernels take where nothing was measured."""
-    return layouts(memory_size)[0]
+def default_layout(memory_size: int, **options: bool) -> Layout:
+    """The layout that a step's kernels take where nothing was measured; `options` as in `layouts`."""
+    return layouts(memory_size, **options)[0]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -42,6 +42,11 @@ def interface_step(
 
     Returns:
         read words [B, R, W] and the memory after the step.
+
+    Raises:
+        as `activate_interface` and `memory_step`.
+
+    Source: Graves et al. 2016, Methods.
     """
     interface = activate_interface(
         vector, num_reads=num_reads, num_writes=num_writes, word_size=state.memory.shape[-1], strength=strength
@@ -201,6 +206,10 @@ class DNCCell(nn.Module):
 
         Returns:
             features [B, H + R·W], the controller's output and the words read; the state after the step.
+
+        Raises:
+            TypeError, ValueError: the controller returned something else than an output [B, H] and a state; and as
+                `interface_step`.
         """
         hidden, controller_state, vector = self.control(inputs, state)
         # Under autocast the controller's products are rounded; the memory is not.
@@ -283,6 +292,11 @@ def unroll(
 
     Returns:
         outputs [T, B, output_size] and the state after each row's last step.
+
+    Raises:
+        as `DNCCell.advance`. Lengths and resets are not checked: `dnc_triton.DNC` does.
+
+    Source: Graves et al. 2016, Methods.
     """
     steps, batch = inputs.shape[:2]
     if steps == 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dnc_reference.addressing import oneplus, softplus
+from dnc_reference.checks import check_dense
 from dnc_reference.types import Interface
 
 STRENGTHS: dict[str, Callable[[Tensor], Tensor]] = {"oneplus": oneplus, "softplus": softplus}
@@ -61,9 +62,16 @@ def activate_interface(
     Returns:
         the `Interface`.
 
+    Raises:
+        TypeError, ValueError: the vector is no tensor, or has another size; `strength` is neither of the two.
+
     Source: Graves et al. 2016, Methods, "Interface parameters".
     """
     sizes = list(interface_sizes(num_reads, num_writes, word_size).values())
+    check_strength(strength)
+    check_dense("vector", vector, "a tensor [B, S]")
+    if vector.dim() != 2 or vector.shape[1] != sum(sizes):
+        raise ValueError(f"vector: expected shape [B, {sum(sizes)}], got {list(vector.shape)}")
     linear, strengths, squashed, modes = vector.split([sum(sizes[:3]), sum(sizes[3:5]), sum(sizes[5:9]), sizes[9]], -1)
     read_keys, write_keys, write_vectors = linear.split(sizes[:3], -1)
     read_strengths, write_strengths = STRENGTHS[strength](strengths).split(sizes[3:5], -1)

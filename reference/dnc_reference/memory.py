@@ -60,7 +60,17 @@ def memory_step(
 def memory_step_with_addressing(
     interface: Interface, state: MemoryState, *, stop_usage_gradient: bool = False
 ) -> tuple[Tensor, MemoryState, Addressing]:
-    """`memory_step`, and how it came to its weights."""
+    """`memory_step`, and how it came to its weights.
+
+    Args:
+        interface, state, stop_usage_gradient: as in `memory_step`.
+
+    Returns:
+        read words [B, R, W], the memory after the step, and the `Addressing` between.
+
+    Raises:
+        as `memory_step`.
+    """
     check_memory_step(interface, state)
     check_bool("stop_usage_gradient", stop_usage_gradient)
     with without_autocast(state.memory.device):

@@ -111,7 +111,12 @@ class MemoryState(NamedTuple):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> MemoryState:
-        """The state before the first step: all zeros."""
+        """The state before the first step: all zeros, [B, ...] each.
+
+        Args:
+            batch_size, memory_size, word_size, num_reads, num_writes: B, N, W, R, K.
+            device, dtype: of the tensors; by default PyTorch's.
+        """
         shapes = cls.shapes(batch_size, memory_size, word_size, num_reads, num_writes)
         return cls(**{name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()})
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_leaves, assert_close, assert_same_bits, negated_when_read, replace_parameters
+from helpers import as_leaves, assert_close, assert_same_bits, negated_when_read, replace_parameters, total
 from parity import Margins, beside_16_bytes, launches_in_margins, launches_of_aligned
-from test_kernel_layer import CLOSE, each_backend, weighted
+from test_kernel_layer import CLOSE, each_backend
 from test_kernel_sequence import BACKEND, draw, make, poisoned, run
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -102,7 +102,7 @@ def test_a_state_of_one_element_for_all(device: torch.device) -> None:
         fields = state.memory._replace(memory=memory.expand(3, -1, -1), link=link.expand(3, -1, -1, -1))
         with use_backend(backend):
             outputs, final = dnc(inputs, state._replace(memory=fields))
-        return outputs, torch.autograd.grad(weighted((outputs, final)), [memory, link, inputs, *dnc.parameters()])
+        return outputs, torch.autograd.grad(total(outputs, final), [memory, link, inputs, *dnc.parameters()])
 
     with poisoned():
         actual = gradients("triton_split")

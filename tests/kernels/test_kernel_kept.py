@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import test_sequence_kept
 import torch
-from helpers import assert_close, assert_same_bits
+from helpers import assert_close, assert_same_bits, total
 from parity import launches_in_margins
 from sequence_parity import most_allocated
-from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend, weighted
+from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend
 from test_kernel_sequence import BACKEND, draw, make, poisoned, run
 
 from dnc_triton import dispatch
@@ -109,7 +109,7 @@ def test_a_lean_backward_twice(device: torch.device) -> None:
     outputs, final = dnc(*draw(dnc, 5, batch=1))
     before = final.map(torch.clone)
     first, second = (
-        torch.autograd.grad(weighted((outputs, final)), list(dnc.parameters()), retain_graph=True) for _ in range(2)
+        torch.autograd.grad(total(outputs, final), list(dnc.parameters()), retain_graph=True) for _ in range(2)
     )
     assert_same_bits((first, final), (second, before))
 

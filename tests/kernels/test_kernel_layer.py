@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, columns_first, random_problem
+from helpers import assert_close, columns_first, random_problem, total
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
@@ -53,14 +53,8 @@ def run(dnc: DNC, inputs: Tensor, state: DNCState | None, backend: str, *, modul
     seen = outputs if state is None or "reset" in call else (outputs, final)
     named = {**dict(dnc.named_parameters()), "inputs": inputs}
     named |= {} if state is None else {f"state[{index}]": leaf for index, leaf in enumerate(tree_leaves(state))}
-    gradients = torch.autograd.grad(weighted(seen), list(named.values()), materialize_grads=True)
+    gradients = torch.autograd.grad(total(seen), list(named.values()), materialize_grads=True)
     return {"seen": seen, **dict(zip(named, gradients, strict=True))}
-
-
-def weighted(nest: Any) -> Tensor:
-    """A sum in which every number has a weight of its own."""
-    flat = torch.cat([x.flatten().double() for x in tree_leaves(nest)])
-    return flat @ (torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device) + 1).cos()
 
 
 RESETS = [[False, True, False], [True, False, True]]

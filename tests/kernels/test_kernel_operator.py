@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_leaves, assert_close, assert_same_bits, columns_first, random_interface, random_problem
+from helpers import as_leaves, assert_close, assert_same_bits, columns_first, random_interface, random_problem, total
 from parity import Case, beside_16_bytes, draw, launches_of_aligned, pick_layout, run_kernels
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -34,9 +34,7 @@ def leaves(device: torch.device, batch: int = 2, **changes: Any) -> tuple[Interf
 
 def gradients(outputs: Any, inputs: Any, **options: Any) -> list[Tensor]:
     """Of a sum in which every number has a weight of its own, by all inputs."""
-    flat = torch.cat([x.flatten() for x in tree_leaves(outputs)])
-    weights = (torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device) + 1).cos()
-    return list(torch.autograd.grad(flat @ weights, tree_leaves(inputs), materialize_grads=True, **options))
+    return list(torch.autograd.grad(total(outputs), tree_leaves(inputs), materialize_grads=True, **options))
 
 
 # --- registration

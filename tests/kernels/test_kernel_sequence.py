@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import test_sequence_goldens
 import torch
-from helpers import assert_close, assert_same_bits
+from helpers import assert_close, assert_same_bits, total
 from parity import pick_layout
-from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend, start, weighted
+from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend, start
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -47,7 +47,7 @@ def run(dnc: DNC, inputs: Tensor, state: DNCState, backend: str, **call: Any) ->
         outputs, final = dnc(inputs, state, **call)
     named = dict(dnc.named_parameters()) | {f"state[{i}]": leaf for i, leaf in enumerate(tree_leaves(state))}
     named["inputs"] = inputs
-    gradients = torch.autograd.grad(weighted((outputs, final)), list(named.values()), materialize_grads=True)
+    gradients = torch.autograd.grad(total(outputs, final), list(named.values()), materialize_grads=True)
     return {"outputs": outputs, "final": final, **dict(zip(named, gradients, strict=True))}
 
 
