@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo       train a DNC on the copy task (about a minute on two CPU cores); ARGS='--help' shows what it takes"
-	@echo "make test       the tests (about 10 minutes on two CPU cores)"
+	@echo "make test       the tests (about 8 minutes on two CPU cores)"
 	@echo "make test-slow  the tests that take longer: trainings, and every kernel for every target"
 	@echo "make test-oldest  the tests with the oldest supported versions, in .venv-oldest"
 	@echo "make test-newest  the tests with the newest versions that were tried, in .venv-newest, which takes 6 GB"
