@@ -61,7 +61,7 @@ gpu:
 # What no test sees: reads and writes out of bounds, races, numbers that nobody wrote, barriers that not all reach. The
 # allocator's cache would hide the first and the third from the tools; without it there is no capturing of graphs.
 TOOLS ?= memcheck racecheck initcheck synccheck
-# Trainings by every kernel and of every kind of layout.
+# Trainings by every kernel, and steps by the layouts of large memories.
 SANITIZED := (test_the_layer and (plain or lstm_all)) or test_float32 or (test_limits and spread-activated) or (test_same_call and spread) or test_ranks
 sanitize:
 	@command -v compute-sanitizer > /dev/null || \

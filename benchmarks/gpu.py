@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         for row, measure in jobs(BUCKETS, device, graph_time, call_time, compiled=not options.no_compiled):
-            # The backward of a product over all slots before one is unrolled, slot by slot.
+            # The compiler unrolls the backward of a product over slots, so that its time grows with them: an estimate.
             needed = COMPILE_SECONDS * max(1, row.memory_size / 64) if row.who == COMPILED else 0
             if time.perf_counter() - started + needed > options.seconds:
                 left_out.append(f"{sizes_of(row)}, {row.who}: the time is up")

@@ -104,6 +104,25 @@ def test_strength_set_after_the_constructor_looked_at_it(backend):
         dnc(INPUTS)
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+@pytest.mark.parametrize("call", [lambda dnc: dnc(INPUTS), lambda dnc: dnc.step(INPUTS[:, 0])], ids=["call", "step"])
+@pytest.mark.parametrize("put", [lambda part: part, nn.Sequential], ids=["alone", "within"])
+def test_an_interface_layer_of_another_size(put, call, more):
+    """Kernels would read beyond what it gives, or the numbers of others."""
+    dnc = make()
+    size = dnc.interface.out_features
+    dnc.interface = put(nn.Linear(6, size + more))
+    with refuses(ValueError, "interface", f"shape [4, {size}]", f"[4, {size + more}]"):
+        call(dnc)
+
+
+def test_an_interface_layer_that_returns_no_tensor():
+    dnc = make()
+    dnc.interface = nn.LSTM(6, dnc.interface.out_features)
+    with refuses(TypeError, "interface", "to return a tensor", "tuple"):
+        dnc(INPUTS)
+
+
 @pytest.mark.filterwarnings("ignore:dropout")
 @pytest.mark.parametrize("changes", [{"num_layers": 2}, {"dropout": 0.5}], ids=["num_layers", "dropout"])
 def test_layers_and_dropout_belong_to_built_in_controllers(changes):

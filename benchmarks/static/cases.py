@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels.gradients import NUM_WARPS, tiles_of_products
-from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
+from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
 from dnc_triton.kernels.products import LSTM_BACKWARD, LSTM_FORWARD, PRODUCT, Tiles
 from dnc_triton.kernels.sizes import Sizes
 from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, RANK, WHOLE
@@ -221,7 +221,7 @@ def step(
     variant: str = "",
 ) -> list[Case]:
     """Every launch of a step and its backward."""
-    layout = layout or default_layout(shape[0], hip=target.startswith("gfx"))
+    layout = layout or layouts(shape[0], hip=target.startswith("gfx"))[0]
     phases = ("whole",) if layout.fused else ("first", "middle", "last")
     before = ("rank",) if layout.ranks else ()
     return [

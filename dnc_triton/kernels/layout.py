@@ -106,9 +106,9 @@ def _block(memory_size: int) -> int:
     return max(16, 1 << (memory_size - 1).bit_length())
 
 
-def default_layout(memory_size: int, **options: bool) -> Layout:
-    """The layout that a step's kernels take where nothing was measured; `options` as in `layouts`."""
-    return layouts(memory_size, **options)[0]
+def default_layout(memory_size: int) -> Layout:
+    """The layout that a step's kernels take where nothing was measured."""
+    return layouts(memory_size)[0]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

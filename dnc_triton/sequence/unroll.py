@@ -103,8 +103,9 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     """Whether the layer is made of the parts it was built with and nothing else, so that its weights say it all.
 
     A controller of the user's, a part that was replaced or parametrized, or has no bias, a hook on a part or on all
-    modules, a method that a subclass or an object overrides: all of these must be called, step by step. With `resets`
-    the initial state is asked for on the way, and has to be zeros as well.
+    modules, a method that a subclass or an object overrides: all of these must be called, step by step. So must parts
+    of other sizes than the layer's, which then say so. With `resets` the initial state is asked for on the way, and
+    has to be zeros as well.
     """
     # At every call: a hook may come at any time. `nn.Module` answers by name what its dictionaries answer at once.
     interface, output, controller = (cell._modules.get(name) for name in ("interface", "output", "controller"))
@@ -137,7 +138,15 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     if (first := tensors[0]) is None:
         return False
     dtype, device = first.dtype, first.device
-    return all(x is not None and x.dtype == dtype and x.device == device for x in tensors)
+    if any(x is None or x.dtype != dtype or x.device != device for x in tensors):
+        return False
+    by_interface, _, by_output, _ = (x.shape for x in tensors[-4:] if x is not None)
+    read_size, hidden_size = cell.num_reads * cell.word_size, cell.hidden_size
+    return (
+        first.shape[1:] == (cell.input_size + read_size,)
+        and by_interface == (cell.interface_size, hidden_size)
+        and by_output[1:] == (hidden_size + read_size,)
+    )
 
 
 def begins_with_zeros(cell: DNCCell) -> bool:

@@ -132,8 +132,7 @@ class DNCCell(nn.Module):
         built_in: dict[str, Any] = dict(num_layers=num_layers, dropout=dropout)
         built_in["max_activation_gradient"] = max_activation_gradient
         self.controller = _make_controller(controller, input_size + read_size, hidden_size, **built_in, **factory)
-        interface_size = sum(interface_sizes(num_reads, num_writes, word_size).values())
-        self.interface = nn.Linear(hidden_size, interface_size, **factory)
+        self.interface = nn.Linear(hidden_size, self.interface_size, **factory)
         self.output = nn.Linear(self.feature_size, output_size, **factory)
         if dropout > 0 and num_layers == 1:
             warnings.warn(f"dropout: {dropout} has no effect with num_layers=1, it acts between layers", stacklevel=3)
@@ -147,6 +146,11 @@ class DNCCell(nn.Module):
     def max_activation_gradient(self) -> float | None:
         """That of the controller, on which it is changed; None for a controller of your own."""
         return self.controller.max_activation_gradient if isinstance(self.controller, Controller) else None
+
+    @property
+    def interface_size(self) -> int:
+        """S, what the interface layer gives."""
+        return sum(interface_sizes(self.num_reads, self.num_writes, self.word_size).values())
 
     @property
     def feature_size(self) -> int:
@@ -208,8 +212,8 @@ class DNCCell(nn.Module):
             features [B, H + R·W], the controller's output and the words read; the state after the step.
 
         Raises:
-            TypeError, ValueError: the controller returned something else than an output [B, H] and a state; and as
-                `interface_step`.
+            TypeError, ValueError: the controller returned something else than an output [B, H] and a state, or the
+                interface layer than [B, S]; and as `interface_step`.
         """
         hidden, controller_state, vector = self.control(inputs, state)
         # Under autocast the controller's products are rounded; the memory is not.
@@ -247,7 +251,15 @@ class DNCCell(nn.Module):
                 f"got {list(hidden.shape)}"
             )
         hidden, controller_state = carried(hidden), tree_map(carried, controller_state)
-        return hidden, controller_state, self.interface(hidden).to(dtype)
+        vector = self.interface(hidden)
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"interface: expected it to return a tensor, got {type(vector).__name__}")
+        if vector.shape != (inputs.shape[0], self.interface_size):
+            raise ValueError(
+                f"interface: expected it to return a tensor of shape {[inputs.shape[0], self.interface_size]}, "
+                f"got {list(vector.shape)}"
+            )
+        return hidden, controller_state, vector.to(dtype)
 
     def project(self, features: Tensor) -> Tensor:
         """The output layer: features [..., H + R·W] → [..., output_size]."""

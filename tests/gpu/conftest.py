@@ -121,7 +121,8 @@ class InLittleTime:
 def device_works() -> bool:
     """Whether it does what it is told; after an access out of bounds, say, it does nothing more in a process."""
     try:
-        torch.cuda.is_available() and torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     except RuntimeError:
         return False
     return True
