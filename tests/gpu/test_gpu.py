@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,7 @@ from test_kernel_sequence import (
 from test_kernel_sequence import test_opcheck as test_opcheck_of_the_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.jit import JITFunction
+from two_processes import train_in_two_processes
 
 from benchmarks.modes import aside
 from dnc_triton import DNC, memory_step, tuning
@@ -250,6 +252,12 @@ def test_on_a_device_that_is_not_the_current_one(layout: str) -> None:
     assert_parity(actual, problem)
     with torch.cuda.device(1):
         assert_same_bits(outcome(run_kernels, on(torch.device("cuda", 1), problem), layout=chosen), actual)
+
+
+@pytest.mark.parametrize("backend", ["triton_sequence", "triton_fused", "triton_split", "torch_sequence"])
+def test_two_processes_have_the_gradients_of_one(backend: str, tmp_path: Path) -> None:
+    """On a GPU each, or both on the only one."""
+    train_in_two_processes(backend, "cuda", tmp_path)
 
 
 def test_more_elements_than_32_bits_count(device: torch.device) -> None:
