@@ -263,11 +263,12 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         except torch.AcceleratorError:  # CUDA may be of no more use
             raise
         except Exception as error:  # it does not compile, or does not fit: into memory, a block into a multiprocessor
-            torch.cuda.synchronize(problem.device)  # raises if CUDA is of no more use
+            _wait(problem.device)  # raises if CUDA is of no more use
             # As a string: with the error a handler that keeps records would keep all that its frames hold.
             logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, str(error))
-            # What Triton says of a kernel is so for good; memory, a compiler, room on a disk there may be another time.
-            if not type(error).__module__.startswith("triton."):
+            # What Triton says of a kernel is so for good; memory, a compiler, room on a disk there may be another time,
+            # for want of which NVIDIA's assembler ends, too.
+            if not type(error).__module__.startswith("triton.") or type(error).__name__ == "PTXASError":
                 failed_for_now.add((name, layout))
                 continue
             failure, microseconds = error.with_traceback(None), math.inf  # its frames hold memory
@@ -410,7 +411,7 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
             replays, begun = graphs.replays(problem.device), time.perf_counter()
             run()
             told = time.perf_counter() - begun
-            torch.cuda.synchronize()
+            _wait(problem.device)
         is_replayed = graphs.replays(problem.device) > replays
         wait = int(CYCLES * min(told, LONGEST_WAIT)) if is_replayed else 0
         times: list[float] = []
@@ -418,6 +419,11 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
         while len(times) < REPETITIONS and (not times or time.perf_counter() < deadline):
             times.append(device_time(run, wait))
     return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    """For what is measured. Whoever waits for the whole device ends what another thread captures."""
+    torch.cuda.current_stream(device).synchronize()
 
 
 def device_time(run: Callable[[], Any], wait: int = 0) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ class StandIn:
 
     Attributes:
         captures, replays, waits: how many there were.
+        kept: places of what plain launches may still read.
         is_ready: what `ready` answers.
         failure: what a capture raises, if anything.
         extra: bytes of work space of each capture.
@@ -23,6 +24,7 @@ class StandIn:
 
     def __init__(self, device: torch.device) -> None:
         self.captures = self.replays = self.waits = self.extra = 0
+        self.kept: list[int] = []
         self.is_ready = True
         self.failure: Exception | None = None
 
@@ -34,6 +36,9 @@ class StandIn:
 
     def wait(self) -> None:
         self.waits += 1
+
+    def keep_until_launched(self, tensors: Sequence[Tensor]) -> None:
+        self.kept += [tensor.data_ptr() for tensor in tensors]
 
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         if self.failure is not None:

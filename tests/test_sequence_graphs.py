@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache as cached
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import DEFAULT, MagicMock, Mock, create_autospec
 from unittest.mock import call as call_of
@@ -191,22 +192,25 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     captured.replay()
     graph.replay.assert_called_once_with()
     engine.wait()
-    cuda["default_stream"].assert_called_once_with(torch.device("cuda", 1))
+    cuda["default_stream"].assert_called_with(torch.device("cuda", 1))
     cuda["default_stream"].return_value.synchronize.assert_called_once_with()
+    engine.keep_until_launched([read := Mock()])
+    read.record_stream.assert_called_once_with(cuda["default_stream"].return_value)
 
     # Whether PyTorch has ended its part of a capture that failed, or not.
     number = Mock()
     monkeypatch.setattr(torch, "zeros", lambda *size, device: number)
-    ended, released = Mock(), Mock()
+    ended, released, kept = Mock(), Mock(), []
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", released)
+    monkeypatch.setattr(engines, "_keep_for_good", kept.append)
     cuda["graph"].return_value.__exit__.side_effect = RuntimeError("capture invalidated")
     for ends in (RuntimeError("not recording"), None):
         cuda["memory_reserved"].side_effect, ended.side_effect = [100, 150], ends
         with pytest.raises(RuntimeError, match="invalidated"):
             engine.capture(call, pool=(0, 7))
         ended.assert_called_with(1, (0, 7))
-        assert len(engine.broken) == released.call_count == (ends is None)
+        assert len(kept) == released.call_count == (ends is None)
         # Then one that succeeds, for the random generator's sake; if it does, the first error is the one that is told.
         assert cuda["graph"].call_args == call_of(graph, stream=stream, capture_error_mode="thread_local")
         number.zero_.assert_called_with()
@@ -222,6 +226,14 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
 
 CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "current_stream", "memory_reserved"]
 CALLED += ["default_stream", "MemPool", "use_mem_pool", "get_allocator_backend", "synchronize", "empty_cache"]
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("native", 250), ("pluggable", 1000)])
+def test_the_memory_that_a_process_may_take(backend: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {torch.device("cuda", 1): 0.25}.get)
+    assert engines.Engine(torch.device("cuda", 1)).memory() == expected
 
 
 @pytest.mark.parametrize(("capturing", "side_stream"), [(False, False), (True, False), (False, True)])

@@ -209,6 +209,7 @@ def test_the_least_recently_used_is_given_up(monkeypatch: pytest.MonkeyPatch, wi
     assert cache().instances[0] is short
     assert len(cache().instances) == 2
     assert engine().waits == 1  # for what it replays
+    assert not engine().kept
     assert sum(instance.size for instance in cache().instances) <= cache().bound()
     captures = engine().captures
     for seed in range(3):  # what was given up waits for more calls than before
@@ -268,6 +269,7 @@ def test_a_backward_beyond_the_bound(monkeypatch: pytest.MonkeyPatch, without: A
     assert not cache().instances
     assert engine().waits == 1
     assert instance.size > cache().bound()
+    assert engine().kept == [tensor.data_ptr() for tensor in instance.history], "which plain launches read"
     assert_same_bits(actual, without(lambda: torch.autograd.grad(dnc(*draw(dnc, 1))[0].sum(), list(dnc.parameters()))))
 
 

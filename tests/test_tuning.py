@@ -89,7 +89,7 @@ class Device:
         self.replays = 0
         monkeypatch.setattr(graphs, "replays", lambda device: self.replays)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
         monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
         monkeypatch.setattr(torch.cuda, "Event", partial(Mark, self))
 
@@ -100,7 +100,7 @@ class Device:
         self.waited = cycles / 2e9
         self.work(self.waited)
 
-    def synchronize(self, device: object = None) -> None:
+    def synchronize(self) -> None:
         self.now = max(self.now, self.busy_until)
 
     def run(self) -> None:

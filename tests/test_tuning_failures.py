@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,16 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(
 
 def out_of(what: str) -> Exception:
     """Of shared memory: a block that wants more than a multiprocessor has compiles, and fails when it is launched."""
+    from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     if what == "memory":
         return torch.OutOfMemoryError("CUDA out of memory")
     if what == "shared memory":
         return OutOfResources(100_352, 65_536, "shared memory")
-    return PTXASError(f"no {what}")
+    if what == "the assembler":
+        return PTXASError("`ptxas` failed with error code -9")  # it was killed
+    return CompilationError(None, ast.parse("code").body[0], f"no {what}")
 
 
 @pytest.mark.parametrize("what", ["shared memory", "code for this"])
@@ -65,13 +69,16 @@ def test_what_fails_is_not_chosen_and_said_once(
         RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
         OSError(28, "No space left on device"),
         PermissionError(13, "Permission denied"),
+        "the assembler",
     ],
-    ids=["PyTorch", "Triton", "cuBLAS", "compiler", "disk", "permission"],
+    ids=["PyTorch", "Triton", "cuBLAS", "compiler", "disk", "permission", "assembler"],
 )
 def test_what_may_work_another_time_is_not_chosen_in_this_process(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception | str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another one may have a compiler or more memory, of which what is measured takes up to twice as much."""
+    if isinstance(error, str):
+        error = out_of(error)
     clock = Clock(fast=error, slow=30.0, reference=900.0)
     monkeypatch.setattr(tuning, "_measure", clock)
     for _ in range(2):
@@ -151,12 +158,12 @@ def test_what_leaves_cuda_unusable_is_raised(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(torch.AcceleratorError, match="unspecified"):
         tuning.fastest(PROBLEM, STEPS)
 
-    def synchronize(device: object = None) -> None:
+    def wait(device: torch.device) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     told = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     monkeypatch.setattr(tuning, "_measure", Clock(slow=30.0, fast=told, reference=900.0))
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(tuning, "_wait", wait)
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         tuning.fastest(PROBLEM, STEPS)
     assert not files()

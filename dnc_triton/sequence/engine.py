@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
@@ -33,9 +32,13 @@ class Captured(NamedTuple):
 def _workspaces(device: torch.device) -> torch.cuda.MemPool:
     """The pool for `_provide_workspace` on a device, which is the current one; it lasts until the process ends."""
     pool = torch.cuda.MemPool()
-    # Its end would free memory, and take the process with it where CUDA has failed.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+    _keep_for_good(pool)  # its end would free memory, and take the process with it where CUDA has failed
     return pool
+
+
+def _keep_for_good(value: object) -> None:
+    """Also when the interpreter ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 class Engine:
@@ -44,7 +47,6 @@ class Engine:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream: torch.cuda.Stream | None = None  # until a capture wants one
-        self.broken: list[torch.cuda.CUDAGraph] = []
 
     def ready(self) -> bool:
         """Whether the current stream is the default one, and not captured."""
@@ -53,12 +55,19 @@ class Engine:
         return torch.cuda.current_stream(self.device) == torch.cuda.default_stream(self.device)
 
     def memory(self) -> int:
-        """Bytes."""
-        return int(torch.cuda.get_device_properties(self.device).total_memory)
+        """Bytes that this process may take."""
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        native = torch.cuda.get_allocator_backend() == "native"  # others have no bound, or do not tell
+        return int(total * torch.cuda.get_per_process_memory_fraction(self.device)) if native else total
 
     def wait(self) -> None:
         """Until all that was replayed has ended."""
         torch.cuda.default_stream(self.device).synchronize()
+
+    def keep_until_launched(self, tensors: Sequence[Tensor]) -> None:
+        """Have the allocator wait, once nobody holds them any more, for all that reads them by then."""
+        for tensor in tensors:
+            tensor.record_stream(torch.cuda.default_stream(self.device))
 
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         """A call as a graph. The device is the current one."""
@@ -69,7 +78,8 @@ class Engine:
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle() if pool is None else pool
         try:
-            # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like.
+            # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like,
+            # but for waiting for the whole device, which CUDA takes as a mistake of theirs and gives up the capture.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),
@@ -108,13 +118,17 @@ class Engine:
             torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a place of its own
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        """Where a device refuses a capture PyTorch leaves its part open: its allocator would go on asking the graph."""
+        """Where a device refuses a capture PyTorch 2.11 leaves its part open: the allocator goes on asking the graph.
+
+        Later versions end it. Of these 2.13 keeps the pool for good and 2.15 gives it back with the graph (source:
+        https://github.com/pytorch/pytorch/pull/190348), and to give it back twice would end the process.
+        """
         try:
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
         except RuntimeError:  # it has ended
             return
         torch._C._cuda_releasePool(self.device.index, pool)
-        self.broken.append(graph)
+        _keep_for_good(graph)  # its end might do so once more
 
     def _release_generator(self) -> None:
         """Likewise the device's random generator would wait for the capture's end, and refuse to draw until then.
@@ -134,8 +148,3 @@ class Engine:
 def size_of(tensors: Sequence[Tensor | None]) -> int:
     """Bytes of those that are there."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it was memory that did not suffice: PyTorch's, Triton's or a library's; another time it may."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("out of memory|ALLOC_FAILED", str(error)))

@@ -15,8 +15,8 @@ Plain launches are right at any time, also for the backward of a forward that wa
   free, the next at the 4th, 8th, ... from then on: many instances, or such as come and go, cost more than they gain,
 - where the memory's bound would be exceeded by what is in use. What is not in use is given up, the least recently used
   first,
-- once a capture has failed, for calls of that kind. If it failed for want of memory it is tried again, at the 4th,
-  8th, 16th, ... call from then on that finds no instance free,
+- once a capture has failed, for calls of that kind: memory may want, or another thread have waited for the whole device
+  meanwhile. It is tried again, at the 4th, 8th, 16th, ... call from then on that finds no instance free,
 - for sequences of more than `LONGEST` steps, which have tens of thousands of launches.
 
 Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
@@ -44,7 +44,7 @@ from torch.utils.dlpack import to_dlpack
 
 from dnc_triton import environment
 from dnc_triton.kernels.launcher import is_compiling_ahead
-from dnc_triton.sequence.engine import Captured, Engine, is_out_of_memory, size_of
+from dnc_triton.sequence.engine import Captured, Engine, size_of
 
 SHARE = 0.25  # the bound is this part of the device's memory
 SIGNATURES = 1024  # of calls are remembered
@@ -67,7 +67,6 @@ class Signature:
         size: bytes of an instance, as far as is known.
         misses: calls that found no free instance, since the last capture.
         patience: how many of them make a capture.
-        failed: whether a capture did, for another reason than memory.
         used: when it was last asked for, in calls.
     """
 
@@ -75,7 +74,6 @@ class Signature:
     size: int = 0
     misses: int = 0
     patience: int = 2
-    failed: bool = False
     used: int = 0
 
 
@@ -225,7 +223,7 @@ class GraphCache:
                 self.instances.append(instance)
                 return instance
         signature.misses += 1
-        if signature.failed or signature.misses < signature.patience or not self._make_room(signature.size):
+        if signature.misses < signature.patience or not self._make_room(signature.size):
             return None
         try:
             with _ordinary_tensors():
@@ -255,8 +253,6 @@ class GraphCache:
         One that was there takes or makes too little. It is given up; the new one does what it did as well.
         """
         signature = instance.signature
-        if signature.failed:
-            return False
         kept, taken = 0, [gradient is not None for gradient in gradients]
         if instance.backward is not None:
             wanted = list(map(operator.or_, wanted, instance.made))
@@ -312,23 +308,26 @@ class GraphCache:
         """Give them up, once what they replay has ended.
 
         PyTorch may hand their memory back to the device at once, and with expandable segments waits for nothing but the
-        stream that it was captured on.
+        stream that it was captured on. Plain launches may still want the history of one that is not free.
         """
         if instances:
             self.engine.wait()
+            for instance in instances:
+                if not instance.is_free:
+                    self.engine.keep_until_launched(instance.history)
             self.instances = [x for x in self.instances if x not in instances]
 
     def _fail(self, signature: Signature, error: Exception, instances: list[Instance]) -> None:
-        """A capture did, for these instances of a kind: for want of memory, which may be for now, or for good."""
-        if is_out_of_memory(error):
-            signature.misses, signature.patience = 0, 2 * signature.patience
-            outcome = f"it is tried again at call {signature.patience} of its kind that finds no graph from now on"
-        else:
-            signature.failed = True
-            outcome = "calls of its kind are launched step by step from now on"
-            instances = [x for x in self.instances if x.signature is signature]
+        """A capture did, for these instances of a kind; it may be another time."""
+        signature.misses, signature.patience = 0, 2 * signature.patience
         # As a string: with the error a handler that keeps records would keep all that its frames hold.
-        logger.warning("CUDA graphs: a capture failed, %s: %s: %s", outcome, type(error).__name__, str(error))
+        logger.warning(
+            "CUDA graphs: a capture failed, it is tried again at call %d of its kind that finds no graph from now on: "
+            "%s: %s",
+            signature.patience,
+            type(error).__name__,
+            str(error),
+        )
         self.forget(instances)
 
 
