@@ -1,9 +1,9 @@
 """Differentiable Neural Computers for PyTorch, used like `nn.LSTM`.
 
 `DNC` is the layer: ``outputs, state = dnc(inputs)``. `DNCState` is what it carries from call to call, the `MemoryState`
-of its memory included. `memory_step` is one step of that memory by itself, from an `Interface`. `explain` says which
-backend runs a layer and why, `use_backend` chooses one. `from_deepmind` and `from_pytorch_dnc` build a layer from the
-weights of other implementations.
+of its memory included, and `Trace` what its steps did. `memory_step` is one step of that memory by itself, from an
+`Interface`. `explain` says which backend runs a layer and why, `use_backend` chooses one. `from_deepmind` and
+`from_pytorch_dnc` build a layer from the weights of other implementations.
 """
 
 from dnc_reference import DNCState, Interface, MemoryState
@@ -12,6 +12,7 @@ from dnc_triton.dispatch import use_backend
 from dnc_triton.layer import DNC, explain
 from dnc_triton.memory import memory_step
 from dnc_triton.pytorch_dnc import from_pytorch_dnc
+from dnc_triton.trace import Trace
 from dnc_triton.version import __version__ as __version__
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DNCState",
     "Interface",
     "MemoryState",
+    "Trace",
     "explain",
     "from_deepmind",
     "from_pytorch_dnc",

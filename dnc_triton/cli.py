@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnc_triton.training.folder import claim, give_up
+from dnc_triton.training.folder import claim, give_up, written
 
 if TYPE_CHECKING:
     from dnc_triton.tasks import Task
@@ -124,12 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         "of a lesson, kind or style (default: the last of those trained on)",
     )
     trace.add_argument("--index", type=int, default=0, help="which sequence of that size (default: 0)")
-    trace.add_argument("--output", type=Path, help="folder for the pictures (default: the run's)")
+    trace.add_argument("--output", type=_path, help="folder for the pictures (default: the run's)")
 
     bench = add("bench", _bench, "time a task's DNC on this machine, the LSTM of the same hidden size beside it")
     tasks = bench.add_subparsers(dest="task", required=True, metavar="TASK")
     for task in TASKS.values():
-        command = tasks.add_parser(task.name, help=task.summary, argument_default=argparse.SUPPRESS)
+        command = tasks.add_parser(
+            task.name, help=task.summary, description=task.summary, argument_default=argparse.SUPPRESS
+        )
         _add_device(command)
         _add_settings(command, task)
 
@@ -146,11 +148,11 @@ def _add_training(tasks: Any, task: type[Task]) -> argparse.ArgumentParser:
     folder = parser.add_mutually_exclusive_group()
     # torchrun takes --run for a short form of its own --run-path, wherever it stands.
     folder.add_argument(
-        "--run", "--folder", type=Path, help=f"folder for the run (default: runs/{task.name}-DATE-TIME)"
+        "--run", "--folder", type=_path, help=f"folder for the run (default: runs/{task.name}-DATE-TIME)"
     )
     folder.add_argument(
         "--resume",
-        type=Path,
+        type=_path,
         nargs="?",
         const=None,
         metavar="RUN",
@@ -171,7 +173,7 @@ def _add_settings(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     from dnc_triton.training.settings import CHOICES, Settings
 
     defaults = Settings.read(task.name)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings, such as a run's "
+    parser.add_argument("--config", type=_path, metavar="FILE", help="TOML file of settings, such as a run's "
                         "settings.toml (default: the one that comes with the task)")  # fmt: skip
     group = parser.add_argument_group("settings of a new run; they take the place of those in the file")
     for setting in fields(Settings):
@@ -199,7 +201,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=_path, help="the run's folder")
     parser.add_argument(
         "--checkpoint",
         choices=("last", "best"),
@@ -207,6 +209,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="the last one, or the one with the most sequences right in validation (default: last)",
     )
     _add_device(parser)
+
+
+def _path(text: str) -> Path:
+    """A path of the command line; of "", which a variable that is not set leaves, pathlib would make this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -260,7 +269,7 @@ def _claim(run: Run, *, named: bool) -> None:
     """Make the run's folder its own, or, if it was not named, one in it that is not there yet; all processes' the same.
 
     Raises:
-        ValueError: it is another run's, or cannot be made; in every process.
+        ValueError: it has what a run writes, or cannot be made; in every process.
     """
     refused = ""
     if run.fabric.is_global_zero:
@@ -285,8 +294,10 @@ def _claim_named(run: Run) -> str:
         return (
             f"--run: {folder} holds a run; go on with it by --resume {shlex.quote(str(folder))}, or name another folder"
         )
-    return (f"--run: {folder} is another run's, which has saved no checkpoint so far; name another folder, or remove "
-            "that one if nothing is training there")  # fmt: skip
+    return (
+        f"--run: expected a folder with nothing in it that a run writes, got {folder}, which has "
+        f"{written(folder) or 'been taken by another run'}; name another folder"
+    )
 
 
 def _claim_new(run: Run) -> None:
@@ -337,7 +348,12 @@ def _trace(options: argparse.Namespace) -> int:
     from dnc_triton.training.report import draw
 
     folder = options.output or options.run
-    print(draw(_load(options), folder, options.size, options.index))
+    run = _load(options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: expected a folder that can be made, got {folder}: {error}") from error
+    print(draw(run, folder, options.size, options.index))
     print(f"see {folder}/memory.png" + (f" and {folder}/memory.html" if (folder / "memory.html").exists() else ""))
     return 0
 

@@ -157,8 +157,9 @@ class DNC(DNCCell):
             With `trace` also the `Trace`, [B, T, ...] in all its fields, whatever `batch_first` is.
 
         Raises:
-            ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T or
-                beside a `PackedSequence`, which has its own; an unknown backend, by the environment's variable say.
+            ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T (not
+                looked at while a compiler traces or a CUDA graph is captured) or beside a `PackedSequence`, which has
+                its own; an unknown backend, by the environment's variable say.
             TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
                 state that is no `DNCState`, a trace that is no bool.
             RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.

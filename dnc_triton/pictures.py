@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from dnc_reference.checks import check_dense
 from dnc_triton.files import write
-from dnc_triton.trace import Trace, check_not_empty
+from dnc_triton.trace import Trace, check_trace
 
 COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}
 LABELS = {"dnc": "DNC", "lstm": "LSTM"}
 DPI = 150
+LEAST_INCHES = 6.5  # the narrowest picture, where the title of the gates and their legend stand beside each other
 MOST_INCHES = 100  # the widest picture, five pixels for each of 3000 steps: more take long, and from 2^16 on an error
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -66,7 +68,7 @@ def draw_learning_curve(
 
 
 def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str) -> None:
-    """The memory at work on one sequence: what came in and went out, where it wrote and read, when.
+    """The memory at work on one sequence: what came in and what was asked for, where it wrote and read, when.
 
     Args:
         trace: whose first row is that sequence.
@@ -75,12 +77,14 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
 
     Raises:
         ValueError: a trace without a row or a step; inputs or targets of another number of axes or steps.
+        TypeError: no `Trace`; inputs or targets that are no tensors.
         OSError: it could not be written; one that was there is as it was.
     """
-    check_not_empty(trace)
+    check_trace(trace)
     first = {name: tensor[0].detach().float().cpu().numpy() for name, tensor in trace._asdict().items()}
     steps = len(first["usage"])
     for name, given in (("inputs", inputs), ("targets", targets)):
+        check_dense(name, given)
         if given.dim() != 2 or len(given) != steps:
             raise ValueError(f"{name}: expected the shape [{steps}, channels] of one sequence, got {list(given.shape)}")
     panels: list[tuple[str, np.ndarray, float]] = [
@@ -96,7 +100,7 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
 
     with mpl.rc_context(STYLE):
         heights = [height for _, _, height in panels] + [1.0]
-        size = (min(max(5.0, 0.28 * steps + 2), MOST_INCHES), 1.15 * sum(heights))
+        size = (min(max(LEAST_INCHES, 0.28 * steps + 2), MOST_INCHES), 1.15 * sum(heights))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(panels) + 1, sharex=True, height_ratios=heights)
         for panel, (name, values, _) in zip(axes, panels, strict=False):

@@ -43,8 +43,10 @@ class Trace(NamedTuple):
     link: Tensor
 
 
-def check_not_empty(trace: Trace) -> None:
-    """Raise ValueError unless there is something to draw."""
+def check_trace(trace: Any) -> None:
+    """Raise TypeError or ValueError unless it is a trace with something to draw."""
+    if not isinstance(trace, Trace):
+        raise TypeError(f"trace: expected a Trace, got {type(trace).__name__}")
     batch, steps = trace.usage.shape[:2]
     if batch == 0 or steps == 0:
         raise ValueError(f"trace: expected at least 1 row and 1 step, got {batch} and {steps}")

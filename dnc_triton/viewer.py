@@ -16,8 +16,9 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from dnc_reference.checks import check_dense
 from dnc_triton.files import write
-from dnc_triton.trace import Trace, check_not_empty
+from dnc_triton.trace import Trace, check_trace
 
 # From 0 to 1: what is written in the orange of the other pictures, what is read in their blue, what stays in grey.
 STOPS = [0, 0.15, 0.5, 1]  # uneven, so that a weight of 0.05 can be seen
@@ -64,11 +65,11 @@ def write_page(
     Raises:
         ValueError: no row, no step, or not as many strings or marks as steps; numbers in the trace that are not finite.
         OSError: the page could not be written; one that was there is as it was.
-        TypeError: no `Trace`; symbols that are no strings.
+        TypeError: no `Trace`; symbols or a title that are no strings.
     """
-    if not isinstance(trace, Trace):
-        raise TypeError(f"trace: expected a Trace, got {type(trace).__name__}")
-    check_not_empty(trace)
+    check_trace(trace)
+    if not isinstance(title, str):
+        raise TypeError(f"title: expected a string, got {type(title).__name__}")
     _, steps, writes, slots = trace.write_weights.shape
     row = {name: field[0].detach().double().cpu().numpy() for name, field in trace._asdict().items()}
     for name, field in row.items():
@@ -136,7 +137,9 @@ def bit_symbols(bits: Tensor) -> list[str]:
 
     Raises:
         ValueError: bits of another number of axes.
+        TypeError: no tensor.
     """
+    check_dense("bits", bits)
     if bits.dim() != 2:
         raise ValueError(f"bits: expected the shape [T, channels] of one sequence, got {list(bits.shape)}")
     return ["\n".join("■" if bit else "·" for bit in vector) for vector in (bits > 0.5).tolist()]

@@ -37,6 +37,19 @@ def test_state_of_another_configuration(changes, argument, expected, came):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "error", "argument", "expected", "came"),
+    [
+        case((-1, 5, 4, 2), ValueError, "batch_size", "at least 0", "-1", id="batch_size"),
+        case((4, 0, 4, 2), ValueError, "memory_size", "at least 1", "0", id="memory_size"),
+        case((4, 5, 4, 2.0), TypeError, "num_reads", "an integer", "2.0", id="num_reads"),
+    ],
+)
+def test_zeros_of_no_size(sizes, error, argument, expected, came):
+    with refuses(error, argument, expected, came):
+        MemoryState.zeros(*sizes)
+
+
+@pytest.mark.parametrize(
     ("size", "error", "expected"),
     [
         (-1, ValueError, "at least 0"),

@@ -20,7 +20,7 @@ from small_runs import SMALL, assert_same_run, start
 from dnc_triton.cli import main
 from dnc_triton.tasks import CopyTask
 from dnc_triton.training import checkpoint
-from dnc_triton.training.folder import claim
+from dnc_triton.training.folder import WRITTEN, claim
 from dnc_triton.training.learner import Learner
 from dnc_triton.training.run import PARTS, Run
 from dnc_triton.training.settings import Settings
@@ -98,7 +98,7 @@ def test_a_folder_is_one_runs(tmp_path: Path) -> None:
     ended = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
     assert sorted(status for _, status in ended) == [0, 2]
     for errors, status in ended:
-        assert status == 0 or f"--run: {tmp_path} " in errors.splitlines()[-1]
+        assert status == 0 or errors.splitlines()[-1].startswith("dnc_triton: --run: ")
     (seed,) = (seed for seed, (_, status) in enumerate(ended) if status == 0)
     assert checkpoint.load(tmp_path / "checkpoint.pt")["settings"]["seed"] == seed
     assert Settings.read("copy", tmp_path / "settings.toml").seed == seed
@@ -109,9 +109,37 @@ def test_a_folder_that_a_run_has_claimed_is_refused(tmp_path: Path, capsys: pyte
     assert claim(tmp_path / "run", "seed = 1")
     assert not claim(tmp_path / "run", "seed = 2")
     assert main([*SHORT, "--run", str(tmp_path / "run")]) == 2
-    assert "is another run's, which has saved no checkpoint so far" in capsys.readouterr().err
+    assert f"got {tmp_path / 'run'}, which has settings.toml; name another folder" in capsys.readouterr().err
     assert (tmp_path / "run" / "settings.toml").read_text() == "seed = 1"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.toml"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_folder_with_what_a_run_would_write_over_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It may be somebody's own."""
+    (tmp_path / name).write_text("precious")
+    (tmp_path / "notes").write_text("not in the way")
+    assert main([*SHORT, "--run", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"dnc_triton: --run: {tmp_path} holds a run" if name == "checkpoint.pt" else (
+        f"dnc_triton: --run: expected a folder with nothing in it that a run writes, got {tmp_path}, which has {name};"
+    ))  # fmt: skip
+    assert (tmp_path / name).read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "notes"])
+
+
+def test_what_a_run_writes_is_known(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} <= set(WRITTEN)
+
+
+@pytest.mark.parametrize("arguments", [[*SHORT, "--run", ""], ["trace", "run", "--output", ""], ["evaluate", ""]])
+def test_an_empty_path_is_not_this_folder(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    """A variable of a shell that is not set."""
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "expected a path, got ''" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["/proc/no_such", "file", "file/sub", "file/sub/sub"])
@@ -257,6 +285,9 @@ def test_trace_draws_the_memory(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "new" / "memory.png").read_bytes().startswith(b"\x89PNG")
     assert "<html" in (tmp_path / "new" / "memory.html").read_text(encoding="utf-8")[:1000].lower()
     assert capsys.readouterr().out.startswith("input ")
+    (tmp_path / "file").write_text("precious")
+    assert main(["trace", str(run), "--output", str(tmp_path / "file")]) == 2
+    assert f"--output: expected a folder that can be made, got {tmp_path / 'file'}: " in capsys.readouterr().err
     assert main(["trace", str(run), "--index", "-1"]) == 2
     assert "index: expected at least 0, got -1" in capsys.readouterr().err
     assert main(["trace", str(run), "--size", "0"]) == 2
@@ -297,6 +328,8 @@ def test_a_file_of_settings_that_is_not_there(tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "none.toml"
     assert main(["train", "copy", "--config", str(path), "--run", str(tmp_path / "run")]) == 2
     assert f"{path}: expected a TOML file of settings, found none" in capsys.readouterr().err
+    assert main(["train", "copy", "--config", str(tmp_path), "--run", str(tmp_path / "run")]) == 2
+    assert f"{tmp_path}: expected a TOML file of settings, got Is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,7 @@ def test_the_papers_curriculum_can_be_drawn(task_type: type) -> None:
         ({"curriculum": "3-5/1-2"}, ["curriculum", "3-5/1-2/1-3", "'3-5/1-2'"]),
         ({"curriculum": "3-5/1-2/x"}, ["curriculum", "'3-5/1-2/x'"]),
         ({"curriculum": "5-3/1-2/1"}, ["curriculum", "'5-3/1-2/1'"]),
+        ({"curriculum": "3-5/1/1, 3-5/5-9/1"}, ["fewer edges out of a node than there are nodes, got 5 and 5"]),
         ({"curriculum": "1/1/1"}, ["curriculum", "within 2-1000/", "'1/1/1'"]),
         ({"base": 1}, ["base", "at least 2", "got 1"]),
         ({"num_digits": 0}, ["num_digits", "at least 1", "got 0"]),

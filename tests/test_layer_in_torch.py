@@ -167,6 +167,16 @@ def test_exports():
     assert_close((outputs, state), dnc(-inputs, given, **other), **CLOSE)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_of_one_length(backend):
+    """As TensorBoard's graph of a model takes one."""
+    dnc, inputs = make(backend=backend), make_inputs(2, 3)
+    with torch.no_grad():
+        traced = torch.jit.trace(dnc, (inputs,))
+        assert_close(traced(-inputs), dnc(-inputs), **CLOSE)
+
+
 @pytest.mark.parametrize("options", [{}, {"trace": True}], ids=str)
 def test_exported_program_survives_a_file(options):
     dnc, inputs = make(), make_inputs(1, 1)

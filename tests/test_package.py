@@ -94,7 +94,7 @@ print(json.dumps([dnc_triton.__file__, dnc_reference.__file__, list(outputs.shap
 
 def test_public_names():
     promised = {"DNC", "DNCState", "MemoryState", "Interface", "memory_step", "use_backend", "explain"}
-    promised |= {"from_deepmind", "from_pytorch_dnc"}
+    promised |= {"from_deepmind", "from_pytorch_dnc", "Trace"}
     assert set(dnc_triton.__all__) == promised
     assert all(getattr(dnc_triton, name).__doc__ for name in promised)
 

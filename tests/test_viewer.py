@@ -47,6 +47,8 @@ def test_bit_symbols_are_columns():
     for bits in (torch.zeros(4, 4, 3), torch.zeros(3)):
         with pytest.raises(ValueError, match=r"^bits: expected the shape \[T, channels\] of one sequence, got \["):
             bit_symbols(bits)
+    with pytest.raises(TypeError, match=r"^bits: expected a tensor, got list$"):
+        bit_symbols([[1, 0]])
 
 
 def test_a_trace_with_its_graph_is_drawn(tmp_path):
@@ -70,6 +72,11 @@ def test_a_trace_with_its_graph_is_drawn(tmp_path):
         nothing = Trace(*(field[:rows, :steps] for field in trace))
         with pytest.raises(ValueError, match=rf"^trace: expected at least 1 row and 1 step, got {rows} and {steps}$"):
             draw_memory(nothing, inputs[0, :steps], targets[:steps], tmp_path / "bad.png")
+    with pytest.raises(TypeError, match=r"^trace: expected a Trace, got DNCState$"):
+        draw_memory(dnc(inputs)[1], inputs[0], targets, tmp_path / "bad.png")
+    for name, given in (("inputs", (inputs.tolist(), targets)), ("targets", (inputs[0], None))):
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got (list|NoneType)$"):
+            draw_memory(trace, *given, tmp_path / "bad.png")
     assert not (tmp_path / "bad.png").exists()
 
 

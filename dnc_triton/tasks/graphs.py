@@ -98,6 +98,12 @@ class GraphTask(SymbolTask):
         check_at_least("num_digits", num_digits, 1)
         lessons = read_curriculum(curriculum, "3-5/1-2/1-3", least=(2, 1, 1), most=(1000, 1000, 1000))
         self.curriculum = [Lesson(*spans) for spans in lessons]
+        for nodes, degree, _ in self.curriculum:
+            if degree[0] >= nodes[1]:
+                raise ValueError(
+                    f"curriculum: expected fewer edges out of a node than there are nodes, "
+                    f"got {degree[0]} and {nodes[1]}"
+                )
         self.base, self.num_digits, self.num_labels = base, num_digits, base**num_digits
         most = max(lesson.nodes[1] for lesson in self.curriculum)
         if self.num_labels < most:

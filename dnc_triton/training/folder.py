@@ -10,10 +10,26 @@ from pathlib import Path
 
 from dnc_triton.files import remove
 
-# Any of these says that a folder is a run's.
-OF_A_RUN = ("checkpoint.pt", "best.pt", "failure.pt", "settings.toml")
+SAVED = ("checkpoint.pt", "best.pt", "failure.pt")
+# What a run writes: a folder that has any of it is a run's, or somebody's who wants to keep it.
+WRITTEN = (
+    *SAVED,
+    "settings.toml",
+    "metrics.csv",
+    "validation.csv",
+    "tensorboard",
+    "result.json",
+    "learning_curve.png",
+    "memory.png",
+    "memory.html",
+)
 
 _HELD: set[int] = set()  # the descriptors of the folders that this process holds
+
+
+def written(folder: Path) -> str:
+    """The first of what a run writes that is in a folder, or ""."""
+    return next((name for name in WRITTEN if (folder / name).exists()), "")
 
 
 def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
@@ -25,7 +41,7 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
         new: whether the folder must not be there already, not even empty.
 
     Returns:
-        whether the folder is the caller's; False: it is another run's, or, if it has to be new, there already.
+        whether the folder is the caller's; False: it has what a run writes, or, if it has to be new, is there already.
 
     Raises:
         OSError: it cannot be made or written to.
@@ -34,7 +50,7 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
     try:
         folder.mkdir()
     except FileExistsError:
-        if new or any((folder / name).exists() for name in OF_A_RUN):
+        if new or written(folder):
             return False
         folder.mkdir(exist_ok=True)  # raises where it is a file
     path = folder / "settings.toml"
@@ -55,7 +71,7 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
 
 def give_up(folder: Path) -> None:
     """The inverse of `claim`, for a run that ended before it left anything: another may have the folder."""
-    if any((folder / name).exists() for name in OF_A_RUN[:-1]):
+    if any((folder / name).exists() for name in SAVED):
         return
     remove(folder / "settings.toml")
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)

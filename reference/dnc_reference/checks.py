@@ -19,7 +19,7 @@ def check_size(name: str, value: Any) -> None:
 
 def check_batch_size(name: str, value: Any) -> None:
     """Raise TypeError or ValueError, naming it, unless it is an integer that is not negative."""
-    if isinstance(value, torch.SymInt):  # of a program that is traced for any size
+    if isinstance(value, torch.SymInt) or torch.jit.is_tracing():  # of a program for any size; a tensor in a trace
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
