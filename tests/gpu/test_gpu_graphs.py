@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.modes import aside
-from dnc_triton import DNC, environment
+from dnc_triton import DNC, environment, tuning
 from dnc_triton.sequence import engine as engines
 from dnc_triton.sequence import graphs
 
@@ -269,6 +270,28 @@ def test_another_stream_gets_plain_launches(device: torch.device, without: Any) 
 def test_two_threads(device: torch.device, without: Any) -> None:
     check_two_threads(make(device), without)
     assert engine().replays > 0
+
+
+def test_a_thread_that_measures_ends_no_capture_of_another(
+    device: torch.device, caplog: pytest.LogCaptureFixture, without: Any
+) -> None:
+    dnc, ended = make(device, "torch_sequence"), threading.Event()
+    problem = dnc.problem(draw(dnc, 0)[0])
+
+    def measure() -> None:
+        while not ended.is_set():
+            tuning._measure(problem, lambda: torch.ones(1000, device=device).sum())
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    try:
+        for steps in range(1, 11):
+            assert_same_bits(train(dnc, 3, steps=steps), without(train, dnc, 3, steps=steps))
+    finally:
+        ended.set()
+        thread.join()
+    assert not [record for record in caplog.records if "a capture failed" in record.getMessage()]
+    assert engine().captures >= 2 * 10
 
 
 def test_more_than_the_bound(
