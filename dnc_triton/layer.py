@@ -210,6 +210,7 @@ class DNC(DNCCell):
     ) -> Any:
         _check_checkpoint(self.checkpoint)  # they may have been set since
         check_strength(self.strength)
+        check_bool("stop_usage_gradient", self.stop_usage_gradient)
         problem = self.problem(inputs)
         batch, steps = problem.batch, problem.steps
         if state is None:

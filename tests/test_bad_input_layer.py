@@ -97,10 +97,17 @@ def test_constructor(argument, value, error, expected, came):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_strength_set_after_the_constructor_looked_at_it(backend):
+@pytest.mark.parametrize(
+    ("name", "value", "error", "expected"),
+    [
+        ("strength", "relu", ValueError, "'oneplus', 'softplus'"),
+        ("stop_usage_gradient", 1, TypeError, "a bool"),
+    ],
+)
+def test_what_is_set_after_the_constructor_looked_at_it(name, value, error, expected, backend):
     dnc = make(backend=backend)
-    dnc.strength = "relu"
-    with refuses(ValueError, "strength", "'oneplus', 'softplus'", "'relu'"):
+    setattr(dnc, name, value)
+    with refuses(error, name, expected, repr(value)):
         dnc(INPUTS)
 
 

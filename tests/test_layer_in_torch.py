@@ -377,6 +377,15 @@ def test_forward_mode_through_a_bound_of_gradients():
     assert_close(forward(make(max_activation_gradient=0.1)), forward(make()), **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+def test_linearized_layer():
+    """PyTorch's `linearize` takes what is done in place for done."""
+    dnc, inputs = make().requires_grad_(False), make_inputs()
+    _, linear = torch.func.linearize(lambda x: dnc(x)[0], inputs)
+    _, expected = torch.func.jvp(lambda x: dnc(x)[0], (inputs,), (inputs.flip(1),))
+    assert_close(linear(inputs.flip(1)), expected, **CLOSE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["jvp", "grad", "vmap of grad"])
 def test_transforms_compile(what):

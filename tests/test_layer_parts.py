@@ -213,6 +213,31 @@ def test_an_output_layer_that_has_no_part_in_the_loss_gets_no_gradient(backend):
     assert [name for name, x in dnc.named_parameters() if x.grad is None] == ["output.weight", "output.bias"]
 
 
+@pytest.mark.parametrize("backend", ["torch_sequence", "reference"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_interface_that_has_no_part_in_the_loss_gets_no_gradient(steps, backend):
+    """In a single step of which the controller's state alone is wanted, by a head of one's own say."""
+    dnc = make(backend=backend)
+    dnc(draw()[:, :steps])[1].controller[0][0].sum().backward()
+    without = [name for name, x in dnc.named_parameters() if x.grad is None]
+    interface = ["interface.weight", "interface.bias"] if steps == 1 else []
+    assert without == [*interface, "output.weight", "output.bias"]
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, -1)], ids=["one number", "a row"])
+@pytest.mark.parametrize("part", ["interface", "output"])
+def test_a_bias_of_another_shape_is_added_by_its_layer(part, shape):
+    """Which spreads it; kernels that read it as they find it would read beyond its end."""
+    dnc = make()
+    layer = dnc.get_submodule(part)
+    assert backend_of(dnc) == "torch_sequence"
+    layer.bias = nn.Parameter(layer.bias.detach()[: None if -1 in shape else 1].reshape(shape))
+    assert backend_of(dnc) == "reference"
+    assert_as_the_reference(dnc)
+    with use_backend("triton_sequence"), pytest.raises(RuntimeError, match="triton_sequence"):
+        dnc(draw())
+
+
 def test_a_layer_without_parameters_is_told_apart():
     dnc = make(controller=lambda inputs, hidden: Still(hidden))
     dnc.interface, dnc.output = nn.Identity(), nn.Identity()

@@ -298,14 +298,23 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, state, parameters = nested[:3]
     given = _zero_filled(gradients[: 1 + len(state)], inputs, state, parameters)
     d_inputs, *others = _sequence_backward(given, *nested, *ctx.settings)
-    d_state, d_parameters = others[: len(state)], _without_unused(others[len(state) :], gradients[0])
+    d_state, d_parameters = others[: len(state)], _without_unused(others[len(state) :], gradients, inputs.shape[0])
     d_dropout = None if nested[5] is None else [None] * len(nested[5])
     return d_inputs, d_state, d_parameters, None, None, d_dropout, *[None] * (len(ctx.settings) + 1)
 
 
-def _without_unused(given_back: list[Any], d_outputs: Tensor | None) -> list[Any]:
-    """None for the output layer's parameters, the last two, if no loss saw the outputs: zeros would let them decay."""
-    return given_back if d_outputs is not None else [*given_back[:-2], None, None]
+def _without_unused(given_back: list[Any], gradients: Iterable[Tensor | None], steps: int) -> list[Any]:
+    """None for parameters in which no loss has a part, for zeros would let them decay.
+
+    Of the output layer, the last two, if it saw no outputs; of the interface, the two before, if it saw nothing of the
+    memory either, and there is no next step to read from that.
+    """
+    by_outputs, *by_state = gradients
+    unseen = 0
+    if by_outputs is None:
+        by_memory = by_state[: 1 + len(MemoryState._fields)]  # and by the words that were read
+        unseen = 4 if steps == 1 and all(gradient is None for gradient in by_memory) else 2
+    return [*given_back[: len(given_back) - unseen], *[None] * unseen]
 
 
 def _zero_filled(
@@ -364,7 +373,7 @@ class _Sequence(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 given = _given(ctx.settings, *tensors)
                 d_given = _run_backward(ctx.settings, list(gradients), given, (memory, link), history, wanted)
-        return None, None, None, None, *_without_unused(d_given, gradients[0]), *[None] * len(dropout)
+        return None, None, None, None, *_without_unused(d_given, gradients, inputs.shape[0]), *[None] * len(dropout)
 
 
 def _memory_and_link(state: list[Tensor]) -> tuple[Tensor, Tensor]:

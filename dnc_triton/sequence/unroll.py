@@ -140,12 +140,14 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     dtype, device = first.dtype, first.device
     if any(x is None or x.dtype != dtype or x.device != device for x in tensors):
         return False
-    by_interface, _, by_output, _ = (x.shape for x in tensors[-4:] if x is not None)
+    by_interface, in_interface, by_output, in_output = (x.shape for x in tensors[-4:] if x is not None)
     read_size, hidden_size = cell.num_reads * cell.word_size, cell.hidden_size
     return (
         first.shape[1:] == (cell.input_size + read_size,)
         and by_interface == (cell.interface_size, hidden_size)
+        and in_interface == (cell.interface_size,)
         and by_output[1:] == (hidden_size + read_size,)
+        and in_output == by_output[:1]
     )
 
 
