@@ -205,17 +205,25 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch._C, "_cuda_releasePool", released)
     monkeypatch.setattr(engines, "_keep_for_good", kept.append)
     cuda["graph"].return_value.__exit__.side_effect = RuntimeError("capture invalidated")
-    for ends in (RuntimeError("not recording"), None):
+    not_well, ends_itself = RuntimeError("without a preceding successful capture"), RuntimeError("not recording")
+    for ends, ends_well, times in ((ends_itself, None, 0), (None, not_well, 1), (ends_itself, not_well, 2)):
         cuda["memory_reserved"].side_effect, ended.side_effect = [100, 150], ends
+        graph.pool.side_effect = ends_well
         with pytest.raises(RuntimeError, match="invalidated"):
             engine.capture(call, pool=(0, 7))
         ended.assert_called_with(1, (0, 7))
-        assert len(kept) == released.call_count == (ends is None)
+        assert kept == times * [graph], "whose own end might give back the pool once more"
+        assert released.mock_calls == times * [call_of(1, (0, 7))]
         # Then one that succeeds, for the random generator's sake; if it does, the first error is the one that is told.
         assert cuda["graph"].call_args == call_of(graph, stream=stream, capture_error_mode="thread_local")
         number.zero_.assert_called_with()
-    assert cuda["stream"].return_value.__exit__.call_count == 2 + 2 * (1 + 2)
+    assert cuda["stream"].return_value.__exit__.call_count == 2 + 3 * (1 + 2)
     cuda["MemPool"].assert_called_once_with()
+    cuda["graph"].return_value.__enter__.side_effect = RuntimeError("no stream")  # before it has begun
+    with pytest.raises(RuntimeError, match="no stream"):
+        engine.capture(call, pool=(0, 7))
+    assert released.call_count == 2
+    cuda["graph"].return_value.__enter__.side_effect = None
 
     cuda["graph"].return_value.__exit__.side_effect = None
     cuda["get_allocator_backend"].return_value, cuda["use_mem_pool"].side_effect = "cudaMallocAsync", RuntimeError

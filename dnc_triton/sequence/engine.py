@@ -36,6 +36,15 @@ def _workspaces(device: torch.device) -> torch.cuda.MemPool:
     return pool
 
 
+def _has_succeeded(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether its capture has ended as it should, whatever it was that was captured; its end gives back the pool."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _keep_for_good(value: object) -> None:
     """Also when the interpreter ends."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
@@ -77,6 +86,7 @@ class Engine:
         self._provide_workspace(self.stream)
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        begun = False
         try:
             # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like,
             # but for waiting for the whole device, which CUDA takes as a mistake of theirs and gives up the capture.
@@ -84,11 +94,12 @@ class Engine:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),
             ):
+                begun = True
                 before = torch.cuda.memory_reserved()
                 results = call()
                 size = torch.cuda.memory_reserved() - before
         except BaseException:
-            self._end(graph, pool)
+            self._end(graph, pool, begun)
             self._release_generator()
             raise
         return Captured(results, graph.replay, max(size, size_of(results)), pool)
@@ -117,18 +128,19 @@ class Engine:
             ones = torch.ones(16, 16, device=self.device)
             torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a place of its own
 
-    def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        """Where a device refuses a capture PyTorch 2.11 leaves its part open: the allocator goes on asking the graph.
+    def _end(self, graph: torch.cuda.CUDAGraph, pool: Any, begun: bool) -> None:
+        """Where a device refuses a capture PyTorch leaves the pool in its hands, and 2.11 asks it for all memory.
 
-        Later versions end it. Of these 2.13 keeps the pool for good and 2.15 gives it back with the graph (source:
-        https://github.com/pytorch/pytorch/pull/190348), and to give it back twice would end the process.
+        At the graph's own end 2.11 and 2.13 would not give the pool back, and 2.15 would (source:
+        https://github.com/pytorch/pytorch/pull/190348). Twice would end the process, so there is no such end.
         """
         try:
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
-        except RuntimeError:  # it has ended
-            return
+        except RuntimeError:  # PyTorch has done that, or had not begun
+            if not begun or _has_succeeded(graph):
+                return
         torch._C._cuda_releasePool(self.device.index, pool)
-        _keep_for_good(graph)  # its end might do so once more
+        _keep_for_good(graph)
 
     def _release_generator(self) -> None:
         """Likewise the device's random generator would wait for the capture's end, and refuse to draw until then.
