@@ -348,12 +348,7 @@ def _trace(options: argparse.Namespace) -> int:
     from dnc_triton.training.report import draw
 
     folder = options.output or options.run
-    run = _load(options)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: expected a folder that can be made, got {folder}: {error}") from error
-    print(draw(run, folder, options.size, options.index))
+    print(draw(_load(options), folder, options.size, options.index))
     print(f"see {folder}/memory.png" + (f" and {folder}/memory.html" if (folder / "memory.html").exists() else ""))
     return 0
 

@@ -99,6 +99,7 @@ def test_a_folder_is_one_runs(tmp_path: Path) -> None:
     assert sorted(status for _, status in ended) == [0, 2]
     for errors, status in ended:
         assert status == 0 or errors.splitlines()[-1].startswith("dnc_triton: --run: ")
+        assert status == 0 or str(tmp_path) in errors.splitlines()[-1]
     (seed,) = (seed for seed, (_, status) in enumerate(ended) if status == 0)
     assert checkpoint.load(tmp_path / "checkpoint.pt")["settings"]["seed"] == seed
     assert Settings.read("copy", tmp_path / "settings.toml").seed == seed
@@ -287,7 +288,7 @@ def test_trace_draws_the_memory(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.startswith("input ")
     (tmp_path / "file").write_text("precious")
     assert main(["trace", str(run), "--output", str(tmp_path / "file")]) == 2
-    assert f"--output: expected a folder that can be made, got {tmp_path / 'file'}: " in capsys.readouterr().err
+    assert f"folder: expected one that can be made, got {tmp_path / 'file'}: " in capsys.readouterr().err
     assert main(["trace", str(run), "--index", "-1"]) == 2
     assert "index: expected at least 0, got -1" in capsys.readouterr().err
     assert main(["trace", str(run), "--size", "0"]) == 2
@@ -329,7 +330,7 @@ def test_a_file_of_settings_that_is_not_there(tmp_path: Path, capsys: pytest.Cap
     assert main(["train", "copy", "--config", str(path), "--run", str(tmp_path / "run")]) == 2
     assert f"{path}: expected a TOML file of settings, found none" in capsys.readouterr().err
     assert main(["train", "copy", "--config", str(tmp_path), "--run", str(tmp_path / "run")]) == 2
-    assert f"{tmp_path}: expected a TOML file of settings, got Is a directory" in capsys.readouterr().err
+    assert f"{tmp_path}: expected a TOML file of settings, got " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

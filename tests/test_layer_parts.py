@@ -11,7 +11,7 @@ from small_layer import make
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from dnc_triton import DNC, explain, use_backend
+from dnc_triton import DNC, MemoryState, explain, use_backend
 
 INPUTS = (3, 5, 3)
 
@@ -224,17 +224,55 @@ def test_an_interface_that_has_no_part_in_the_loss_gets_no_gradient(steps, backe
     assert without == [*interface, "output.weight", "output.bias"]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("seen", [*MemoryState._fields, "read_words"])
+def test_in_a_single_step_too_an_interface_that_the_loss_sees_learns(seen, compiled):
+    """By whatever part of the memory it sees."""
+    without = {}
+    for backend in ("torch_sequence", "reference"):
+        dnc = make(backend=backend)
+        torch._dynamo.reset()
+        _, state = (torch.compile(dnc, backend="aot_eager") if compiled else dnc)(draw()[:, :1])
+        (state.read_words if seen == "read_words" else getattr(state.memory, seen)).square().sum().backward()
+        without[backend] = {name for name, x in dnc.named_parameters() if x.grad is None}
+    if not compiled:  # in which the reference has zeros
+        assert without["torch_sequence"] == without["reference"]
+    assert not without["torch_sequence"] & {"interface.weight", "interface.bias"}
+
+
 @pytest.mark.parametrize("shape", [(1,), (1, -1)], ids=["one number", "a row"])
-@pytest.mark.parametrize("part", ["interface", "output"])
-def test_a_bias_of_another_shape_is_added_by_its_layer(part, shape):
+@pytest.mark.parametrize(
+    ("controller", "part", "name"),
+    [
+        ("lstm", "interface", "bias"),
+        ("lstm", "output", "bias"),
+        ("lstm", "controller.layers.0", "bias_ih"),
+        ("lstm", "controller.layers.1", "bias_hh"),
+        ("gru", "controller.layers.0", "bias_hh"),
+        ("rnn", "controller.layers.1", "bias_ih"),
+        ("feedforward", "controller.layers.1", "bias"),
+    ],
+)
+def test_a_bias_of_another_shape_is_added_by_its_layer(controller, part, name, shape):
     """Which spreads it; kernels that read it as they find it would read beyond its end."""
-    dnc = make()
+    dnc = make(controller=controller, num_layers=2)
     layer = dnc.get_submodule(part)
     assert backend_of(dnc) == "torch_sequence"
-    layer.bias = nn.Parameter(layer.bias.detach()[: None if -1 in shape else 1].reshape(shape))
+    bias = getattr(layer, name).detach()
+    setattr(layer, name, nn.Parameter(bias[: None if -1 in shape else 1].reshape(shape)))
     assert backend_of(dnc) == "reference"
     assert_as_the_reference(dnc)
-    with use_backend("triton_sequence"), pytest.raises(RuntimeError, match="triton_sequence"):
+    with use_backend("triton_split"), pytest.raises(RuntimeError, match="triton_split"):
+        dnc(draw())
+
+
+@pytest.mark.parametrize("controller", ["lstm", "gru", "rnn"])
+def test_weights_of_another_size_are_refused_by_their_layer(controller):
+    dnc = make(controller=controller)
+    cell = dnc.controller.layers[0]
+    cell.weight_hh = nn.Parameter(torch.cat([cell.weight_hh.detach()] * 2, 1))
+    assert backend_of(dnc) == "reference"
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied|hidden"):
         dnc(draw())
 
 

@@ -93,6 +93,7 @@ def test_a_picture_of_a_long_sequence_is_not_too_wide(tmp_path, monkeypatch):
         pictures.draw_memory(long, torch.zeros(steps, 3), torch.zeros(steps, 2), tmp_path / "memory.png")
     widths = [width for width, _ in sizes]
     assert widths == sorted(widths)
+    assert widths[0] == pictures.LEAST_INCHES >= 6.5, "the gates' title and their legend beside it"
     assert widths[2] == pytest.approx(0.28 * 300 + 2)
     assert widths[-1] * pictures.DPI < 2**16
 
@@ -154,6 +155,8 @@ def test_traces_that_show_nothing_are_refused(tmp_path):
     trace.usage[0, 4, 2] = torch.nan
     with pytest.raises(ValueError, match=r"^trace\.usage: expected finite numbers, got others from step 4 on"):
         write(trace)
+    with pytest.raises(TypeError, match=r"^title: expected a string, got int$"):
+        write_page(make_trace(), tmp_path / "memory.html", **SYMBOLS, title=3)
     assert not list(tmp_path.iterdir())
 
 

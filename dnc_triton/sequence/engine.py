@@ -89,7 +89,7 @@ class Engine:
         begun = False
         try:
             # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like,
-            # but for waiting for the whole device, which CUDA takes as a mistake of theirs and gives up the capture.
+            # but for waiting for the whole device, which ends the capture, and with PyTorch 2.11 drawing numbers.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),

@@ -20,8 +20,8 @@ Plain launches are right at any time, also for the backward of a forward that wa
 - for sequences of more than `LONGEST` steps, which have tens of thousands of launches.
 
 Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
-device, a quarter of its memory by default. What counts is memory for tensors; the graphs' own nodes do not, nor does
-what a library keeps for its products, of which all graphs of a thread share one.
+device, by default a quarter of what the process may take of it. What counts is memory for tensors; the graphs' own
+nodes do not, nor does what a library keeps for its products, of which all graphs of a thread share one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from dnc_triton import environment
 from dnc_triton.kernels.launcher import is_compiling_ahead
 from dnc_triton.sequence.engine import Captured, Engine, size_of
 
-SHARE = 0.25  # the bound is this part of the device's memory
+SHARE = 0.25  # the bound is this part of the memory that the process may take
 SIGNATURES = 1024  # of calls are remembered
 LONGEST = 4096  # steps
 MEBIBYTE = 2**20

@@ -22,6 +22,7 @@ from dnc_triton.sequence.op import run_sequence
 from dnc_triton.sequence.settings import SequenceSettings
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+_GATES = {"lstm": 4, "gru": 3}  # of a controller that has several
 _OF_LINEAR, _OF_CELL = ("weight", "bias"), ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 SHARE = 0.25  # all of the history is kept while it takes at most this part of a GPU's memory
 
@@ -140,15 +141,21 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     dtype, device = first.dtype, first.device
     if any(x is None or x.dtype != dtype or x.device != device for x in tensors):
         return False
-    by_interface, in_interface, by_output, in_output = (x.shape for x in tensors[-4:] if x is not None)
-    read_size, hidden_size = cell.num_reads * cell.word_size, cell.hidden_size
-    return (
-        first.shape[1:] == (cell.input_size + read_size,)
-        and by_interface == (cell.interface_size, hidden_size)
-        and in_interface == (cell.interface_size,)
-        and by_output[1:] == (hidden_size + read_size,)
-        and in_output == by_output[:1]
-    )
+    return [x.shape for x in tensors if x is not None] == _shapes(cell, len(layers))
+
+
+def _shapes(cell: DNCCell, num_layers: int) -> list[tuple[int, ...]]:
+    """Of `_parameters_by_name`; how many outputs there are the output layer's own weight says."""
+    hidden, read, interface = cell.hidden_size, cell.num_reads * cell.word_size, cell.interface_size
+    rows = _GATES.get(cell.controller_kind, 1) * hidden
+    shapes: list[tuple[int, ...]] = []
+    for below in (cell.input_size + read, *[hidden] * (num_layers - 1)):
+        if cell.controller_kind == "feedforward":
+            shapes += [(rows, below), (rows,)]
+        else:
+            shapes += [(rows, below), (rows, hidden), (rows,), (rows,)]
+    outputs = cell.output.weight.shape[0]
+    return [*shapes, (interface, hidden), (interface,), (outputs, hidden + read), (outputs,)]
 
 
 def begins_with_zeros(cell: DNCCell) -> bool:

@@ -54,7 +54,7 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
 
     Args:
         run: whose DNC it is.
-        folder: where memory.png and memory.html go; it is there.
+        folder: where memory.png and memory.html go.
         size: of the sequence; None: the last of those trained on.
         index: which sequence.
 
@@ -63,6 +63,7 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
 
     Raises:
         ValueError: the task has no sequence of this size, or the index is negative.
+        OSError: the folder cannot be made, or written to.
     """
     if index < 0:
         raise ValueError(f"index: expected at least 0, got {index}")
@@ -78,6 +79,10 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
         # What the network's own moves led to, where it sees that, in the place of what the target's would have.
         batch = batch._replace(inputs=torch.cat(given, 1))
         _, _, trace = dnc(batch.inputs, lengths=batch.lengths, trace=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"folder: expected one that can be made, got {folder}: {error}") from error
     targets = batch.targets[0]
     if not targets.is_floating_point():  # numbers of symbols, which mean nothing on a scale from 0 to 1
         targets = F.one_hot(targets, task.output_size // targets.shape[-1]).flatten(1) * batch.scored[0].unsqueeze(1)

@@ -119,7 +119,8 @@ class Settings:
             changes: settings and arguments of the task, which take the place of those in the file.
 
         Raises:
-            OSError: no such file, or one that cannot be read.
+            FileNotFoundError: no such file.
+            OSError: one that cannot be read.
             ValueError: the file is no TOML, or holds what is no setting; what the settings themselves refuse.
         """
         if task not in TASKS:
@@ -129,7 +130,7 @@ class Settings:
             settings = tomllib.loads(source.read_text(encoding="utf-8"))
         except OSError as error:
             came = "found none" if isinstance(error, FileNotFoundError) else f"got {error.strerror}"
-            raise OSError(f"{source}: expected a TOML file of settings, {came}") from error
+            raise type(error)(f"{source}: expected a TOML file of settings, {came}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{source}: expected a TOML file: {error}") from error
         arguments = settings.pop("task", {})

@@ -17,14 +17,14 @@ def check_size(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def check_batch_size(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError, naming it, unless it is an integer that is not negative."""
+def check_open_size(name: str, value: Any, least: int = 0) -> None:
+    """Raise TypeError or ValueError, naming it, unless it is an integer of at least `least`, or one of a program's."""
     if isinstance(value, torch.SymInt) or torch.jit.is_tracing():  # of a program for any size; a tensor in a trace
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dnc_reference.checks import check_batch_size, check_bool, check_floating, check_number, check_size
+from dnc_reference.checks import check_bool, check_floating, check_number, check_open_size, check_size
 from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.interface import activate_interface, check_strength, interface_sizes
 from dnc_reference.memory import memory_step, without_autocast
@@ -182,7 +182,7 @@ class DNCCell(nn.Module):
             TypeError: `batch_size` is no integer.
             ValueError: it is negative.
         """
-        check_batch_size("batch_size", batch_size)
+        check_open_size("batch_size", batch_size)
         like = self.like()
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         return DNCState(

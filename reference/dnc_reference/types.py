@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple, tree_map, tree_structure
 
-from dnc_reference.checks import check_batch_size, check_size, check_tensor
+from dnc_reference.checks import check_open_size, check_tensor
 
 
 class Interface(NamedTuple):
@@ -121,10 +121,10 @@ class MemoryState(NamedTuple):
             ValueError: a batch size below 0, another size below 1.
             TypeError: a size that is no integer.
         """
-        check_batch_size("batch_size", batch_size)
+        check_open_size("batch_size", batch_size)
         sizes = dict(memory_size=memory_size, word_size=word_size, num_reads=num_reads, num_writes=num_writes)
         for name, size in sizes.items():
-            check_size(name, size)
+            check_open_size(name, size, least=1)
         shapes = cls.shapes(batch_size, memory_size, word_size, num_reads, num_writes)
         return cls(**{name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()})
 
