@@ -190,6 +190,12 @@ def test_inputs_that_autocast_does_not_cast(dtype):
         make()(INPUTS.to(dtype))
 
 
+def test_inputs_of_another_dtype_on_meta():
+    """A device that autocast does not know."""
+    with refuses(TypeError, "inputs", "torch.float32", "torch.float64"):
+        make(device="meta")(INPUTS.double().to("meta"))
+
+
 def packed(data: torch.Tensor) -> PackedSequence:
     return pack_padded_sequence(data, [7, 7, 2, 1], batch_first=True)
 

@@ -161,6 +161,13 @@ def test_memory_step_of_what_it_does_not_know(changes, argument, expected, came)
         memory_step(**{**STEP, **changes})
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton_fused"])
+def test_a_flag_is_looked_at_before_the_backend(backend):
+    """One that is none would be a number to a kernel."""
+    with refuses(TypeError, "stop_usage_gradient", "a bool", "1"):
+        memory_step(**STEP, stop_usage_gradient=1, backend=backend)
+
+
 # --- Backends
 
 

@@ -215,6 +215,12 @@ def test_a_controller_returns_an_output_and_a_state(returns, expected, came):
         own(lambda hidden: (hidden,), returns)(INPUTS)
 
 
+def test_a_controller_may_return_a_list_of_both():
+    outputs, state = own(lambda hidden: (hidden,), lambda hidden: [hidden, (hidden,)])(INPUTS)
+    assert outputs.isfinite().all()
+    assert type(state.controller) is tuple
+
+
 def test_the_state_of_a_controller_keeps_its_structure():
     dnc = own(lambda hidden: (hidden,), lambda hidden: (hidden, [hidden]))
     dnc(INPUTS)
@@ -266,3 +272,10 @@ def test_what_is_not_dense_is_named():
     ):
         with refuses(TypeError, name, "a dense tensor", "torch.sparse_coo"):
             call()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_state_of_the_controller_is_named():
+    nested = torch.nested.nested_tensor([torch.zeros(6)] * BATCH)
+    with refuses(TypeError, "state.controller", "a dense tensor", "a nested one"):
+        make()(INPUTS, replaced(STATE, "controller", lambda cell: nested))
