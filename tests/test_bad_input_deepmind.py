@@ -49,6 +49,26 @@ def test_the_layer_is_on_the_cpu():
     assert not dnc.output.weight.any()
 
 
+def test_variables_stay_as_they_are():
+    """Also tensors of float64, whose memory is not copied on the way."""
+    variables = {name: torch.from_numpy(array) for name, array in deepmind_variables().items()}
+    dnc = from_deepmind(variables, **SIZES)
+    assert dnc.controller.layers[0].bias_ih.any()  # Sonnet's 1 of the forget gate
+    assert not any(x.any() for x in variables.values())
+
+
+def test_what_is_added_to_a_narrow_variable_is_not_rounded():
+    variables = deepmind_variables()
+    variables["dnc/lstm/b_gates"] = np.full(24, 2.0**-13, np.float16)  # which 1 in float16 would swallow
+    dnc = from_deepmind(variables, **SIZES)
+    assert dnc.controller.layers[0].bias_ih.max().item() == 1 + 2.0**-13
+
+
+def test_an_lstm_whose_name_ends_alike_is_another():
+    variables = deepmind_variables() | {"dnc/other_lstm/w_gates": np.ones((1, 4))}
+    assert from_deepmind(variables, **SIZES).input_size == 3
+
+
 @pytest.mark.parametrize("name", deepmind_variables())
 def test_deepmind_variable_of_the_wrong_shape(name):
     variables = deepmind_variables()
@@ -93,6 +113,7 @@ def test_deepmind_variable_missing(name):
             "[24, 17]",
             id="gates transposed",
         ),
+        case(deepmind_variables(inputs=0), ValueError, "[input + 2·4 + hidden, 4·hidden]", "[14, 24]", id="no input"),
         case(
             {**deepmind_variables(), "dnc/output_linear/b": np.zeros(2) + 1j},
             TypeError,
@@ -137,6 +158,13 @@ def test_deepmind_variable_missing(name):
 def test_deepmind_variables(variables, error, expected, came):
     with refuses(error, "variables", expected, came):
         from_deepmind(variables, **SIZES)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_variable():
+    nested = torch.nested.nested_tensor([torch.zeros(1)] * 2)
+    with refuses(TypeError, "variables", "'dnc/output_linear/b' to be a dense floating array", "a nested one"):
+        from_deepmind(deepmind_variables() | {"dnc/output_linear/b": nested}, **SIZES)
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,27 @@ def test_each_field_of_the_interface_is_the_packages(joined):
     torch.testing.assert_close(interface._asdict(), expected)
 
 
-def test_prefix_memory_of_its_own_and_other_names():
+@pytest.mark.parametrize("prefix", ["model.", "models[0]."])
+def test_prefix_memory_of_its_own_and_other_names(prefix):
     plain = make_weights()
-    others = {f"model.{name.replace('shared', '0')}": tensor for name, tensor in plain.items()} | {"head.weight": None}
+    others = {prefix + name.replace("shared", "0"): tensor for name, tensor in plain.items()}
+    others |= {"head.weight": None, "other_lstm_layer_0.weight_ih_l0": None}
     expected, got = (from_pytorch_dnc(weights, **SIZES) for weights in (plain, others))
     torch.testing.assert_close(got.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_more_than_ten_layers():
+    weights = make_weights(layers=11)
+    dnc = from_pytorch_dnc(weights, **SIZES)
+    assert torch.equal(dnc.controller.layers[10].weight_ih, weights["lstm_layer_0.weight_ih_l10"])
+
+
+def test_weights_stay_as_they_are():
+    """Also those of float64, whose memory is not copied on the way."""
+    weights = {name: tensor.double() for name, tensor in make_weights().items()}
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    assert not from_pytorch_dnc(weights, **SIZES).controller.layers[0].weight_ih[:, D:].any()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in before.items())
 
 
 def test_without_biases_they_are_zero():
@@ -327,6 +343,17 @@ def test_the_mode_is_the_modules(training):
     ours = from_pytorch_dnc(theirs)
     assert {module.training for module in ours.modules()} == {training}
     assert ours.dropout == 0.5
+
+
+def test_a_dropout_that_is_asked_for_is_not_the_modules():
+    theirs = make_theirs(num_hidden_layers=2, dropout=0.5)
+    assert from_pytorch_dnc(theirs, dropout=0.25).dropout == 0.25
+
+
+def test_a_clip_of_one_does_nothing():
+    theirs = make_theirs(clip=1)
+    ours = from_pytorch_dnc(theirs)
+    assert ours.clip is None
 
 
 def test_sparse_memories_have_no_counterpart():
