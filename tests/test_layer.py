@@ -79,6 +79,14 @@ def test_nothing_to_do(batch, steps, batch_first, options):
         assert all((x == 0).all() for x in gradients(outputs.sum(), inputs, dnc))
 
 
+def test_without_steps_the_initial_state_is_made_of_tensors_of_their_own():
+    """Else who keeps one of them keeps all, and a file of one would hold all."""
+    dnc = make()
+    _, state = dnc(make_inputs(steps=0))
+    tensors = tree_leaves(state)
+    assert len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
+
+
 @pytest.mark.parametrize("whose", ["class", "layer", "controller"])
 def test_an_initial_state_of_ones_own(whose):
     """By default a call makes one that nobody sees."""
@@ -101,6 +109,16 @@ def test_an_initial_state_of_ones_own(whose):
     actual = dnc(inputs)
     assert_close(actual, dnc(inputs, dnc.initial_state(2)), **EXACT)
     assert (actual[0] != dnc(inputs, DNC.initial_state(dnc, 2).map(torch.zeros_like))[0]).any()
+
+
+def test_a_state_has_the_structure_of_the_initial_one():
+    dnc = make()
+    zeros = dnc.controller.initial_state
+    dnc.controller.initial_state = lambda *sizes, **options: [*zeros(*sizes, **options)]
+    _, state = dnc(make_inputs())
+    assert type(state.controller) is list
+    _, state = dnc(make_inputs(), state)  # which is taken as it was handed out
+    assert type(state.controller) is list
 
 
 @pytest.mark.parametrize("whose", ["class", "layer", "controller"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import total
@@ -52,6 +53,18 @@ def test_clip_bounds_controller_and_output():
     assert clipped(inputs)[1].memory.memory.abs().max() > 0.125
 
 
+@pytest.mark.parametrize("name", ["clip", "max_activation_gradient"])
+def test_a_bound_is_kept_as_pythons_own_number(name):
+    """A compiler takes no other."""
+    dnc = make(**{name: np.float32(0.5)})
+    assert type(getattr(dnc, name)) is float
+    assert getattr(dnc, name) == 0.5
+
+
+def test_an_initial_state_for_a_number_of_numpys():
+    assert make().initial_state(np.int64(3)).read_words.shape[0] == 3
+
+
 def test_dropout_acts_between_layers_in_training_only():
     dnc, inputs = make(num_layers=2, dropout=0.5), make_inputs()
     assert not torch.equal(dnc(inputs)[0], dnc(inputs)[0])
@@ -65,6 +78,12 @@ def test_dropout_of_a_single_layer_warns_and_does_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(num_layers=2, dropout=0.5)
+
+
+def test_a_warning_is_of_the_line_that_made_the_layer():
+    with pytest.warns(UserWarning, match="dropout") as warned:
+        DNC(INPUTS, HIDDEN, OUTPUTS, **SIZES, dropout=0.5)
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_strengths_differ():
@@ -286,6 +305,16 @@ def test_autocast_loses_no_gradients_of_many_steps(choice):
 
     for rounded, exact in zip(run(True), run(False), strict=True):
         assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_rounded_weight_serves_several_steps(monkeypatch):
+    """A copy for every step would take much memory."""
+    forgotten = []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: forgotten.append(1))
+    dnc = make(dtype=torch.float32, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dnc(make_inputs(steps=33, dtype=torch.float32))
+        assert len(forgotten) == 3  # before the steps 0, 16 and 32
 
 
 def test_autocast_keeps_a_state_of_your_own_in_float32():
