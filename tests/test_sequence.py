@@ -56,6 +56,28 @@ def test_every_choice(controller, num_layers, clip, strength, stop_usage_gradien
         assert unused == ({"state.memory.write_weights"} if stop_usage_gradient else set())
 
 
+@pytest.mark.parametrize("strength", ["oneplus", "softplus"])
+def test_large_strengths_are_not_cut_short(strength):
+    """As by PyTorch's own softplus, which above 20 is x itself: off by 2e-9."""
+    dnc = make(strength=strength)
+    with torch.no_grad():
+        strengths = slice(16, 19)  # after the keys and the write vector
+        dnc.interface.weight[strengths].zero_()
+        dnc.interface.bias[strengths].fill_(21)
+    assert_parity(dnc, *draw(dnc))
+
+
+def test_a_clip_lets_the_gradient_of_what_stands_at_its_bound_through():
+    dnc = make(controller="feedforward")
+    (layer,) = dnc.controller.layers
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.fill_(0.5)
+    inputs, state = draw(dnc)
+    dnc.clip = dnc.control(inputs[0], state)[0].max().item()
+    assert assert_parity(dnc, inputs, state).gradients["controller.layers.0.bias"].all()
+
+
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_a_clip_stops_infinite_gradients(controller):
     dnc = make(controller=controller, num_layers=2, clip=1e-9)

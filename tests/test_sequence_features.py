@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import DNC, explain, use_backend
 from dnc_triton.sequence import op, pool
+from dnc_triton.sequence.product import Product
 
 INPUTS = (3, 5, 3)
 
@@ -155,6 +156,21 @@ def test_autocast_rounds_products_and_not_the_memory():
         assert x.dtype == want.dtype == torch.float32
         assert (x != x.bfloat16()).any()
         assert_close(x, want, rtol=2e-2, atol=2e-2)
+
+
+def test_both_factors_of_a_narrow_product_are_rounded():
+    x, weight, d_product = torch.randn(3, 5), torch.randn(4, 5), torch.randn(3, 4)
+    narrow_x, narrow_weight, narrow_d = x.bfloat16(), weight.bfloat16(), d_product.bfloat16()
+    product = Product(weight, torch.bfloat16)
+    assert_same_bits(product(x), (narrow_x @ narrow_weight.T).float())
+    assert_same_bits(product.add_to(d_product, x, torch.empty(3, 4)), d_product + narrow_x @ narrow_weight.T)
+    d_x = torch.empty(3, 5)
+    product.backward(d_product, d_x)
+    assert_same_bits(d_x, (narrow_d @ narrow_weight).float())
+    assert_same_bits(product.all_backward(d_product), d_x)
+    product.add_backward(d_product, d_x)
+    assert_same_bits(d_x, 2 * (narrow_d @ narrow_weight).float())
+    assert_same_bits(product.weight_gradient(d_product, x), (narrow_d.T @ narrow_x).float())
 
 
 @pytest.mark.parametrize("rounds", [False, True])
@@ -296,6 +312,16 @@ def test_parts_of_the_users_own_are_called(change):
     assert_same_bits(actual, dnc(inputs))
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_every_kind_are_called(kind):
+    dnc, inputs = make(), torch.randn(INPUTS, dtype=torch.float64)
+    with getattr(dnc.output, f"register_{kind}_hook")(lambda *_: None):
+        assert "* reference" in explain(dnc, inputs)
+    with getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None):
+        assert "* reference" in explain(dnc, inputs)
+    assert "* torch_sequence" in explain(dnc, inputs)
+
+
 def test_hooks_on_all_modules_are_called():
     dnc, heard = make(), []
     with nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module)):
@@ -346,6 +372,15 @@ def test_checkpoints_step_by_step(options):
     expected = run(dnc, inputs, state, **arguments)
     dnc.checkpoint = 2
     assert_close(run(dnc, inputs, state, **arguments), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_checkpoints_step_by_step_of_parameters_of_inference_mode():
+    """Which have no version that tells whether they have changed."""
+    ordinary, inputs = make(num_writes=2, checkpoint=2).requires_grad_(False), torch.randn(INPUTS, dtype=torch.float64)
+    with torch.inference_mode():
+        dnc = copy.deepcopy(ordinary)
+    assert dnc.output.weight.is_inference()
+    assert_same_bits(dnc(inputs), ordinary(inputs))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,17 @@ def test_within_autocast():
             assert_same_bits(dnc.step(inputs[0], state), tree_map(torch.detach, (outputs[0], last)))
 
 
+def test_dropout_acts_as_in_a_sequence():
+    """In a step without gradients, as one takes to sample predictions."""
+    dnc = make(num_layers=2, dropout=0.5)
+    inputs, state = draw(dnc, steps=1)
+    torch.manual_seed(2)
+    expected = dnc(inputs, state)  # with gradients
+    torch.manual_seed(2)
+    with torch.no_grad():
+        assert_same_bits(dnc(inputs, state), tree_map(torch.detach, expected))
+
+
 def test_an_empty_batch():
     dnc = make()
     inputs, state = draw(dnc, batch=0)
