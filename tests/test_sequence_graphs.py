@@ -131,6 +131,17 @@ def test_each_kind_of_call_has_its_own(without: Any) -> None:
     assert len(cache().signatures) == len(calls) + 1
 
 
+def test_lengths_and_resets_are_not_taken_for_each_other(without: Any) -> None:
+    """As masks of a layer that is time first they have the same shape and strides."""
+    dnc = make(batch_first=False)
+    inputs, state = draw(dnc, 0)
+    reset = torch.rand(STEPS, BATCH) < 0.3
+    for _ in range(3):
+        for options in ({"lengths": [2, 0, 1]}, {"reset": reset}):
+            actual = results(dnc, inputs, state, **options)
+            assert_same_bits(actual, without(results, dnc, inputs, state, **options))
+
+
 def test_compiled(without: Any) -> None:
     dnc = make()
     torch._dynamo.reset()

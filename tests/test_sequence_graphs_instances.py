@@ -217,6 +217,31 @@ def test_the_least_recently_used_is_given_up(monkeypatch: pytest.MonkeyPatch, wi
     assert engine().captures == captures
 
 
+def test_of_two_that_are_free_the_one_used_last_is_taken_again() -> None:
+    """So that the other may be given up."""
+    dnc = make()
+    held = [dnc(*draw(dnc, seed)) for seed in range(6)]
+    first, second = cache().instances
+    del held
+    results(dnc, *draw(dnc, 6))
+    assert cache().instances == [first, second]
+
+
+def test_room_is_made_for_a_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After which no backward asks for room."""
+    dnc = make()
+    with torch.no_grad():
+        for steps in (2, 3):
+            for seed in range(2):
+                dnc(*draw(dnc, seed, steps))
+        first, second = cache().instances
+        monkeypatch.setattr(StandIn, "memory", lambda self: int((first.size + second.size) / graphs.SHARE) + 4)
+        for seed in range(2):
+            dnc(*draw(dnc, seed, 4))
+    assert len(cache().instances) < 3
+    assert sum(instance.size for instance in cache().instances) <= cache().bound()
+
+
 def test_bytes_are_those_of_the_tensors() -> None:
     dnc = make()
     for seed in range(2):
