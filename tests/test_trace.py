@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import total
 from small_layer import BATCH, CLOSE, EXACT, STEPS, gradients, make, make_inputs
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -118,6 +119,15 @@ def test_gradients_flow_through_all_that_is_returned():
     (expected,) = torch.autograd.grad(state.memory.link.square().sum(), weights)
     assert actual.any()
     assert_close(actual, expected, **CLOSE)
+
+
+def test_no_gradient_from_usage_where_there_is_to_be_none():
+    """With a trace as without one."""
+    dnc = make(stop_usage_gradient=True)
+    _, state, _ = dnc(make_inputs(), trace=True)
+    _, plain_state = dnc(make_inputs())
+    actual, expected = gradients(total(state), dnc), gradients(total(plain_state), dnc)
+    assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_hooks_are_called():
