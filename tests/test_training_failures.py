@@ -383,6 +383,25 @@ def test_two_who_write_a_file_at_once_write_it_whole(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_written_to_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "dnc_triton" / "times.json"
+    files.write(path, b"this")
+    assert path.read_bytes() == b"this"
+
+
+def test_a_write_that_is_interrupted_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.usefixtures("_undrawn")
 def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = Run(small(steps=3, baseline=False), tmp_path / "run")

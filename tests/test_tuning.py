@@ -353,6 +353,11 @@ def test_measuring_can_be_switched_off(clock: Clock, monkeypatch: pytest.MonkeyP
     assert not files()
 
 
+def test_an_empty_variable_switches_nothing_off(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "")
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+
+
 @pytest.mark.parametrize("value", ["no", "false", "2"])
 def test_a_switch_that_is_none(value: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said at every call, also if nothing is left to measure."""
