@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from dnc_triton import DNC, MemoryState, explain, use_backend
+from dnc_triton.sequence import unroll
+from dnc_triton.sequence.op import run_sequence
 
 INPUTS = (3, 5, 3)
 
@@ -106,6 +108,19 @@ def test_dropout_is_what_its_module_does():
     assert_same_bits(run(dnc), still)
     with pytest.raises(AttributeError, match="dropout"):
         dnc.dropout = 0.5
+
+
+def test_each_layer_is_given_another_mask(monkeypatch):
+    masks = []
+
+    def watched(*arguments):
+        masks.extend(arguments[6])
+        return run_sequence(*arguments)
+
+    monkeypatch.setattr(unroll, "run_sequence", watched)
+    make(num_layers=3, dropout=0.5)(draw())
+    assert len(masks) == 2
+    assert (masks[0] != masks[1]).any()
 
 
 @pytest.mark.parametrize("change", ["another", "hook"])
@@ -205,6 +220,19 @@ def test_an_output_layer_with_a_weight_of_integers():
     assert dnc(draw())[0].dtype == torch.float64
 
 
+def test_a_state_is_of_the_dtype_of_the_first_floating_parameter():
+    """Whatever integers a quantized layer has."""
+    dnc = make(controller=lambda inputs, hidden: Still(hidden))
+    for part in ("interface", "output"):
+        quantized = Quantized(dnc.get_submodule(part))
+        weight, scale = nn.Parameter(quantized.weight, requires_grad=False), quantized.scale
+        del quantized.weight, quantized.scale
+        quantized.weight, quantized.scale = weight, scale
+        setattr(dnc, part, quantized)
+    assert next(dnc.parameters()).dtype == torch.int8
+    assert dnc.initial_state(2).read_words.dtype == torch.float64
+
+
 @pytest.mark.parametrize("backend", ["torch_sequence", "reference"])
 def test_an_output_layer_that_has_no_part_in_the_loss_gets_no_gradient(backend):
     """Not one of zeros, with which a weight decays."""
@@ -273,6 +301,26 @@ def test_weights_of_another_size_are_refused_by_their_layer(controller):
     cell.weight_hh = nn.Parameter(torch.cat([cell.weight_hh.detach()] * 2, 1))
     assert backend_of(dnc) == "reference"
     with pytest.raises(RuntimeError, match=r"cannot be multiplied|hidden"):
+        dnc(draw())
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"device": "meta"}], ids=str)
+@pytest.mark.parametrize("part", ["controller", "interface"])
+def test_a_part_of_another_dtype_or_device_is_called(part, options):
+    """And says itself what it cannot take; kernels would read what is not there."""
+    dnc = make()
+    dnc.get_submodule(part).to(**options)
+    assert backend_of(dnc) == "reference"
+
+
+@pytest.mark.parametrize("part", ["controller.layers.0", "interface", "output"])
+def test_a_part_that_takes_more_numbers_is_called(part):
+    dnc = make()
+    name = "weight_ih" if part == "controller.layers.0" else "weight"
+    layer = dnc.get_submodule(part)
+    setattr(layer, name, nn.Parameter(nn.functional.pad(getattr(layer, name).detach(), (0, 1))))
+    assert backend_of(dnc) == "reference"
+    with pytest.raises(RuntimeError, match="shape"):
         dnc(draw())
 
 
