@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,10 +22,29 @@ from small_runs import SMALL, assert_same_run, small, start
 from dnc_triton.cli import main
 from dnc_triton.tasks import TASKS, Batch, CopyTask, DelayedCopyTask, Task
 from dnc_triton.tasks.data import TrainingBatches, generator
-from dnc_triton.training import checkpoint
+from dnc_triton.training import checkpoint, learner
 from dnc_triton.training.report import draw
 from dnc_triton.training.run import LOG_EVERY, Run
 from dnc_triton.training.settings import Settings
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_learning_rate_rises_to_its_highest_and_falls_to_nothing(schedule: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    steps, rates = learner._schedule(optimizer, small(steps=10, warmup=4, schedule=schedule)), []
+    for _ in range(11):  # the last of which is not taken any more
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        steps.step()
+    falling = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(7)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *(falling if schedule == "cosine" else [1.0] * 7)], abs=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_an_optimizer_has_the_rate_and_the_decay_that_are_asked_for(optimizer: str, tmp_path: Path) -> None:
+    run = Run(small(optimizer=optimizer, learning_rate=0.5, weight_decay=0.25, baseline=False), tmp_path)
+    (group,) = run.learners["dnc"].optimizer.param_groups
+    assert (group["initial_lr"], group["weight_decay"]) == (0.5, 0.25)
 
 
 def test_copy_sequences_are_what_the_task_says() -> None:

@@ -25,6 +25,7 @@ from dnc_triton.cli import main
 from dnc_triton.tasks import Batch
 from dnc_triton.training import checkpoint
 from dnc_triton.training.folder import held
+from dnc_triton.training.journal import Journal
 from dnc_triton.training.report import report
 from dnc_triton.training.run import LOG_EVERY, Run
 
@@ -358,6 +359,21 @@ def test_a_name_that_tensorboard_cannot_encode_is_no_harm(
     assert "TensorBoard gets no more of this run" in capsys.readouterr().err
 
 
+def test_tensorboard_shows_a_run_that_went_on_as_one_that_was_never_interrupted(tmp_path: Path) -> None:
+    """Rows up to the checkpoint stay, those after it come again. A row's own step and time are no curves."""
+    for step, rows in ((0, {2: 1.0, 3: 2.0}), (2, {3: 4.0})):
+        journal = Journal(tmp_path, step)
+        for row, loss in rows.items():
+            journal.add({"step": row, "seconds": 9.0, "loss": loss}, "training")
+        journal.close()
+        if step == 0:  # read first, whatever numbers files have
+            (file,) = tmp_path.iterdir()
+            file.rename(file.with_name("events.out.tfevents.0"))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["training/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("training/loss")] == [(2, 1.0), (3, 4.0)]
+
+
 @pytest.mark.usefixtures("_undrawn")
 def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that was full at the only validation."""
@@ -551,3 +567,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path, capsys
     checkpoint.save(tmp_path / "checkpoint.pt", content)
     assert main(["train", "copy", "--resume", str(tmp_path)]) == 2
     assert "no_such_setting" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_a_weight_that_there_is_none_of_is_refused(tmp_path: Path) -> None:
+    run = Run(small(baseline=False), tmp_path)
+    content = run.state_dict()
+    content["learners"]["dnc"]["model"]["extra"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"^checkpoint: expected extra of shape None.*, got \[2\]"):
+        run.load(content)
