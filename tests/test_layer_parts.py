@@ -290,7 +290,7 @@ def test_a_bias_of_another_shape_is_added_by_its_layer(controller, part, name, s
     setattr(layer, name, nn.Parameter(bias[: None if -1 in shape else 1].reshape(shape)))
     assert backend_of(dnc) == "reference"
     assert_as_the_reference(dnc)
-    with use_backend("triton_split"), pytest.raises(RuntimeError, match="triton_split"):
+    with use_backend("torch_sequence"), pytest.raises(RuntimeError, match="torch_sequence"):
         dnc(draw())
 
 
