@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ ROW_SECONDS, MOST_IN_A_ROW = 0.05, 10
 GRAPH_CALLS = 3
 COMPILE_SECONDS = 45.0  # that compiling may take, so that none is begun shortly before the deadline
 MISSING, DECLINED, LEFT_OUT, WRONG, FAILED, MEASURED = "missing", "declined", "left out", "wrong", "failed", "measured"
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)

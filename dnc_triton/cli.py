@@ -325,7 +325,7 @@ def _check_same(settings: Settings, options: argparse.Namespace) -> None:
                              f"got {value}; leave it out, or start a new run")  # fmt: skip
 
 
-def _load(options: argparse.Namespace) -> Any:
+def _load(options: argparse.Namespace) -> Run:
     from dnc_triton.training.run import Run
 
     name = {"last": "checkpoint.pt", "best": "best.pt"}[options.checkpoint]
@@ -349,7 +349,7 @@ def _trace(options: argparse.Namespace) -> int:
 
     folder = options.output or options.run
     print(draw(_load(options), folder, options.size, options.index))
-    print(f"see {folder}/memory.png" + (f" and {folder}/memory.html" if (folder / "memory.html").exists() else ""))
+    print(f"see {folder}/memory.png and {folder}/memory.html")
     return 0
 
 
