@@ -222,8 +222,8 @@ def _interface(weights: Weights, memory: str, fields: dict[str, int], hidden_siz
 
 def _sizes_of(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """The sizes of a `dnc.DNC`, which must be one that has a counterpart here."""
-    attributes = [*_SIZES.values(), "num_layers", "dropout", "clip", "rnn_type", "nonlinearity"]
-    if not all(hasattr(model, name) for name in [*attributes, "share_memory_between_layers"]):
+    others = ("num_layers", "dropout", "clip", "rnn_type", "nonlinearity", "share_memory_between_layers")
+    if not all(hasattr(model, name) for name in (*_SIZES.values(), *others)):
         raise TypeError(
             f"model: expected a dnc.DNC of release 2.0.0b1 (one of 1.1.0 by its state_dict), got {type(model).__name__}"
         )
@@ -252,11 +252,11 @@ def _sizes_of(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
 
 def _scope(weights: Mapping[str, Any]) -> tuple[str, str]:
     """What stands before the controller's name, and its kind."""
-    found = [re.fullmatch(r"(|.*\.)(lstm|gru|rnn)_layer_0\.weight_ih_l0", str(name)) for name in weights]
+    found = [re.fullmatch(r"(|.*\.)(lstm|gru|rnn)_layer_0\.weight_ih_l0", name) for name in weights]
     scopes = [(match[1], match[2]) for match in found if match]
     if len(scopes) != 1:
         raise ValueError(
             "model: expected one weight named lstm_layer_0.weight_ih_l0, or gru or rnn for lstm, "
-            f"got {len(scopes)} in {sorted(map(str, weights))}"
+            f"got {len(scopes)} in {sorted(weights)}"
         )
     return scopes[0]
