@@ -14,12 +14,19 @@ from tqdm import tqdm
 
 
 class Journal:
-    """The rows of the metrics for TensorBoard. What it cannot write is lost without harm: metrics.csv has it all."""
+    """The rows of the metrics for TensorBoard. What it cannot write is lost without harm: metrics.csv has it all.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    Args:
+        folder: where they go; None: nowhere, as in all processes but the first.
+        step: that the run goes on from.
+    """
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self._writer: Any = None
+        if folder is None:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = None
         with self._harmless():
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):  # a thread of the writer's would tell of it, at length

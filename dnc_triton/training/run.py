@@ -182,9 +182,8 @@ class Run:
                 stack.enter_context(held(self.folder))
             stop = stack.enter_context(_asked_to_stop())
             progress = stack.enter_context(self._progress())
-            journal = Journal(self.folder / "tensorboard", self.step) if self.fabric.is_global_zero else None
-            if journal:
-                stack.callback(journal.close)
+            journal = Journal(self.folder / "tensorboard" if self.fabric.is_global_zero else None, self.step)
+            stack.callback(journal.close)
             started = time.perf_counter() - self.seconds["all"]
             saved, saving, stopped = time.perf_counter(), 0.0, False
             batches, lesson = self._batches(), self.lesson
@@ -202,28 +201,14 @@ class Run:
                 progress.update()
                 self.seconds["all"] = time.perf_counter() - started
                 if row_ends:
-                    with self._clock("logging"):
-                        row = self._log()
-                        self._advance(row)
-                        if journal:
-                            journal.add(row, "training")
-                        error = row[f"dnc_{self.task.unit}_error"]
-                        shown = {"loss": f"{row['dnc_loss']:.4f}", f"{self.task.unit} error": f"{error:.4f}"}
-                        progress.set_postfix(shown, refresh=False)
+                    self._close_row(journal, progress)
                 if self.step % settings.validate_every == 0 or self.step == settings.steps:
-                    with self._clock("validation"):
-                        row = self._validate()
-                        if journal:
-                            journal.add(row, "validation")
-                    self._share_sums()  # in all processes, whether or not it is the best
-                    if self._is_best(row):
-                        self._keep_best(row)
+                    self._validate_and_keep(journal)
                 if due and not stopped and self.step < settings.steps:
                     before = time.perf_counter()
                     with self._clock("checkpoints"):
                         self._share_sums()
-                        if journal:
-                            journal.flush()
+                        journal.flush()
                         written = self._try_to_save("checkpoint.pt")
                     saved = time.perf_counter()
                     saving = saved - before if written else CHECKPOINT_SECONDS * CHECKPOINT_SHARE
@@ -331,8 +316,18 @@ class Run:
             sums = self._total(torch.stack(list(self.sums.values())))
             self.sums = dict(zip(self.sums, sums if self.fabric.is_global_zero else 0 * sums, strict=True))
 
+    def _close_row(self, journal: Journal, progress: Any) -> None:
+        """End a row of the metrics, show it, and go on to the next lesson if it says so."""
+        with self._clock("logging"):
+            row = self._log()
+            self._advance(row)
+            journal.add(row, "training")
+            error = row[f"dnc_{self.task.unit}_error"]
+            shown = {"loss": f"{row['dnc_loss']:.4f}", f"{self.task.unit} error": f"{error:.4f}"}
+            progress.set_postfix(shown, refresh=False)
+
     def _log(self) -> dict[str, float]:
-        """Close a row of the metrics: the means since the last one."""
+        """A row of the metrics: the means since the last one."""
         steps = (self.step - 1) % LOG_EVERY + 1
         self._share_sums()
         means = {key: float(value) / steps for key, value in self.sums.items()}
@@ -349,6 +344,18 @@ class Run:
             self.lesson += 1
         self.lesson = self.fabric.broadcast(self.lesson)
 
+    def _validate_and_keep(self, journal: Journal) -> None:
+        """Validate, and save the best run so far; if that fails, best.pt and `best` are of the one before."""
+        with self._clock("validation"):
+            row = self._validate()
+            journal.add(row, "validation")
+        self._share_sums()  # in all processes, whether or not it is the best
+        if self._is_best(row):
+            last, self.best = self.best, row
+            with self._clock("checkpoints"):
+                if not self._try_to_save("best.pt"):
+                    self.best = last
+
     def _validate(self) -> dict[str, float]:
         """A row of the validations, on the same sequences each time."""
         sizes = sorted(set(self.task.lessons[-1]))  # one that comes again would bring the same sequences
@@ -363,13 +370,6 @@ class Run:
         # Where as many sequences are right, the lower loss is better.
         rank = (row["dnc_right"], -row["dnc_loss"])
         return not self.best or rank > (self.best["dnc_right"], -self.best["dnc_loss"])
-
-    def _keep_best(self, row: dict[str, float]) -> None:
-        """Save the run as the best so far; if that fails, best.pt and `best` are of the one before."""
-        last, self.best = self.best, row
-        with self._clock("checkpoints"):
-            if not self._try_to_save("best.pt"):
-                self.best = last
 
     @torch.no_grad()
     def score(self, sizes: list[int], sequences: int, split: str) -> dict[str, dict[str, float]]:
