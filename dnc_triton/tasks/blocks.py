@@ -197,17 +197,14 @@ class BlockPuzzleTask(PlanningTask):
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         lesson = lesson_of(self.curriculum, size)
-        starts: list[int] = []
-        stated: list[list[tuple[int, int]]] = []  # (letter, constraint), in the order in which they are said
+        drawn: list[tuple[int, list[tuple[int, int]]]] = []  # with goals in the order in which they are said
         for _ in range(TRIES):
-            for start, goals in self._draw(batch_size, lesson, generator):
-                if len(starts) < batch_size:
-                    starts.append(start)
-                    stated.append(goals)
-            if len(starts) == batch_size:
+            drawn += self._draw(batch_size, lesson, generator)
+            if len(drawn) >= batch_size:
                 break
         else:
             raise ValueError(f"curriculum: expected puzzles of this kind, got none for lesson {size}")
+        starts, stated = zip(*drawn[:batch_size], strict=True)
 
         first = max(map(len, stated))  # step of the answer; shorter lists begin with steps of nothing
         steps = first + lesson.depth[1]

@@ -65,7 +65,7 @@ def draw_graphs(count: int, lesson: Lesson, num_labels: int, generator: torch.Ge
     points = torch.rand(count, most, 2, generator=generator)
     distances = torch.cdist(points, points)
     distances[~(present.unsqueeze(1) & ~torch.eye(most, dtype=torch.bool)).expand_as(distances)] = torch.inf
-    nearness = _ranks(distances)
+    nearness = distances.argsort(-1).argsort(-1)  # each node's place among the others
     degrees = integers(lesson.degree, (count, most, 1), generator)
     edges = (nearness < degrees) & distances.isfinite() & present.unsqueeze(2)
     labels = [torch.rand(count, num_labels, generator=generator).argsort(1)[:, :most] for _ in range(2)]
@@ -420,7 +420,3 @@ def _triples(graphs: Graphs, rows: Tensor, source: Tensor, destination: Tensor) 
     labels = graphs.node_labels
     edge = graphs.edge_labels[rows, source, destination]
     return torch.stack([labels[rows, source], edge, labels[rows, destination]], -1)
-
-
-def _ranks(values: Tensor) -> Tensor:
-    return values.argsort(-1).argsort(-1)
