@@ -117,8 +117,8 @@ class Run:
             raise ValueError(
                 f"checkpoint: expected the settings {', '.join(here)}; these are on one side alone: {', '.join(others)}"
             )
-        differing = [f"{name} is {here.get(name)!r} here and {there.get(name)!r} there"
-                     for name in here | there if here.get(name) != there.get(name)]  # fmt: skip
+        differing = [f"{name} is {value!r} here and {there[name]!r} there"
+                     for name, value in here.items() if value != there[name]]  # fmt: skip
         if differing:
             raise ValueError(f"checkpoint: expected one of a run with the same settings, but {', '.join(differing)}")
         if content["learners"].keys() != self.learners.keys():
