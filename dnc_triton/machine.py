@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import dnc_triton
 from dnc_triton.layer import explain
 from dnc_triton.pictures import LABELS
 from dnc_triton.tasks.data import generator
+from dnc_triton.training.learner import Learner
 from dnc_triton.training.run import Run
 from dnc_triton.training.settings import Settings
 from dnc_triton.tuning import cache_directory, triton_version
@@ -45,14 +47,14 @@ def bench(settings: Settings, device: str) -> str:
         f"{'':<6}{'ms per batch:':>14}{'forward':>10}{'training':>10}"
         f"{'ms per step:':>16}{'forward':>10}{'training':>10}",
     ]
+
+    def train(learner: Learner) -> None:
+        learner.backward(batch, units, sequences)
+        learner.update()
+
     for name, learner in run.learners.items():
-
-        def train(learner=learner) -> None:  # type: ignore[no-untyped-def]
-            learner.backward(batch, units, sequences)
-            learner.update()
-
         times = []
-        for work in (lambda learner=learner: learner.outputs(batch), train):
+        for work in (partial(learner.outputs, batch), partial(train, learner)):
             timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
             timer.timeit(2)  # what is compiled or measured once is
             times.append(1000 * timer.blocked_autorange(min_run_time=SECONDS).median)
