@@ -290,9 +290,9 @@ def _stack(heights: list[float], spacing: list[float]) -> tuple[go.Figure, float
     total = sum(heights) + sum(spacing)
     figure = make_subplots(rows=len(heights), cols=1, shared_xaxes=True, vertical_spacing=0)
     top = total
-    for index, height in enumerate(heights, start=1):
+    for index, (height, space) in enumerate(zip(heights, [*spacing, 0.0], strict=True), start=1):
         figure.update_yaxes(domain=[max(0.0, (top - height) / total), top / total], row=index, col=1)
-        top -= height + (spacing[index - 1] if index <= len(spacing) else 0)
+        top -= height + space
     return figure, total
 
 
