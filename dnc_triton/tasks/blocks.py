@@ -321,9 +321,8 @@ class BlockPuzzleTask(PlanningTask):
         )
 
     def right(self, outputs: Tensor, batch: Batch) -> Tensor:
-        puzzle = self.begin(batch)
-        for step in batch.scored[0].nonzero().flatten():
-            puzzle = self.judge(puzzle, outputs[:, step]).situation
+        *_, (_, last) = self.judged(outputs, batch)
+        puzzle: _Puzzle = last.situation
         return puzzle.moves.gather(1, puzzle.here.unsqueeze(1)).squeeze(1) == 0
 
     def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:

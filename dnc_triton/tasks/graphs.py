@@ -363,11 +363,8 @@ class ShortestPathTask(PlanningTask, GraphTask):
 
     def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
         moves = torch.zeros_like(outputs)
-        situation = self.begin(batch)
-        for step in range(first_answer(batch), outputs.shape[1]):
-            judged = self.judge(situation, outputs[:, step])
+        for step, judged in self.judged(outputs, batch):
             moves[:, step] = judged.feedback[:, : self.output_size]
-            situation = judged.situation
         return super().symbols(moves, batch)
 
     def read(self, model: nn.Module, inputs: Tensor) -> tuple[Tensor, object]:

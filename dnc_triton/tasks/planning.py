@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -72,14 +73,19 @@ class PlanningTask(Task):
             answers.append(outputs)
         return torch.cat(answers, 1)
 
-    def _judge_all(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-likelihood and wrong of every step, [B, T]; 0 and False where nothing is scored."""
-        log_likelihood = outputs.new_zeros(batch.scored.shape)
-        wrong = torch.zeros_like(batch.scored)
+    def judged(self, outputs: Tensor, batch: Batch) -> Iterator[tuple[int, Judged]]:
+        """What became of each answer, with its step."""
         situation = self.begin(batch)
         for step in range(first_answer(batch), batch.inputs.shape[1]):
             judged = self.judge(situation, outputs[:, step])
             situation = judged.situation
+            yield step, judged
+
+    def _judge_all(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-likelihood and wrong of every step, [B, T]; 0 and False where nothing is scored."""
+        log_likelihood = outputs.new_zeros(batch.scored.shape)
+        wrong = torch.zeros_like(batch.scored)
+        for step, judged in self.judged(outputs, batch):
             log_likelihood[:, step] = torch.where(batch.scored[:, step], judged.log_likelihood, 0)
             wrong[:, step] = judged.wrong & batch.scored[:, step]
         return log_likelihood, wrong
