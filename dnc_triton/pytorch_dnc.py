@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dnc_reference.checks import check_bool, check_size
 from dnc_reference.interface import interface_sizes
 from dnc_triton.layer import DNC
+from dnc_triton.sequence.cells import CELLS
 from dnc_triton.weights import Weights
 
 # Field of the interface → its linear layer in the package's memory.py, in the order of the package's interface vector.
@@ -27,7 +28,6 @@ _INTERFACE_LAYERS = {
     "write_gates": "write_gate_transform",
     "read_modes": "read_modes_transform",
 }
-_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 _SIZES = {"memory_size": "nr_cells", "word_size": "cell_size", "num_reads": "read_heads"}
 
 
@@ -156,7 +156,8 @@ def from_pytorch_dnc(
         dtype=dtype,
     )
     read_size = dnc.feature_size - hidden_size
-    ours = _controller(weights, layer, _GATES[kind] * hidden_size, input_size + read_size, hidden_size, num_layers)
+    rows = CELLS[kind].gates_per_unit * hidden_size
+    ours = _controller(weights, layer, rows, input_size + read_size, hidden_size, num_layers)
     if not read_feedback:
         ours["controller.layers.0.weight_ih"][:, input_size:] = 0
     fields = interface_sizes(sizes["num_reads"], 1, sizes["word_size"])

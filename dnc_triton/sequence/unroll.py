@@ -18,11 +18,11 @@ from dnc_reference.types import DNCState, MemoryState
 from dnc_triton.kernels.layout import Layout, default_layout
 from dnc_triton.sequence import pool
 from dnc_triton.sequence.carried import Carried
+from dnc_triton.sequence.cells import CELLS
 from dnc_triton.sequence.op import run_sequence
 from dnc_triton.sequence.settings import SequenceSettings
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
-_GATES = {"lstm": 4, "gru": 3}  # of a controller that has several
 _OF_LINEAR, _OF_CELL = ("weight", "bias"), ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 SHARE = 0.25  # all of the history is kept while it takes at most this part of a GPU's memory
 
@@ -147,7 +147,7 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
 def _shapes(cell: DNCCell, num_layers: int) -> list[tuple[int, ...]]:
     """Of `_parameters_by_name`; how many outputs there are the output layer's own weight says."""
     hidden, read, interface = cell.hidden_size, cell.num_reads * cell.word_size, cell.interface_size
-    rows = _GATES.get(cell.controller_kind, 1) * hidden
+    rows = CELLS[cell.controller_kind].gates_per_unit * hidden
     shapes: list[tuple[int, ...]] = []
     for below in (cell.input_size + read, *[hidden] * (num_layers - 1)):
         if cell.controller_kind == "feedforward":
