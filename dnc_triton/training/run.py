@@ -52,6 +52,7 @@ CHECKPOINT_SECONDS = 60.0  # a checkpoint is no older than that
 CHECKPOINT_SHARE = 0.05  # of the time goes into checkpoints at most
 VALIDATION_SEQUENCES = 200
 VALIDATION_SIZES = 8  # of the last lesson at most, evenly spread
+KEPT = ("step", "lesson", "seconds", "rows", "validations", "best")  # in a checkpoint as they are in a run
 PARTS = ("data", "logging", "validation", "checkpoints")  # of the time, beside training itself
 
 
@@ -125,7 +126,7 @@ class Run:
             raise ValueError(f"checkpoint: expected {list(self.learners)}, got {list(content['learners'])}")
         for name, learner in self.learners.items():
             learner.load_state_dict(content["learners"][name])
-        for name in ("step", "lesson", "seconds", "rows", "validations", "best"):
+        for name in KEPT:
             setattr(self, name, content[name])
         if self.fabric.is_global_zero:
             self.sums = {name: value.to(self.fabric.device) for name, value in content["sums"].items()}
@@ -134,13 +135,8 @@ class Run:
         """All that the run is: what `load` takes."""
         return {
             "settings": asdict(self.settings),
-            "step": self.step,
-            "lesson": self.lesson,
-            "seconds": self.seconds,
-            "rows": self.rows,
+            **{name: getattr(self, name) for name in KEPT},
             "sums": self.sums,
-            "validations": self.validations,
-            "best": self.best,
             "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
         }
 
