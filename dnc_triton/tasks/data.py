@@ -12,12 +12,16 @@ SPLITS = ("train", "validation", "test")
 
 
 def generator(seed: int, split: str, number: int) -> torch.Generator:
-    """A generator for one batch: the same numbers in whatever process and order it is drawn.
+    """A generator for one batch: the same numbers in whatever process and order it is drawn."""
+    return torch.Generator().manual_seed(mixed(seed, SPLITS.index(split), number))
+
+
+def mixed(*numbers: int) -> int:
+    """One seed of several numbers.
 
     PyTorch's generator on a CPU heeds 32 bits of its seed; NumPy's seed sequence mixes all that is given into them.
     """
-    mixed = np.random.SeedSequence([seed, SPLITS.index(split), number]).generate_state(1)
-    return torch.Generator().manual_seed(int(mixed[0]))
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class TrainingBatches(Dataset[Batch]):

@@ -40,7 +40,7 @@ from dnc_triton.dispatch import BACKENDS, check_backend
 from dnc_triton.files import is_full, write, write_table
 from dnc_triton.layer import DNC
 from dnc_triton.tasks import Batch
-from dnc_triton.tasks.data import TrainingBatches, generator
+from dnc_triton.tasks.data import TrainingBatches, generator, mixed
 from dnc_triton.training import checkpoint
 from dnc_triton.training.folder import held, let_go
 from dnc_triton.training.journal import Journal, say
@@ -216,8 +216,8 @@ class Run:
     def _learn(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
         """One step; whether any of the processes wants to stop, or to save."""
         world, rank = self.fabric.world_size, self.fabric.global_rank
-        mixed = np.random.SeedSequence([self.settings.seed, self.step, rank]).generate_state(1)
-        torch.manual_seed(int(mixed[0]))
+        seed = mixed(self.settings.seed, self.step, rank)
+        torch.manual_seed(seed)
         units, sequences = self.task.units(batch), batch.inputs.shape[0]
         part = batch.rows(slice(rank, None, world)).to(self.fabric.device)
         metrics = {
@@ -232,7 +232,7 @@ class Run:
             flags = torch.tensor([failed, stop, due], dtype=torch.float32, device=self.fabric.device)
             failed, stop, due = (flag > 0 for flag in self._total(flags).tolist())
         if failed:
-            self._fail(batch, part, units, int(mixed[0]))
+            self._fail(batch, part, units, seed)
         for learner in self.learners.values():
             learner.update()
         for key, value in metrics.items():
