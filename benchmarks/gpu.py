@@ -295,13 +295,8 @@ def kernel_calls(
             step_backward(
                 vector,
                 tuple(state),
-                memory=result.memory,
-                usage=result.usage,
-                read_weights=result.read_weights,
-                write_weights=result.write_weights,
-                kept=result.kept,
-                free_list=result.free_list,
-                gradients=tuple(gradients),
+                (result.memory, result.usage, *result[5:]),
+                tuple(gradients),
                 stop_usage_gradient=False,
                 **settings,
             )

@@ -149,14 +149,9 @@ def count_zeros(slots: int, word: int, num_reads: int) -> int:
 def step_backward(
     interface: Tensor,
     state: tuple[Tensor, ...],
-    *,
-    memory: Tensor,
-    usage: Tensor,
-    read_weights: Tensor,
-    write_weights: Tensor,
-    kept: Tensor,
-    free_list: Tensor,
+    result: tuple[Tensor, ...],
     gradients: tuple[Tensor, ...],
+    *,
     raw: bool,
     strength_offset: float,
     stop_usage_gradient: bool,
@@ -166,16 +161,17 @@ def step_backward(
 
     Args:
         interface, state, raw, strength_offset, layout: as they went into `step_forward`.
-        memory, usage, read_weights, write_weights, kept, free_list: of the result that it returned.
+        result: of what it returned: memory, usage, read weights, write weights, `kept` and `free_list`.
         gradients: of the read words and of the fields of the new `MemoryState`, contiguous.
         stop_usage_gradient: as in `memory_step`.
     """
     gradient = StepGradient(torch.empty_like(interface), *(torch.empty_like(tensor) for tensor in state))
+    memory, _, _, _, read_weights, _ = state
     with overlapping(layout, memory.device):
         launch_backward(
             interface,
             state,
-            (memory, usage, read_weights, write_weights, kept, free_list),
+            result,
             gradients,
             gradient,
             backward_scratch(memory, read_weights.shape[1], layout),
@@ -216,7 +212,7 @@ def launch_backward(
 
     Args:
         interface, state, raw, strength_offset, stop_usage_gradient, layout: as in `step_backward`.
-        result: of the forward: memory, usage, read weights, write weights, `kept` and `free_list`.
+        result: as in `step_backward`.
         gradients: as in `step_backward`; not where `gradient` goes. Those by memory and link may be shared,
             both or neither.
         gradient: where everything goes, contiguous.

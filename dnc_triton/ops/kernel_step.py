@@ -102,19 +102,12 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from dnc_triton.kernels.step_launch import step_backward
 
-    # Hooks on what autograd saves may hand it back with other strides.
-    memory, usage, read_weights, write_weights, kept, free_list = map(aligned, result)
-    with on_device(memory):
+    with on_device(interface):
         return step_backward(
             aligned(interface),
             tuple(map(aligned, state)),
-            memory=memory,
-            usage=usage,
-            read_weights=read_weights,
-            write_weights=write_weights,
-            kept=kept,
-            free_list=free_list,
-            gradients=tuple(map(aligned, gradients)),
+            tuple(map(aligned, result)),  # hooks on what autograd saves may hand it back with other strides
+            tuple(map(aligned, gradients)),
             raw=raw,
             strength_offset=strength_offset,
             stop_usage_gradient=stop_usage_gradient,
