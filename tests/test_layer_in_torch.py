@@ -380,7 +380,7 @@ def test_forward_mode_through_a_bound_of_gradients():
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 def test_linearized_layer():
     """PyTorch's `linearize` takes what is done in place for done."""
-    dnc, inputs = make().requires_grad_(False), make_inputs()
+    dnc, inputs = make().requires_grad_(False), make_inputs(2, 2)
     _, linear = torch.func.linearize(lambda x: dnc(x)[0], inputs)
     _, expected = torch.func.jvp(lambda x: dnc(x)[0], (inputs,), (inputs.flip(1),))
     assert_close(linear(inputs.flip(1)), expected, **CLOSE)
