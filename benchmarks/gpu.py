@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import files, goals, verify
-from benchmarks.configurations import BASE, case_of
+from benchmarks.configurations import BASE, Case, case_of
 from benchmarks.floors import bytes_per_second, cache_bytes_per_second, step_bytes
 from benchmarks.machine import describe_machine
 from benchmarks.measure import COMPILE_SECONDS, in_a_line
@@ -34,6 +35,7 @@ from dnc_reference import MemoryState, interface_step
 from dnc_reference.interface import interface_sizes
 from dnc_triton.cli import INTERRUPTED
 from dnc_triton.dispatch import BACKENDS
+from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
 from dnc_triton.kernels.step_launch import step_backward, step_forward
 from dnc_triton.tuning import device_time
@@ -176,10 +178,13 @@ def jobs(
 
     for bucket in buckets:
         _, slots, word, _ = bucket
-        for layout in layouts(slots):
+        of_step, of_sequence = layouts(slots), sequence_layouts(slots, word) if slots <= SEQUENCE_SLOTS else []
+        ahead = of_step + of_sequence  # of the first row: the others find it done
+        for layout in of_step:
             row = row_of(bucket, f"{'fused' if layout.fused else 'split'} {layout.describe()}")
-            yield row, partial(step_row, device=device, layout=layout, clock=kernel_time)
-        for layout in sequence_layouts(slots, word) if slots <= SEQUENCE_SLOTS else []:
+            yield row, partial(step_row, device=device, layout=layout, clock=kernel_time, ahead=ahead)
+            ahead = []
+        for layout in of_sequence:
             row = row_of(bucket, f"sequence of {SEQUENCE_STEPS}, H = {SEQUENCE_HIDDEN}, {layout.describe()}")
             yield row, partial(sequence_row, device=device, layout=layout, clock=kernel_time)
         row = row_of(bucket, "reference, eager")
@@ -203,8 +208,23 @@ def states_of(row: Row, device: torch.device, count: int) -> list[tuple[Tensor, 
     return [random_step(*sizes, device, seed) for seed in range(count)]
 
 
-def step_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock) -> Row:
-    """One layout of the memory step."""
+def compile_ahead(row: Row, device: torch.device, layouts: Sequence[Layout]) -> None:
+    """Compile what layouts launch in the sizes of a row, several kernels at once: each takes seconds, on one core."""
+    (step,) = states_of(row, device, 1)
+    with torch.autograd.set_multithreading_enabled(False), launcher.compiling_ahead(device):
+        for layout in layouts:
+            with suppress(Exception):  # it comes again in the layout's own row
+                if layout.whole_sequence:
+                    network, inputs, _ = sequence_of(row, device, layout)
+                    torch.autograd.grad(network.run(inputs, None)[0].sum(), list(network.module.parameters()))
+                else:
+                    kernel_calls([step], row.num_reads, layout)[1]()
+
+
+def step_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock, ahead: Sequence[Layout] = ()) -> Row:
+    """One layout of the memory step; before it what is in `ahead` is compiled."""
+    if ahead:
+        compile_ahead(row, device, ahead)
     states = states_of(row, device, STATES)
     error = worst_error(*states[0], row.num_reads, layout)
     if not error <= ALLOWED_ERROR:
@@ -213,8 +233,8 @@ def step_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock) ->
     return replace(row, error=error, forward_us=forward, backward_us=backward)
 
 
-def sequence_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock) -> Row:
-    """A whole sequence in one launch each way; what is allowed is what the benchmark allows a sequence."""
+def sequence_of(row: Row, device: torch.device, layout: Layout) -> tuple[Network, Tensor, Case]:
+    """A layer that is launched once for a whole sequence, inputs, and the case that these are of."""
     case = replace(
         case_of("sequence", BASE, "cuda"),
         batch=row.batch,
@@ -233,13 +253,19 @@ def sequence_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock
         outputs, state = unroll(layer, inputs.transpose(0, 1), state, layout=layout)
         return outputs.transpose(0, 1), state
 
+    return Network(layer, run), inputs, case
+
+
+def sequence_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock) -> Row:
+    """A whole sequence in one launch each way; what is allowed is what the benchmark allows a sequence."""
+    network, inputs, case = sequence_of(row, device, layout)
     truth = verify.find_truth(case, inputs, [TRAINING])
-    error = verify.error(Network(layer, run), TRAINING, truth)
+    error = verify.error(network, TRAINING, truth)
     if not error <= truth.allowed[TRAINING]:
         return replace(row, error=error, note="wrong: not timed")
-    parameters = list(layer.parameters())
-    forward = clock(lambda: run(inputs, None))
-    both = clock(lambda: torch.autograd.grad(run(inputs, None)[0].square().mean(), parameters))
+    parameters = list(network.module.parameters())
+    forward = clock(lambda: network.run(inputs, None))
+    both = clock(lambda: torch.autograd.grad(network.run(inputs, None)[0].square().mean(), parameters))
     return replace(row, error=error, forward_us=forward / SEQUENCE_STEPS, backward_us=(both - forward) / SEQUENCE_STEPS)
 
 

@@ -271,6 +271,36 @@ def test_the_gpu_benchmark_holds_every_layout_against_the_oracle_before_it_is_ti
     assert all(float(row[3]) > 0 for row in wrong[3:]), "the reference is timed all the same"
 
 
+def test_what_a_bucket_launches_is_compiled_before_its_first_row(monkeypatch):
+    """All of it, the sequence too, and nothing else; with nothing compiled and nothing run, so every row is wrong."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import KernelInterface
+
+    from benchmarks import gpu
+    from dnc_triton.kernels import launcher
+
+    happened = []
+
+    def note(what, kernel, options):
+        happened.append((what, kernel.__name__, str(sorted(options.items()))))
+
+    monkeypatch.setattr(
+        launcher.Compiling, "add", lambda self, kernel, grid, arguments, options: note("compiled", kernel, options)
+    )
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda kernel, grid: lambda *_, **options: note("launched", kernel, options)
+    )
+    monkeypatch.setattr(gpu, "SEQUENCE_STEPS", 2)
+    jobs = gpu.jobs([(2, 4, 3, 2)], torch.device("cpu"), None, lambda call: 1.0, compiled=False)
+    rows = [gpu.measure_one(*job) for job in jobs]
+    assert [row.note for row in rows] == [*["wrong: not timed"] * 4, ""]
+    number = sum(what == "compiled" for what, *_ in happened)
+    assert {what for what, *_ in happened[:number]} == {"compiled"}
+    compiled, launched = ({tuple(kernel) for _, *kernel in part} for part in (happened[:number], happened[number:]))
+    assert compiled == launched
+    assert {name for name, _ in compiled} >= {"step_backward_kernel", "sequence_backward_kernel"}
+
+
 def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeypatch, capsys):
     """Killed in the third row it has two; late from the second on it says what is missing; a failure is noted."""
     from benchmarks import gpu
