@@ -3,7 +3,8 @@
 First parity, in several processes at once, since what takes time there is compiling. Beside it the benchmarks run once
 for what they compile, which the compilers keep; their times are thrown away. Then one thing at a time: the memory step
 in every layout, the memory that training takes, and the benchmark with its report. Each part stops by itself when its
-time is up and has written what it has until then; one that does not stop is interrupted, and in the end killed.
+time is up and has written what it has until then; one that does not stop is interrupted, and in the end killed. What it
+takes too long the last part has less, so that one test that hangs does not leave the memory step without any time.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ PARTS = [
     ),
 ]
 TESTS = (
-    "pytest -m gpu -q --color=no -p no:cacheprovider tests/gpu "
+    "pytest -m gpu -q --color=no -p no:cacheprovider -o faulthandler_timeout=90 tests/gpu "  # says where it hangs
     "--claims {folder}/claims --seconds {seconds} --record {record}"
 )
 ONCE = (
     f"benchmarks run --device cuda --peers {PEERS} --modes training --rounds 1 --case-seconds 0 --no-memory "
     "--no-report --configurations {names} --seconds {seconds} --output {folder}"
 )
+LEAST = 45.0  # seconds that a part has whatever those before it took, as long as there are so many
 OVERTIME, LAST_WORDS = 30.0, 15.0  # seconds until a part is interrupted; from then on until it is killed
 MANY_CORES, MOST_TESTS = 16, 12  # from that many cores on that many processes for parity; with fewer one for two cores
 MOST_COMPILERS = 4  # beside them, which take cores from what is tested
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         statuses = {"parity": run_parity(folder, left(PARITY))}
         for name, share, command in PARTS:
-            seconds = left(share)
+            seconds = max(left(share), min(LEAST, left(1.0)))
             print(f"--- {name}: {seconds:.0f} s", flush=True)
             (statuses[name],) = run_all([fill_in(command, seconds, folder=folder)], seconds)
     except KeyboardInterrupt:
@@ -117,11 +119,13 @@ def run_parity(output: Path, seconds: float) -> int:
     """The tests in tests/gpu and, for the sake of the compilers' caches, the benchmarks; the status of the tests."""
     machine = describe_machine("make gpu")
     record = output / f"gpu-parity-{machine['date'][:10]}.txt"
+    failures = record.with_name(f"{record.stem}-failures.txt")
+    failures.unlink(missing_ok=True)
     record.write_text(json.dumps(machine, ensure_ascii=False) + "\n", encoding="utf-8")
     cores = os.cpu_count() or 2
     count = MOST_TESTS if cores >= MANY_CORES else max(1, cores // 2)
     print(f"--- parity: {count} processes, {seconds:.0f} s", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # what follows matters more
         tests = [fill_in(TESTS, seconds, folder=folder, record=record)] * count
         compiling = min(count, MOST_COMPILERS)
         names = [",".join(list(CONFIGURATIONS)[part::compiling]) for part in range(compiling)]
@@ -132,13 +136,19 @@ def run_parity(output: Path, seconds: float) -> int:
         statuses = run_all(tests + compilers, seconds, logs, variables)[:count]
         for status, log in zip(statuses, logs, strict=False):
             if status:
-                print(log.read_text(encoding="utf-8", errors="replace")[-6000:])
+                printed = log.read_text(encoding="utf-8", errors="replace")
+                print(printed[-6000:])
+                with failures.open("a", encoding="utf-8") as file:  # all of it: the folder of the logs goes
+                    file.write(printed)
+        claimed = [claim.read_text(encoding="utf-8") for claim in Path(folder, "claims").glob("*")]
     lines = record.read_text(encoding="utf-8").splitlines()[1:]
     outcomes = {}
     for line in lines:
         outcome, _, test = line.partition(": ")
         if test.startswith("tests/"):  # by its name without the seconds; what fails in its teardown has a second line
             outcomes[test.rpartition(", ")[0]] = outcome
+    # What hung, or ended its process.
+    lost = [f"not ended: {test}" for test in sorted(claimed) if test and test not in outcomes]
     counts = Counter(outcomes.values())
     total = max((int(line.split()[0]) for line in lines if line.endswith(" tests")), default=0)
     missing = total - sum(counts[name] for name in ("passed", "failed", "skipped"))
@@ -147,8 +157,10 @@ def run_parity(output: Path, seconds: float) -> int:
     text = f"Parity on {machine['gpu']}: {counted}, {missing} not run."
     text += "" if complete else " This is not all of parity."
     with record.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
-    print(text, *(line for line in lines if line.startswith(("failed", "not run"))), f"Written: {record}", sep="\n")
+        file.writelines(line + "\n" for line in [*lost, text])
+    written = [str(path) for path in (record, failures) if path.exists()]
+    told = [line for line in lines if line.startswith(("failed", "not run"))] + lost
+    print(text, *told, f"Written: {', '.join(written)}", sep="\n")
     return 0 if complete else 1
 
 

@@ -86,7 +86,8 @@ def test_where_the_device_stops_working_the_tests_that_come_are_left_to_others(r
     assert status == pytest.ExitCode.INTERRUPTED
     assert "the device has stopped working in this process" in printed
     assert lines == ["8 tests", "failed: gpu/test_some.py::test_fifty_steps"]
-    assert len(list((tmp_path / "claims").iterdir())) == 1
+    (claim,) = (tmp_path / "claims").iterdir()
+    assert claim.read_text() == "gpu/test_some.py::test_fifty_steps"
 
 
 @pytest.mark.slow
@@ -180,13 +181,18 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
         called.append((commands, seconds))
         if logs is None:
             return [1 if commands[0][0] == "benchmarks.gpu" else 0]
-        record = Path(commands[0][-1])
+        options = dict(zip(commands[0], commands[0][1:], strict=False))
+        record, claims = Path(options["--record"]), Path(options["--claims"])
+        claims.mkdir()
+        for number, test in enumerate(["a.py::b", "a.py::c[1, 2]", "a.py::d", "a.py::that_hangs"]):
+            (claims / str(number)).write_text(f"tests/gpu/{test}")
+        (claims / "that was not written").touch()
         with record.open("a", encoding="utf-8") as file:
             file.write("5 tests\npassed: tests/gpu/a.py::b, 1 s\npassed: tests/gpu/a.py::c[1, 2], 1 s\n")
             file.write("failed: tests/gpu/a.py::c[1, 2], 0 s\n")
             file.write("not run: tests/gpu/a.py::d, 0 s\n5 tests\nskipped: tests/gpu/a.py::e, 0 s\n")
         for log in logs:
-            log.write_text(f"what {log.name} printed\n")
+            log.write_text(f"what {log.name} printed\n{' ' * 9000}\nto the end\n")
         return [1, -9, *[0] * (len(commands) - 2)]
 
     monkeypatch.setattr(on_gpu, "run_all", run_all)
@@ -207,13 +213,42 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
     printed = capsys.readouterr().out
     assert "Parity on a GPU: 1 passed, 1 failed, 1 skipped, 2 not run. This is not all of parity." in printed
     assert "failed: tests/gpu/a.py::c" in printed
-    assert "what 1.log printed" in printed
+    assert "to the end" in printed
+    assert [line for line in printed.splitlines() if "not ended" in line] == ["not ended: tests/gpu/a.py::that_hangs"]
+    failures = (folder / "gpu-parity-2026-01-02-failures.txt").read_text(encoding="utf-8")
+    assert [line for line in failures.splitlines() if "printed" in line] == ["what 0.log printed", "what 1.log printed"]
     assert (
         "the memory step: wrong or incomplete, see above. lean memory: all right. the benchmark: all right." in printed
     )
     record = (folder / "gpu-parity-2026-01-02.txt").read_text(encoding="utf-8").splitlines()
     assert record[0] == '{"date": "2026-01-02T03", "gpu": "a GPU"}'
+    assert record[-2] == "not ended: tests/gpu/a.py::that_hangs"
     assert record[-1].startswith("Parity on a GPU: 1 passed")
+
+
+@pytest.mark.parametrize(
+    ("taken", "expected"),
+    [
+        ([222, 66, 22, 170], [240, 66, 45, 170]),  # as on an H200
+        ([285, 45, 22, 128], [240, 45, 45, 128]),  # a test hangs
+        ([285, 90, 90, 60], [240, 45, 45, 15]),  # everything does
+    ],
+)
+def test_what_one_part_takes_too_long_the_last_one_has_less(tmp_path, monkeypatch, taken, expected):
+    now, given, takes = [0.0], [], iter(taken)
+
+    def run_part(seconds):
+        given.append(round(seconds))
+        now[0] += next(takes)
+        return 0
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(on_gpu, "run_all", lambda commands, seconds: [run_part(seconds)])
+    monkeypatch.setattr(on_gpu, "run_parity", lambda folder, seconds: run_part(seconds))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert on_gpu.main(["--output", str(tmp_path)]) == 0
+    assert given == expected
+    assert now[0] <= on_gpu.SECONDS + on_gpu.OVERTIME + on_gpu.LAST_WORDS
 
 
 @pytest.mark.parametrize(("cores", "tests", "compilers"), [(1, 1, 1), (6, 3, 3), (12, 6, 4), (16, 12, 4), (64, 12, 4)])
