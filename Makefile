@@ -59,7 +59,8 @@ gpu:
 	@$(PYTHON) -m benchmarks.on_gpu $(ARGS)
 
 # What no test sees: reads and writes out of bounds, races, numbers that nobody wrote, barriers that not all reach. The
-# allocator's cache would hide the first and the third from the tools; without it there is no capturing of graphs.
+# allocator's cache would hide the first and the third from the tools; without it there is no capturing of graphs. The
+# tools run at once, for what takes time is compiling, and every line says whose it is.
 TOOLS ?= memcheck racecheck initcheck synccheck
 # Trainings by every kernel, and steps by the layouts of large memories.
 SANITIZED := (test_the_layer and (plain or lstm_all)) or test_float32 or (test_limits and spread-activated) or (test_same_call and spread) or test_ranks
@@ -68,12 +69,12 @@ sanitize:
 		{ echo "compute-sanitizer is not on the path: it comes with the CUDA toolkit" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "There is no GPU here: nothing was run" >&2; exit 2; }
-	@status=0; for tool in $(TOOLS); do \
-		echo "--- $$tool"; \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 DNC_TRITON_GRAPHS=0 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	@failed=$$(mktemp); for tool in $(TOOLS); do \
+		{ PYTORCH_NO_CUDA_MEMORY_CACHING=1 DNC_TRITON_GRAPHS=0 compute-sanitizer --tool $$tool --error-exitcode 1 \
 			--target-processes all \
-			$(PYTHON) -m pytest -m gpu -q tests/gpu/test_gpu.py -k '$(SANITIZED)' $(ARGS) || status=1; \
-	done; exit $$status
+			$(PYTHON) -m pytest -m gpu -v --color=no -p no:cacheprovider tests/gpu/test_gpu.py -k '$(SANITIZED)' $(ARGS) \
+			2>&1 || echo "$$tool" | tee -a "$$failed" | sed 's/$$/ FAILED/'; } | sed -u "s/^/$$tool: /" & \
+	done; wait; ! test -s "$$failed"; status=$$?; rm "$$failed"; exit $$status
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

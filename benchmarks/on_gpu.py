@@ -49,7 +49,7 @@ PARTS = [
     ),
 ]
 TESTS = (
-    "pytest -m gpu -q --color=no -p no:cacheprovider -o faulthandler_timeout=90 tests/gpu "  # says where it hangs
+    "pytest -m gpu -q --color=no -p no:cacheprovider -o faulthandler_timeout=60 tests/gpu "  # says where it hangs
     "--claims {folder}/claims --seconds {seconds} --record {record}"
 )
 ONCE = (

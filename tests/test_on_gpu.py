@@ -282,3 +282,28 @@ def test_without_a_gpu_the_cpus_are_compared(tmp_path, monkeypatch, capsys):
     assert on_gpu.main(["--seconds", "7", "--output", str(tmp_path)]) == 3
     assert called == [["run", "--device", "cpu", "--seconds", "7.0", "--output", str(tmp_path)]]
     assert "There is no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not shutil.which("make"), reason="needs make and a shell")
+@pytest.mark.parametrize("bad", [None, "racecheck"])
+def test_sanitizers_run_at_once_and_one_that_finds_something_fails(tmp_path, bad):
+    """With one in their place that waits until all four have begun, and finds something or not."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f"#!/bin/sh\ntouch {tmp_path}/$2\n"
+        f"for i in $(seq 200); do [ $(ls {tmp_path} | grep -c check) = 4 ] && break; sleep 0.1; done\n"
+        f'[ $(ls {tmp_path} | grep -c check) = 4 ] && echo begun; echo "$PYTHONPATH $@"\n[ "$2" != {bad} ]\n'
+    )
+    tool.chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "more"}
+    variables = {name: value for name, value in variables.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(
+        ["make", "sanitize", "PYTHON=true"], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode == 0) == (bad is None), done.stderr
+    lines = done.stdout.splitlines()
+    tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert sorted(line for line in lines if line.endswith("begun")) == sorted(f"{name}: begun" for name in tools)
+    assert [line for line in lines if "FAILED" in line] == ([f"{bad}: {bad} FAILED"] if bad else [])
+    assert all(f"{name}: .:reference:more --tool {name} " in done.stdout for name in tools)
+    assert "true -m pytest -m gpu -v --color=no" in done.stdout
