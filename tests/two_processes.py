@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,12 @@ def train_in_two_processes(backend: str, device: str, folder: Path, **environmen
         folder: where they meet.
         environment: what their environment has beside this process's.
     """
+    # Of itself gloo asks for the address of this machine's name, and waits where nobody answers.
+    local = {"GLOO_SOCKET_IFNAME": "lo"} if "lo" in (name for _, name in socket.if_nameindex()) else {}
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, backend, device, str(rank), str(folder / "store")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**local, **os.environ, "OMP_NUM_THREADS": "1", **environment},
             stderr=subprocess.PIPE,
             text=True,
         )
