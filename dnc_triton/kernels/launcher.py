@@ -121,7 +121,9 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     Args:
         device: to compile for.
     """
-    prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    prepare = None
+    if device.type == "cuda":  # without a number it is the current one, which that of a new thread need not be
+        prepare = partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device.index)
     with ThreadPoolExecutor(threads(), "dnc_triton compiling", prepare) as pool:
         token = _compiling.set(Compiling(pool))
         try:

@@ -70,6 +70,18 @@ def test_an_error_in_the_block_ends_it() -> None:
     assert add(torch.ones(1, 1)) == 3
 
 
+@pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda", 3)])
+def test_threads_compile_for_a_device_with_a_number(device: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch sets no other one; where that raised nothing was compiled, and nobody was told."""
+    prepared: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", prepared.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with launcher.compiling_ahead(torch.device(device)):
+        assert add(torch.ones(1, 1)) == 1
+    assert prepared
+    assert set(prepared) == {number}
+
+
 @pytest.mark.parametrize("backend", ["triton_sequence", "triton_fused", "triton_split"])
 def test_no_graph_is_made_of_what_does_not_run(backend: str) -> None:
     """Were it captured, it would be replayed for calls of the same kind later on."""
