@@ -59,8 +59,9 @@ ONCE = (
 LEAST = 45.0  # seconds that a part has whatever those before it took, as long as there are so many
 OVERTIME, LAST_WORDS = 30.0, 15.0  # seconds until a part is interrupted; from then on until it is killed
 MANY_CORES, MOST_TESTS = 16, 12  # from that many cores on that many processes for parity; with fewer one for two cores
-MOST_COMPILERS = 4  # beside them, which take cores from what is tested
-COMPILING = 0.75  # one more, for the memory step, which begins nothing after this part of parity's time
+MOST_COMPILERS = 4  # beside them, each with threads; they take what cores the tests leave
+NICE = 10  # their priority
+COMPILING = 0.75  # they begin nothing after this part of parity's time, for the tests are not to wait for them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,11 +130,11 @@ def run_parity(output: Path, seconds: float) -> int:
         tests = [fill_in(TESTS, seconds, folder=folder, record=record)] * count
         compiling = min(count, MOST_COMPILERS)
         names = [",".join(list(CONFIGURATIONS)[part::compiling]) for part in range(compiling)]
-        compilers = [fill_in(ONCE, seconds, names=some, folder=folder) for some in names if some]
+        compilers = [fill_in(ONCE, COMPILING * seconds, names=some, folder=folder) for some in names if some]
         compilers.append(fill_in(STEP, COMPILING * seconds, folder=folder))
         variables = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "DNC_TRITON_CACHE": folder}
         logs = [Path(folder, f"{index}.log") for index in range(len(tests + compilers))]
-        statuses = run_all(tests + compilers, seconds, logs, variables)[:count]
+        statuses = run_all(tests + compilers, seconds, logs, variables, len(compilers))[:count]
         for status, log in zip(statuses, logs, strict=False):
             if status:
                 printed = log.read_text(encoding="utf-8", errors="replace")
@@ -169,6 +170,7 @@ def run_all(
     seconds: float,
     logs: Sequence[Path] | None = None,
     variables: dict[str, str] | None = None,
+    giving_way: int = 0,
 ) -> list[int]:
     """Run modules of Python side by side.
 
@@ -177,6 +179,7 @@ def run_all(
         seconds: after which they should have stopped. `OVERTIME` later they are interrupted.
         logs: a file each for what they print; without, they print here.
         variables: of the environment, beside those that are there.
+        giving_way: how many of them, the last ones, take only the cores that the others do not want.
 
     Returns:
         the exit statuses, negative for what had to be killed.
@@ -198,6 +201,10 @@ def run_all(
             )
             if log:
                 log.close()
+            if index >= len(commands) - giving_way and hasattr(os, "setpriority"):  # not on Windows
+                nice = max(NICE, os.getpriority(os.PRIO_PROCESS, 0))
+                with suppress(ProcessLookupError):
+                    os.setpriority(os.PRIO_PROCESS, processes[-1].pid, nice)  # its threads, still to come, inherit it
         try:
             _stop(processes, deadline)
         except KeyboardInterrupt:  # which a group of its own does not hear of

@@ -127,6 +127,20 @@ def test_what_does_not_stop_is_interrupted_and_killed(tmp_path, monkeypatch):
     assert logs[0].read_text() == "well\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no priorities there")
+def test_who_gives_way_has_threads_that_do(tmp_path):
+    """Those of the compilers, which are many, beside tests that have their time."""
+    (tmp_path / "one.py").write_text(
+        "import os, sys, threading, time\ntime.sleep(2)\nown = lambda: print(os.getpriority(os.PRIO_PROCESS, 0))\n"
+        "own()\nthread = threading.Thread(target=own)\nthread.start()\nthread.join()"
+    )
+    logs, variables = [tmp_path / "0.log", tmp_path / "1.log"], {"PYTHONPATH": str(tmp_path)}
+    assert on_gpu.run_all([["one"], ["one"]], 60, logs, variables, 1) == [0, 0]
+    usual, late = (list(map(int, log.read_text().split())) for log in logs)
+    assert usual == [os.getpriority(os.PRIO_PROCESS, 0)] * 2
+    assert late == [max(on_gpu.NICE, *usual)] * 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
 def test_who_interrupts_all_interrupts_each_part(tmp_path, monkeypatch, capsys):
     """Which may then write what it has."""
@@ -177,7 +191,8 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
     """With nothing run: the tests leave a record, of which one part was killed; the benchmark of a step is wrong."""
     called = []
 
-    def run_all(commands, seconds, logs=None, variables=None):
+    def run_all(commands, seconds, logs=None, variables=None, giving_way=0):
+        assert giving_way == sum(command[0] != "pytest" for command in commands if logs)
         called.append((commands, seconds))
         if logs is None:
             return [1 if commands[0][0] == "benchmarks.gpu" else 0]
@@ -259,7 +274,8 @@ def test_cores_are_shared_between_tests_and_compilers(tmp_path, monkeypatch, cor
     monkeypatch.setattr(on_gpu, "describe_machine", lambda command: {"date": "2026-01-02T03", "gpu": "a GPU"})
     on_gpu.run_parity(tmp_path, 10.0)
     assert [command[0] for command in called] == ["pytest"] * tests + ["benchmarks"] * compilers + ["benchmarks.gpu"]
-    assert called[-1][called[-1].index("--seconds") + 1] == "8", "it is to have ended when the tests have"
+    times = [command[command.index("--seconds") + 1] for command in called]
+    assert times == ["10"] * tests + ["8"] * (compilers + 1), "what compiles is to have ended when the tests have"
     names = [command[command.index("--configurations") + 1] for command in called[tests:-1]]
     assert sorted(",".join(names).split(",")) == sorted(on_gpu.CONFIGURATIONS)
 
