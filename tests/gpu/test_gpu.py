@@ -235,7 +235,8 @@ def test_python_is_no_part_of_what_a_replay_takes(device: torch.device) -> None:
         with torch.no_grad():
             dnc(inputs)
 
-    assert 0 < tuning._measure(dnc.problem(inputs), run) < 2000  # µs
+    # The least of three: beside other processes, as in `make gpu`, their kernels may come in between.
+    assert 0 < min(tuning._measure(dnc.problem(inputs), run) for _ in range(3)) < 2000  # µs
     with graphs.launching():
         assert tuning._measure(dnc.problem(inputs), run) > 5000
 
