@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 
 import pytest
@@ -39,7 +40,11 @@ def test_a_process_that_is_forked_while_another_thread_holds_it(lock: ForkSafeLo
     assert process.exitcode == 0
 
 
-def test_it_can_be_taken_twice_by_a_thread_and_by_one_at_a_time() -> None:
+@pytest.mark.parametrize("forks", [True, False])
+def test_it_can_be_taken_twice_by_a_thread_and_by_one_at_a_time(forks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows too, where no process is forked."""
+    if not forks:
+        monkeypatch.delattr(os, "register_at_fork", raising=False)
     lock, entered = ForkSafeLock(), threading.Event()
 
     def take() -> None:

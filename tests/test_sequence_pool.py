@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dnc_triton.sequence import pool
 
@@ -54,6 +55,16 @@ def test_so_many_bytes_wait_at_most(monkeypatch):
     give_up(600)
     give_up(400, 400)
     assert waiting() == [400, 400]
+    give_up(200)
+    assert waiting() == [400, 400, 200]
+
+
+def test_what_was_given_up_last_is_taken_first():
+    """A cache may still have it, and what waited longest makes room."""
+    first, second = (pool.empty((100,), BYTES) for _ in range(2))
+    address = second.data_ptr()
+    del first, second
+    assert pool.empty((100,), BYTES).data_ptr() == address
 
 
 def test_what_waits_is_looked_through_however_many_sizes_there_were(monkeypatch):
@@ -69,13 +80,16 @@ def test_what_waits_is_looked_through_however_many_sizes_there_were(monkeypatch)
 
 def test_small_and_fake_tensors_are_torchs_own():
     for like in (torch.empty(0), torch.empty(0, device="meta")):
-        for shape in ((2, 3), (64,)):
+        for shape in ((3, 5), (4, 4)):
             tensor = pool.empty(shape, like)
             assert (tensor.shape, tensor.device) == (shape, like.device)
             del tensor
-    assert waiting() == [256]
-    with FakeTensorMode():
+    assert waiting() == [64]
+    with FakeTensorMode() as mode:
         assert isinstance(pool.empty((64,), torch.empty(0)), FakeTensor)
+    assert isinstance(pool.empty((64,), mode.from_tensor(torch.empty(0))), FakeTensor)
+    traced = make_fx(lambda like: pool.empty((64,), like))(torch.empty(0))
+    assert traced.graph.find_nodes(op="call_function", target=torch.ops.aten.new_empty.default)
 
 
 def test_threads_and_the_collector_share_it():
