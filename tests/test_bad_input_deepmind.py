@@ -129,6 +129,13 @@ def test_deepmind_variable_missing(name):
             id="None",
         ),
         case(
+            {**deepmind_variables(), "dnc/output_linear/b": [[0.0], [0.0, 0.0]]},
+            TypeError,
+            "'dnc/output_linear/b'",
+            "list",
+            id="ragged",
+        ),
+        case(
             {**deepmind_variables(), "dnc/output_linear/b:0": np.ones(2)},
             ValueError,
             "'dnc/output_linear/b'",
