@@ -96,11 +96,14 @@ def test_nothing_to_do(batch, steps, options):
     assert all(field.shape[:2] == (batch, steps) and field.dtype == torch.float64 for field in trace)
 
 
-def test_no_row_has_a_step():
+@pytest.mark.parametrize("held", [0.0, torch.nan])
+def test_no_row_has_a_step(held):
+    """Whatever its state holds."""
     dnc = make()
-    outputs, state, trace = dnc(make_inputs(), lengths=[0] * BATCH, trace=True)
+    given = dnc.initial_state(BATCH).map(lambda x: torch.full_like(x, held))
+    outputs, state, trace = dnc(make_inputs(), given, lengths=[0] * BATCH, trace=True)
     assert not any(field.any() for field in (outputs, *trace))
-    assert_close(state, dnc.initial_state(BATCH), **EXACT)
+    assert_close(state, given, **EXACT, equal_nan=True)
 
 
 def test_gradients_flow_through_all_that_is_returned():
