@@ -213,10 +213,12 @@ def test_made_on_meta(controller):
     assert_close(real(make_inputs()), make(controller=controller)(make_inputs()), **EXACT)
 
 
-def test_shapes_on_meta():
-    outputs, state = make(device="meta")(make_inputs().to("meta"))
+@pytest.mark.parametrize("writes", [1, 2])
+def test_shapes_on_meta(writes):
+    """As one operation, and step by step."""
+    outputs, state = make(device="meta", num_writes=writes)(make_inputs().to("meta"))
     assert outputs.shape == (BATCH, STEPS, OUTPUTS)
-    assert state.memory.link.shape == (BATCH, 1, 5, 5)
+    assert state.memory.link.shape == (BATCH, writes, 5, 5)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from small_layer import BATCH, CLOSE, EXACT, LENGTHS, RESETS, gradients, make, m
 from torch import nn
 from torch.export import Dim
 from torch.testing import assert_close
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure, treespec_dumps, treespec_loads
 from torch.utils.checkpoint import checkpoint
 
-from dnc_triton import DNC, DNCState, MemoryState
+from dnc_triton import DNC, DNCState, Interface, MemoryState, Trace
 from dnc_triton.sequence import pool
 
 # --- Saving and copying
@@ -184,6 +184,12 @@ def test_exported_program_survives_a_file(options):
     torch.export.save(torch.export.export(dnc, (inputs,), options), file)
     file.seek(0)
     assert_close(torch.export.load(file).module()(inputs, **options), dnc(inputs, **options), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [Interface, MemoryState, DNCState, Trace])
+def test_what_a_program_takes_and_returns_can_be_saved_with_it(kind):
+    structure = tree_structure(kind(*kind._fields))
+    assert treespec_loads(treespec_dumps(structure)) == structure
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
