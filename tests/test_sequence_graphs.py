@@ -8,6 +8,7 @@ tests/kernels/test_kernel_graphs.py.
 from __future__ import annotations
 
 import copy
+import sys
 from functools import cache as cached
 from types import SimpleNamespace
 from typing import Any
@@ -230,21 +231,33 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
         number.zero_.assert_called_with()
     assert cuda["stream"].return_value.__exit__.call_count == 2 + 3 * (1 + 2)
     cuda["MemPool"].assert_called_once_with()
+    cuda["Stream"].assert_called_once_with(torch.device("cuda", 1), priority=-1)
+    cuda["memory_reserved"].side_effect, cuda["graph"].return_value.__exit__.side_effect = [100, 150], KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.capture(call, pool=(0, 7))
+    assert released.call_count == 3, "whatever it is that ends a capture"
     cuda["graph"].return_value.__enter__.side_effect = RuntimeError("no stream")  # before it has begun
     with pytest.raises(RuntimeError, match="no stream"):
         engine.capture(call, pool=(0, 7))
-    assert released.call_count == 2
+    assert released.call_count == 3
     cuda["graph"].return_value.__enter__.side_effect = None
 
     cuda["graph"].return_value.__exit__.side_effect = None
     cuda["get_allocator_backend"].return_value, cuda["use_mem_pool"].side_effect = "cudaMallocAsync", RuntimeError
-    cuda["memory_reserved"].side_effect, before = [100, 150], products.call_count
-    engine.capture(call)
+    cuda["memory_reserved"].side_effect, before = [100, 100], products.call_count
+    assert engine.capture(call).size == 12, "the results', where the device had room for them already"
     assert products.call_count == before + 1
 
 
 CALLED = ["Stream", "CUDAGraph", "graph", "graph_pool_handle", "stream", "current_stream", "memory_reserved"]
 CALLED += ["default_stream", "MemPool", "use_mem_pool", "get_allocator_backend", "synchronize", "empty_cache"]
+
+
+def test_what_is_kept_for_good_has_a_reference_that_nobody_gives_back() -> None:
+    value = object()
+    before = sys.getrefcount(value)
+    engines._keep_for_good(value)
+    assert sys.getrefcount(value) == before + 1
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("native", 250), ("pluggable", 1000)])
