@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -327,6 +329,14 @@ def test_rescued_runs_have_names_of_their_own(tmp_path: Path, monkeypatch: pytes
     assert len(list((tmp_path / "rescue").glob("*.pt"))) == 4
 
 
+def test_a_rescued_run_has_a_name_that_files_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And how to go on can be given to a shell."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"my {'long ' * 49}run"
+    with pytest.raises(OSError, match=rf"-long-run-[0-9a-f]{{8}}-7\.pt: .*, then --resume '{folder}'$"):
+        checkpoint.rescue(folder, {"step": 7}, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
 def test_a_result_is_written_before_pictures_that_take_more_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,17 +371,47 @@ def test_a_name_that_tensorboard_cannot_encode_is_no_harm(
 
 def test_tensorboard_shows_a_run_that_went_on_as_one_that_was_never_interrupted(tmp_path: Path) -> None:
     """Rows up to the checkpoint stay, those after it come again. A row's own step and time are no curves."""
+    threads = set(threading.enumerate())
     for step, rows in ((0, {2: 1.0, 3: 2.0}), (2, {3: 4.0})):
         journal = Journal(tmp_path, step)
         for row, loss in rows.items():
             journal.add({"step": row, "seconds": 9.0, "loss": loss}, "training")
         journal.close()
+        assert set(threading.enumerate()) <= threads, "what writes has ended"
         if step == 0:  # read first, whatever numbers files have
             (file,) = tmp_path.iterdir()
             file.rename(file.with_name("events.out.tfevents.0"))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["scalars"] == ["training/loss"]
     assert [(event.step, event.value) for event in events.Scalars("training/loss")] == [(2, 1.0), (3, 4.0)]
+
+
+@pytest.mark.parametrize("failing", ["add_scalar", "flush"])
+def test_that_tensorboard_gets_no_more_is_said_once(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{failing}", full)
+    journal = Journal(tmp_path, 0)
+    for step in (1, 2):
+        journal.add({"step": step, "loss": 1.0}, "training")
+        journal.flush()
+    journal.close()
+    assert capsys.readouterr().err.count("TensorBoard gets no more of this run: [Errno 28] No space left") == 1
+
+
+def test_a_folder_that_may_not_be_written_to_is_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It is asked about first; root may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    journal = Journal(tmp_path, 0)
+    journal.add({"step": 1, "loss": 1.0}, "training")
+    journal.close()
+    assert "TensorBoard gets no more of this run: [Errno 13]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -387,8 +427,10 @@ def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.M
 
 def test_two_who_write_a_file_at_once_write_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync, path = os.fsync, tmp_path / "checkpoint.pt"
+    written = []
 
     def write_meanwhile(descriptor: int) -> None:
+        written.append(os.fstat(descriptor).st_size)  # by then none of it waits in a buffer of Python's
         monkeypatch.setattr(os, "fsync", fsync)
         files.write(path, b"another")
         fsync(descriptor)
@@ -397,6 +439,24 @@ def test_two_who_write_a_file_at_once_write_it_whole(tmp_path: Path, monkeypatch
     files.write(path, b"this")
     assert path.read_bytes() == b"this"
     assert list(tmp_path.iterdir()) == [path]
+    assert written == [4]
+
+
+def test_a_write_that_cannot_begin_is_told_as_what_it_is(tmp_path: Path) -> None:
+    """Not as the want of a file to remove, nor by a name that nobody has heard of."""
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "checkpoint.pt"
+    with pytest.raises(OSError, match=rf"while writing 4 bytes: '{re.escape(str(path))}'$"):
+        files.write(path, b"this")
+
+
+@pytest.mark.parametrize(
+    ("rows", "content"),
+    [([{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}], b"step,loss\n1,0.5\n2,\n"), ([], b"\n")],
+)
+def test_a_table_has_lines_as_a_shell_knows_them(rows: list[dict[str, Any]], content: bytes, tmp_path: Path) -> None:
+    files.write_table(tmp_path / "metrics.csv", rows)
+    assert (tmp_path / "metrics.csv").read_bytes() == content
 
 
 def test_a_file_is_written_to_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
@@ -500,8 +560,9 @@ def test_nothing_in_a_checkpoint_is_executed(
         ({"format": 99}, "expected a checkpoint of format 3, got 99"),
         ([1, 2], "got 'list'"),
         ({"format": checkpoint.FORMAT}, "expected 'settings' of type dict in the checkpoint, got nothing"),
+        ({"format": checkpoint.FORMAT, "settings": []}, "'settings' of type dict in the checkpoint, got list"),
     ],
-    ids=["empty", "garbage", "text", "another version", "a list", "without contents"],
+    ids=["empty", "garbage", "text", "another version", "a list", "without contents", "other contents"],
 )
 def test_a_damaged_checkpoint_is_refused(
     content: Any, word: str, tmp_path: Path, capsys: pytest.CaptureFixture
