@@ -1,4 +1,4 @@
-"""The large buffers of a sequence on a CPU, which are taken again once nothing refers to them."""
+"""The large buffers of a sequence on a CPU, which are taken again once nothing refers to them; and what lies in one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import threading
 
 import pytest
 import torch
+from helpers import assert_same_bits
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dnc_triton.sequence import pool
+from dnc_triton.sequence.parts import Parts, zeros
 
 BYTES = torch.empty(0, dtype=torch.uint8)
 
@@ -115,3 +117,21 @@ def test_threads_and_the_collector_share_it():
     finally:
         gc.set_threshold(*threshold)
     assert wrong == []
+
+
+# --- what lies in one buffer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_parts_lie_at_multiples_of_16_bytes(dtype):
+    """Kernels are compiled anew for what does not."""
+    shapes = ((3,), (2, 1, 5), (0, 2), (1,), (4, 4))
+    parts, like = Parts(dtype, *shapes), torch.empty(0, dtype=dtype)
+    buffer = parts.allocate(2, BYTES)
+    made = zeros(shapes, like)
+    for row in (*map(parts.cut, buffer), made):
+        assert [(x.shape, x.dtype) for x in row] == [(shape, dtype) for shape in shapes]
+        assert all(x.is_contiguous() and x.storage_offset() * x.itemsize % 16 == 0 for x in row)
+    assert not any(x.any() for x in made)
+    drawn = [torch.rand(shape).to(dtype) for shape in shapes]
+    assert_same_bits(parts.cut(parts.join(drawn)), drawn)
