@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import as_leaves, assert_close, assert_same_bits, random_like
 from torch import Tensor, nn
 from torch.autograd import gradcheck
@@ -50,6 +51,20 @@ def test_a_cell_is_torchs(kind: str) -> None:
     d_ours = gradients(list(new_state), [*leaves, *ours.parameters()])
     d_theirs = gradients(list(expected_state), [*leaves, *theirs.parameters()])
     assert_close(d_ours, d_theirs, rtol=RTOL, atol=ATOL)
+
+
+@each_kind
+def test_under_autocast_a_cell_rounds_its_products_and_no_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = CONTROLLERS[kind](INPUT, HIDDEN)
+    inputs, state = torch.randn(B, INPUT), tuple(torch.randn(B, HIDDEN) for _ in range(cell.states))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        actual = cell(inputs, state)
+        products = [F.linear(inputs, cell.weight_ih, cell.bias_ih), F.linear(state[0], cell.weight_hh, cell.bias_hh)]
+    if kind != "gru":  # which uses them one by one
+        products = [products[0] + products[1], torch.zeros_like(products[0])]
+    rounded = iter(products)
+    monkeypatch.setattr(F, "linear", lambda *_: next(rounded).float())
+    assert_same_bits(actual, cell(inputs, state))
 
 
 def load_layers(controller: Controller, layers: nn.RNNBase) -> None:
