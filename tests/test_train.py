@@ -23,6 +23,7 @@ from dnc_triton.cli import main
 from dnc_triton.tasks import TASKS, Batch, CopyTask, DelayedCopyTask, Task
 from dnc_triton.tasks.data import TrainingBatches, generator
 from dnc_triton.training import checkpoint, learner
+from dnc_triton.training.baseline import LSTMBaseline
 from dnc_triton.training.report import draw
 from dnc_triton.training.run import LOG_EVERY, Run
 from dnc_triton.training.settings import Settings
@@ -221,6 +222,27 @@ def test_an_input_gain_multiplies_the_first_weights_on_the_input_alone(network: 
     first = {"make_dnc": "controller.layers.0.weight_ih", "make_lstm": "lstm.weight_ih_l0"}[network]
     made[0][first][:, : task.input_size] *= 4
     assert_same_bits(made[1], made[0])
+
+
+def test_a_baseline_is_called_as_a_dnc_is() -> None:
+    """Each row on from its state to its length, whatever the others' are and however many steps follow."""
+    lstm = LSTMBaseline(3, 5, 2, num_layers=2)
+    inputs, lengths = torch.randn(3, 6, 3), torch.tensor([2, 5, 4])
+    _, state = lstm(inputs)
+    outputs, last = lstm(inputs, state, lengths=lengths)
+    assert outputs.shape == (3, 6, 2)
+    for row, length in enumerate(lengths):
+        here = slice(row, row + 1)
+        alone, last_alone = lstm(inputs[here, :length], tuple(x[:, here].contiguous() for x in state))
+        torch.testing.assert_close(outputs[here, :length], alone)
+        torch.testing.assert_close(tuple(x[:, here] for x in last), last_alone)
+
+
+@pytest.mark.parametrize(("num_layers", "dropout"), [(1, 0.0), (2, 0.5)])
+def test_a_baseline_has_the_layers_that_are_asked_for(num_layers: int, dropout: float) -> None:
+    """And drops between them what is asked for; PyTorch's warns where there is no between."""
+    lstm = LSTMBaseline(3, 5, 2, num_layers, dropout=0.5).lstm
+    assert (lstm.num_layers, lstm.dropout) == (num_layers, dropout)
 
 
 def test_delayed_copy_is_learned_and_everything_is_left_in_the_folder(
