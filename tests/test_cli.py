@@ -495,8 +495,10 @@ def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
 
     monkeypatch.setattr("dnc_triton.machine.version", not_found)  # as it is of Triton for ROCm, by that name
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["info", "delayed_copy"]) == 0
     printed = capsys.readouterr().out
+    assert f"{'cuda':<18}none\n" in printed
     assert f"{'cpu':<18}1 thread\n" in printed
     assert f"{'numpy':<18}not installed\n" in printed
     assert f"{'triton':<18}{triton_version() or 'not installed'}\n" in printed

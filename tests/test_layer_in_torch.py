@@ -136,8 +136,11 @@ def test_compiles_for_a_list_of_numbers_that_are_not_pythons(number):
     assert_close(compiled(inputs, lengths=np.array(LENGTHS)), expected, **CLOSE)
 
 
-def test_compiles_step_by_step_with_a_bound_of_gradients():
-    check_compiled("aot_eager", {}, num_writes=2, max_activation_gradient=0.01)
+@pytest.mark.parametrize(
+    "changes", [dict(max_activation_gradient=0.01), pytest.param(dict(checkpoint=1), marks=pytest.mark.slow)], ids=str
+)
+def test_compiles_step_by_step(changes):
+    check_compiled("aot_eager", {}, num_writes=2, **changes)
 
 
 @pytest.mark.slow

@@ -372,6 +372,9 @@ def test_checkpoints_step_by_step(options):
     expected = run(dnc, inputs, state, **arguments)
     dnc.checkpoint = 2
     assert_close(run(dnc, inputs, state, **arguments), expected, rtol=1e-12, atol=1e-14)
+    outputs, same = dnc(inputs[:, :0], state)
+    assert outputs.shape == (INPUTS[0], 0, dnc.output_size)
+    assert_same_bits(same, state)
 
 
 def test_checkpoints_step_by_step_of_parameters_of_inference_mode():

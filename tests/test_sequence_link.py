@@ -96,6 +96,18 @@ def test_a_nan_stays_in_its_row() -> None:
     assert forward[1, :, 3].isnan().all()
 
 
+def test_what_is_read_may_have_any_strides() -> None:
+    given = problem(2, 5, 2, torch.float64)
+    linked, d_link = torch.randn(2, 6, 5, dtype=torch.float64), torch.randn(2, 5, 5, dtype=torch.float64)
+    results = []
+    for lies in (torch.Tensor.contiguous, lambda x: torch.stack([x, x], -1)[..., 0]):
+        new, d = torch.empty_like(given[0]), d_link.clone()
+        before, *others = map(lies, given)
+        results.append((new, *link_forward(before, *others, new)))
+        results[-1] += (d, *link_backward(before.squeeze(1), *others[:2], lies(linked), d))
+    assert_same_bits(*results)
+
+
 def test_operators() -> None:
     given = problem(2, 5, 2, torch.float64)
     torch.library.opcheck(link_forward, (*given, torch.empty_like(given[0])))
