@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
-from dnc_triton.sequence import compiled
+from dnc_triton.sequence import compiled, compiler
 from dnc_triton.sequence.compiled import CompiledSequence
 from dnc_triton.sequence.compiler import like_of, machine_code
 
@@ -184,6 +184,55 @@ def test_another_number_of_steps_compiles_nothing_anew(monkeypatch):
             dnc(inputs, state, reset=cleared, lengths=[4, 4, 3])
     asked_of = sorted((part, stops, resets) for part, *_, (_, stops, resets, *_), _, _ in asked)
     assert asked_of == [("forward", 0, 0), ("forward", 0, 1), ("forward", 1, 0)]
+
+
+def test_other_strides_of_a_step_compile_nothing_anew(monkeypatch):
+    asked = []
+
+    def ask(*key):
+        asked.append(key)
+        raise NotImplementedError
+
+    monkeypatch.setattr(compiled, "_compile_alone", ask)
+    dnc = make(BACKEND)
+    inputs, state = draw(dnc)
+    for given in (inputs[0], inputs.permute(1, 2, 0).contiguous()[..., 0]):
+        with torch.no_grad(), pytest.raises(NotImplementedError):
+            dnc.step(given, state)
+    assert asked[0] == asked[1]
+
+
+def test_what_is_small_is_computed_as_by_a_call():
+    """Equal numbers in the order in which they stand, NaN first; along any axis; whatever is nobody's is a call."""
+    x = torch.tensor([[0.5, 0.25, 0.5, torch.nan, 0.25, torch.nan, 1, 0], [0.0] * 8], dtype=torch.float64)
+    options = dict(stable=True, descending=True)
+    assert_same_bits(compiler._sort(x, **options), tuple(torch.sort(x, **options)))
+    for given in ((x, dict(stable=True)), (x, dict(options, dim=0)), (torch.rand(2, 65), options)):
+        assert compiler._sort(given[0], **given[1]) is NotImplemented
+    drawn = torch.rand(2, 5, 64, dtype=torch.float64)
+    for dim in (1, -1):
+        torch.testing.assert_close(compiler._cumprod(drawn, dim), drawn.cumprod(dim), rtol=1e-14, atol=0)
+    assert compiler._cumprod(torch.rand(2, 65), 1) is NotImplemented
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "turned"),
+    [(3, 9, 1, False), (8, 20, 4, True), (1, 48, 4, False), (1, 50, 4, False), (9, 16, 4, False), (9, 17, 4, True)],
+)
+def test_a_product_that_is_no_call_is_the_product(rows, depth, columns, turned):
+    a, base = (torch.randn(2, rows, size, dtype=torch.float64) for size in (depth, columns))
+    b = torch.randn(2, depth, columns, dtype=torch.float64)
+    b = b.mT.contiguous().mT if turned else b
+    factors = dict(beta=0.5, alpha=2.0)
+    if rows == 9 and turned:
+        assert compiler._bmm(a, b) is compiler._baddbmm_(base, a, b) is NotImplemented
+        return
+    close = dict(rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(compiler._bmm(a, b), a @ b, **close)
+    torch.testing.assert_close(compiler._bmm_out(a, b, out=torch.empty_like(base)), a @ b, **close)
+    torch.testing.assert_close(
+        compiler._baddbmm_(base.clone(), a, b, **factors), base.baddbmm(a, b, **factors), **close
+    )
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dnc_triton import DNC, dispatch
 from dnc_triton.kernels.layout import layouts
 from dnc_triton.sequence import pool
+from dnc_triton.sequence.history import Checkpoints
 from dnc_triton.sequence.loop import Sequence
+from dnc_triton.sequence.settings import SequenceSettings
 
 # --- what is kept for the backward
 
@@ -101,6 +104,29 @@ def saved_bytes(run: Callable[[], Any]) -> int:
         results = run()
     del results
     return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 9, 12])
+@pytest.mark.parametrize(("every", "link_every"), [(1, 1), (2, 1), (3, 1), (9, 1), (1, 4), (9, 4)])
+def test_each_buffer_for_memory_and_link_is_used(every: int, link_every: int, steps: int, monkeypatch) -> None:
+    """And there is none where the way back makes nothing again."""
+    made: list[Tensor] = []
+    monkeypatch.setattr(pool, "empty_like", lambda x: made.append(torch.empty_like(x)) or made[-1])
+    layout: Any = SimpleNamespace(link_every=link_every)
+    settings = SequenceSettings("lstm", 1, None, None, 1.0, False, torch.float32, every, False, layout)
+    first, last = ((torch.empty(2), torch.empty(3)) for _ in range(2))
+    memories, links = (torch.empty(n, m) for n, m in zip(Checkpoints.counts(settings, steps), (2, 3), strict=True))
+    for forwards in (True, False):
+        made.clear()
+        states = Checkpoints(settings, first, last, memories, links, steps, forwards=forwards)
+        given = [x for step in range(steps + 1) for x in states[step] if x is not None]
+        there = [*first, *last, *memories, *links, *made]
+        assert {x.data_ptr() for x in given} == {x.data_ptr() for x in there}
+        makes_none = every == 1 and not forwards
+        assert not (makes_none and made)
+        assert len(made) <= 4 or not forwards  # of each two, in turn
+        for step in range(1, steps):
+            assert (states[step][1] is None) == (makes_none and states.behind(step) > 0)
 
 
 # --- without gradients
