@@ -6,7 +6,7 @@ import pytest
 import torch
 from refusals import BACKENDS, INPUTS, case, make, refuses
 
-from dnc_reference import interface_step
+from dnc_reference import interface_step, memory_step_with_addressing
 from dnc_reference.interface import activate_interface
 from dnc_triton import Interface, MemoryState, explain, memory_step, use_backend
 
@@ -166,6 +166,8 @@ def test_a_flag_is_looked_at_before_the_backend(backend):
     """One that is none would be a number to a kernel."""
     with refuses(TypeError, "stop_usage_gradient", "a bool", "1"):
         memory_step(**STEP, stop_usage_gradient=1, backend=backend)
+    with refuses(TypeError, "stop_usage_gradient", "a bool", "1"):
+        memory_step_with_addressing(**STEP, stop_usage_gradient=1)
 
 
 # --- Backends

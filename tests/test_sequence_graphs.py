@@ -190,8 +190,12 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
         begun.append((cuda["graph"].return_value.__enter__.called, products.call_count))
         return [result]
 
+    kept: list[object] = []
+    monkeypatch.setattr(engines, "_keep_for_good", kept.append)
     engine = engines.Engine(torch.device("cuda", 1))
     captured = engine.capture(call, pool=(0, 7))
+    assert kept == [cuda["MemPool"].return_value]
+    kept.clear()
     assert begun == [(False, 0), (True, 1)]
     stream, graph = cuda["Stream"].return_value, cuda["CUDAGraph"].return_value
     cuda["use_mem_pool"].assert_called_once_with(cuda["MemPool"].return_value, torch.device("cuda", 1))
@@ -212,10 +216,9 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     # Whether PyTorch has ended its part of a capture that failed, or not.
     number = Mock()
     monkeypatch.setattr(torch, "zeros", lambda *size, device: number)
-    ended, released, kept = Mock(), Mock(), []
+    ended, released = Mock(), Mock()
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", released)
-    monkeypatch.setattr(engines, "_keep_for_good", kept.append)
     cuda["graph"].return_value.__exit__.side_effect = RuntimeError("capture invalidated")
     not_well, ends_itself = RuntimeError("without a preceding successful capture"), RuntimeError("not recording")
     for ends, ends_well, times in ((ends_itself, None, 0), (None, not_well, 1), (ends_itself, not_well, 2)):
@@ -236,7 +239,8 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         engine.capture(call, pool=(0, 7))
     assert released.call_count == 3, "whatever it is that ends a capture"
-    cuda["graph"].return_value.__enter__.side_effect = RuntimeError("no stream")  # before it has begun
+    refused = RuntimeError("no stream"), RuntimeError("nor for the generator")
+    cuda["graph"].return_value.__enter__.side_effect = refused  # before it has begun
     with pytest.raises(RuntimeError, match="no stream"):
         engine.capture(call, pool=(0, 7))
     assert released.call_count == 3

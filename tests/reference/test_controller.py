@@ -259,6 +259,18 @@ def test_all_that_a_hidden_vector_goes_to_counts_against_the_bound() -> None:
     assert_close(actual, wanted, rtol=RTOL)
 
 
+def test_the_gradient_of_each_sample_is_bounded() -> None:
+    controller = Controller("feedforward", INPUT, HIDDEN, max_activation_gradient=0.25).double()
+    inputs = normal(B, INPUT).requires_grad_()
+
+    def loss(rows: Tensor) -> Tensor:
+        return controller(rows, ((),))[0].sum()
+
+    each = torch.func.vmap(torch.func.grad(lambda row: loss(row.unsqueeze(0))))(inputs.detach())
+    (together,) = torch.autograd.grad(loss(inputs), inputs)
+    assert_close(each, together, rtol=RTOL)
+
+
 def test_a_bound_is_for_the_built_in_ones() -> None:
     with pytest.raises(ValueError, match=r"max_activation_gradient: expected None .* got 10"):
         DNCCell(2, 3, 1, controller=lambda i, h: Controller("rnn", i, h), max_activation_gradient=10.0)
