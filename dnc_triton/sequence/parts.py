@@ -21,7 +21,7 @@ class Parts:
     """
 
     def __init__(self, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
-        unit = max(1, 16 // dtype.itemsize)
+        unit = 16 // dtype.itemsize
         self.dtype, self.shapes = dtype, shapes
         self.lengths = [-(-math.prod(shape) // unit) * unit for shape in shapes]
 
