@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_flatten
 
 from dnc_reference import DNCCell, DNCState, MemoryState
-from dnc_reference.checks import check_bool, check_dense, check_tensor
+from dnc_reference.checks import check_bool, check_bound, check_dense, check_tensor
 from dnc_reference.controller import CONTROLLERS
 from dnc_reference.interface import check_strength
 from dnc_reference.memory import check_memory_state
@@ -211,6 +211,8 @@ class DNC(DNCCell):
         _check_checkpoint(self.checkpoint)  # they may have been set since
         check_strength(self.strength)
         check_bool("stop_usage_gradient", self.stop_usage_gradient)
+        check_bound("clip", self.clip)
+        check_bound("max_activation_gradient", self.max_activation_gradient)
         problem = self.problem(inputs)
         batch, steps = problem.batch, problem.steps
         if state is None:

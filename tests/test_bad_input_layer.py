@@ -102,11 +102,13 @@ def test_constructor(argument, value, error, expected, came):
     [
         ("strength", "relu", ValueError, "'oneplus', 'softplus'"),
         ("stop_usage_gradient", 1, TypeError, "a bool"),
+        ("clip", -1.0, ValueError, "above 0"),
+        ("max_activation_gradient", "3", TypeError, "number"),
     ],
 )
 def test_what_is_set_after_the_constructor_looked_at_it(name, value, error, expected, backend):
     dnc = make(backend=backend)
-    setattr(dnc, name, value)
+    setattr(dnc.controller if name == "max_activation_gradient" else dnc, name, value)
     with refuses(error, name, expected, repr(value)):
         dnc(INPUTS)
 

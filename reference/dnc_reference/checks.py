@@ -39,6 +39,15 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
+def check_bound(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError, naming it, unless it is None or a number above 0."""
+    if value is None:
+        return
+    check_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name}: expected None or a number above 0, got {value!r}")
+
+
 def check_floating(name: str, dtype: Any) -> None:
     """Raise TypeError, naming it, unless it is a dtype that PyTorch computes in; to those of 8 bits it but rounds."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:

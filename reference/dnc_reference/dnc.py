@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dnc_reference.checks import check_bool, check_floating, check_number, check_open_size, check_size
+from dnc_reference.checks import check_bool, check_bound, check_floating, check_number, check_open_size, check_size
 from dnc_reference.controller import CONTROLLERS, Controller
 from dnc_reference.interface import activate_interface, check_strength, interface_sizes
 from dnc_reference.memory import memory_step, without_autocast
@@ -107,11 +107,8 @@ class DNCCell(nn.Module):
         for name, size in sizes.items():
             check_size(name, size)
         check_strength(strength)
-        for name, bound in (("clip", clip), ("max_activation_gradient", max_activation_gradient)):
-            if bound is not None:
-                check_number(name, bound)
-                if not bound > 0:
-                    raise ValueError(f"{name}: expected None or a number above 0, got {bound!r}")
+        check_bound("clip", clip)
+        check_bound("max_activation_gradient", max_activation_gradient)
         check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
