@@ -162,6 +162,7 @@ class DNC(DNCCell):
                 its own; an unknown backend, by the environment's variable say.
             TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
                 state that is no `DNCState`, a trace that is no bool.
+            Both: an attribute that was set since to what the constructor refuses.
             RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.
         """
         check_bool("trace", trace)
