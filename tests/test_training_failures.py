@@ -1,18 +1,14 @@
-"""What may happen to a run, and what is left of it: kills, full disks, numbers that are not finite, hostile files."""
+"""What may happen to a run, and what is left of it: kills, full disks, numbers that are not finite."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import pickle
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,6 @@ from dnc_triton.cli import main
 from dnc_triton.tasks import Batch
 from dnc_triton.training import checkpoint
 from dnc_triton.training.folder import held
-from dnc_triton.training.journal import Journal
 from dnc_triton.training.report import report
 from dnc_triton.training.run import LOG_EVERY, Run
 
@@ -360,60 +355,6 @@ def test_a_result_is_written_before_pictures_that_take_more_room(
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_name_that_tensorboard_cannot_encode_is_no_harm(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
-    assert Run(small(steps=2, baseline=False), folder).train()
-    assert "TensorBoard gets no more of this run" in capsys.readouterr().err
-
-
-def test_tensorboard_shows_a_run_that_went_on_as_one_that_was_never_interrupted(tmp_path: Path) -> None:
-    """Rows up to the checkpoint stay, those after it come again. A row's own step and time are no curves."""
-    threads = set(threading.enumerate())
-    for step, rows in ((0, {2: 1.0, 3: 2.0}), (2, {3: 4.0})):
-        journal = Journal(tmp_path, step)
-        for row, loss in rows.items():
-            journal.add({"step": row, "seconds": 9.0, "loss": loss}, "training")
-        journal.close()
-        assert set(threading.enumerate()) <= threads, "what writes has ended"
-        if step == 0:  # read first, whatever numbers files have
-            (file,) = tmp_path.iterdir()
-            file.rename(file.with_name("events.out.tfevents.0"))
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert events.Tags()["scalars"] == ["training/loss"]
-    assert [(event.step, event.value) for event in events.Scalars("training/loss")] == [(2, 1.0), (3, 4.0)]
-
-
-@pytest.mark.parametrize("failing", ["add_scalar", "flush"])
-def test_that_tensorboard_gets_no_more_is_said_once(
-    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left")
-
-    monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{failing}", full)
-    journal = Journal(tmp_path, 0)
-    for step in (1, 2):
-        journal.add({"step": step, "loss": 1.0}, "training")
-        journal.flush()
-    journal.close()
-    assert capsys.readouterr().err.count("TensorBoard gets no more of this run: [Errno 28] No space left") == 1
-
-
-def test_a_folder_that_may_not_be_written_to_is_no_harm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """It is asked about first; root may write anywhere."""
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    journal = Journal(tmp_path, 0)
-    journal.add({"step": 1, "loss": 1.0}, "training")
-    journal.close()
-    assert "TensorBoard gets no more of this run: [Errno 13]" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.usefixtures("_undrawn")
 def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that was full at the only validation."""
@@ -423,59 +364,6 @@ def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.M
     assert run.train()
     assert "sequences without an error" in report(run)
     assert json.loads((tmp_path / "result.json").read_text())["best_step"] is None
-
-
-def test_two_who_write_a_file_at_once_write_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fsync, path = os.fsync, tmp_path / "checkpoint.pt"
-    written = []
-
-    def write_meanwhile(descriptor: int) -> None:
-        written.append(os.fstat(descriptor).st_size)  # by then none of it waits in a buffer of Python's
-        monkeypatch.setattr(os, "fsync", fsync)
-        files.write(path, b"another")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", write_meanwhile)
-    files.write(path, b"this")
-    assert path.read_bytes() == b"this"
-    assert list(tmp_path.iterdir()) == [path]
-    assert written == [4]
-
-
-def test_a_write_that_cannot_begin_is_told_as_what_it_is(tmp_path: Path) -> None:
-    """Not as the want of a file to remove, nor by a name that nobody has heard of."""
-    (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "checkpoint.pt"
-    with pytest.raises(OSError, match=rf"while writing 4 bytes: '{re.escape(str(path))}'$"):
-        files.write(path, b"this")
-
-
-@pytest.mark.parametrize(
-    ("rows", "content"),
-    [([{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}], b"step,loss\n1,0.5\n2,\n"), ([], b"\n")],
-)
-def test_a_table_has_lines_as_a_shell_knows_them(rows: list[dict[str, Any]], content: bytes, tmp_path: Path) -> None:
-    files.write_table(tmp_path / "metrics.csv", rows)
-    assert (tmp_path / "metrics.csv").read_bytes() == content
-
-
-def test_a_file_is_written_to_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    path = tmp_path / "cache" / "dnc_triton" / "times.json"
-    files.write(path, b"this")
-    assert path.read_bytes() == b"this"
-
-
-def test_a_write_that_is_interrupted_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"old")
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        files.write(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -520,119 +408,3 @@ def test_only_the_process_that_trains_holds_its_run(tmp_path: Path) -> None:
     assert not left.exists()
     with held(tmp_path):
         del batches
-
-
-# --- checkpoints that are not what they should be ---------------------------------------------------------------------
-
-
-class Hostile:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("command", [["train", "copy", "--resume"], ["evaluate"], ["trace"]], ids=" ".join)
-@pytest.mark.parametrize("kind", ["torch.save", "pickle"])
-def test_nothing_in_a_checkpoint_is_executed(
-    command: list[str], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    content = {"format": checkpoint.FORMAT, "settings": Hostile(tmp_path / "executed")}
-    path = tmp_path / "checkpoint.pt"
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    else:
-        torch.save(content, path)
-    assert main([*command, str(tmp_path)]) == 2
-    assert "nothing in it was executed" in capsys.readouterr().err
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        (b"", "cannot be read: EOFError()"),
-        (b"no checkpoint at all", "cannot be read"),
-        (b"hello", "cannot be read: KeyError(101)"),
-        ({"format": 99}, "expected a checkpoint of format 3, got 99"),
-        ([1, 2], "got 'list'"),
-        ({"format": checkpoint.FORMAT}, "expected 'settings' of type dict in the checkpoint, got nothing"),
-        ({"format": checkpoint.FORMAT, "settings": []}, "'settings' of type dict in the checkpoint, got list"),
-    ],
-    ids=["empty", "garbage", "text", "another version", "a list", "without contents", "other contents"],
-)
-def test_a_damaged_checkpoint_is_refused(
-    content: Any, word: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    path = tmp_path / "checkpoint.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    assert main(["train", "copy", "--resume", str(tmp_path)]) == 2
-    assert word in capsys.readouterr().err
-
-
-def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    Run(small(), tmp_path).save()
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="cannot be read"):
-        Run.resume(tmp_path)
-
-
-def test_a_checkpoint_with_other_numbers_than_were_stored_is_refused(tmp_path: Path) -> None:
-    """PyTorch loads it without a word."""
-    Run(small(), tmp_path).save()
-    path = tmp_path / "checkpoint.pt"
-    with zipfile.ZipFile(path) as archive:
-        tensors = [record for record in archive.infolist() if "/data/" in record.filename]
-        largest = max(tensors, key=lambda record: record.file_size)
-        stored = archive.read(largest)
-    content = path.read_bytes()
-    assert content.count(stored) == 1
-    path.write_bytes(content.replace(stored, bytes(len(stored))))
-    torch.load(path, weights_only=True)
-    with pytest.raises(ValueError, match=f"cannot be read: {largest.filename} in it is damaged"):
-        Run.resume(tmp_path)
-
-
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    Run(small(), tmp_path).save()
-    content = checkpoint.load(tmp_path / "checkpoint.pt")
-    other = Run(small(memory_size=5, num_reads=2), tmp_path / "other")
-    with pytest.raises(ValueError, match=r"memory_size is 5 here and 4 there, num_reads is 2 here and 1 there"):
-        other.load(content)
-
-    # An earlier version's.
-    earlier = {name: value for name, value in content["settings"].items() if name != "clip"}
-    with pytest.raises(
-        ValueError, match=r"expected the settings task, .*, clip, .* these are on one side alone: clip$"
-    ):
-        other.load({**content, "settings": earlier})
-
-    # Settings that do not fit the weights beside them.
-    content["settings"]["hidden_size"] = 9
-    with pytest.raises(ValueError, match=r"expected controller\.\S+ of shape \[9, \d+\].*got \[8, \d+\]"):
-        Run(small(hidden_size=9), tmp_path / "other").load(content)
-
-    assert main(["train", "copy", "--resume", str(tmp_path), "--memory-size", "4", "--steps", "5"]) == 2
-    assert "--steps 1000, got 5" in capsys.readouterr().err
-    assert main(["train", "delayed_copy", "--resume", str(tmp_path)]) == 2
-    assert "expected a run of 'delayed_copy', got one of 'copy'" in capsys.readouterr().err
-
-    content["settings"]["no_such_setting"] = 1
-    checkpoint.save(tmp_path / "checkpoint.pt", content)
-    assert main(["train", "copy", "--resume", str(tmp_path)]) == 2
-    assert "no_such_setting" in capsys.readouterr().err
-
-
-def test_a_checkpoint_with_a_weight_that_there_is_none_of_is_refused(tmp_path: Path) -> None:
-    run = Run(small(baseline=False), tmp_path)
-    content = run.state_dict()
-    content["learners"]["dnc"]["model"]["extra"] = torch.zeros(2)
-    with pytest.raises(ValueError, match=r"^checkpoint: expected extra of shape None.*, got \[2\]"):
-        run.load(content)
