@@ -64,17 +64,20 @@ gpu:
 TOOLS ?= memcheck racecheck initcheck synccheck
 # Trainings by every kernel, and steps by the layouts of large memories.
 SANITIZED := (test_the_layer and (plain or lstm_all)) or test_float32 or (test_limits and spread-activated) or (test_same_call and spread) or test_ranks
+define sanitized
+{ PYTORCH_NO_CUDA_MEMORY_CACHING=1 DNC_TRITON_GRAPHS=0 compute-sanitizer --tool "$$0" --error-exitcode 1 \
+	--target-processes all \
+	$(PYTHON) -m pytest -m gpu -v --color=no -p no:cacheprovider tests/gpu/test_gpu.py -k '$(SANITIZED)' $(ARGS) 2>&1 || \
+	{ echo FAILED; exit 1; }; } | sed -u "s/^/$$0: /"
+endef
+# By xargs, for the jobs of a shell would outlive an interrupt.
+sanitize: export SANITIZED_BY := $(sanitized)
 sanitize:
 	@command -v compute-sanitizer > /dev/null || \
 		{ echo "compute-sanitizer is not on the path: it comes with the CUDA toolkit" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "There is no GPU here: nothing was run" >&2; exit 2; }
-	@failed=$$(mktemp); for tool in $(TOOLS); do \
-		{ PYTORCH_NO_CUDA_MEMORY_CACHING=1 DNC_TRITON_GRAPHS=0 compute-sanitizer --tool $$tool --error-exitcode 1 \
-			--target-processes all \
-			$(PYTHON) -m pytest -m gpu -v --color=no -p no:cacheprovider tests/gpu/test_gpu.py -k '$(SANITIZED)' $(ARGS) \
-			2>&1 || echo "$$tool" | tee -a "$$failed" | sed 's/$$/ FAILED/'; } | sed -u "s/^/$$tool: /" & \
-	done; wait; ! test -s "$$failed"; status=$$?; rm "$$failed"; exit $$status
+	@printf '%s\n' $(TOOLS) | xargs -P 8 -n 1 bash -o pipefail -c "$$SANITIZED_BY"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

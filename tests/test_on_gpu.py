@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -300,26 +301,60 @@ def test_without_a_gpu_the_cpus_are_compared(tmp_path, monkeypatch, capsys):
     assert "There is no GPU here" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32" or not shutil.which("make"), reason="needs make and a shell")
+needs_make = pytest.mark.skipif(
+    sys.platform == "win32" or not shutil.which("make") or not shutil.which("bash"), reason="needs make and a shell"
+)
+TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+
+
+def sanitize(folder, script):
+    """`make sanitize` with a script in the place of compute-sanitizer, and nothing in that of Python."""
+    tool = folder / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{script}")
+    tool.chmod(0o755)
+    variables = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "more"}
+    variables = {name: value for name, value in variables.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["make", "sanitize", "PYTHON=true", "ARGS=--note 'a b'"]
+    return subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True, **pipes)
+
+
+@needs_make
 @pytest.mark.parametrize("bad", [None, "racecheck"])
 def test_sanitizers_run_at_once_and_one_that_finds_something_fails(tmp_path, bad):
     """With one in their place that waits until all four have begun, and finds something or not."""
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(
-        f"#!/bin/sh\ntouch {tmp_path}/$2\n"
+    process = sanitize(
+        tmp_path,
+        f"touch {tmp_path}/$2\n"
         f"for i in $(seq 200); do [ $(ls {tmp_path} | grep -c check) = 4 ] && break; sleep 0.1; done\n"
-        f'[ $(ls {tmp_path} | grep -c check) = 4 ] && echo begun; echo "$PYTHONPATH $@"\n[ "$2" != {bad} ]\n'
+        f'[ $(ls {tmp_path} | grep -c check) = 4 ] && echo begun; echo "$PYTHONPATH $@"\n[ "$2" != {bad} ]\n',
     )
-    tool.chmod(0o755)
-    variables = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "more"}
-    variables = {name: value for name, value in variables.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    done = subprocess.run(
-        ["make", "sanitize", "PYTHON=true"], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode == 0) == (bad is None), done.stderr
-    lines = done.stdout.splitlines()
-    tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert sorted(line for line in lines if line.endswith("begun")) == sorted(f"{name}: begun" for name in tools)
-    assert [line for line in lines if "FAILED" in line] == ([f"{bad}: {bad} FAILED"] if bad else [])
-    assert all(f"{name}: .:reference:more --tool {name} " in done.stdout for name in tools)
-    assert "true -m pytest -m gpu -v --color=no" in done.stdout
+    printed, errors = process.communicate(timeout=60)
+    assert (process.returncode == 0) == (bad is None), errors
+    lines = printed.splitlines()
+    assert sorted(line for line in lines if line.endswith("begun")) == sorted(f"{name}: begun" for name in TOOLS)
+    assert [line for line in lines if "FAILED" in line] == ([f"{bad}: FAILED"] if bad else [])
+    assert all(f"{name}: .:reference:more --tool {name} " in printed for name in TOOLS)
+    assert "true -m pytest -m gpu -v --color=no" in printed
+    assert all(line.endswith(" --note a b") for line in lines if "pytest" in line)
+
+
+@needs_make
+def test_no_sanitizer_outlives_an_interrupt(tmp_path):
+    """As the jobs of a shell would."""
+    process = sanitize(tmp_path, f"while touch {tmp_path}/$2; do sleep 0.05; done\n")
+    paths = [tmp_path / name for name in TOOLS]
+    deadline = time.monotonic() + 30
+    try:
+        while not all(path.exists() for path in paths) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode
+        for path in paths:
+            path.unlink()
+        time.sleep(0.5)
+        assert not any(path.exists() for path in paths)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
