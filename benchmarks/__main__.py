@@ -6,7 +6,6 @@ python -m benchmarks --configurations sam_scaling,adnc_babi --rounds 10
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -49,12 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _compare(options)
     if options.command == "report":
         return _report(options)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output: {error}")
-    if not os.access(options.output, os.W_OK):
-        parser.error(f"argument --output: {options.output} cannot be written to")
+    files.make_output(parser, options.output)
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
     started = time.monotonic()
     statuses = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,16 @@ from dnc_triton.files import write, write_table
 # What stands in every row of the CSV, that it may be read by itself.
 MEANS = ("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date")
 NEEDED = ("configuration", "peer", "mode", "status", "ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80")
+
+
+def make_output(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Make what `--output` names, with a word, and the program's end, where nothing could be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output: {error}")
+    if not os.access(folder, os.W_OK):
+        parser.error(f"argument --output: {folder} cannot be written to")
 
 
 def record_of(row: Row) -> dict[str, Any]:

@@ -111,11 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing was measured.", file=sys.stderr)
         return 2
+    files.make_output(parser, options.output)
     torch.set_float32_matmul_precision("highest")  # as in `benchmarks`
     started, device = time.perf_counter(), torch.device("cuda")
     machine = {"device": "cuda", **describe_machine(shlex.join(["python", "-m", "benchmarks.gpu", *arguments]))}
     machine["bytes_per_second"] = bytes_per_second(device)
-    options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"gpu-step-{machine['date'][:10]}"
     rows: list[Row] = []
     left_out: list[str] = []

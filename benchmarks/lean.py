@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or (RESULT.with_name("lean-gpu.json") if on_gpu else RESULT)
     if output.is_dir():
         parser.error(f"argument --output: expected a file, got the folder {output}")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    files.make_output(parser, output.parent)
     machine = describe_machine("python -m benchmarks.lean" + (" --device cuda" if on_gpu else ""))
     machine["threads"] = 1
     rows: list[dict[str, Any]] = []

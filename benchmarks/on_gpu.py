@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.__main__ import main as benchmark
 from benchmarks.configurations import CONFIGURATIONS
+from benchmarks.files import make_output
 from benchmarks.machine import describe_machine
 from dnc_triton.cli import INTERRUPTED
 
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return max(0.0, started + share * options.seconds - time.monotonic())
 
     folder = options.output.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output(parser, folder)
     try:
         statuses = {"parity": run_parity(folder, left(PARITY))}
         for name, share, command in PARTS:

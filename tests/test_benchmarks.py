@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,6 +291,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_measur
     with pytest.raises(SystemExit):
         run(tmp_path)
     assert f"argument --output: {tmp_path} cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("of", "file"), [("gpu", ""), ("on_gpu", ""), ("lean", "lean.json")])
+def test_the_others_say_that_their_folder_is_a_file(of, file, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"benchmarks.{of}").main(["--output", str(Path(__file__) / file)])
+    assert "argument --output: [Errno" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
