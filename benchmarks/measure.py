@@ -155,31 +155,8 @@ def measure(
                     rows += failed
                     done(failed)
                 break
-        checked = {name: replace(row, mode=mode) for name, row in unmade.items()}
-        runs: dict[str, Callable[[], Any]] = {}
-        for name, network in networks.items():
-            session.report(f"{case.configuration}, {mode}: checking {name}")
-            checked[name], call = _check(case, mode, name, network, truth, inputs, session)
-            if call is not None:
-                runs[name] = call
-        if OURS in checked and checked[OURS].status == WRONG:
-            note = f"{OURS} is wrong on {case.configuration}, {mode}"
-            checked |= {name: replace(checked[name], status=WRONG, note=note) for name in runs}
-            runs = {}
-        session.report(f"{case.configuration}, {mode}: timing")
-        try:
-            in_a_row = _calls_in_a_row(runs, mode, session)
-            seconds = _time_in_turns(runs, session, in_a_row)
-        except Exception as error:  # whose fault it was is not known, and the next mode may do
-            note = _what_happened("timing", case, error, session)
-            checked |= {name: replace(checked[name], status=FAILED, note=note) for name in runs}
-            seconds, in_a_row, runs = {}, {}, {}
-        checked = {
-            name: _timed(
-                replace(checked[name], calls=in_a_row.get(name)), seconds.get(name), seconds.get(OURS), session
-            )
-            for name in peers
-        }
+        checked, runs = _check_all(case, mode, peers, networks, unmade, truth, inputs, session)
+        checked, runs = _time_all(case, mode, checked, runs, session)
         try:
             if session.peak_memory and mode not in ("step", CAPTURED):
                 session.report(f"{case.configuration}, {mode}: memory")
@@ -205,6 +182,33 @@ def _make_networks(case: Case, names: Sequence[str], session: Session) -> tuple[
         except Exception as error:  # one peer that breaks must not cost the others' figures
             unmade[name] = Row(case, "", name, FAILED, note=_what_happened(name, case, error, session))
     return networks, unmade
+
+
+def _check_all(
+    case: Case,
+    mode: str,
+    peers: Sequence[str],
+    networks: dict[str, Network],
+    unmade: dict[str, Row],
+    truth: verify.Truth,
+    inputs: torch.Tensor,
+    session: Session,
+) -> tuple[dict[str, Row], dict[str, Callable[[], Any]]]:
+    """A row of this mode for each peer, and what of them is to be timed: nothing if this project's layer is wrong."""
+    checked: dict[str, Row] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name in peers:
+        if name in unmade:
+            checked[name] = replace(unmade[name], mode=mode)
+            continue
+        session.report(f"{case.configuration}, {mode}: checking {name}")
+        checked[name], call = _check(case, mode, name, networks[name], truth, inputs, session)
+        if call is not None:
+            runs[name] = call
+    if OURS in checked and checked[OURS].status == WRONG:
+        note = f"{OURS} is wrong on {case.configuration}, {mode}"
+        return checked | {name: replace(checked[name], status=WRONG, note=note) for name in runs}, {}
+    return checked, runs
 
 
 def _check(
@@ -271,6 +275,25 @@ def in_a_line(error: Exception) -> str:
     """Its kind, and the first line of what it says."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
+
+
+def _time_all(
+    case: Case,
+    mode: str,
+    checked: dict[str, Row],
+    runs: dict[str, Callable[[], Any]],
+    session: Session,
+) -> tuple[dict[str, Row], dict[str, Callable[[], Any]]]:
+    """The rows with their times, and what was timed: nothing if that failed."""
+    session.report(f"{case.configuration}, {mode}: timing")
+    try:
+        in_a_row = _calls_in_a_row(runs, mode, session)
+        seconds = _time_in_turns(runs, session, in_a_row)
+    except Exception as error:  # whose fault it was is not known, and the next mode may do
+        note = _what_happened("timing", case, error, session)
+        return checked | {name: replace(checked[name], status=FAILED, note=note) for name in runs}, {}
+    rows = {name: replace(row, calls=in_a_row.get(name)) for name, row in checked.items()}
+    return {name: _timed(row, seconds.get(name), seconds.get(OURS), session) for name, row in rows.items()}, runs
 
 
 def _calls_in_a_row(runs: dict[str, Callable[[], Any]], mode: str, session: Session) -> dict[str, int]:
