@@ -88,8 +88,6 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
     modes = [mode for mode in options.modes or MODES if mode in modes_on(device.type)]
     if CAPTURED in options.modes and CAPTURED not in modes:
         notes.append(f"{CAPTURED}: CUDA graphs need a GPU")
-    jobs = _jobs(cases, modes)
-    named = options.peers or [name for name, peer in all_peers().items() if device.type == "cuda" or not peer.gpu_only]
     session = Session(
         device=device,
         bytes_per_second=machine["bytes_per_second"],
@@ -100,24 +98,51 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
         peak_memory=not options.no_memory,
         left_out=notes,
     )
-    with_others = device.type == "cuda" and len(named) > 1
-    alone = [name for name in named if with_others and all_peers()[name].apart]
-    records: list[dict[str, Any]] = []
-    records_apart: list[dict[str, Any]] = []
     stem = options.output / f"{'gpu' if device.type == 'cuda' else 'cpu'}-{machine['date'][:10]}"
     another = stem.with_suffix(".json").exists()  # run, whose results are worth more than none
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        if _tried(rows) or not another:
+            files.write_results(stem, machine, rows, session.left_out)
+
+    rows, interrupted = _measure_all(cases, modes, options, session, write)
+    if not _tried(rows):
+        notes = report.notes_of({"left_out": session.left_out, "rows": rows})
+        print("Nothing was measured:", *notes, sep="\n- ", file=sys.stderr)
+        return INTERRUPTED if interrupted else 2
+    if not options.no_report:
+        _write_report({"machine": machine, "left_out": session.left_out, "rows": rows}, stem)
+    if interrupted:
+        return INTERRUPTED
+    return 1 if session.lost or any(row["status"] == WRONG or _broke(row) for row in rows) else 0
+
+
+def _measure_all(
+    cases: list[Case],
+    modes: list[str],
+    options: argparse.Namespace,
+    session: Session,
+    write: Callable[[list[dict[str, Any]]], None],
+) -> tuple[list[dict[str, Any]], bool]:
+    """All rows, which are written whenever there are new ones, and whether it was interrupted."""
+    on_gpu = session.device.type == "cuda"
+    named = options.peers or [name for name, peer in all_peers().items() if on_gpu or not peer.gpu_only]
+    alone = [name for name in named if on_gpu and len(named) > 1 and all_peers()[name].apart]
+    records: list[dict[str, Any]] = []
+    records_apart: list[dict[str, Any]] = []
+
+    def write_rows() -> list[dict[str, Any]]:
+        rows = apart.merge(records, records_apart, [case.configuration for case in cases], modes, named)
+        write(rows)
+        return rows
+
+    jobs = _jobs(cases, modes)
     with Progress(sum(len(of_job) for _, of_job in jobs)) as progress:
         session.report = progress.describe
 
-        def write() -> list[dict[str, Any]]:
-            rows = apart.merge(records, records_apart, [case.configuration for case in cases], modes, named)
-            if _tried(rows) or not another:
-                files.write_results(stem, machine, rows, session.left_out)
-            return rows
-
         def done(of_a_mode: list[Row]) -> None:
             records.extend(map(files.record_of, of_a_mode))
-            write()  # so that it is there if the run is killed
+            write_rows()  # so that it is there if the run is killed
             progress.advance()
 
         now, interrupted = "what is measured apart", False
@@ -128,7 +153,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
                     session.left_out.append(f"{name}: it is not captured")
                 for rows in apart.measure_apart(name, [c for c in cases if not c.sweep], of_peer, options, session):
                     records_apart += rows
-                    write()
+                    write_rows()
             for case, of_job in jobs:
                 now = case.configuration
                 peers = [name for name in named if not case.sweep or all_peers()[name].sweeps or options.peers]
@@ -136,16 +161,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
         except KeyboardInterrupt:
             interrupted = True
             session.left_out.append(f"{now} and what follows: interrupted")
-        rows = write()
-    if not _tried(rows):
-        notes = report.notes_of({"left_out": session.left_out, "rows": rows})
-        print("Nothing was measured:", *notes, sep="\n- ", file=sys.stderr)
-        return INTERRUPTED if interrupted else 2
-    if not options.no_report:
-        _write_report({"machine": machine, "left_out": session.left_out, "rows": rows}, stem)
-    if interrupted:
-        return INTERRUPTED
-    return 1 if session.lost or any(row["status"] == WRONG or _broke(row) for row in rows) else 0
+        return write_rows(), interrupted
 
 
 def _tried(rows: Sequence[dict[str, Any]]) -> bool:
