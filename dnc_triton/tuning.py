@@ -43,7 +43,7 @@ from dnc_triton import environment, files
 from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
-from dnc_triton.sequence import graphs
+from dnc_triton.sequence import engine, graphs
 from dnc_triton.version import __version__
 
 Candidate = tuple[str, Layout | None]
@@ -222,7 +222,9 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
 
 def _are_replayed(problem: Problem) -> bool:
     """Whether calls are replayed as CUDA graphs once they have come twice, if there is room for these."""
-    return environment.is_on(environment.GRAPHS) and measures_sequence(problem) and problem.steps <= graphs.LONGEST
+    if not (environment.is_on(environment.GRAPHS) and measures_sequence(problem) and problem.steps <= graphs.LONGEST):
+        return False
+    return engine.has_pools()
 
 
 def _power_of_two(size: int) -> int:

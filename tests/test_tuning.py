@@ -252,6 +252,19 @@ def test_without_cuda_graphs_it_is_measured_again(clock: Clock, monkeypatch: pyt
     assert len(clock.asked) == 6
 
 
+def test_with_an_allocator_that_allows_none_it_is_measured_as_without_cuda_graphs(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning.fastest(PROBLEM, STEPS)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    tuning.fastest(PROBLEM, STEPS)
+    assert len(clock.asked) == 6
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setenv("DNC_TRITON_GRAPHS", "0")
+    tuning.fastest(PROBLEM, STEPS)
+    assert len(clock.asked) == 6
+
+
 @pytest.mark.parametrize(
     "content",
     [

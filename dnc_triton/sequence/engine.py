@@ -28,6 +28,15 @@ class Captured(NamedTuple):
     pool: Any
 
 
+def has_pools() -> bool:
+    """Whether PyTorch's allocator has pools, whose memory is given to nothing else while a graph works on it.
+
+    Its own has. `cudaMallocAsync` gives what libraries work in to others once PyTorch forgets it, and ends the process
+    when results of a graph are freed that was never replayed; one that is plugged in need not know of graphs at all.
+    """
+    return torch.cuda.get_allocator_backend() == "native"
+
+
 @cache
 def _workspaces(device: torch.device) -> torch.cuda.MemPool:
     """The pool for `_provide_workspace` on a device, which is the current one; it lasts until the process ends."""
@@ -58,16 +67,15 @@ class Engine:
         self.stream: torch.cuda.Stream | None = None  # until a capture wants one
 
     def ready(self) -> bool:
-        """Whether the current stream is the default one, and not captured."""
-        if torch.cuda.is_current_stream_capturing():
+        """Whether the current stream is the default one, and not captured, and a graph's memory is its own."""
+        if torch.cuda.is_current_stream_capturing() or not has_pools():
             return False
         return torch.cuda.current_stream(self.device) == torch.cuda.default_stream(self.device)
 
     def memory(self) -> int:
         """Bytes that this process may take."""
         total = torch.cuda.get_device_properties(self.device).total_memory
-        native = torch.cuda.get_allocator_backend() == "native"  # others have no bound, or do not tell
-        return int(total * torch.cuda.get_per_process_memory_fraction(self.device)) if native else total
+        return int(total * torch.cuda.get_per_process_memory_fraction(self.device))
 
     def wait(self) -> None:
         """Until all that was replayed has ended."""
@@ -122,8 +130,7 @@ class Engine:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        native = torch.cuda.get_allocator_backend() == "native"  # others know no pools
-        pool = torch.cuda.use_mem_pool(_workspaces(self.device), self.device) if native else nullcontext()
+        pool = torch.cuda.use_mem_pool(_workspaces(self.device), self.device) if has_pools() else nullcontext()
         with torch.cuda.stream(stream), pool:
             ones = torch.ones(16, 16, device=self.device)
             torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a place of its own

@@ -13,6 +13,7 @@ Plain launches are right at any time, also for the backward of a forward that wa
   and users prepare a capture of their own; so no two streams ever meet in an instance,
 - for a kind of call that was not seen often enough. Its first instance is captured at the 2nd call that finds none
   free, the next at the 4th, 8th, ... from then on: many instances, or such as come and go, cost more than they gain,
+- where PyTorch's allocator is not its own (`engine.has_pools`),
 - where the memory's bound would be exceeded by what is in use. What is not in use is given up, the least recently used
   first,
 - once a capture has failed, for calls of that kind: memory may want, or another thread have waited for the whole device

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -265,6 +267,23 @@ def test_another_stream_gets_plain_launches(device: torch.device, without: Any) 
         actual = train(dnc, 4)
     assert_same_bits(actual, expected)
     assert engine().captures == 0
+
+
+def test_another_allocator_gets_plain_launches() -> None:
+    """In a process of its own, since PyTorch settles on one when it begins."""
+    program = """if True:
+        import torch
+        from dnc_triton import DNC
+        from dnc_triton.sequence import graphs
+
+        dnc = DNC(3, 6, 2, memory_size=5, word_size=4, num_reads=2, device="cuda", backend="torch_sequence")
+        for _ in range(4):
+            dnc(torch.ones(3, 5, 3, device="cuda"))[0].sum().backward()
+        assert torch.cuda.get_allocator_backend() == "cudaMallocAsync"
+        assert not any(cache.signatures for cache in graphs._graphs.values())
+    """
+    variables = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env=os.environ | variables, check=True)
 
 
 def test_two_threads(device: torch.device, without: Any) -> None:
