@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
-from dnc_triton.kernels.launcher import launch_or_compile
+from dnc_triton.kernels.launcher import aligned, launch_or_compile
 from dnc_triton.kernels.layout import Layout, compute_dtype, kept_shapes
 from dnc_triton.sequence.carried import Carried
 from dnc_triton.sequence.product import Product
@@ -105,7 +105,7 @@ class OneLaunchSequence:
 
         dtype = settings.product_dtype
         weight_ih, weight_hh, *self.biases, interface_weight, bias, output_weight, self.output_bias = parameters
-        self.interface_bias = bias.contiguous()
+        self.interface_bias = aligned(bias)
         self.hidden_size = weight_hh.shape[1]
         self.from_inputs = Product(weight_ih[:, :input_size], dtype)
         self.recurrent = [Product(weight, dtype) for weight in (weight_hh, weight_ih[:, input_size:])]
@@ -284,7 +284,7 @@ class OneLaunchSequence:
             *gradients,
             backward_scratch(self.history.memory[0], self.reads, self._layout),
             torch.cat([product.weight for product in self.recurrent], 1),
-            self.interface.weight.contiguous(),
+            aligned(self.interface.weight),
             **self._arguments(backward=True),
         )
 

@@ -141,7 +141,7 @@ class LaunchesInMargins:
 
 @contextmanager
 def launches_of_aligned() -> Iterator[None]:
-    """All that the kernels of a step are given meanwhile begins at a multiple of 16 bytes, as Triton has compiled."""
+    """All that kernels with a step in them are given begins at a multiple of 16 bytes, as Triton has compiled."""
 
     def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         for place in [*enumerate(arguments), *options.items()]:
@@ -149,7 +149,8 @@ def launches_of_aligned() -> Iterator[None]:
         kernel[grid](*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_launch, "launch_or_compile", launch)
+        for module in (step_launch, one_launch):
+            patch.setattr(module, "launch_or_compile", launch)
         yield
 
 
