@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_triton.kernels.launcher import launch_or_compile
+from dnc_triton.kernels.launcher import aligned, launch_or_compile
 
 BLOCK = 32  # rows of a weight, its columns, and rows of the batch at a time
 NUM_WARPS = 8
@@ -131,8 +131,9 @@ def weight_gradients(
     gates, features, vector, out = (x.shape[-1] for x in (d_gates, before, d_vectors, d_outputs))
     hidden = gates // 4
     reach = sum((n - 1) * stride for n, stride in zip(inputs.shape, inputs.stride(), strict=True))
-    if inputs.stride(2) != 1 or reach >= 2**31:  # the kernel takes a row's numbers side by side, and counts in 32 bits
-        inputs = inputs.contiguous()
+    # The kernel takes a row's numbers side by side, counts in 32 bits, and would be compiled again for another place.
+    if inputs.stride(2) != 1 or reach >= 2**31 or inputs.data_ptr() % 16:
+        inputs = aligned(inputs)
     results = WeightGradients(
         *(
             inputs.new_empty(shape)

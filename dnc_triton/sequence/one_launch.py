@@ -216,7 +216,7 @@ class OneLaunchSequence:
         if dtypes == {torch.float32} and 0 < rows <= MOST_ROWS.get(d_gates.device.type, 0) and most < 2**31:
             from dnc_triton.kernels.gradients import weight_gradients
 
-            return list(weight_gradients(d_gates, d_vectors, d_outputs.contiguous(), self.inputs, before, after))
+            return list(weight_gradients(d_gates, d_vectors, aligned(d_outputs), self.inputs, before, after))
         by_both = self.recurrent[0].weight_gradient(d_gates, before)  # of both in one product
         by_hidden, by_words = by_both.tensor_split([self.hidden_size], 1)
         by_inputs = self.from_inputs.weight_gradient(d_gates, self.inputs)

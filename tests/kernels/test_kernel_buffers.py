@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import as_leaves, assert_close, assert_same_bits, negated_when_read, replace_parameters, total
 from parity import Margins, beside_16_bytes, launches_in_margins, launches_of_aligned
-from test_kernel_layer import CLOSE, each_backend
+from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend
 from test_kernel_sequence import BACKEND, draw, make, poisoned, run
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -172,6 +172,23 @@ def test_what_does_not_begin_at_16_bytes(backend: str, device: torch.device) -> 
     with launches_of_aligned():
         actual = run(dnc, *tree_map(beside_16_bytes, (inputs, state)), backend)
     assert_close(actual, expected, **CLOSE, name="")
+
+
+def test_a_gradient_that_does_not_begin_at_16_bytes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor inputs, of which the kernel for gradients by weights takes the place where they lie."""
+    monkeypatch.setattr(one_launch, "MOST_ROWS", {device.type: 2**10})
+    dnc = make(device, dtype=torch.float32, batch_first=False)
+    inputs = torch.randn(2, 3, INPUTS, device=device)
+    sent_back = torch.randn(2, 3, OUTPUTS, device=device)
+
+    def gradients(inputs: Tensor, sent_back: Tensor, backend: str) -> Any:
+        with use_backend(backend):
+            return torch.autograd.grad(dnc(inputs)[0], list(dnc.parameters()), sent_back)
+
+    expected = gradients(inputs, sent_back, "reference")
+    with launches_of_aligned():
+        actual = gradients(beside_16_bytes(inputs), beside_16_bytes(sent_back), BACKEND)
+    assert_close(actual, expected, rtol=1e-5, atol=1e-6, name="")
 
 
 @pytest.mark.parametrize(("backend", "small"), [(BACKEND, False), ("triton_fused", True), ("triton_split", False)])
