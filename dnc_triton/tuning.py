@@ -424,8 +424,9 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    """For what is measured. Whoever waits for the whole device ends what another thread captures."""
-    torch.cuda.current_stream(device).synchronize()
+    """For what is measured. Whoever waits for the whole device ends what another thread captures; and to wait for a
+    stream may be forbidden (`torch.cuda.set_sync_debug_mode`), where for an event it is not."""
+    torch.cuda.current_stream(device).record_event().synchronize()
 
 
 def device_time(run: Callable[[], Any], wait: int = 0) -> float:

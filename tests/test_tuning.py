@@ -100,6 +100,11 @@ class Device:
         self.waited = cycles / 2e9
         self.work(self.waited)
 
+    def record_event(self) -> Mark:
+        event = Mark(self, enable_timing=True)
+        event.record()
+        return event
+
     def synchronize(self) -> None:
         self.now = max(self.now, self.busy_until)
 

@@ -78,8 +78,8 @@ class Engine:
         return int(total * torch.cuda.get_per_process_memory_fraction(self.device))
 
     def wait(self) -> None:
-        """Until all that was replayed has ended."""
-        torch.cuda.default_stream(self.device).synchronize()
+        """Until all that was replayed has ended. By an event: who has PyTorch forbid to wait means their own code."""
+        torch.cuda.default_stream(self.device).record_event().synchronize()
 
     def keep_until_launched(self, tensors: Sequence[Tensor]) -> None:
         """Have the allocator wait, once nobody holds them any more, for all that reads them by then."""

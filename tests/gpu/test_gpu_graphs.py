@@ -313,6 +313,22 @@ def test_a_thread_that_measures_ends_no_capture_of_another(
     assert engine().captures >= 2 * 10
 
 
+def test_who_forbids_to_wait_for_the_device_is_not_refused(device: torch.device, without: Any) -> None:
+    """A capture waits, and so does who gives a graph up: once, and not in a training's own steps."""
+    dnc = make(device, "torch_sequence")
+    expected = without(train, dnc, 3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with graphs.forgetting():
+            actual = train(dnc, 3)
+        tuning._wait(device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(actual, expected)
+    assert engine().captures == 2
+    assert not cache().instances
+
+
 def test_more_than_the_bound(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
