@@ -286,6 +286,29 @@ def test_another_allocator_gets_plain_launches() -> None:
     subprocess.run([sys.executable, "-c", program], env=os.environ | variables, check=True)
 
 
+def test_within_a_pool_of_the_users(device: torch.device, without: Any) -> None:
+    """What a graph works on is its own all the same, and given to nothing else."""
+    dnc, pool = make(device, "torch_sequence", dtype=torch.float32), torch.cuda.MemPool()
+    expected = without(train, dnc, 6)
+    with torch.cuda.use_mem_pool(pool):
+        train(dnc, 3)
+        others = [torch.full((2**size,), torch.nan, device=device) for size in (8, 12, 16, 20)]
+        assert_same_bits(train(dnc, 6), expected)
+        assert all(other.isnan().all() for other in others)
+    graphs._graphs.clear()  # whose copies of what they are given are in that pool
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_layer_on_a_device_that_is_not_the_current_one(without: Any) -> None:
+    dnc = make(torch.device("cuda", 1))
+    with torch.cuda.device(0):
+        expected = without(train, dnc, 4)
+        assert_same_bits(train(dnc, 4), expected)
+        assert (engine().captures, engine().replays) == (2, 2 * 3)
+        cache().forget(cache().instances)
+        assert torch.cuda.current_device() == 0
+
+
 def test_two_threads(device: torch.device, without: Any) -> None:
     check_two_threads(make(device), without)
     assert engine().replays > 0
