@@ -402,6 +402,14 @@ def test_what_a_library_keeps_for_its_products_may_be_forgotten(device: torch.de
     assert all(other.isnan().all() for other in others)
 
 
+def test_expandable_segments() -> None:
+    """What is given up there PyTorch may hand back to the device at once."""
+    chosen = "test_what_is_returned_stays or test_used_twice or test_what_a_library_keeps or test_more_than_the_bound"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, env=os.environ | variables, check=True)
+
+
 def test_a_capture_that_the_device_refuses(
     device: torch.device,
     caplog: pytest.LogCaptureFixture,
