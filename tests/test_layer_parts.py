@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import assert_close, assert_same_bits
 from small_layer import make
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnc_triton import DNC, MemoryState, explain, use_backend
 from dnc_triton.sequence import unroll
@@ -250,6 +252,32 @@ def test_an_interface_that_has_no_part_in_the_loss_gets_no_gradient(steps, backe
     without = [name for name, x in dnc.named_parameters() if x.grad is None]
     interface = ["interface.weight", "interface.bias"] if steps == 1 else []
     assert without == [*interface, "output.weight", "output.bias"]
+
+
+class Watched(TorchDispatchMode):
+    """By which what is called is the operator."""
+
+    def __torch_dispatch__(self, called, types, arguments=(), keywords=None):
+        return called(*arguments, **(keywords or {}))
+
+
+HOOKS = dict(
+    register_hook=lambda gradient: gradient.clamp(-1, 1),
+    register_post_accumulate_grad_hook=lambda parameter: nn.utils.clip_grad_value_(parameter, 1),
+)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("mode", [nullcontext, Watched])
+def test_a_hook_of_a_parameter_that_has_no_part_in_the_loss_is_given_zeros(mode, hook):
+    """Which autograd calls all the same, with None where there is none."""
+    dnc = make()
+    for parameter in dnc.parameters():
+        getattr(parameter, hook)(HOOKS[hook])
+    with mode():
+        dnc(draw()[:, :1])[1].controller[0][0].sum().backward()
+    for part in (dnc.interface, dnc.output):
+        assert not any(x.grad.any() for x in part.parameters())
 
 
 SEEN = [*MemoryState._fields, "read_words"]

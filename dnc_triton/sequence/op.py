@@ -298,23 +298,34 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, state, parameters = nested[:3]
     given = _zero_filled(gradients[: 1 + len(state)], inputs, state, parameters)
     d_inputs, *others = _sequence_backward(given, *nested, *ctx.settings)
-    d_state, d_parameters = others[: len(state)], _without_unused(others[len(state) :], gradients, inputs.shape[0])
+    d_state = others[: len(state)]
+    d_parameters = _without_unused(others[len(state) :], parameters, gradients, inputs.shape[0])
     d_dropout = None if nested[5] is None else [None] * len(nested[5])
     return d_inputs, d_state, d_parameters, None, None, d_dropout, *[None] * (len(ctx.settings) + 1)
 
 
-def _without_unused(given_back: list[Any], gradients: Iterable[Tensor | None], steps: int) -> list[Any]:
+def _without_unused(
+    given_back: list[Any], parameters: list[Tensor], gradients: Iterable[Tensor | None], steps: int
+) -> list[Any]:
     """None for parameters in which no loss has a part, for zeros would let them decay.
 
     Of the output layer, the last two, if it saw no outputs; of the interface, the two before, if it saw nothing of the
-    memory either, and there is no next step to read from that.
+    memory either, and there is no next step to read from that. Zeros where a parameter has hooks, which autograd would
+    call with None: they expect a gradient.
     """
     by_outputs, *by_state = gradients
     unseen = 0
     if by_outputs is None:
         by_memory = by_state[: 1 + len(MemoryState._fields)]  # and by the words that were read
         unseen = 4 if steps == 1 and all(gradient is None for gradient in by_memory) else 2
-    return [*given_back[: len(given_back) - unseen], *[None] * unseen]
+    seen = len(given_back) - unseen
+    return [*given_back[:seen], *(torch.zeros_like(x) if _has_hooks(x) else None for x in parameters[seen:])]
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and bool(
+        parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    )
 
 
 def _zero_filled(
@@ -373,7 +384,8 @@ class _Sequence(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 given = _given(ctx.settings, *tensors)
                 d_given = _run_backward(ctx.settings, list(gradients), given, (memory, link), history, wanted)
-        return None, None, None, None, *_without_unused(d_given, gradients, inputs.shape[0]), *[None] * len(dropout)
+        d_parameters = _without_unused(d_given[1 + len(state) :], parameters, gradients, inputs.shape[0])
+        return None, None, None, None, *d_given[: 1 + len(state)], *d_parameters, *[None] * len(dropout)
 
 
 def _memory_and_link(state: list[Tensor]) -> tuple[Tensor, Tensor]:
