@@ -8,12 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from replays import _empty, draw, make, results  # noqa: F401
 
 from dnc_triton.kernels import launcher
+from dnc_triton.kernels.layout import Layout
 from dnc_triton.sequence import graphs
 
 CPU = torch.device("cpu")
@@ -64,10 +67,59 @@ def test_kernels_are_launched_one_at_a_time() -> None:
     assert given == [{"enable_fp_fusion": True}] * 4
 
 
+@pytest.mark.parametrize(
+    ("overlaps", "device", "capability", "hip", "expected"),
+    [
+        (True, "cuda", (9, 0), None, True),
+        (True, "cuda", (12, 0), None, True),
+        (True, "cuda", (8, 9), None, False),  # would not compile: its assembler knows no such instruction
+        (True, "cuda", (9, 4), "6.4", False),  # gfx942, whose compiler knows no such option
+        (True, "cpu", (9, 0), None, False),
+        (False, "cuda", (9, 0), None, False),
+        (None, "cuda", (9, 0), None, False),
+    ],
+)
+def test_launches_overlap_in_a_block_where_the_layout_says_so_and_the_device_can(
+    overlaps: bool | None, device: str, capability: tuple[int, int], hip: str | None, expected: bool, monkeypatch
+) -> None:
+    """The kernel is told of it, which else would not wait. After the block, however it ends, none does."""
+    monkeypatch.setattr(launcher, "can_overlap", launcher.can_overlap.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    layout = None if overlaps is None else Layout(False, 16, 16, 1, overlaps=overlaps)
+    told: list[dict[str, bool]] = []
+
+    def launch(**options: bool) -> None:
+        told.append(options)
+        if len(told) == 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), launcher.overlapping(layout, torch.device(device)):
+        launcher.launch_or_compile({(1,): launch}, (1,))
+    launcher.launch_or_compile({(1,): launch}, (1,))
+    assert told == [launcher.FMA | ({"OVERLAPS": True, "launch_pdl": True} if expected else {}), launcher.FMA]
+
+
 def test_an_error_in_the_block_ends_it() -> None:
     with pytest.raises(ZeroDivisionError), launcher.compiling_ahead(CPU):
         raise ZeroDivisionError
     assert add(torch.ones(1, 1)) == 3
+
+
+def test_what_compiles_alike_is_begun_once() -> None:
+    """Dtypes tell launches apart, and options, and whether there is a tensor at all; no number does, and no size."""
+    begun: list[tuple[Any, ...]] = []
+
+    class Kernel:
+        def warmup(self, *given: Any, grid: tuple[int, ...], **options: int) -> None:
+            begun.append((*given, *options.values()))
+
+    kernel, x = Kernel(), torch.ones(2)
+    with ThreadPoolExecutor(1) as pool:
+        compiling = launcher.Compiling(pool)
+        for arguments, option in (((x, 1), 4), ((x[:1], 2), 4), ((x.double(), 1), 4), ((None, 1), 4), ((x, 3), 8)):
+            compiling.add(kernel, (len(begun),), arguments, dict(num_warps=option))
+    assert begun == [(torch.float32, 1, 4), (torch.float64, 1, 4), (None, 1, 4), (torch.float32, 3, 8)]
 
 
 @pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda", 3)])
