@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 import torch
 from helpers import assert_close, assert_same_bits
 from sequence_parity import FORWARD, assert_parity, draw, make, operation, oracle, outcome, total
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dnc_triton import dispatch
 from dnc_triton.sequence import compiled, native_link
@@ -87,13 +89,51 @@ def test_a_nan_stays_in_its_row() -> None:
     given = problem(2, 40, 2, torch.float32)
     right = torch.empty_like(given[0])
     link_forward(*given, right)
-    given[0][1, 0, 3, 4] = torch.nan
+    given[0][1, 0, 3, 4] = given[2][1, 0, 7] = torch.nan
     new = torch.empty_like(right)
     backward, forward = link_forward(*given, new)
     assert_same_bits(new[0], right[0])
     assert new[1, 0, 3, 4].isnan()
+    assert new[1, 0, 7].isnan().sum() == 39, "the diagonal is 0, as in the reference"
     assert backward[1, :, 4].isnan().all()
     assert forward[1, :, 3].isnan().all()
+
+
+class InMargins(TorchFunctionMode):
+    """What is allocated meanwhile lies in a larger buffer of a number that nothing here computes."""
+
+    BESIDE, SIZE = -7.5, 4096
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        return self.place(made) if function in (torch.empty_like, Tensor.new_empty) else made
+
+    def place(self, tensor: Tensor) -> Tensor:
+        buffer = torch.full((tensor.numel() + 2 * self.SIZE,), self.BESIDE, dtype=tensor.dtype)
+        before, inside, after = buffer.split([self.SIZE, tensor.numel(), self.SIZE])
+        self.beside += [before, after]
+        return inside.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (2, 128, 1), (1, 256, 3)], ids=str)
+def test_nothing_beside_a_buffer_is_touched(sizes: tuple[int, int, int]) -> None:
+    """The room for sums over rows too, with chunks that are full to the last row."""
+    batch, slots, reads = sizes
+    around = InMargins()
+    before, *others = map(around.place, problem(*sizes, torch.float32))
+    read, row = others[2], others[0]
+    linked, d_link = around.place(torch.randn(batch, 3 * reads, slots)), around.place(torch.randn_like(before))
+    with around:
+        made = [torch.empty_like(x) for x in (before, read, read)]
+        native_link._call("link_forward", reads, reads, [before, *others, *made])
+        made = [d_link, *(torch.empty_like(x) for x in (read, row, row))]
+        native_link._call("link_backward", reads, reads + 2, [before, *others[:2], linked, *made])
+    assert len(around.beside) == 2 * 14
+    assert all((margin == around.BESIDE).all() for margin in around.beside)
 
 
 def test_what_is_read_may_have_any_strides() -> None:
