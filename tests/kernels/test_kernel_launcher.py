@@ -5,6 +5,7 @@ That what compiles is what will be launched is in tests/test_compiling_ahead.py,
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -122,7 +123,7 @@ def test_what_compiles_alike_is_begun_once() -> None:
     assert begun == [(torch.float32, 1, 4), (torch.float64, 1, 4), (None, 1, 4), (torch.float32, 3, 8)]
 
 
-@pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda", 3)])
+@pytest.mark.parametrize(("device", "number"), [("cuda:0", 0), ("cuda:1", 1), ("cuda", 3)])
 def test_threads_compile_for_a_device_with_a_number(device: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch sets no other one; where that raised nothing was compiled, and nobody was told."""
     prepared: list[object] = []
@@ -132,6 +133,22 @@ def test_threads_compile_for_a_device_with_a_number(device: str, number: int, mo
         assert add(torch.ones(1, 1)) == 1
     assert prepared
     assert set(prepared) == {number}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "there", "expected"),
+    [({5}, 64, 1), (set(range(64)), 64, 8), (None, 3, 3), (None, 64, 8), (None, None, 1)],
+)
+def test_as_many_threads_as_there_are_processors_for_them_and_no_more_than_pay(
+    allowed: set[int] | None, there: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that the process may use, where a system tells, which Windows does not."""
+    monkeypatch.setattr(os, "cpu_count", lambda: there)
+    if allowed is None:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed, raising=False)
+    assert launcher.threads() == expected
 
 
 @pytest.mark.parametrize("backend", ["triton_sequence", "triton_fused", "triton_split"])
