@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import test_sequence_goldens
@@ -115,6 +116,18 @@ def test_what_is_copied_to_a_buffer_is_written_there_at_once():
     expected = link + torch.arange(96.0)
     torch.testing.assert_close(tensors[3], expected)
     torch.testing.assert_close(tensors[2], expected.squeeze(1) @ memory)
+
+
+def test_what_another_pass_has_made_is_not_taken_from_the_compilers_cache(tmp_path, monkeypatch):
+    """As that of a version before, or after."""
+    from dnc_triton.sequence import write_once
+
+    uuid = write_once.WriteOnce().uuid()
+    assert write_once.WriteOnce().uuid() == uuid
+    other = tmp_path / "write_once.py"
+    other.write_bytes(Path(write_once.__file__).read_bytes() + b"#")
+    monkeypatch.setattr(write_once, "__file__", str(other))
+    assert write_once.WriteOnce().uuid() != uuid
 
 
 @pytest.mark.slow  # compiles
