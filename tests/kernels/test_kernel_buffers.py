@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import cycle
 from typing import Any
 
@@ -15,9 +16,10 @@ from test_kernel_sequence import BACKEND, draw, make, poisoned, run
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dnc_reference import MemoryState
 from dnc_triton import dispatch, layer, use_backend
 from dnc_triton.kernels.layout import Layout, default_layout, is_shared, kept_shapes
-from dnc_triton.kernels.step_launch import launch_backward, launch_forward
+from dnc_triton.kernels.step_launch import count_zeros, launch_backward, launch_forward
 from dnc_triton.sequence import one_launch, small_product, triton_memory
 from dnc_triton.sequence.triton_memory import TritonMemory
 
@@ -123,6 +125,12 @@ def test_marks_are_aligned_at_each_step(batch: int) -> None:
     assert all(step.is_contiguous() and step.data_ptr() % 16 == 0 for step in marks)
     lost = torch.cat([reset[1:], reset.new_zeros(1, batch)])
     assert marks[:, :batch].tolist() == (reset * 1 + ~running * 2 + lost * 4).tolist()
+
+
+@pytest.mark.parametrize("sizes", [(5, 3, 2), (3, 7, 2), (2, 3, 4)], ids=["slots", "words", "heads"])
+def test_there_are_zeros_for_the_largest_field_of_a_state(sizes: tuple[int, int, int]) -> None:
+    """The memory, the link or the read weights, whichever of the sizes is the largest."""
+    assert count_zeros(*sizes) == max(map(math.prod, MemoryState.shapes(1, *sizes).values()))
 
 
 STRIDES = ["transposed", "gaps", "expanded"]
