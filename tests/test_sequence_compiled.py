@@ -21,6 +21,7 @@ from sequence_parity import (
     operation,
     outcome,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton import dispatch, explain
@@ -116,6 +117,84 @@ def test_what_is_copied_to_a_buffer_is_written_there_at_once():
     expected = link + torch.arange(96.0)
     torch.testing.assert_close(tensors[3], expected)
     torch.testing.assert_close(tensors[2], expected.squeeze(1) @ memory)
+
+
+def read_before(x, buffer):
+    made, old = x + 1, 2 * buffer
+    buffer.copy_(made)
+    return made, old
+
+
+def read_by_others(x, buffer):
+    made = (x + 1).unsqueeze(0)
+    early, rows = 2 * made, made.squeeze(0)
+    buffer.copy_(rows)
+    return early, 3 * rows, buffer + 1
+
+
+def of_views(x, buffer):
+    made = x.view(12).view(4, 3)
+    buffer.copy_(made)
+    return 2 * x, 3 * made
+
+
+def narrower(x, buffer):
+    made = x.float() / 3
+    buffer.copy_(made)
+    return 2 * made
+
+
+def broadcast(x, buffer):
+    made = x[:1] + 1
+    buffer.copy_(made)
+    return 2 * made
+
+
+def copied_narrower(x, buffer):
+    made = torch.ops.aten.copy.default(x, x.float() / 3)
+    buffer.copy_(made)
+    return 2 * made
+
+
+def copied_alike(x, buffer):
+    made = x + 1
+    copied = torch.ops.aten.copy.default(x, made)
+    buffer.copy_(copied)
+    return 2 * made, 3 * copied
+
+
+def of_an_operator(x, buffer):
+    made, _ = torch.cat([x, x]).split(4)
+    buffer.copy_(made)
+    return 2 * made
+
+
+def to_two(x, buffer, other):
+    made = x + 1
+    buffer.copy_(made)
+    other.copy_(made)
+    return 2 * made
+
+
+LEFT = (read_before, narrower, broadcast, of_an_operator)
+
+
+@pytest.mark.parametrize("run", [read_by_others, of_views, copied_narrower, copied_alike, to_two, *LEFT])
+def test_what_is_written_once_is_what_was_written(run):
+    """And is read from there alone; but not where the buffer is read too, or takes something in another form."""
+    from dnc_triton.sequence.write_once import WriteOnce
+
+    tensors = [torch.rand(4, 3, dtype=torch.float64) for _ in range(run.__code__.co_argcount)]
+    graph = make_fx(run, tracing_mode="fake")(*tensors)
+    code = graph.code
+    WriteOnce()(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    assert (graph.code == code) == (run in LEFT)
+    copies = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    assert all(list(copy.args[1].users) == [copy] for copy in copies if run not in (*LEFT, copied_narrower))
+    expected, actual = ([x.clone() for x in tensors] for _ in range(2))
+    assert_same_bits((graph(*actual), actual), (run(*expected), expected))
 
 
 def test_what_another_pass_has_made_is_not_taken_from_the_compilers_cache(tmp_path, monkeypatch):
