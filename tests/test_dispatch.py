@@ -246,6 +246,13 @@ def test_layouts_are_few_and_told_apart(memory_size, hip):
         assert len(set(described)) == len(described)
 
 
+def test_a_layout_is_described_by_its_tiles_its_warps_and_what_is_special():
+    split = Layout(False, 32, 128, 1)
+    assert split.describe() == "32×128, 1 warp"
+    assert split._replace(spread=True, ranks=True).describe() == "32×128, 1 warp, spread, ranks"
+    assert Layout(True, 16, 16, 4, backward_rows=32).describe() == "16×16 and 32×16, 4 warps"
+
+
 # --- Every call goes through the table
 
 
