@@ -107,7 +107,7 @@ def saved_bytes(run: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 9, 12])
-@pytest.mark.parametrize(("every", "link_every"), [(1, 1), (2, 1), (3, 1), (9, 1), (1, 4), (9, 4)])
+@pytest.mark.parametrize(("every", "link_every"), [(1, 1), (2, 1), (3, 1), (9, 1), (1, 4), (2, 4), (9, 4)])
 def test_each_buffer_for_memory_and_link_is_used(every: int, link_every: int, steps: int, monkeypatch) -> None:
     """And there is none where the way back makes nothing again."""
     made: list[Tensor] = []
@@ -116,6 +116,7 @@ def test_each_buffer_for_memory_and_link_is_used(every: int, link_every: int, st
     settings = SequenceSettings("lstm", 1, None, None, 1.0, False, torch.float32, every, False, layout)
     first, last = ((torch.empty(2), torch.empty(3)) for _ in range(2))
     memories, links = (torch.empty(n, m) for n, m in zip(Checkpoints.counts(settings, steps), (2, 3), strict=True))
+    assert len(memories) == len(links) or every == 1, "what is made again begins with both"
     for forwards in (True, False):
         made.clear()
         states = Checkpoints(settings, first, last, memories, links, steps, forwards=forwards)
