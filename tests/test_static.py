@@ -31,7 +31,7 @@ from benchmarks.static.measuring import idle_barriers, measure
 from benchmarks.static.record import RECORD, read_record, worse_than_recorded
 from dnc_triton import dispatch
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
-from dnc_triton.kernels.step_launch import compile_options, launches
+from dnc_triton.kernels.step_launch import compile_options, is_capped, launches
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 KERNELS = Path(__file__).parent.parent / "dnc_triton" / "kernels"
@@ -132,10 +132,41 @@ def test_a_head_has_programs_of_its_own_where_a_layout_spreads_and_nowhere_else(
         assert (first, last) == (of_first, per_part * parts + more)
 
 
-def test_a_backward_with_eight_warps_is_not_told_to_take_every_register():
-    """It would spill."""
-    options = [compile_options(Layout(True, 16, 16, warps), warps, backward=True, hip=False) for warps in (4, 8)]
-    assert options == [dict(num_warps=4, maxnreg=255), dict(num_warps=8)]
+@pytest.mark.parametrize(
+    ("fused", "whole", "warps", "told", "registers"),
+    [
+        (False, False, 1, {}, None),
+        (False, False, 1, dict(backward=True), None),
+        (False, False, 1, dict(backward=True, capped=True), 200),
+        (True, False, 4, {}, None),
+        (True, False, 4, dict(backward=True), 255),
+        (True, True, 8, {}, 255),
+        (True, True, 4, dict(backward=True), 255),
+        (True, True, 8, dict(backward=True), None),  # it would spill
+        (True, False, 8, dict(backward=True), None),
+    ],
+)
+def test_how_many_registers_a_kernel_may_take(fused, whole, warps, told, registers):
+    """Of which AMD's compiler is told nothing."""
+    layout = Layout(fused, 16, 16, warps, whole_sequence=whole)
+    expected = dict(num_warps=warps) if registers is None else dict(num_warps=warps, maxnreg=registers)
+    assert compile_options(layout, warps, hip=False, **told) == expected
+    assert compile_options(layout, warps, hip=True, **told) == dict(num_warps=warps)
+
+
+def test_fewer_registers_are_for_the_middle_of_a_backward_with_few_heads_in_float32():
+    """Of three launches. Others would spill."""
+
+    def capped(reads, dtype, layout):
+        compute = torch.promote_types(dtype, torch.float32)
+        found = launches(2, 64, 32, reads, layout, backward=True, raw=True, compute=compute)
+        return [is_capped(launch, dtype) for launch in found]
+
+    split, one = Layout(False, 16, 64, 1), Layout(True, 64, 64, 4)
+    assert capped(4, torch.float32, split) == [False, True, False]
+    assert capped(5, torch.float32, split) == capped(4, torch.bfloat16, split) == [False] * 3
+    assert capped(4, torch.float64, split) == [False] * 3
+    assert capped(4, torch.float32, one) == [False]
 
 
 def test_float64_is_compiled_at_every_shape_and_may_spill():
