@@ -123,9 +123,13 @@ def test_lean_is_full_in_float64(backend: str, checkpoint: int, device: torch.de
     assert_same_bits(*(run(dnc, inputs, state, backend) for dnc in (lean, full)))
 
 
-def test_steps_made_again_have_room_for_their_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which there may be more than the backward has."""
-    monkeypatch.setattr(dispatch, "layouts", lambda slots: [Layout(False, 2, 16, 1, backward_rows=16)])
+@pytest.mark.parametrize(("forward", "backward"), [(2, 16), (16, 2)])
+def test_steps_made_again_have_room_for_their_tiles(
+    forward: int, backward: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which there may be more than the backward has, and fewer."""
+    layout = Layout(False, forward, 16, 1, backward_rows=backward)
+    monkeypatch.setattr(dispatch, "layouts", lambda slots: [layout])
     dnc = make(device, sizes=(16, 1, 2), checkpoint=2)
     inputs, state = draw(dnc, 1)
     with launches_in_margins():
