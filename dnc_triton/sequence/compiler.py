@@ -56,7 +56,7 @@ def machine_code(
         # To allocate a small tensor takes longer than to fill it, so small ones in between go on the stack; not where
         # tensors are returned, for the next call uses the stack's memory again.
         on_stack = not returns and batch * slots * (slots + word) * dtype.itemsize <= SMALL
-        numbers = torch.arange(slots, dtype=torch.promote_types(dtype, torch.float32))
+        numbers = torch.arange(slots, dtype=dtype)
         examples = [numbers, *examples]
         graph = make_fx(traced, decomposition_table=_DECOMPOSITIONS)(*examples)
         patches = {
