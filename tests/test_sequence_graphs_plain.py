@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dnc_triton import environment
 from dnc_triton.sequence import graphs, op
 from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.sequence.unroll import parameters_of
@@ -46,6 +47,18 @@ def test_nothing_waits_for_the_device(controller: str, keep: bool) -> None:
             last, history = others[: len(tensors)], others[len(tensors) :]
             wanted = [True] * (1 + len(tensors) + len(given.parameters))
             op._backward_through_time(settings, [outputs, *last], given, (last[0], last[2]), history, wanted)
+
+
+def test_an_allocator_is_not_asked_what_the_process_may_take_where_there_are_no_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another than PyTorch's own does not tell; a bound that is empty is none."""
+    monkeypatch.setenv(environment.GRAPH_MEMORY, "")
+    monkeypatch.setattr(StandIn, "memory", None)
+    monkeypatch.setattr(StandIn, "ready", lambda self: False)
+    dnc = make()
+    results(dnc, *draw(dnc, 0))
+    assert not cache().signatures
 
 
 def test_not_ready(without: Any) -> None:

@@ -73,7 +73,7 @@ class Engine:
         return torch.cuda.current_stream(self.device) == torch.cuda.default_stream(self.device)
 
     def memory(self) -> int:
-        """Bytes that this process may take."""
+        """Bytes that this process may take, which PyTorch's own allocator tells."""
         total = torch.cuda.get_device_properties(self.device).total_memory
         return int(total * torch.cuda.get_per_process_memory_fraction(self.device))
 

@@ -423,7 +423,7 @@ def _serving(tensor: Tensor) -> GraphCache | None:
         if device not in _graphs:
             _graphs[device] = GraphCache(ENGINES[device.type](device))
     graphs = _graphs[device]
-    if environment.GRAPH_MEMORY in os.environ:
+    if os.environ.get(environment.GRAPH_MEMORY):
         graphs.bound()  # raises at the first call, not when it comes to a capture
     return graphs if graphs.engine.ready() else None
 
