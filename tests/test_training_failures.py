@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,11 +18,13 @@ import pytest
 import torch
 from small_runs import SMALL, assert_same_run, small, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from dnc_triton import files
 from dnc_triton.cli import main
-from dnc_triton.tasks import Batch
+from dnc_triton.tasks import Batch, CopyTask
 from dnc_triton.training import checkpoint
+from dnc_triton.training import run as run_module
 from dnc_triton.training.folder import held
 from dnc_triton.training.report import report
 from dnc_triton.training.run import LOG_EVERY, Run
@@ -97,7 +100,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(number: signal.Signals, tmp_pat
     assert [event.step for event in events.Scalars("training/dnc_loss")] == [50, 100, 150, 157]
 
 
-def test_what_a_step_draws_does_not_depend_on_where_the_run_was_interrupted(tmp_path: Path) -> None:
+def test_what_a_step_draws_does_not_depend_on_where_the_run_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dropout, a lesson that begins meanwhile, batches drawn ahead by workers: the same bits."""
     settings = small(
         steps=LOG_EVERY + 20, controller="lstm", num_layers=2, dropout=0.5, warmup=10, optimizer="rmsprop", clip=5.0
@@ -105,8 +110,9 @@ def test_what_a_step_draws_does_not_depend_on_where_the_run_was_interrupted(tmp_
 
     def with_lessons(run: Run) -> Run:
         run.task.lessons = [[1], [2, 3]]
-        run.task.right = lambda outputs, batch: torch.ones(4, dtype=torch.bool)  # type: ignore[method-assign]
         return run
+
+    monkeypatch.setattr(CopyTask, "right", lambda self, outputs, batch: torch.ones(4, dtype=torch.bool))
 
     whole = with_lessons(Run(settings, tmp_path / "whole"))
     assert whole.train()
@@ -119,6 +125,24 @@ def test_what_a_step_draws_does_not_depend_on_where_the_run_was_interrupted(tmp_
         broken = with_lessons(Run.resume(tmp_path / "broken", workers=workers))
     assert broken.train()
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_an_interrupt_while_those_who_draw_batches_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal's goes to them too. They import for seconds if they are not forked, and do not know of signals yet."""
+
+    class Interrupted(DataLoader):
+        def __iter__(self) -> Any:
+            batches = super().__iter__()
+            for worker in batches._workers:
+                os.kill(worker.pid, signal.SIGINT)
+            return batches
+
+    monkeypatch.setattr(run_module, "DataLoader", Interrupted)
+    not_forked = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", not_forked)
+    run = Run(small(steps=2, baseline=False), tmp_path, workers=1)
+    assert len(list(run._batches())) == 2
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []), "this process gets them"
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------
@@ -385,8 +409,10 @@ def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytes
 def test_an_error_ends_those_who_draw_batches(tmp_path: Path, fails: str) -> None:
     """Theirs or another one; they ignore the signals that would, and while an error is looked at nobody forgets it."""
     script = """
+import multiprocessing
 import dnc_triton.training.learner, dnc_triton.tasks.data
 from dnc_triton.cli import main
+multiprocessing.set_start_method("fork")  # what is changed here is so there
 def fail(*arguments, **options):
     raise RuntimeError("of the run time")
 dnc_triton.FAILS = fail

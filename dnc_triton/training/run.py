@@ -17,6 +17,7 @@ of it; what they learn is what one process would. The first one alone writes and
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ import traceback
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,6 +55,7 @@ CHECKPOINT_SHARE = 0.05  # of the time goes into checkpoints at most
 VALIDATION_SEQUENCES = 200
 VALIDATION_SIZES = 8  # of the last lesson at most, evenly spread
 KEPT = ("step", "lesson", "seconds", "rows", "validations", "best")  # in a checkpoint as they are in a run
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 PARTS = ("data", "logging", "validation", "checkpoints")  # of the time, beside training itself
 
 
@@ -275,13 +278,15 @@ class Run:
     def _batches(self) -> Generator[Batch, None, None]:
         """The batches of the present lesson, from the present step on, until it is closed."""
         try:
-            yield from DataLoader(
-                TrainingBatches(self.task, self.settings.batch_size, self.settings.seed, self.lesson),
-                batch_size=None,
-                sampler=range(self.step, self.settings.steps),
-                num_workers=self.workers,
-                pin_memory=self.fabric.device.type == "cuda",
-                worker_init_fn=_leave_to_the_run,
+            yield from _begin(
+                DataLoader(
+                    TrainingBatches(self.task, self.settings.batch_size, self.settings.seed, self.lesson),
+                    batch_size=None,
+                    sampler=range(self.step, self.settings.steps),
+                    num_workers=self.workers,
+                    pin_memory=self.fabric.device.type == "cuda",
+                    worker_init_fn=_leave_to_the_run,
+                )
             )
         except Exception as error:
             # What a worker raised would keep the loader, and so its workers, which no end of this process ends.
@@ -440,11 +445,27 @@ class Run:
             checkpoint.rescue(self.folder, self.state_dict(), error)
 
 
+def _begin(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The loader's batches, by processes that begin with signals blocked.
+
+    Those that are not forked, as on Linux from Python 3.14 on, import for some seconds before they can ignore them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+        return iter(loader)
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # up to Python 3.13 that unblocks them, and a process is begun with it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_to_the_run(worker: int) -> None:
     """What a worker process begins with: the run's folder and its signals are the training process's."""
     let_go()
     # A terminal sends SIGINT to all processes; the run still needs the batches of the step it is in.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -457,7 +478,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in STOPPING}
     try:
         yield received
     finally:
