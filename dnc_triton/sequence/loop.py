@@ -71,10 +71,9 @@ class Sequence:
     ) -> None:
         self.settings, self.dropout, self.running = settings, dropout, running
         self.steps, self.batch, input_size = inputs.shape
-        if running is not None:
-            inputs = torch.where(running.unsqueeze(-1), inputs, 0)
-            reset = None if reset is None else reset & running
-        self.inputs, self.reset = inputs, reset
+        if running is not None and reset is not None:
+            reset = reset & running
+        self.inputs, self.reset = self._without_ended(inputs), reset
         self.stops = _any_by_step(None if running is None else ~running, self.steps)
         self.resets = _any_by_step(reset, self.steps)
         self.parameters = parameters
@@ -117,9 +116,7 @@ class Sequence:
         self._begin_forward()
         for step in range(self.steps):
             self._forward_step(step)
-        outputs = self._clip(self._project(*self._before_output()))
-        if self.running is not None:
-            outputs = torch.where(self.running.unsqueeze(-1), outputs, 0)
+        outputs = self._without_ended(self._clip(self._project(*self._before_output())))
         # Nothing that is returned is a part of the history.
         if self.running is None:
             light = [trail[-1].clone() for trail in history.trails()]
@@ -138,8 +135,7 @@ class Sequence:
         Overwrites `d_last`. What is not wanted of the first two is None.
         """
         settings, history = self.settings, self.history
-        if self.running is not None:
-            d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
+        d_outputs = self._without_ended(d_outputs)
         if settings.clip is not None:
             within = self._project(*self._before_output()).abs() <= settings.clip
             d_outputs = torch.where(within, d_outputs, 0)  # infinite ones too
@@ -403,7 +399,7 @@ class Sequence:
         return [*gradients, torch.cat([from_hidden, from_words], 1), d_outputs.sum((0, 1))]
 
     def _without_ended(self, x: Tensor) -> Tensor:
-        """[T, B, ...], zeros where a row has ended: what overflows as it runs on is NaN times a gradient of 0, too."""
+        """[T, B, ...], zeros where a row has ended, NaN or not: what overflows as it runs on is NaN times 0, too."""
         return x if self.running is None else torch.where(_rows(self.running, x), x, 0)
 
     def _hold(self, step: int, before: MemoryState, after: MemoryState, *fields: str) -> None:
