@@ -68,7 +68,6 @@ class Case:
     output_size: int
 
 
-# The project's goals are set on the first and the second, so they come first.
 CONFIGURATIONS: dict[str, Configuration] = {
     "deepmind_repeat_copy": Configuration(
         source="DeepMind's code, defaults",
