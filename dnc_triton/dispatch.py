@@ -337,7 +337,7 @@ def _key(problem: Problem, asked: str) -> tuple[Any, ...] | None:
     """All that a choice depends on; None where it must be made for each call."""
     if not _settles(problem):
         return None
-    deterministic, measured = torch.are_deterministic_algorithms_enabled(), tuning.measured_times()
+    deterministic, measured = torch.are_deterministic_algorithms_enabled(), tuning.measurements()
     return problem, asked, deterministic, measured, *map(os.environ.get, SETTLED_BY)
 
 

@@ -63,7 +63,7 @@ TOTAL_SECONDS = 60.0
 
 logger = logging.getLogger("dnc_triton")
 _known: dict[str, dict[Candidate, float]] = {}
-_measured_times = 0  # in this process
+_measurements = 0  # in this process
 _failed_for_now: dict[str, set[Candidate]] = {}  # in this process; the next one tries it again
 
 
@@ -119,9 +119,9 @@ def is_settled(problem: Problem, operations: Mapping[Candidate, Operation]) -> b
     return not environment.is_on(environment.MEASURE) or _measured(problem) >= operations.keys()
 
 
-def measured_times() -> int:
+def measurements() -> int:
     """How often something was measured in this process; what was chosen before may not be what is chosen now."""
-    return _measured_times
+    return _measurements
 
 
 def _measured(problem: Problem) -> set[Candidate]:
@@ -208,8 +208,8 @@ def _read(path: Path, bucket: str) -> dict[Candidate, float]:
 
 def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
     """Add to what is known, here and in the file, where another process may have added something too."""
-    global _measured_times
-    _measured_times += 1
+    global _measurements
+    _measurements += 1
     bucket = _bucket(problem)
     path = _path(bucket)
     _known[bucket] = _read(path, bucket) | _known.get(bucket, {}) | times
@@ -222,9 +222,8 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
 
 def _are_replayed(problem: Problem) -> bool:
     """Whether calls are replayed as CUDA graphs once they have come twice, if there is room for these."""
-    if not (environment.is_on(environment.GRAPHS) and measures_sequence(problem) and problem.steps <= graphs.LONGEST):
-        return False
-    return engine.has_pools()
+    asked = environment.is_on(environment.GRAPHS)
+    return asked and measures_sequence(problem) and problem.steps <= graphs.LONGEST and engine.has_pools()
 
 
 def _power_of_two(size: int) -> int:
