@@ -279,7 +279,7 @@ class DNC(DNCCell):
     def _begin(self, problem: Problem) -> DNCState:
         """`initial_state` in one buffer, for a call that does not hand it out; memory and link may be shared."""
         weight, batch = self.like(), problem.batch
-        ours = begins_with_zeros(self) and problem.controller != "custom"
+        ours = problem.controller != "custom" and begins_with_zeros(self)
         if not ours or problem.steps == 0 or not is_eager([weight]):
             return self.initial_state(batch)
         shapes = MemoryState.shapes(batch, self.memory_size, self.word_size, self.num_reads, self.num_writes)

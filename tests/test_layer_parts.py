@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,25 @@ def test_a_controller_with_layers_less_or_more(kept):
 
 
 # --- the controller's dropout and bound
+
+
+class Wrapped(nn.Module):
+    def __init__(self, controller: nn.Module) -> None:
+        super().__init__()
+        self.wrapped, self.initial_state = controller, controller.initial_state
+
+    def forward(self, *arguments):
+        return self.wrapped(*arguments)
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, partial(torch.compile, backend="eager")], ids=["wrapped", "compiled"])
+def test_a_controller_whose_class_makes_no_initial_state(wrap):
+    """What stands around it hands on what it is asked."""
+    dnc = make()
+    expected = run(dnc)
+    dnc.controller = wrap(dnc.controller)
+    assert backend_of(dnc) == "reference"
+    assert_close(run(dnc), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_dropout_is_what_its_module_does():
