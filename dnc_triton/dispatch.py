@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import dnc_reference
-from dnc_reference import DNCCell, DNCState, MemoryState
+from dnc_reference import DNCState, MemoryState
 from dnc_triton import environment, tuning
 from dnc_triton.kernels.layout import (
     MOST_IN_ONE_LAUNCH,
@@ -37,7 +37,7 @@ from dnc_triton.ops.eager import is_transformed
 from dnc_triton.ops.kernel_step import kernel_interface_step, kernel_memory_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.stepwise import unroll_stepwise
-from dnc_triton.sequence.unroll import is_plain, unroll_sequence
+from dnc_triton.sequence.unroll import unroll_sequence
 
 SETTLED_BY = (environment.GRAPHS, environment.MEASURE)  # variables that a choice depends on
 LEAST_CAPABILITY = (8, 0)
@@ -67,23 +67,14 @@ class Backend:
     rank: Callable[[Problem], int] = lambda problem: 0
     layouts: Callable[[Problem], list[Layout]] = lambda problem: []
 
-    def with_layout(self, layout: Layout | None) -> Backend:
-        """This backend with one layout settled."""
+    def with_layout(self, layout: Layout | None, *, stepwise: bool = False) -> Backend:
+        """This backend with one layout settled, and whether kernels go step by step, as a layer's own parts want it."""
         if layout is None:
             return self
-        return replace(
-            self,
-            memory_step=partial(self.memory_step, layout=layout),
-            unroll=partial(self.unroll, layout=layout),
-        )
-
-
-def _kernel_unroll(cell: DNCCell, *arguments: Any, layout: Layout, **keywords: Any) -> tuple[Tensor, DNCState]:
-    """As one operation with the kernels for the memory's part; step by step where the layer's parts must be called."""
-    if is_plain(cell, resets=keywords.get("reset") is not None):
-        return unroll_sequence(cell, *arguments, layout=layout, **keywords)
-    step = partial(kernel_interface_step, layout=layout)
-    return unroll_stepwise(cell, *arguments, interface_step=step, **keywords)
+        unroll = partial(self.unroll, layout=layout)
+        if stepwise:
+            unroll = partial(unroll_stepwise, interface_step=partial(kernel_interface_step, layout=layout))
+        return replace(self, memory_step=partial(self.memory_step, layout=layout), unroll=unroll)
 
 
 def _sequence_supports(problem: Problem) -> tuple[bool, str]:
@@ -185,14 +176,14 @@ BACKENDS: dict[str, Backend] = {
     "triton_fused": Backend(
         supports=_fused_supports,
         memory_step=kernel_memory_step,
-        unroll=_kernel_unroll,
+        unroll=unroll_sequence,
         rank=lambda problem: _kernels_rank(problem, 1 if problem.memory_size <= 64 else 3),
         layouts=lambda problem: [x for x in layouts(problem.memory_size) if x.fused],
     ),
     "triton_split": Backend(
         supports=_kernels_support,
         memory_step=kernel_memory_step,
-        unroll=_kernel_unroll,
+        unroll=unroll_sequence,
         rank=lambda problem: _kernels_rank(problem, 2),
         layouts=lambda problem: [x for x in layouts(problem.memory_size) if not x.fused],
     ),
@@ -278,7 +269,7 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     settled = settled and key is not None
     if settled:  # of all that the key stands for
         (name, layout), _ = _best(problem, serving, measure=False)
-    chosen = BACKENDS[name].with_layout(layout)
+    chosen = BACKENDS[name].with_layout(layout, stepwise=problem.controller == "custom")
     if settled:
         if len(_settled) >= 1000:  # of a new batch or length each time
             _settled.clear()

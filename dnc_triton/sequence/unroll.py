@@ -100,13 +100,12 @@ def _unflatten(tensors: list[Tensor], structure: Any) -> Any:
     return tuple(tuple(islice(remaining, count)) for count in structure)
 
 
-def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
+def is_plain(cell: DNCCell) -> bool:
     """Whether the layer is made of the parts it was built with and nothing else, so that its weights say it all.
 
     A controller of the user's, a part that was replaced or parametrized, or has no bias, a hook on a part or on all
     modules, a method that a subclass or an object overrides: all of these must be called, step by step. So must parts
-    of other sizes than the layer's, which then say so. With `resets` the initial state is asked for on the way, and
-    has to be zeros as well.
+    of other sizes than the layer's, which then say so.
     """
     # At every call: a hook may come at any time. `nn.Module` answers by name what its dictionaries answer at once.
     interface, output, controller = (cell._modules.get(name) for name in ("interface", "output", "controller"))
@@ -133,8 +132,6 @@ def is_plain(cell: DNCCell, *, resets: bool = False) -> bool:
     for name in ("advance", "control", "project", "_clip"):
         if getattr(overridden, name) is not getattr(DNCCell, name) or name in cell.__dict__:
             return False
-    if resets and not begins_with_zeros(cell):
-        return False
     tensors = _parameters_by_name(cell)
     if (first := tensors[0]) is None:
         return False
