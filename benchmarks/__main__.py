@@ -23,7 +23,7 @@ from benchmarks.goals import MOST_MICROSECONDS
 from benchmarks.machine import describe_machine
 from benchmarks.measure import FAILED, MEASURED, WRONG, Row, Session, in_a_line, measure
 from benchmarks.modes import CAPTURED, MODES, TRAINING, TRAINS, modes_on
-from benchmarks.peers import all_peers, is_ours
+from benchmarks.peers import PEERS, is_ours
 from benchmarks.progress import Progress
 from dnc_triton.cli import INTERRUPTED
 
@@ -126,8 +126,8 @@ def _measure_all(
 ) -> tuple[list[dict[str, Any]], bool]:
     """All rows, which are written whenever there are new ones, and whether it was interrupted."""
     on_gpu = session.device.type == "cuda"
-    named = options.peers or [name for name, peer in all_peers().items() if on_gpu or not peer.gpu_only]
-    alone = [name for name in named if on_gpu and len(named) > 1 and all_peers()[name].apart]
+    named = options.peers or [name for name, peer in PEERS.items() if on_gpu or not peer.gpu_only]
+    alone = [name for name in named if on_gpu and len(named) > 1 and PEERS[name].apart]
     records: list[dict[str, Any]] = []
     records_apart: list[dict[str, Any]] = []
 
@@ -148,7 +148,7 @@ def _measure_all(
         now, interrupted = "what is measured apart", False
         try:
             for name in alone:  # first, so that the others have what it leaves of its time
-                of_peer = [mode for mode in modes if mode != CAPTURED or all_peers()[name].captured]
+                of_peer = [mode for mode in modes if mode != CAPTURED or PEERS[name].captured]
                 if of_peer != modes:
                     session.left_out.append(f"{name}: it is not captured")
                 for rows in apart.measure_apart(name, [c for c in cases if not c.sweep], of_peer, options, session):
@@ -156,7 +156,7 @@ def _measure_all(
                     write_rows()
             for case, of_job in jobs:
                 now = case.configuration
-                peers = [name for name in named if not case.sweep or all_peers()[name].sweeps or options.peers]
+                peers = [name for name in named if not case.sweep or PEERS[name].sweeps or options.peers]
                 measure(case, [name for name in peers if name not in alone], of_job, session, done)
         except KeyboardInterrupt:
             interrupted = True
@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
 def _epilog() -> str:
     known = {
         "Configurations": list(CONFIGURATIONS),
-        "Peers": list(all_peers()),
+        "Peers": list(PEERS),
         "Modes": list(MODES),
         "Sweeps": list(SWEEPS),
     }
@@ -302,7 +302,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     every = ",".join(CONFIGURATIONS)
     add("--configurations", _some("configuration", CONFIGURATIONS), every, "A,B", "which, with commas (default: all)")
     add("--sweeps", _some("sweep", SWEEPS), [], "A,B", "sizes to vary one at a time, B,N,T (default: none)")
-    add("--peers", _some("peer", all_peers()), [], "A,B", "who (default: all that can run here)")
+    add("--peers", _some("peer", PEERS), [], "A,B", "who (default: all that can run here)")
     add("--modes", _some("mode", MODES), [], "A,B", "what is done with them (default: all that can be done here)")
     add("--rounds", _positive, 30, "N", "how often each is timed at most (default: %(default)s)")
     add(

@@ -7,13 +7,13 @@ from typing import Any
 
 from benchmarks.configurations import SIZES
 from benchmarks.measure import FAILED, MEASURED, WRONG
-from benchmarks.peers import all_peers
+from benchmarks.peers import PEERS
 
 MARGIN = 0.05
 MACHINE = ("device", "cpu", "gpu", "threads", "python", "torch", "triton", "environment")
 
 # Whose code this project does not change: it tells whether the machine was the same.
-FOREIGN = [name for name, peer in all_peers().items() if not peer.checked]
+FOREIGN = [name for name, peer in PEERS.items() if not peer.checked]
 
 Key = tuple[str, str, str]
 

@@ -16,7 +16,7 @@ from benchmarks.configurations import Case
 from benchmarks.floors import floor_bytes, synchronize
 from benchmarks.memory import cpu_peak, gpu_peak
 from benchmarks.modes import CAPTURED, TRAINING, TRAINS, call_of, draw_inputs, inputs_of
-from benchmarks.peers import EAGER, OURS, DeclinedError, MissingPeerError, Network, all_peers, is_ours
+from benchmarks.peers import EAGER, OURS, PEERS, DeclinedError, MissingPeerError, Network, is_ours
 
 WARM_UP_ROUNDS = 2
 LEAST_ROUNDS = 5  # however long they take
@@ -40,7 +40,7 @@ class Row:
     Attributes:
         case: what was run.
         mode: a key of `MODES`.
-        peer: a key of `all_peers`.
+        peer: a key of `PEERS`.
         status: "measured"; or why there is no time: "missing" (not installed, or not for this device), "declined" (this
             backend does not serve the case, or the peer is not captured), "left out" (for want of time), "wrong",
             "failed" (it raised).
@@ -176,7 +176,7 @@ def _make_networks(case: Case, names: Sequence[str], session: Session) -> tuple[
     for name in names:
         session.report(f"{case.configuration}: {name}")
         try:
-            networks[name] = all_peers()[name].make(case, session.device)
+            networks[name] = PEERS[name].make(case, session.device)
         except MissingPeerError as reason:
             unmade[name] = Row(case, "", name, MISSING, note=str(reason))
         except Exception as error:  # one peer that breaks must not cost the others' figures
@@ -221,7 +221,7 @@ def _check(
     session: Session,
 ) -> tuple[Row, Callable[[], Any] | None]:
     """A row without times, and what is to be timed if all is well. The calls here are the first ones of the network."""
-    peer = all_peers()[name]
+    peer = PEERS[name]
     row = Row(case, mode, name, MEASURED)
     started = time.monotonic()
     if reason := session.over:
@@ -364,7 +364,7 @@ def _timed(row: Row, seconds: list[float] | None, ours: list[float] | None, sess
     row = replace(row, rounds=len(seconds), ms_per_step_p20=p20, ms_per_step_p50=p50, ms_per_step_p80=p80)
     if ours:
         row = replace(row, ratio=float(np.median(seconds) / np.median(ours)))
-    if not all_peers()[row.peer].has_memory:
+    if not PEERS[row.peer].has_memory:
         return row
     moved = floor_bytes(row.case, row.mode)
     achieved = moved / (p50 / 1000)
@@ -374,7 +374,7 @@ def _timed(row: Row, seconds: list[float] | None, ours: list[float] | None, sess
 
 def _with_peak(row: Row, network: Network, call: Callable[[], Any], session: Session) -> Row:
     """A row with its peak of memory, where that can be told, or with the reason why there was none."""
-    peer, on_gpu = all_peers()[row.peer], session.device.type == "cuda"
+    peer, on_gpu = PEERS[row.peer], session.device.type == "cuda"
     # On a CPU the compiler's memory would count; and a process takes its time.
     if peer.hides_memory or (not on_gpu and (peer.compiles or row.mode != TRAINING)):
         return row

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.configurations import Case
 from benchmarks.modes import aside, call_of, draw_inputs
-from benchmarks.peers import all_peers
+from benchmarks.peers import PEERS
 
 
 def gpu_peak(call: Callable[[], Any], module: torch.nn.Module) -> int:
@@ -52,7 +52,7 @@ def cpu_peak(case: Case, peer: str, mode: str, threads: int) -> int | None:
 def _growth(case: Case, peer: str, mode: str, threads: int) -> int:
     torch.set_num_threads(threads)
     inputs = draw_inputs(case, torch.device("cpu"))
-    network = all_peers()[peer].make(case, inputs.device)
+    network = PEERS[peer].make(case, inputs.device)
     call_of(mode, network, inputs[:1, :1])()  # loads libraries, starts threads
     network.module.zero_grad(set_to_none=True)
     call = call_of(mode, network, inputs)

@@ -269,42 +269,40 @@ def make_lstm(case: Case, device: torch.device) -> Network:
     return Network(module, run)
 
 
-def all_peers() -> dict[str, Peer]:
-    """Every peer by name, ours first. Which backends there are, the dispatcher's table says."""
-    return {
-        OURS: Peer("dnc_triton", partial(make_layer, backend="auto"), sweeps=True, captured=True),
-        **{
-            name: Peer(
-                f"dnc_triton, {name}",
-                partial(make_layer, backend=name),
-                captured=True,
-                hides_memory=name == "torch_compiled",
-            )
-            for name in BACKENDS
-            if name != EAGER
-        },
-        **{
-            f"{name}_launched": Peer(
-                f"dnc_triton, {name} without CUDA graphs",
-                partial(make_layer, backend=name, graphs=False),
-                gpu_only=True,
-            )
-            for name in ("triton_fused", "triton_split")
-        },
-        EAGER: Peer("reference, eager", partial(make_layer, backend=EAGER), sweeps=True),
-        "compiled": Peer("reference, torch.compile", partial(make_compiled, mode="default"), compiles=True),
-        "compiled_cuda_graphs": Peer(
-            "reference, torch.compile with CUDA graphs",
-            partial(make_compiled, mode="reduce-overhead"),
-            compiles=True,
+# Ours first. Which backends there are, the dispatcher's table says.
+PEERS: dict[str, Peer] = {
+    OURS: Peer("dnc_triton", partial(make_layer, backend="auto"), sweeps=True, captured=True),
+    **{
+        name: Peer(
+            f"dnc_triton, {name}",
+            partial(make_layer, backend=name),
+            captured=True,
+            hides_memory=name == "torch_compiled",
+        )
+        for name in BACKENDS
+        if name != EAGER
+    },
+    **{
+        f"{name}_launched": Peer(
+            f"dnc_triton, {name} without CUDA graphs",
+            partial(make_layer, backend=name, graphs=False),
             gpu_only=True,
-            hides_memory=True,
-            # For a large memory it compiles for minutes, which only the end of its process cuts short. And with PyTorch
-            # 2.11 it was not at peace with our layer's own CUDA graphs while steps were timed, until those had
-            # workspaces of their own (`sequence.engine`); trainings of both have been timed in one process
-            # since, steps have not.
-            apart=True,
-        ),
-        "pypi_dnc": Peer(f"PyPI dnc {PYPI_DNC_VERSION}", make_pypi_dnc, checked=False),
-        "lstm": Peer("nn.LSTM", make_lstm, checked=False, sweeps=True, has_memory=False, captured=True),
-    }
+        )
+        for name in ("triton_fused", "triton_split")
+    },
+    EAGER: Peer("reference, eager", partial(make_layer, backend=EAGER), sweeps=True),
+    "compiled": Peer("reference, torch.compile", partial(make_compiled, mode="default"), compiles=True),
+    "compiled_cuda_graphs": Peer(
+        "reference, torch.compile with CUDA graphs",
+        partial(make_compiled, mode="reduce-overhead"),
+        compiles=True,
+        gpu_only=True,
+        hides_memory=True,
+        # For a large memory it compiles for minutes, which only the end of its process cuts short. And with PyTorch
+        # 2.11 it was not at peace with our layer's own CUDA graphs while steps were timed, until those had workspaces
+        # of their own (`sequence.engine`); trainings of both have been timed in one process since, steps have not.
+        apart=True,
+    ),
+    "pypi_dnc": Peer(f"PyPI dnc {PYPI_DNC_VERSION}", make_pypi_dnc, checked=False),
+    "lstm": Peer("nn.LSTM", make_lstm, checked=False, sweeps=True, has_memory=False, captured=True),
+}

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import goals
 from benchmarks.measure import FAILED, MEASURED, WRONG
 from benchmarks.modes import MODES
-from benchmarks.peers import OURS, all_peers, is_ours
+from benchmarks.peers import OURS, PEERS, is_ours
 
 Record = dict[str, Any]
 OF_A_GPU = (
@@ -136,8 +136,7 @@ def notes_of(results: dict[str, Any]) -> list[str]:
 
 def label_of(peer: str) -> str:
     """A peer's name in a table; a result may know one that is no more."""
-    known = all_peers()
-    return known[peer].label if peer in known else peer
+    return PEERS[peer].label if peer in PEERS else peer
 
 
 def sizes_of(row: Record) -> str:

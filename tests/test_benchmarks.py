@@ -17,7 +17,7 @@ from benchmarks import files, measure, verify
 from benchmarks.__main__ import _jobs, main
 from benchmarks.configurations import BASE, CONFIGURATIONS, SWEEPS, SWEPT, LeftOutError, case_of, sweep_cases
 from benchmarks.modes import CAPTURED, MODES, modes_on
-from benchmarks.peers import EAGER, OURS, all_peers
+from benchmarks.peers import EAGER, OURS, PEERS
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.files import write_table
 
@@ -72,7 +72,7 @@ def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys)
 def test_everybody_runs(monkeypatch):
     """With a compiler that leaves the code as it is: what is around it. A backend with its own takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda step, options: step)
-    peers = [peer for peer in all_peers() if peer != "torch_compiled"]
+    peers = [peer for peer in PEERS if peer != "torch_compiled"]
     rows = measure.measure(CASE, peers, modes_on("cpu"), session(compile_seconds=100.0))
     statuses = {peer: {row.status for row in rows if row.peer == peer} for peer in peers}
     assert statuses.pop("pypi_dnc") == statuses.pop("compiled_cuda_graphs") == {"missing"}
@@ -105,7 +105,7 @@ def test_a_sweep_is_trained_by_few(tmp_path, monkeypatch):
     assert main([*arguments, "--no-report"]) == 0  # `run` goes without saying
     (file,) = tmp_path.glob("*.json")
     rows = json.loads(file.read_text())["rows"]
-    swept = [name for name, peer in all_peers().items() if peer.sweeps]
+    swept = [name for name, peer in PEERS.items() if peer.sweeps]
     names = [(f"base/N={size}", "training", peer) for size in (2, 3) for peer in swept]
     assert [(row["configuration"], row["mode"], row["peer"]) for row in rows] == names
     assert {row["peak_bytes"] for row in rows} == {7}

@@ -8,11 +8,10 @@ import sys
 
 import pytest
 
-from benchmarks import goals, machine, pictures, report
+from benchmarks import goals, machine, peers, pictures, report
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.files import read_results
-from benchmarks.peers import all_peers
 
 MACHINE = {
     "device": "cpu",
@@ -370,4 +369,4 @@ def test_what_the_environment_changes_is_recorded_and_told(results, variables, m
 
 
 def test_every_peer_has_a_look_of_its_own():
-    assert len(set(pictures.COLORS)) == len(set(pictures.MARKERS)) >= len(all_peers())
+    assert len(set(pictures.COLORS)) == len(set(pictures.MARKERS)) >= len(peers.PEERS)

@@ -14,7 +14,7 @@ from tiny_benchmark import CASE, CPU, TINY, _tiny_configuration_without_peer, ru
 from benchmarks import measure, peers, verify
 from benchmarks.configurations import CONFIGURATIONS
 from benchmarks.modes import MODES, draw_inputs
-from benchmarks.peers import EAGER, OURS, MissingPeerError, Network, all_peers
+from benchmarks.peers import EAGER, OURS, PEERS, MissingPeerError, Network
 from dnc_reference.interface import interface_sizes
 
 # --- right or wrong ---------------------------------------------------------------------------------------------------
@@ -37,9 +37,7 @@ def test_another_wrong_network_costs_the_others_nothing(monkeypatch):
         network = exact(case, device, backend=backend)
         return replace(network, run=lambda inputs, state: (network.run(inputs, state)[0] * 1.01, None))
 
-    peer = replace(all_peers()[EAGER], make=partial(off, backend=EAGER))
-    known = {**all_peers(), EAGER: peer}
-    monkeypatch.setattr(measure, "all_peers", lambda: known)
+    monkeypatch.setitem(PEERS, EAGER, replace(PEERS[EAGER], make=partial(off, backend=EAGER)))
     rows = {row.peer: row for row in measure.measure(CASE, [OURS, EAGER], ["training"], session())}
     assert (rows[OURS].status, rows[EAGER].status) == ("measured", "wrong")
     assert rows[EAGER].ms_per_step_p50 is None
@@ -119,7 +117,7 @@ def test_another_version_of_the_peer_counts_as_missing(monkeypatch):
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(peers, "COMPILER", "no-compiler++")
     with pytest.raises(MissingPeerError, match=r"needs a compiler of C or C\+\+, there is no no-compiler\+\+"):
-        all_peers()["compiled"].make(CASE, CPU)
+        PEERS["compiled"].make(CASE, CPU)
 
 
 # --- broken -----------------------------------------------------------------------------------------------------------
@@ -132,8 +130,7 @@ def test_a_peer_that_breaks_costs_the_others_nothing(monkeypatch):
 
         return Network(torch.nn.Linear(1, 1), run)
 
-    known = {**all_peers(), "lstm": replace(all_peers()["lstm"], make=broken)}
-    monkeypatch.setattr(measure, "all_peers", lambda: known)
+    monkeypatch.setitem(PEERS, "lstm", replace(PEERS["lstm"], make=broken))
     rows = {row.peer: row for row in measure.measure(CASE, [OURS, "lstm"], ["step"], session())}
     assert rows[OURS].status == "measured"
     assert (rows["lstm"].status, rows["lstm"].ms_per_step_p50) == ("failed", None)
@@ -144,8 +141,7 @@ def test_a_peer_that_breaks_costs_the_others_nothing(monkeypatch):
     ("peer", "status"), [(OURS, 1), ("torch_sequence", 1), ("triton_split_launched", 1), (EAGER, 0)]
 )
 def test_a_layer_of_ours_that_breaks_fails_the_run(tmp_path, monkeypatch, peer, status):
-    known = {**all_peers(), peer: replace(all_peers()[peer], make=lambda case, device: 1 / 0)}
-    monkeypatch.setattr(measure, "all_peers", lambda: known)
+    monkeypatch.setitem(PEERS, peer, replace(PEERS[peer], make=lambda case, device: 1 / 0))
     ended, rows, _ = run(
         tmp_path, "--modes", "forward", "--peers", f"{OURS},torch_sequence,triton_split_launched,{EAGER}"
     )
@@ -173,7 +169,7 @@ def test_an_oracle_that_breaks_leaves_the_case_without_times(monkeypatch):
 )
 def test_what_is_replayed_is_checked_when_it_is(monkeypatch, name, device, mode, checks):
     """It is captured in the second call, so one is not enough."""
-    network, inputs = all_peers()[name].make(CASE, CPU), draw_inputs(CASE, CPU)
+    network, inputs = PEERS[name].make(CASE, CPU), draw_inputs(CASE, CPU)
     truth, checked = verify.find_truth(CASE, inputs, ["training", "forward"]), []
     truth.allowed["captured"] = truth.allowed["training"]
     monkeypatch.setattr(verify, "error", lambda network, mode, truth: checked.append(mode) or 0.0)
