@@ -35,17 +35,20 @@ class Journal:
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, row: dict[str, float], kind: str) -> None:
+        """The numbers of a row, at its step: each as "kind/name"."""
         with self._harmless():
             for name, value in row.items():
                 if self._writer and name not in ("step", "seconds"):
                     self._writer.add_scalar(f"{kind}/{name}", value, int(row["step"]))
 
     def flush(self) -> None:
+        """All that was added, to the disk."""
         with self._harmless():
             if self._writer:
                 self._writer.flush()
 
     def close(self) -> None:
+        """The same, for good."""
         with self._harmless():
             if self._writer:
                 self._writer.close()

@@ -140,6 +140,7 @@ class Learner:
         return tensors
 
     def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint keeps: what `load_state_dict` takes."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
