@@ -156,7 +156,7 @@ def _shapes(cell: DNCCell, num_layers: int) -> list[tuple[int, ...]]:
 
 
 def begins_with_zeros(cell: DNCCell) -> bool:
-    """Whether no class and no object overrides the initial state."""
+    """Whether no class and no object overrides the initial state of a plain cell."""
     kinds: tuple[tuple[Any, Any], ...] = ((cell, DNCCell), (cell.controller, Controller))
     return all(
         type(x).initial_state is kind.initial_state and "initial_state" not in x.__dict__  # which a compiler follows
