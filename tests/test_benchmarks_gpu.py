@@ -8,17 +8,19 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from stand_in import StandIn
 from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, run, session  # noqa: F401
 
 from benchmarks import files, floors, machine, measure, modes, peers, verify
 from benchmarks.machine import describe_machine
 from benchmarks.modes import CAPTURED, call_of, draw_inputs, modes_on
-from benchmarks.peers import EAGER, OURS
+from benchmarks.peers import EAGER, OURS, PEERS
 
 # --- the GPU's part, without one --------------------------------------------------------------------------------------
 
@@ -224,6 +226,18 @@ def test_a_training_that_is_captured(monkeypatch):
     monkeypatch.setattr(modes, "train", lambda network, given: torch.zeros(*given.shape[:2], CASE.output_size))
     (row,) = measure.measure(CASE, [OURS], [CAPTURED], session())
     assert row.status == "wrong"
+
+
+def test_a_training_is_captured_by_the_engine(monkeypatch):
+    engine = StandIn(CPU)
+    monkeypatch.setattr(modes, "_engine", lambda device: engine)
+    monkeypatch.setattr(modes, "aside", nullcontext)
+    network, inputs = PEERS["lstm"].make(CASE, CPU), draw_inputs(CASE, CPU)
+    replay, outputs = modes.capture(network, inputs)
+    assert outputs.isnan().all()
+    replay()
+    assert torch.equal(outputs, modes.train(network, inputs))
+    assert (engine.captures, engine.replays) == (1, 1)
 
 
 # --- the step on a GPU ------------------------------------------------------------------------------------------------
