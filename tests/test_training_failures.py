@@ -127,6 +127,20 @@ def test_what_a_step_draws_does_not_depend_on_where_the_run_was_interrupted(
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_those_who_draw_batches_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    """Also where a server forks them, as on Linux from Python 3.14 on, which ends after them."""
+    script = "import multiprocessing, dnc_triton.cli, sys; multiprocessing.set_start_method('forkserver')"
+    command = [sys.executable, "-c", f"{script}; dnc_triton.cli.main(sys.argv[1:])"]
+    arguments = ["train", "copy", *SMALL, "--no-baseline", "--run", str(tmp_path / "run"), "--workers", "1"]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)  # until nobody is left who might write
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_an_interrupt_while_those_who_draw_batches_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal's goes to them too. They import for seconds if they are not forked, and do not know of signals yet."""
 

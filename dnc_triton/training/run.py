@@ -21,12 +21,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -467,6 +469,13 @@ def _leave_to_the_run(worker: int) -> None:
     # A terminal sends SIGINT to all processes; the run still needs the batches of the step it is in.
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+    # PyTorch takes whoever forked it for the training process: from Python 3.14 on a server, which ends after it.
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 @contextmanager
