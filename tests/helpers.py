@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -61,6 +62,7 @@ def _complaint(name: str, actual: Tensor, expected: Tensor, rtol: float, atol: f
     worst, largest = error.max().item(), expected.abs().max().item()
     rms, expected_rms = error.square().mean().sqrt().item(), expected.square().mean().sqrt().item()
     limit = atol + rtol * largest
+    assert math.isfinite(limit), f"{name}: nothing can be compared within a limit that is not finite"
     if worst <= limit and rms <= atol + rtol * expected_rms:
         return ""
     index = [int(i) for i in np.unravel_index(int(error.argmax()), error.shape)]
