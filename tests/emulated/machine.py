@@ -14,7 +14,8 @@ what, and where the compiler put barriers and shuffles. While a kernel runs, `Mi
 What it is not: the machine code that ptxas makes of PTX, which may fuse products and sums that are still apart. A
 device, whose approximate instructions (ex2, div.full, sqrt.approx) err by an ulp or two; here they are rounded
 correctly. A clock. And nothing is known of races between blocks, which run one after the other. An instruction that is
-not here raises `Unsupported`: the kernels need few.
+not here raises `Unsupported`: the kernels need few. The one for gradients by weights (gradients.py) is not run here: it
+copies asynchronously.
 """
 
 from __future__ import annotations
