@@ -35,6 +35,18 @@ def test_peers_take_turns(short, order, monkeypatch):
     assert {peer: len(times) for peer, times in seconds.items()} == {"a": 3, "b": 3}
 
 
+def test_a_call_that_is_made_before_is_not_timed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure, "SHORT_SECONDS", 10.0)
+
+    def call():
+        now[0] += 0.25
+
+    assert measure._time_in_turns({"a": call}, session(rounds=3), {"a": 1}) == {"a": [0.25] * 3}
+    assert now == [0.25 * 5]
+
+
 def test_what_takes_long_gets_fewer_rounds():
     runs, once = {"a": lambda: time.sleep(0.002)}, {"a": 1}
     seconds = measure._time_in_turns(runs, session(rounds=1000, case_seconds=0.03), once)

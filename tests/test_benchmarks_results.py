@@ -130,6 +130,7 @@ def test_goals_are_reached_missed_or_not_measured(results):
         row("nature_babi", "forward", "dnc_triton", 0.001),
         row("nature_babi_wide", "training", "dnc_triton", status="wrong", note="wrong"),
         row("base/N=16", "training", "reference", 100.0, sweep="N"),
+        row("base/N=16", "training", "dnc_triton", 1.0, sweep="N"),
     ]
     for measured in rows:
         measured["peak_bytes"] = 60 if measured["peer"] == "reference" else 30
@@ -150,6 +151,32 @@ def test_goals_are_reached_missed_or_not_measured(results):
     assert verdicts[memory] == "≤ 0.333 | 0.5 | missed so far, over 2 of 8 configurations |"
 
 
+def test_the_limits_are_those_that_were_set():
+    """A limit that is moved is another goal: then it is moved here as well."""
+    limits = {goal.what: (">=" if goal.at_least else "<=", goal.limit, goal.over) for goal in goals.TIMES}
+    microseconds = {"deepmind": 20, "csordas": 20, "nature": 60, "adnc": 60}
+    for what in [what for what in limits if "µs" in what]:
+        assert limits.pop(what) == ("<=", microseconds[what.split("_")[0]], 1)
+    assert limits == {
+        "sam_scaling_2048, training, times its byte floor": ("<=", 2, 1),
+        "training, reference over dnc_triton, geometric mean": (">=", 30, 8),
+        "training, pypi_dnc over dnc_triton, geometric mean": (">=", 30, 8),
+        "training, compiled_cuda_graphs over dnc_triton, geometric mean": (">=", 4, 8),
+        "deepmind_repeat_copy, training, dnc_triton over lstm": ("<=", 4, 1),
+        "csordas_repeat_copy, training, dnc_triton over lstm": ("<=", 4, 1),
+        "training, peak of memory, part of eager's, the largest": ("<=", 1 / 3, 8),
+    }
+    assert [(goal.limit, goal.at_least) for goal in goals.STEPS] == [(6, False), (10, False), (16, False), (28, False)]
+    assert [(goal.limit, goal.at_least) for goal in goals.MEMORY] == [(1 / 3, False), (1 / 10, False)]
+
+
+def test_a_captured_training_is_measured_by_its_own_rows():
+    rows = [row("nature_babi", mode, "dnc_triton", time) for mode, time in (("training", 0.07), ("captured", 0.05))]
+    lines = goals.table(goals.TIMES, rows).splitlines()
+    assert "| nature_babi, training, µs per time step | ≤ 60 | 70 | missed |" in lines
+    assert "| nature_babi, captured, µs per time step | ≤ 60 | 50 | reached |" in lines
+
+
 def test_goals_of_a_step_and_of_memory():
     sizes = dict(batch=16, memory_size=16, word_size=16, num_reads=4)
     steps = [
@@ -157,6 +184,7 @@ def test_goals_of_a_step_and_of_memory():
         dict(**sizes, who="split 16×16, 8 warps", forward_us=7.0, backward_us=11.0),
         dict(**sizes, who="split 16×32, 8 warps", forward_us=None, backward_us=None),
         dict(**sizes, who="sequence of 32", forward_us=1.0, backward_us=1.0),
+        dict(**{**sizes, "batch": 64}, who="fused 16×16, 4 warps", forward_us=1.0, backward_us=1.0),
     ]
     lines = goals.table(goals.STEPS, steps).splitlines()[2:]
     assert [line.split("| ")[-1] for line in lines] == ["reached |", "missed |", *["not measured |"] * 2]

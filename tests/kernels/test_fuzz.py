@@ -64,7 +64,8 @@ def test_what_is_drawn() -> None:
     keys = torch.cat([(interface.write_keys == 0).all(-1).flatten() for interface, _ in activated])
     assert 0.05 < keys.double().mean() < 0.4
     assert max(interface.write_strengths.max() for interface, _ in activated) > 100
-    assert some([(state.memory == interface.write_keys).all(-1).any(-1) for interface, state in activated])
+    same = [(state.memory == interface.write_keys).all(-1).any(-1) for interface, state in activated]
+    assert some([x & interface.write_keys.any(-1)[:, 0] for x, (interface, _) in zip(same, activated, strict=True)])
     assert some([(interface.read_modes == 1).any(-1).all(-1) for interface, _ in activated])
 
     states = [problem.state for _, problem in seen]
