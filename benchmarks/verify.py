@@ -106,7 +106,10 @@ def error(network: Network, mode: str, truth: Truth) -> float:
             replay()
         else:
             outputs = train(network, truth.inputs)
-        for name, parameter in network.module.named_parameters():
+        parameters = dict(network.module.named_parameters())
+        if parameters.keys() != truth.gradients.keys():
+            raise ValueError(f"parameters: expected {', '.join(truth.gradients)}, got {', '.join(parameters)}")
+        for name, parameter in parameters.items():
             gradient, expected = parameter.grad, truth.gradients[name]
             gradient = torch.zeros_like(parameter) if gradient is None else gradient
             weighed.append((1, gradient, expected))

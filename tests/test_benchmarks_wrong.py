@@ -98,6 +98,39 @@ def test_steps_that_are_missing_are_noticed(mode):
         verify.error(Network(layer, lambda inputs, state: layer(inputs[:, :2])), mode, truth)
 
 
+def test_parameters_that_are_missing_are_noticed():
+    """Of which there would be no gradient to compare."""
+    truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["training"])
+    layer = peers.make_layer(CASE, CPU, backend="auto").module
+    with pytest.raises(ValueError, match=r"parameters: expected .*interface.weight.*, got weight, bias"):
+        verify.error(Network(layer.output, layer), "training", truth)
+
+
+def test_as_many_steps_are_verified_as_is_said():
+    """From the first on, of a sequence that goes on for longer; one by one no more than ten."""
+    case = replace(CASE, steps=60)
+    inputs = draw_inputs(case, CPU)
+    truth = verify.find_truth(case, inputs, ["forward", "step"])
+    assert torch.equal(truth.inputs, inputs[:, :50])
+    assert truth.outputs.shape == (case.batch, 50, case.output_size)
+    assert truth.outputs.dtype == torch.float64
+    layer = peers.make_layer(case, CPU, backend="auto").module
+    for mode, last in (("forward", 49), ("step", 9)):
+        steps = []
+
+        def off(given, state, steps=steps, last=last):
+            outputs, state = layer(given, state)
+            steps.append(given.shape[1])
+            wrong = torch.zeros_like(outputs)
+            if sum(steps) > last:
+                wrong[:, -1] = 0.01
+            return outputs + wrong, state
+
+        network = Network(layer, off)
+        assert verify.error(network, mode, truth) > truth.allowed[mode]
+        assert sum(steps) == last + 1
+
+
 def test_a_poor_reference_does_not_widen_the_tolerance_at_will(monkeypatch):
     monkeypatch.setattr(verify, "error", lambda network, mode, truth: 0.5)
     truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["forward"])
