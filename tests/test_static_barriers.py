@@ -139,6 +139,13 @@ def beyond_its_own(data_ptr, out_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def looking_ahead(data_ptr, out_ptr, BY: tl.constexpr):
+    """Each program stores 256 numbers, and loads those that lie so many further on."""
+    here = tl.program_id(0) * 256 + tl.arange(0, 256)
+    tl.store(data_ptr + here, tl.load(data_ptr + here + BY))
+
+
+@triton.jit
 def looking_back(data_ptr, out_ptr):
     here = tl.arange(0, 256)
     tl.store(out_ptr + here, tl.load(data_ptr + here - 64))
@@ -193,6 +200,8 @@ PLANTED = {
     "loaded early": Planted("prefetching", dict(NEXT=6), None),
     "programs apart": Planted("beyond_its_own", dict(SIZE=256), None),
     "programs that overlap": Planted("beyond_its_own", dict(SIZE=512), "in program (1,)"),
+    "programs that load what another stores": Planted("looking_ahead", dict(BY=256), "loads in program (0,)"),
+    "programs that load their own": Planted("looking_ahead", dict(BY=0), None),
     "back too far": Planted("looking_back", {}, "touches what lies before data_ptr", before=63),
     "back": Planted("looking_back", {}, None, before=64),
     "atomic": Planted("counting", {}, "cannot be checked: tt.atomic_rmw"),
@@ -210,7 +219,7 @@ def find_races(name):
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind != "constexpr"}
     source = ASTSource(kernel, arguments, planted.constants, aligned)
     compiled = triton.compile(source, target=TARGETS[planted.target], options={"num_warps": 4})
-    grid = (2,) if planted.kernel == "beyond_its_own" else (1,)
+    grid = (2,) if planted.kernel in ("beyond_its_own", "looking_ahead") else (1,)
     known = {"data_ptr": planted.before} | ({} if planted.index is None else {"index_ptr": planted.index})
     try:
         return barriers.races(compiled.asm["ttgir"], grid, known)
