@@ -126,6 +126,15 @@ def test_what_a_step_computes(num_layers):
     assert floors.operations(case, "training") == 3 * floors.products(case) + passes[1]
 
 
+def test_speeds_are_of_the_median_call_but_for_the_first(monkeypatch):
+    took = [9.0, 0.001, 0.007, 0.002, 0.004, 0.006, 0.003, 0.005]
+    ticks = [tick for start, seconds in enumerate(took) for tick in (10.0 * start, 10.0 * start + seconds)]
+    for speed, count in ((floors.copy_speed, 2 * 2**20), (floors.product_speed, 2 * 128**3)):
+        clock = iter(ticks)
+        monkeypatch.setattr(time, "perf_counter", lambda clock=clock: next(clock))
+        assert speed(CPU) == pytest.approx(count / 0.004)
+
+
 def test_compiling_has_a_budget(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda step, options: step)
     for settings in ({"compile_seconds": 0.0}, {"deadline": time.monotonic() + 30}):

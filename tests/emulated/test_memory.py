@@ -94,6 +94,10 @@ def test_every_byte_of_an_access_is_looked_at() -> None:
     for word, count in ((16, 1), (-1, 1), (-2, 2), (14, 4)):
         with pytest.raises(Mistake, match="outside of any shared buffer"):
             Words().read(word, threads=[0], count=count)
+    words = Words()
+    words.there[15] = False
+    with pytest.raises(Mistake, match="outside of any shared buffer"):
+        words.read(14, threads=[0], count=2)
     with pytest.raises(Mistake, match="not aligned to 8 bytes"):
         Words().read(1, threads=[0], count=2)
     words = Words()
@@ -107,6 +111,7 @@ def test_buffers_lie_apart_and_hold_what_was_written() -> None:
     memory, (start, number, other), places = allocate([first, 7, Window(second, 8, [(4, 12)])], 4)
     assert number == 7
     assert [begin for begin, _ in places] == [start - memory.base]  # a window is not written to
+    assert other - 4 - (start + 12) > 4096  # bytes
     there = np.flatnonzero(memory.there) * 4 + memory.base
     assert there.tolist() == [start, start + 4, start + 8, other - 4, other]
     assert memory.written[(there - memory.base) // 4].tolist() == [True] * 3 + [True, False]
@@ -161,6 +166,14 @@ def test_what_a_warp_does_together_is_done_by_all_of_it(operation: str, threads:
     else:
         with pytest.raises(Mistake, match=r"divergent: .*by a part of a warp"):
             launch.block((0,))
+
+
+def test_a_shuffle_is_no_barrier() -> None:
+    text = FORGETTING.replace("bar.sync 0;", "shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;")
+    text = text.replace("{ %r5 }, [ %r3 + 0 ]", "{ %r5 }, [ %r4 + 0 ]")
+    with pytest.raises(Mistake, match=r"race: .*reads shared memory that another thread wrote"):
+        Launch(parse(text), [np.zeros(1, "u4")], 128).block((0,))
+    Launch(parse(text.replace("shfl", "bar.sync 0;\n\tshfl")), [np.zeros(1, "u4")], 128).block((0,))
 
 
 # --- what surrounds a launch
