@@ -85,9 +85,9 @@ def test_the_least_gap_is_between_usages_on_the_way() -> None:
         apart = sequence_parity.least_gap(dnc, inputs, state)
         assert 0 < apart < 0.1
         still = {name: torch.zeros_like(getattr(state.memory, name)) for name in ("read_weights", "write_weights")}
-        usage = torch.tensor([0.9, 0.1, 0.5, 0.3, 0.3 + 1e-7], dtype=torch.float64).expand(3, 5)
+        usage = torch.tensor([0.3, 0.9, 0.1, 0.5, 0.3 + 1e-7], dtype=torch.float64).expand(3, 5)
         memory = state.memory._replace(usage=usage, **still)
-        assert sequence_parity.least_gap(dnc, inputs[:1], state._replace(memory=memory)) == pytest.approx(1e-7)
+        assert sequence_parity.least_gap(dnc, inputs, state._replace(memory=memory)) == pytest.approx(1e-7)
 
 
 def test_the_most_that_is_allocated_at_once() -> None:
@@ -125,6 +125,11 @@ def test_trainings_to_compare_have_numbers_and_weights_of_their_own_each_round()
         assert not any(torch.equal(x, y) for x, y in leaves)
     assert all(torch.equal(x, y) for x, y in zip(dnc.parameters(), before, strict=True))
     assert_same_bits(replays.results(dnc, *replays.draw(dnc, 0)), rounds[0])
+    with torch.no_grad():
+        for parameter, gradient in zip(dnc.parameters(), rounds[0][2][1:], strict=False):
+            parameter.sub_(gradient.sign(), alpha=0.01)
+    assert_same_bits(replays.results(dnc, *replays.draw(dnc, 1)), rounds[1])
+    assert not torch.equal(replays.draw(dnc, 0)[0], replays.draw(dnc, 1)[0])
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
