@@ -44,11 +44,25 @@ def masked_kernel(x_ptr, out_ptr, count):
     tl.store(out_ptr + i, tl.load(x_ptr + i, mask=(i < 3) & (tl.program_id(0) < count), other=-1.0))
 
 
+def bounds_kernel(x_ptr, out_ptr):
+    i = tl.arange(0, 2)
+    x = tl.load(x_ptr + i)
+    tl.store(out_ptr + i, tl.maximum(x, 1.0))
+    tl.store(out_ptr + 2 + i, tl.minimum(2.0, x))
+
+
 def run(name: str, x: Tensor) -> Tensor:
     """Decided here, in a test, whether that is interpreted, as for the functions it calls."""
     out = torch.full_like(x, torch.nan)
     triton.jit(function_kernel)[(triton.cdiv(len(x), BLOCK),)](x, out, len(x), NAME=name, BLOCK=BLOCK)
     return out
+
+
+def test_a_nan_is_lost_in_a_maximum_and_a_minimum(device: torch.device) -> None:
+    """In the interpreter as on a device: else it would not show where a kernel loses one."""
+    out = torch.zeros(4, device=device)
+    triton.jit(bounds_kernel)[(1,)](torch.tensor([torch.nan, 3.0], device=device), out)
+    assert out.tolist() == [1, 3, 2, 2]
 
 
 def test_the_table_of_equations_names_functions_that_are_there():
