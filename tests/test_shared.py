@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import conftest
 import pytest
 import replays
 import sequence_parity
@@ -148,7 +145,7 @@ def test_both_of_two_threads_are_compared(wrong: int, monkeypatch: pytest.Monkey
         check_two_threads(replays.make(), lambda function, *given: function(*given))
 
 
-# --- refusals.py, conftest.py
+# --- refusals.py
 
 
 @pytest.mark.parametrize(
@@ -169,11 +166,3 @@ def test_a_refusal_names_the_argument_what_was_expected_and_what_came(message: s
         raise ValueError(message)
     with pytest.raises(TypeError), refuses(ValueError, "size", "3", "4"):
         raise TypeError("size: expected 3, got 4")
-
-
-def test_what_is_passed_over_needs_what_is_not_here() -> None:
-    for file, package in conftest.NEEDED.items():
-        assert (Path(conftest.__file__).parent / file).exists()
-        if file in conftest.collect_ignore:
-            with pytest.raises(ImportError):
-                importlib.import_module(package)
