@@ -94,6 +94,11 @@ def bit_field(x: Array, start: Array, length: Array) -> Array:
     return np.where(sign > 0, value | ~field.astype("i8"), value).astype(x.dtype)
 
 
+def quotient(a: Array, b: Array) -> Array:
+    """Of integers, towards zero. By zero it is whatever a device makes of that."""
+    return (np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)).astype(a.dtype)
+
+
 def high_half(a: Array, b: Array) -> Array:
     """Of the product of two unsigned integers of 64 bits."""
     check(a.dtype == "u8", "mul.hi of other types")
@@ -149,6 +154,7 @@ SAME_TYPE: dict[str, Callable[..., Array]] = {
     **dict.fromkeys(["mul", "mul.lo", "mul.rn"], np.multiply),
     **dict.fromkeys(["div.rn", "div.full"], np.divide),
     **dict.fromkeys(["sqrt.rn", "sqrt.approx"], np.sqrt),
+    "div": quotient,
     "mul.hi": high_half,
     "mad.lo": lambda a, b, c: a * b + c,
     "fma.rn": fma,

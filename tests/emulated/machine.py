@@ -9,13 +9,13 @@ what, and where the compiler put barriers and shuffles. While a kernel runs, `Mi
   the poison, 0xFF in every byte, with which buffers begin.
 - race: between two barriers of a block, a thread writes what another thread reads or writes. Threads that write the
   value that is there already are let off, and so are threads of one warp that in one instruction write to one place:
-  which of them wins is not said, but the same each time.
+  which of them wins is not said, but the same each time. Or somebody touches what is copied to asynchronously, before
+  the thread that copies has waited for that.
 
 What it is not: the machine code that ptxas makes of PTX, which may fuse products and sums that are still apart. A
 device, whose approximate instructions (ex2, div.full, sqrt.approx) err by an ulp or two; here they are rounded
 correctly. A clock. And nothing is known of races between blocks, which run one after the other. An instruction that is
-not here raises `Unsupported`: the kernels need few. The one for gradients by weights (gradients.py) is not run here: it
-copies asynchronously.
+not here raises `Unsupported`: the kernels need few.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Launch:
         self.lane = self.thread % WARP
         self.registers = Registers(program, grid)
         self.epoch = 0
+        self.copies: list[list[tuple[Array, Array, Array, Instruction]]] = []
         self.meetings = meeting_points(program)
         with np.errstate(all="ignore"):
             self.code = [self._bind(instruction) for instruction in program.instructions]
@@ -69,6 +70,8 @@ class Launch:
             self.registers.special[f"%ctaid.{axis}"][:] = value
         self.shared.written.fill(False)
         self.shared.bytes.fill(POISON)
+        self.shared.copying.fill(False)
+        self.copies = [[]]
         self.epoch += 1
         with np.errstate(all="ignore"):
             self._run()
@@ -168,6 +171,34 @@ class Launch:
             memory.store(address()[threads], np.stack([x[threads] for x in sources], 1), threads, self.epoch, i)
 
         return run
+
+    def _cp(self, i: Instruction) -> Runner:
+        """Asynchronous copies to shared memory, in groups: the last one is still open. All threads commit and wait."""
+        if i.op == "cp.async.commit_group":
+            return lambda mask: check(mask is None, i) or self.copies.append([])
+        if i.op == "cp.async.wait_group":
+            return lambda mask: check(mask is None, i) or self._end_copies(int(i.operands[0]))
+        to, start = self.registers.address(i.operands[0], "u32"), self.registers.address(i.operands[1], "u64")
+        size, given = (self.registers.source(x, "u32") for x in i.operands[2:])  # the second is 0 where zeros are meant
+        check(i.op in ("cp.async.ca.shared.global", "cp.async.cg.shared.global") and size in (4, 8, 16), i)
+
+        def run(mask: Mask) -> None:
+            threads = self.active(mask)
+            there = np.broadcast_to(given, self.threads)[threads]
+            check(np.isin(there, (0, size)).all(), i)
+            there, values = there > 0, np.zeros((len(threads), int(size) // 4), "u4")
+            copied = threads[there]
+            values[there] = self.memory.load(start()[copied], 4, values.shape[1], copied, self.epoch, i)
+            self.shared.begin_copy(to()[threads], int(size), threads, self.epoch, i)
+            self.copies[-1].append((to()[threads], values, threads, i))
+
+        return run
+
+    def _end_copies(self, pending: int) -> None:
+        """Of all groups but the last ones."""
+        while len(self.copies) > pending + 1:
+            for copy in self.copies.pop(0):
+                self.shared.end_copy(*copy[:3], self.epoch, copy[3])
 
     def _space(self, space: str, operand: str, i: Instruction) -> tuple[Memory, Callable[[], Array]]:
         check(space in ("shared", "global"), i)

@@ -36,6 +36,8 @@ class Window(NamedTuple):
 class Memory:
     """Bytes, and for each `grain` of them whether they are there, who wrote and who read them since the last barrier.
 
+    And whether an asynchronous copy to them is under way.
+
     A writer or reader is `epoch * 1024 + thread`; the epoch goes up at each barrier. 1023 stands for several readers.
     """
 
@@ -49,6 +51,7 @@ class Memory:
         self.there = np.ones(grains, bool)
         self.written = np.zeros(grains, bool)
         self.writer, self.reader = np.full(grains, -1), np.full(grains, -1)
+        self.copying = np.zeros(grains, bool)
 
     def load(self, addresses: Array, size: int, count: int, threads: Array, epoch: int, i: Instruction) -> Array:
         offsets = self._offsets(addresses, size * count, i)
@@ -64,6 +67,17 @@ class Memory:
         if not self._put(offsets, values) and not self._warps_agree(offsets, values, threads):
             raise Mistake(f"race: {i}: warps write different values to one place at once")
         self.written[grains] = True
+
+    def begin_copy(self, addresses: Array, size: int, threads: Array, epoch: int, i: Instruction) -> None:
+        """From here on a copy may be written, by the time of `end_copy` it is."""
+        grains = self._grains(self._offsets(addresses, size, i), size)
+        self._note_write(grains, np.zeros(grains.shape, bool), threads, epoch, i)
+        self.copying[grains] = True
+
+    def end_copy(self, addresses: Array, values: Array, threads: Array, epoch: int, i: Instruction) -> None:
+        size = values.dtype.itemsize * values.shape[1]
+        self.copying[self._grains(self._offsets(addresses, size, i), size)] = False
+        self.store(addresses, values, threads, epoch, i)
 
     def _offsets(self, addresses: Array, size: int, what: Instruction) -> Array:
         """Of accesses that are all right."""
@@ -92,6 +106,7 @@ class Memory:
         return bool((self.views[size][places] == values).all())
 
     def _note_read(self, grains: Array, threads: Array, epoch: int, i: Instruction) -> None:
+        self._note_access(grains, i)
         start = epoch << 10
         me = (start + threads)[:, None]
         if not self.written[grains].all():
@@ -105,12 +120,17 @@ class Memory:
         self.reader[grains[several]] = start + self.SEVERAL
 
     def _note_write(self, grains: Array, same: Array, threads: Array, epoch: int, i: Instruction) -> None:
+        self._note_access(grains, i)
         start = epoch << 10
         me = (start + threads)[:, None]
         for past, did in ((self.writer[grains], "wrote"), (self.reader[grains], "read")):
             if ((past >= start) & (past != me) & ~same).any():
                 raise Mistake(f"race: {i}: writes {self.name} memory that another thread {did} since the last barrier")
         self.writer[grains] = me
+
+    def _note_access(self, grains: Array, i: Instruction) -> None:
+        if self.copying[grains].any():
+            raise Mistake(f"race: {i}: touches {self.name} memory while it is copied to, before the wait for that")
 
     @staticmethod
     def _warps_agree(offsets: Array, values: Array, threads: Array) -> bool:

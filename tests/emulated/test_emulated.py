@@ -71,6 +71,11 @@ def test_products_of_a_row_alone(device: torch.device) -> None:
     test_kernel_products.test_a_row_alone_is_the_row_in_a_batch((2, 19, 13, 3), device)
 
 
+@pytest.mark.parametrize("sizes", [(3, 5, 6, 8, 12, 21, 5), (7, 16, 9, 33, 16, 40, 35)], ids=str)
+def test_weight_gradients(sizes: tuple[int, ...], device: torch.device) -> None:
+    test_kernel_products.test_weight_gradients(*sizes, device)
+
+
 def test_a_sequence_of_several_tiles(device: torch.device) -> None:
     """Of units, of interface numbers and of features, in one launch; in float32, where products and sums are fused."""
     test_kernel_sequence.test_float32((4, 64, 3), 66, 2, device)

@@ -176,6 +176,80 @@ def test_a_shuffle_is_no_barrier() -> None:
     Launch(parse(text.replace("shfl", "bar.sync 0;\n\tshfl")), [np.zeros(1, "u4")], 128).block((0,))
 
 
+# --- asynchronous copies
+
+COPYING = """
+.visible .entry copying(
+	.param .u64 copying_param_0,
+	.param .u64 copying_param_1
+)
+.reqntid 32
+{
+	.reg .b32 %r<8>;
+	.reg .b64 %rd<6>;
+	ld.param.b64 %rd1, [copying_param_0];
+	ld.param.b64 %rd2, [copying_param_1];
+	mov.u32 %r1, %tid.x;
+	shl.b32 %r2, %r1, 2;
+	mov.b32 %r3, global_smem;
+	add.s32 %r4, %r3, %r2;
+	xor.b32 %r5, %r2, 4;
+	add.s32 %r5, %r5, %r3;
+	mad.wide.u32 %rd3, %r1, 4, %rd1;
+	mad.wide.u32 %rd4, %r1, 4, %rd2;
+	mov.b32 %r6, 4;
+	cp.async.ca.shared.global [ %r4 + 0 ], [ %rd3 + 0 ], 0x4, %r6;
+	cp.async.commit_group;
+	cp.async.wait_group 0;
+	bar.sync 0;
+	ld.shared.b32 { %r7 }, [ %r5 + 0 ];
+	st.global.b32 [ %rd4 + 0 ], { %r7 };
+	ret;
+}
+"""
+COPY, COMMIT, WAIT, BARRIER = (f"\t{line}\n" for line in COPYING.splitlines()[20:24] for line in [line.strip()])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mistake"),
+    [
+        (COPY, COPY, None),
+        (WAIT, "", "while it is copied to"),
+        (WAIT, WAIT.replace("0", "1"), "while it is copied to"),  # for all but the last group
+        (COMMIT, "", "while it is copied to"),  # a group that is still open
+        (COMMIT, COMMIT + COPY.replace("%r4", "%r3") + COMMIT, "while it is copied to"),
+        (COMMIT, COMMIT + COMMIT, None),
+        (BARRIER, "", "that another thread wrote"),
+        (WAIT + BARRIER, BARRIER + WAIT, "that another thread wrote"),
+        (COPY, "\tld.shared.b32 { %r7 }, [ %r5 + 0 ];\n" + COPY, "that nobody wrote"),
+        (COPY, "\tst.shared.b32 [ %r4 + 0 ], { %r1 };\n" + COPY, None),
+        (COPY, "\tst.shared.b32 [ %r5 + 0 ], { %r1 };\n" + COPY, "that another thread wrote"),
+        (COPY, COPY.replace("%rd3 + 0", "%rd3 + 256"), "outside of any global buffer"),
+    ],
+)
+def test_what_is_copied_is_there_once_it_was_waited_for(old: str, new: str, mistake: str | None) -> None:
+    assert COPYING.count(old) == 1
+    source, out = np.arange(32, dtype="u4"), np.full(32, 0xFFFFFFFF, "u4")
+    launch = Launch(parse(COPYING.replace(old, new)), [source, out], 128)
+    if mistake:
+        with pytest.raises(Mistake, match=mistake):
+            launch.block((0,))
+        return
+    launch.block((0,))
+    launch.finish()
+    assert out.tolist() == (source ^ 1).tolist()
+
+
+def test_what_a_mask_keeps_out_of_a_copy_is_zero() -> None:
+    """And is not looked at."""
+    text = COPYING.replace("mov.b32 %r6, 4", "mov.b32 %r6, 0").replace("%rd3 + 0", "%rd3 + 256")
+    out = np.full(32, 0xFFFFFFFF, "u4")
+    launch = Launch(parse(text), [np.arange(32, dtype="u4"), out], 128)
+    launch.block((0,))
+    launch.finish()
+    assert not out.any()
+
+
 # --- what surrounds a launch
 
 
@@ -194,8 +268,8 @@ def test_what_is_not_written_is_poison() -> None:
         assert (as_integers(tensor).view("u1") == POISON).all()
 
 
-def test_every_kernel_is_emulated_but_one() -> None:
-    """Where it is launched from. That for gradients by weights copies asynchronously, which is not emulated."""
+def test_every_kernel_is_emulated() -> None:
+    """Where it is launched from."""
     found = {
         (name, isinstance(kernel, Emulated))
         for module, contents in ((name, vars(module)) for name, module in sys.modules.items() if module is not None)
@@ -203,7 +277,7 @@ def test_every_kernel_is_emulated_but_one() -> None:
         for name, kernel in contents.items()
         if name.endswith("_kernel") and hasattr(kernel, "__getitem__")
     }
-    assert [name for name, emulated in sorted(found) if not emulated] == ["weight_gradients_kernel"]
+    assert [name for name, emulated in sorted(found) if not emulated] == []
     assert len(found) == 10
 
 
