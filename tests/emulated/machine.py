@@ -60,9 +60,10 @@ class Launch:
             self.code = [self._bind(instruction) for instruction in program.instructions]
 
     def finish(self) -> None:
-        """Write what the blocks left in memory to the buffers."""
-        for start, buffer in self.places:
-            buffer.view("u1")[:] = self.memory.bytes[start : start + buffer.nbytes]
+        """Write to the buffers what the blocks changed, whichever others are the same memory."""
+        left = [(buffer.view("u1"), self.memory.bytes[at : at + buffer.nbytes]) for at, buffer in self.places]
+        for buffer, result in [(buffer, result) for buffer, result in left if not np.array_equal(buffer, result)]:
+            buffer[:] = result
 
     def block(self, index: Sequence[int]) -> None:
         """Run one block of the grid."""

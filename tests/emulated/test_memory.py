@@ -250,6 +250,20 @@ def test_what_a_mask_keeps_out_of_a_copy_is_zero() -> None:
     assert not out.any()
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_is_written_to_memory_that_two_arguments_are_is_there(swapped: bool) -> None:
+    """Whichever of them comes last; else nobody would notice."""
+    text = COPYING
+    if swapped:
+        text = text.replace("%rd1, [copying_param_0]", "%rd1, [copying_param_1]")
+        text = text.replace("%rd2, [copying_param_1]", "%rd2, [copying_param_0]")
+    both = np.arange(32, dtype="u4")
+    launch = Launch(parse(text), [both, both], 128)
+    launch.block((0,))
+    launch.finish()
+    assert both.tolist() == (np.arange(32) ^ 1).tolist()
+
+
 # --- what surrounds a launch
 
 
