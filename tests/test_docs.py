@@ -26,7 +26,7 @@ from dnc_triton.tasks.stories import generate_story
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "toml", "json", "text", ""}  # under another name, bash say, nothing would be checked
-OPTIONAL = {"dnc", "lightning"}
+OPTIONAL = {"dnc", "lightning", "onnxruntime"}
 RUNNABLE = ("dnc_triton", "benchmarks", "tests.fuzz")  # by `python -m`, with an argparse of their own
 BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IN_TEXT = re.compile(r"`((?:\S*python -m|make|torchrun|pip) [^`]+)`")

@@ -274,6 +274,38 @@ def test_packages_by_aotinductor(tmp_path):
             assert_close(packaged(other, given), dnc(other, given), **CLOSE)
 
 
+class Step(nn.Module):
+    def __init__(self, dnc: DNC) -> None:
+        super().__init__()
+        self.dnc = dnc
+
+    def forward(self, inputs, state):
+        return self.dnc.step(inputs, state)
+
+
+@pytest.mark.slow
+def test_a_step_packages_for_any_batch(tmp_path):
+    """Without an operator of ours, so that C++ runs it without Python."""
+    dnc = make(backend="reference").eval()
+    batch = {0: Dim("B", min=1, max=1024)}
+    with torch.no_grad():
+        shapes = {"inputs": batch, "state": dnc.initial_state(2).map(lambda x: batch)}
+        given = make_inputs(2, 1)[:, 0], dnc.initial_state(2)
+        program = torch.export.export(Step(dnc), given, dynamic_shapes=shapes)
+        targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert targets
+        assert not [target for target in targets if target.startswith("dnc_")]
+        file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "step.pt2"))
+        packaged = torch._inductor.aoti_load_package(file)
+        for size in (1, 5):
+            state = expected_state = dnc.initial_state(size)
+            for inputs in make_inputs(4, size):  # contiguous ones: it checks no strides
+                outputs, state = packaged(inputs, state)
+                expected, expected_state = dnc.step(inputs, expected_state)
+                assert_close(outputs, expected, **CLOSE)
+            assert type(state) is DNCState
+
+
 def test_functional_calls():
     dnc, inputs = make(), make_inputs()
     parameters = {name: p.detach() for name, p in dnc.named_parameters()}

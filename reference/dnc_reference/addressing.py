@@ -256,8 +256,9 @@ def update_link(prev_link: Tensor, prev_precedence: Tensor, write_weights: Tenso
     """
     rows, columns = write_weights.unsqueeze(-1), write_weights.unsqueeze(-2)
     link = torch.addcmul((1 - rows - columns) * prev_link, rows, prev_precedence.unsqueeze(-2))
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        # `torch.func.linearize` takes what is done in place for done once and for all (PyTorch 2.13).
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
+        # The exporter to ONNX follows nothing that is done in place to a view, and `torch.func.linearize` takes what is
+        # done in place for done once and for all (PyTorch 2.13).
         return link.masked_fill(torch.eye(link.shape[-1], dtype=torch.bool, device=link.device), 0)
     # In place, on a tensor that was made here: a mask would read and write all N² once more.
     link.diagonal(dim1=-2, dim2=-1).zero_()
