@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_flatten
 
 from dnc_reference import DNCCell, DNCState, MemoryState
-from dnc_reference.checks import check_bool, check_bound, check_dense, check_tensor
+from dnc_reference.checks import check_bool, check_bound, check_dense, check_size, check_tensor
 from dnc_reference.controller import CONTROLLERS
 from dnc_reference.interface import check_strength
 from dnc_reference.memory import check_memory_state
@@ -158,11 +158,11 @@ class DNC(DNCCell):
 
         Raises:
             ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T (not
-                looked at while a compiler traces or a CUDA graph is captured) or beside a `PackedSequence`, which has
-                its own; an unknown backend, by the environment's variable say.
+                looked at while a compiler traces, a CUDA graph is captured or a transform of `torch.func` is at work)
+                or beside a `PackedSequence`, which has its own; an unknown backend, by the environment's variable say.
             TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
                 state that is no `DNCState`, a trace that is no bool.
-            Both: an attribute that was set since to what the constructor refuses.
+            Both: an attribute that was set since to what the constructor refuses, unless it is a size of the weights.
             RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.
         """
         check_bool("trace", trace)
@@ -210,6 +210,8 @@ class DNC(DNCCell):
         trace: bool,
     ) -> Any:
         _check_checkpoint(self.checkpoint)  # they may have been set since
+        check_bool("batch_first", self.batch_first)
+        check_size("memory_size", self.memory_size)
         check_strength(self.strength)
         check_bool("stop_usage_gradient", self.stop_usage_gradient)
         check_bound("clip", self.clip)

@@ -102,6 +102,10 @@ def test_constructor(argument, value, error, expected, came):
     [
         ("strength", "relu", ValueError, "'oneplus', 'softplus'"),
         ("stop_usage_gradient", 1, TypeError, "a bool"),
+        ("batch_first", 1, TypeError, "a bool"),
+        ("memory_size", 0, ValueError, "at least 1"),
+        ("memory_size", 8.0, TypeError, "an integer"),
+        ("checkpoint", 0, ValueError, "at least 1"),
         ("clip", -1.0, ValueError, "above 0"),
         ("max_activation_gradient", "3", TypeError, "number"),
     ],
@@ -110,6 +114,14 @@ def test_what_is_set_after_the_constructor_looked_at_it(name, value, error, expe
     dnc = make(backend=backend)
     setattr(dnc.controller if name == "max_activation_gradient" else dnc, name, value)
     with refuses(error, name, expected, repr(value)):
+        dnc(INPUTS)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_dropout_out_of_range_that_is_set_after_the_constructor(backend):
+    dnc = make(num_layers=2, backend=backend)
+    dnc.controller.dropout.p = -0.5
+    with pytest.raises(ValueError, match="dropout probability"):
         dnc(INPUTS)
 
 

@@ -58,7 +58,7 @@ def unroll_sequence(
     product_dtype = torch.get_autocast_dtype(kind) if autocast else dtype
     dropout = []
     drops: Any = cell.controller._modules["dropout"]
-    if drops.training and drops.p > 0 and cell.num_layers > 1:
+    if drops.training and drops.p != 0 and cell.num_layers > 1:  # one that is out of range it refuses
         ones = torch.ones(steps, batch, cell.hidden_size, dtype=dtype, device=inputs.device)
         dropout = [drops(ones) for _ in range(cell.num_layers - 1)]
     controller_state, structure = _flatten(state.controller)
