@@ -170,12 +170,12 @@ def test_exports():
     assert_close((outputs, state), dnc(-inputs, given, **other), **CLOSE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("backend", "gradients"), [("reference", True), ("reference", False), ("auto", False)])
 @pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_of_one_length(backend):
+def test_a_trace_of_one_length(backend, gradients):
     """As TensorBoard's graph of a model takes one."""
     dnc, inputs = make(backend=backend), make_inputs(2, 3)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         traced = torch.jit.trace(dnc, (inputs,))
         assert_close(traced(-inputs), dnc(-inputs), **CLOSE)
 
