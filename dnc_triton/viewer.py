@@ -65,7 +65,7 @@ def write_page(
     Raises:
         ValueError: no row, no step, or not as many strings or marks as steps; numbers in the trace that are not finite.
         OSError: the page could not be written; one that was there is as it was.
-        TypeError: no `Trace`; symbols or a title that are no strings.
+        TypeError: no `Trace`; symbols or a title that are no strings; marks that are no list.
     """
     check_trace(trace)
     if not isinstance(title, str):
@@ -84,6 +84,8 @@ def write_page(
             raise ValueError(f"{name}s: expected {steps} strings, one per step of the trace, got {len(strings)}")
     if wrong is None:
         wrong = [target not in ("", output) for target, output in zip(targets, outputs, strict=True)]
+    if isinstance(wrong, str) or not hasattr(wrong, "__len__"):
+        raise TypeError(f"wrong: expected a list of bools, got {wrong!r}")
     if len(wrong) != steps:
         raise ValueError(f"wrong: expected {steps} marks, one per step of the trace, got {len(wrong)}")
     wrong = [bool(mark) for mark in wrong]  # NumPy's or a tensor's too

@@ -135,6 +135,9 @@ def test_symbols_are_one_string_per_step(name, tmp_path):
         write_page(make_trace(), tmp_path / "page.html", **(SYMBOLS | {name: None}), title="")
     with pytest.raises(ValueError, match=r"^wrong: expected 6 marks, one per step of the trace, got 1"):
         write_page(make_trace(), tmp_path / "page.html", **SYMBOLS, title="", wrong=[True])
+    for marks in (True, "nooooo"):
+        with pytest.raises(TypeError, match=rf"^wrong: expected a list of bools, got {marks!r}$"):
+            write_page(make_trace(), tmp_path / "page.html", **SYMBOLS, title="", wrong=marks)
     assert not list(tmp_path.iterdir())
 
 
