@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache, partial
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -55,17 +54,23 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-_compiling: ContextVar[Compiling | None] = ContextVar("dnc_triton_compiling_ahead", default=None)
-_overlapping: ContextVar[bool] = ContextVar("dnc_triton_overlapping", default=False)
+class _Launches(local):
+    """How this thread launches. No context variables: without the global lock a thread starts with its parent's."""
+
+    compiling: Compiling | None = None
+    overlap = False
+
+
+_launches = _Launches()
 # Triton 3.7 takes a kernel for loaded while another thread is still loading it (triton-lang/triton#11518).
 _one_at_a_time = Lock()
 
 
 def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options), or what `compiling_ahead` makes of it."""
-    compiling = _compiling.get()
+    compiling = _launches.compiling
     options |= FMA
-    if _overlapping.get():
+    if _launches.overlap:
         options |= {"OVERLAPS": True, "launch_pdl": True}
     if compiling is None:
         with _one_at_a_time:
@@ -85,11 +90,11 @@ def overlapping(layout: Layout | None, device: torch.device) -> Iterator[None]:
         layout: of a step, or None.
         device: where the block launches.
     """
-    token = _overlapping.set(layout is not None and layout.overlaps and can_overlap(device))
+    before, _launches.overlap = _launches.overlap, layout is not None and layout.overlaps and can_overlap(device)
     try:
         yield
     finally:
-        _overlapping.reset(token)
+        _launches.overlap = before
 
 
 @cache
@@ -102,7 +107,7 @@ def can_overlap(device: torch.device) -> bool:
 
 def is_compiling_ahead() -> bool:
     """Whether this thread's launches run nothing."""
-    return _compiling.get() is not None
+    return _launches.compiling is not None
 
 
 def threads() -> int:
@@ -125,8 +130,8 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":  # without a number it is the current one, which that of a new thread need not be
         prepare = partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device.index)
     with ThreadPoolExecutor(threads(), "dnc_triton compiling", prepare) as pool:
-        token = _compiling.set(Compiling(pool))
+        before, _launches.compiling = _launches.compiling, Compiling(pool)
         try:
             yield
         finally:
-            _compiling.reset(token)
+            _launches.compiling = before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,7 +47,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.fixture
-def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def allocated(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """What a sequence has allocated, forward and backward. Launches run nothing."""
     made: Counter[str] = Counter()
 
@@ -65,9 +65,8 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         def add(self, *launch: Any) -> None:
             made["launches"] += 1
 
-    token = launcher._compiling.set(Nothing())  # type: ignore[arg-type]
-    yield made
-    launcher._compiling.reset(token)
+    monkeypatch.setattr(launcher._launches, "compiling", Nothing())
+    return made
 
 
 @pytest.mark.parametrize("masked", [False, True])
