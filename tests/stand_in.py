@@ -1,4 +1,4 @@
-"""In the place of a CUDA device in the tests of graphs: a replay does what was recorded once more, on the CPU."""
+"""In the place of a CUDA device in the tests: a replay does what was recorded once more, on the CPU."""
 
 from __future__ import annotations
 
@@ -55,3 +55,18 @@ class StandIn:
 
         size = sum(tensor.numel() * tensor.element_size() for tensor in results)
         return Captured(results, replay, size + self.extra, pool)
+
+
+class Driver:
+    """In the place of Triton's, of a device that compiles, and does nothing else."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0

@@ -15,11 +15,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from small_layer import PROBLEM
+from stand_in import Driver
 
 pytest.importorskip("triton")
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, KernelInterface
 
@@ -42,19 +42,6 @@ PROBLEMS = {
     "without gradients": replace(SMALL, needs_gradient=False, hidden_size=9, memory_size=12),
     "float64": replace(SMALL, dtype=torch.float64, memory_size=13),
 }
-
-
-class Driver:
-    """Of a device that compiles, and does nothing else."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 BACKENDS = ("triton_sequence", "triton_fused", "triton_split")

@@ -55,7 +55,8 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
         if case.variant == "autocast" and name in WEIGHTS:
             dtype = TRITON_TYPES["bfloat16"]
         signature[name] = POINTERS.get(name, f"*{dtype}")
-        attributes[(position,)] = [["tt.divisibility", 16]]  # as at a launch: tensors begin at multiples of 16 bytes
+        if not kernel.params[position].do_not_specialize_on_alignment:  # else at a launch it begins somewhere
+            attributes[(position,)] = [["tt.divisibility", 16]]  # at a multiple of 16 bytes
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=TARGETS[case.target],
@@ -121,7 +122,7 @@ def _small_product(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
         kernel, constants, longest = lstm_product_backward_kernel, dict(K=vector, H=size), vector
     elif case.direction == "forward":  # the interface vector
         absent = dict(addend_ptr=None, second_out_ptr=None)
-        kernel, constants, longest = product_kernel, dict(K=size, OUT=vector, SECOND_OUT=0, ADD=True, **absent), size
+        kernel, constants, longest = product_kernel, dict(K=size, OUT=vector, SECOND_OUT=0, ADD=False, **absent), size
     else:
         wide = dict(K=4 * size, OUT=below, SECOND_OUT=size, ADD=False, bias_ptr=None)
         kernel, constants, longest = product_kernel, wide, 4 * size
