@@ -95,8 +95,8 @@ def test_a_device_is_waited_for_before_and_after_the_calls(monkeypatch):
 
 def test_calls_that_a_gpu_queues_are_timed_in_a_row(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    # Three times 12 ms, the first disturbed; once 400 ms; three times 0.1 ms
-    now = iter([0.0, 0.060, 0.1, 0.112, 0.2, 0.212, 1.0, 1.4, 2.0, 2.0001, 2.1, 2.1001, 2.2, 2.2001])
+    # Three times 12 ms, the first and the last disturbed; once 400 ms; three times 0.1 ms
+    now = iter([0.0, 0.060, 0.1, 0.112, 0.2, 0.260, 1.0, 1.4, 2.0, 2.0001, 2.1, 2.1001, 2.2, 2.2001])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     runs = {name: lambda: None for name in ("ours", "slow", "fast")}
     on_gpu = session(device=torch.device("cuda"))

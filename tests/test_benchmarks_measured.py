@@ -16,7 +16,7 @@ from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, session 
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import floors, lean, measure, memory, peers
+from benchmarks import floors, lean, measure, memory, peers, verify
 from benchmarks.modes import draw_inputs
 from benchmarks.peers import EAGER, OURS, Network
 from dnc_triton.sequence import graphs
@@ -65,6 +65,19 @@ def test_who_is_slow_gets_fewer_rounds_than_others(monkeypatch):
     assert {name: len(times) for name, times in seconds.items()} == {"slow": 7, "fast": 7}
 
 
+def test_a_disturbance_makes_nobody_slow(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure, "SHORT_SECONDS", 0.0)
+    took = iter([2 * measure.SLOW_SECONDS, *[0.1] * (measure.LEAST_ROUNDS - 1)])
+
+    def call():
+        now[0] += next(took)
+
+    (times,) = measure._time_in_turns({"a": call}, session(rounds=20, case_seconds=-1.0), {"a": 1}).values()
+    assert len(times) == measure.LEAST_ROUNDS
+
+
 def test_who_is_fast_has_its_share_of_the_time_when_the_others_have_had_theirs(monkeypatch):
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0.02)
     runs = {"slow": lambda: time.sleep(0.03), "fast": lambda: None}
@@ -95,7 +108,8 @@ def test_who_is_slow_is_warmed_up_once_unless_it_has_graphs(monkeypatch, name, s
 def test_percentiles_and_what_follows_from_them():
     row = measure.Row(CASE, "training", OURS, "measured")
     seconds = [0.003 * i for i in range(1, 12)]  # 1 to 11 ms a step
-    timed = measure._timed(row, seconds, [x / 2 for x in seconds], session(bytes_per_second=1e6))
+    ours = [x / 2 for x in seconds[:-1]] + [1.0]  # one of them disturbed
+    timed = measure._timed(row, seconds, ours, session(bytes_per_second=1e6))
     percentiles = timed.ms_per_step_p20, timed.ms_per_step_p50, timed.ms_per_step_p80
     assert percentiles == pytest.approx((3, 6, 9))
     assert (timed.rounds, timed.ratio) == (11, pytest.approx(2))
@@ -146,6 +160,15 @@ def test_compiling_has_a_budget(monkeypatch):
     assert spent.compile_seconds < 0
 
 
+@pytest.mark.parametrize(("name", "status"), [("compiled", "left out"), ("compiled_cuda_graphs", "measured")])
+def test_shortly_before_the_end_compiles_who_can_be_stopped(name, status):
+    """In a process of its own."""
+    network, inputs = peers.make_layer(CASE, CPU, backend=EAGER), draw_inputs(CASE, CPU)
+    truth = verify.find_truth(CASE, inputs, ["forward"])
+    soon = session(deadline=time.monotonic() + 30)
+    assert measure._check(CASE, "forward", name, network, truth, inputs, soon)[0].status == status
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +188,14 @@ def test_memory_that_there_was_no_time_for_is_told(device, mode, peer, told):
     over = session(device=torch.device(device), deadline=0.0)
     note = f"the memory of {peer} on tiny, {mode}: the time is up"
     assert measure._with_peak(row, None, None, over) == replace(row, note=note if told else "")
+
+
+@pytest.mark.parametrize(("asked", "modes"), [(True, ["training", "forward"]), (False, [])])
+def test_memory_is_measured_of_whole_sequences_where_it_is_asked_for(asked, modes, monkeypatch):
+    done = []
+    monkeypatch.setattr(measure, "_with_peak", lambda row, *others: done.append(row.mode) or row)
+    measure.measure(CASE, [OURS], ["step", "training", "forward"], session(peak_memory=asked))
+    assert done == modes
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the system does not tell")
