@@ -58,6 +58,11 @@ def test_barriers_loops_and_branches() -> None:
     taken_or_not = [line(0, "@P0 BRA `(.L_x_2)"), line(1, "BAR.SYNC 0x0"), ".L_x_2:\n"]
     assert clocks(*taken_or_not, END)[0] == 2 + BARRIER + 1, "what is jumped over counts"
     assert clocks(line(0, "@P0 EXIT"), END)[0] == 2
+    # From Blackwell on a predicate that all threads share may stand behind the operation.
+    uniform = [".L_x_0:\n", line(0, "FADD R1, R1, R2", stall=4), line(1, "BRA.U !UP0, `(.L_x_0)", stall=5)]
+    assert clocks(*uniform, END) == (10, [9])
+    perhaps = [line(0, "BRA.U UP0, `(.L_x_2)"), line(1, "BAR.SYNC 0x0"), ".L_x_2:\n"]
+    assert clocks(*perhaps, END)[0] == 2 + BARRIER + 1
     assert clocks(".L_x_1:\n", line(0, "BRA `(.L_x_1)"))[0] == 1, "what stands behind the end"
 
 

@@ -112,7 +112,7 @@ def count(instructions: list[Instruction], labels: dict[str, int], *, warps: int
     backwards = {}
     for at, instruction in enumerate(instructions):
         label = re.search(r"\.L_x_\d+", instruction.text)
-        if instruction.operation == "BRA" and label and labels[label[0]] < at:
+        if instruction.operation.split(".")[0] == "BRA" and label and labels[label[0]] < at:
             backwards[at] = labels[label[0]]
     once = _run(instructions, labels, backwards, {}, warps)
     loops = {at: round(_run(instructions, labels, backwards, {at: 1}, warps) - once) for at in backwards}
@@ -148,7 +148,7 @@ def _run(
         if at in backwards and left.get(at, 0):
             left[at] -= 1
             at = backwards[at]
-        elif operation == "BRA" and at not in backwards and not predicated:
+        elif instruction.operation == "BRA" and at not in backwards and not predicated:  # others have conditions
             target = labels[re.findall(r"\.L_x_\d+", instruction.text)[0]]
             if target == at:  # what stands behind the end
                 break
