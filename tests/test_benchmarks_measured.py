@@ -85,6 +85,18 @@ def test_who_is_fast_has_its_share_of_the_time_when_the_others_have_had_theirs(m
     assert {name: len(times) for name, times in seconds.items()} == {"slow": 3, "fast": 20}
 
 
+def test_a_share_of_the_time_is_of_all_that_take_turns(monkeypatch):
+    now = [0.0]
+    for clock in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(time, clock, lambda: now[0])
+
+    def call():
+        now[0] += 0.125
+
+    seconds = measure._time_in_turns({"a": call, "b": call}, session(rounds=100, case_seconds=2.0), {"a": 1, "b": 1})
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 9, "b": 9}
+
+
 def test_once_all_time_is_up_who_is_slow_is_timed_once(monkeypatch):
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0.02)
     runs = {"slow": lambda: time.sleep(0.03), "fast": lambda: None}

@@ -220,6 +220,31 @@ def test_what_is_replayed_is_checked_when_it_is(monkeypatch, name, device, mode,
     assert (row.status, checked) == ("measured", [mode] * checks)
 
 
+@pytest.mark.parametrize(("mode", "steps"), [("training", 3), ("forward", 3), ("step", 1)])
+def test_a_backend_is_asked_for_what_is_timed(mode, steps):
+    """Before and after: with gradients where it trains, one step where it is one."""
+    asked = []
+
+    def backend(inputs):
+        asked.append((inputs.shape[1], torch.is_grad_enabled()))
+        return EAGER
+
+    network, inputs = replace(PEERS[EAGER].make(CASE, CPU), backend=backend), draw_inputs(CASE, CPU)
+    truth = verify.find_truth(CASE, inputs, [mode])
+    row, _ = measure._check(CASE, mode, EAGER, network, truth, inputs, session())
+    assert (row.status, row.backend) == ("measured", EAGER)
+    assert asked == [(steps, mode == "training")] * 2
+
+
+def test_once_the_device_is_lost_no_other_network_is_run(monkeypatch):
+    here = session()
+    monkeypatch.setattr(verify, "error", lambda *arguments: setattr(here, "lost", "gone") or 0.0)
+    monkeypatch.setattr(measure, "_time_all", lambda case, mode, checked, runs, session: (checked, runs))
+    monkeypatch.setattr(verify, "find_truth", lambda *arguments: verify.Truth(None, None, {}, {}, [], {"forward": 1.0}))
+    rows = {row.peer: row for row in measure.measure(CASE, [OURS, "lstm"], ["forward"], here)}
+    assert (rows["lstm"].status, rows["lstm"].note) == ("left out", "lstm on tiny, forward: gone")
+
+
 def test_a_failure_while_timing_or_counting_memory_is_noted(monkeypatch):
     monkeypatch.setattr(measure, "cpu_peak", lambda *arguments: 1 / 0)
     (row,) = measure.measure(CASE, [OURS], ["training"], session(peak_memory=True))
