@@ -132,6 +132,13 @@ def test_percentiles_and_what_follows_from_them():
     assert (step.ms_per_step_p50, step.ratio, step.floor_bytes) == (pytest.approx(18), None, 2 * (8 * 36 + 8 * 24))
 
 
+@pytest.mark.parametrize(("names", "ratios"), [(["lstm", OURS], [0.5, 1.0]), (["lstm", EAGER], [None, None])])
+def test_a_ratio_is_over_our_layer(names, ratios, monkeypatch):
+    """Whoever comes first; and there is none without it."""
+    monkeypatch.setattr(measure, "_time_in_turns", lambda runs, *others: dict(zip(runs, ([1.0], [2.0]), strict=True)))
+    assert [row.ratio for row in measure.measure(CASE, names, ["step"], session())] == ratios
+
+
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_what_a_step_computes(num_layers):
     """Its products, as PyTorch counts those of the reference; and what goes over link and memory number by number."""
