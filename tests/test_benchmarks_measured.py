@@ -112,9 +112,10 @@ def test_who_is_slow_is_warmed_up_once_unless_it_has_graphs(monkeypatch, name, s
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0.0 if slow else 100.0)
     called = []
     monkeypatch.setattr(measure, "call_of", lambda mode, network, inputs: lambda: called.append(mode))
+    monkeypatch.setattr(measure, "synchronize", lambda device: called.append("wait"))
     monkeypatch.setattr(measure, "_time_in_turns", lambda *arguments: {})
     measure.measure(CASE, [name], ["forward"], session())
-    assert called == ["forward"] * rounds
+    assert called == ["forward", "wait"] * rounds
 
 
 def test_percentiles_and_what_follows_from_them():
