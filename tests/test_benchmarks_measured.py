@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, session  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -167,6 +168,29 @@ def test_speeds_are_of_the_median_call_but_for_the_first(monkeypatch):
         clock = iter(ticks)
         monkeypatch.setattr(time, "perf_counter", lambda clock=clock: next(clock))
         assert speed(CPU) == pytest.approx(count / 0.004)
+
+
+def test_speeds_are_of_all_that_is_copied_and_computed(monkeypatch):
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, given=(), named=None):
+            if operation is torch.ops.aten.copy_.default:
+                copied.extend(tensor.nbytes for tensor in given)
+            return operation(*given, **named or {})
+
+    monkeypatch.setattr(floors, "_seconds", lambda call, device: call() is None or 1.0)
+    with Copies():
+        assert floors.copy_speed(CPU) == sum(copied) > 0
+    with FlopCounterMode(display=False) as counter:
+        assert floors.product_speed(CPU) == counter.get_total_flops() > 0
+
+
+def test_a_speed_waits_for_the_device_before_and_after_each_call(monkeypatch):
+    happened = []
+    monkeypatch.setattr(floors, "synchronize", lambda device: happened.append("wait"))
+    floors._seconds(lambda: happened.append("call"), CPU)
+    assert happened == ["wait", "call", "wait"] * (floors.REPEATS + 1)
 
 
 def test_compiling_has_a_budget(monkeypatch):
