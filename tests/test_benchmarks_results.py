@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks import goals, machine, peers, pictures, report
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
+from benchmarks.configurations import SIZES
 from benchmarks.files import case_of_record, read_results
 from benchmarks.floors import operations
 
@@ -401,7 +402,7 @@ def test_what_is_on_one_side_only_is_told(results):
     assert found.regressions == []
 
 
-@pytest.mark.parametrize("size", ["input_size", "output_size", "num_layers"])
+@pytest.mark.parametrize("size", ["batch", "steps", *SIZES])
 def test_sizes_are_compared_where_both_have_them(results, size):
     new = copy.deepcopy(results)
     new["rows"][0][size] += 1
@@ -443,6 +444,9 @@ def test_another_machine_is_a_caution(results):
     new = copy.deepcopy(results)
     new["machine"] |= {"gpu": "a GPU", "torch": "2.13.0"}
     assert compare(results, new).cautions == ["gpu: None before, a GPU now", "torch: 2.11.0 before, 2.13.0 now"]
+    for name in ("device", "cpu", "gpu", "threads", "python", "torch", "triton"):
+        new["machine"] = {**MACHINE, name: "another"}
+        assert compare(results, new).cautions == [f"{name}: {MACHINE[name]} before, another now"]
 
 
 @pytest.mark.parametrize("variables", [{}, {"DNC_TRITON_GRAPHS": "0"}])
