@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,9 @@ def test_everything_that_is_found_is_a_problem(found: SimpleNamespace) -> None:
     assert measure(AMD).problems() == [f"{AMD}: barriers cannot be checked: why"]
     found.error = TritonError("why")
     assert measure(AMD).problems() == [f"{AMD}: does not compile: why"]
+    found.error = TritonError("in a call")
+    found.error.__cause__ = TritonError("why")
+    assert measure(AMD).problems() == [f"{AMD}: does not compile: why"]
 
 
 def test_races_are_looked_for_in_every_launch_as_it_is(found: SimpleNamespace) -> None:
@@ -102,6 +106,14 @@ def test_what_a_kernel_takes_is_read_from_what_tools_say(monkeypatch: pytest.Mon
     assert measuring._count_amd(listing) == dict(registers=30, spilled=12, instructions=2)
     with pytest.raises(ValueError, match="nothing matches"):
         measuring._count_amd("")
+
+
+def test_instructions_are_those_that_do_something_where_code_stands() -> None:
+    """Of an ELF file with two sections of the same content, one of which is executable."""
+    content = b"".join(struct.pack("<QQ", operation, 0) for operation in (0x7624, 0x7918, 0x1986, 0x7918, 0x794D))
+    sections = [bytes(64), *(struct.pack("<QQQQQ24x", 1, flags, 0, 64, len(content)) for flags in (2 | 4, 2))]
+    header = struct.pack("<40xQ10xHHH", 64 + len(content), 64, len(sections), 0)
+    assert measuring._count_instructions(header + content + b"".join(sections)) == 3
 
 
 def test_every_target_has_a_limit() -> None:
