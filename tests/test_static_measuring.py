@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +115,14 @@ def test_instructions_are_those_that_do_something_where_code_stands() -> None:
     sections = [bytes(64), *(struct.pack("<QQQQQ24x", 1, flags, 0, 64, len(content)) for flags in (2 | 4, 2))]
     header = struct.pack("<40xQ10xHHH", 64 + len(content), 64, len(sections), 0)
     assert measuring._count_instructions(header + content + b"".join(sections)) == 3
+
+
+def test_launches_overlap_on_the_targets_that_can() -> None:
+    """From Hopper on, where the layout says so."""
+    for name, target in TARGETS.items():
+        case = replace(LSTM, target=name)
+        assert case.overlaps == (target.backend == "cuda" and target.arch >= 90)
+        assert not replace(case, layout=case.layout._replace(overlaps=False)).overlaps
 
 
 def test_every_target_has_a_limit() -> None:

@@ -9,11 +9,13 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from benchmarks.static.__main__ import main  # noqa: E402
-from benchmarks.static.cases import cases  # noqa: E402
+from benchmarks.static.cases import LARGEST, LONGEST, MOST_HEADS, cases  # noqa: E402
 from benchmarks.static.measuring import Measurement, Numbers, idle_barriers  # noqa: E402
 from benchmarks.static.record import read_record, update_record, worse_than_recorded  # noqa: E402
 
 CASE = next(case for case in cases() if case.target == "sm_90")
+LSTM = next(case for case in cases() if case.phase == "lstm")
+HUGE = (LARGEST, LONGEST, MOST_HEADS)
 NUMBERS = Numbers(registers=64, spilled=0, shared=1024, instructions=500)
 GOOD = Measurement(CASE, NUMBERS, [], {"step.py:1": True})
 
@@ -53,6 +55,10 @@ def test_updating_the_record_keeps_other_cases_and_versions_and_drops_what_is_no
         (with_numbers(spilled=8), "spills 8 bytes"),
         (replace(with_numbers(spilled=8), case=replace(CASE, target="sm_80")), None),
         (replace(with_numbers(spilled=8), case=replace(CASE, dtype="float64")), None),
+        *((replace(with_numbers(spilled=8), case=replace(CASE, shape=shape)), None) for shape in HUGE),
+        (replace(with_numbers(spilled=8), case=LSTM), "spills 8 bytes"),
+        (replace(with_numbers(spilled=8), case=replace(LSTM, target="gfx942")), "spills 8 bytes"),
+        (replace(with_numbers(spilled=8), case=replace(LSTM, target="gfx1100")), None),
         (with_numbers(shared=232_448), None),
         (with_numbers(shared=232_449), "wants 232,449 bytes of shared memory, there are 232,448"),
         (replace(GOOD, numbers=None, errors=["does not compile: why"]), "does not compile: why"),
@@ -61,6 +67,16 @@ def test_updating_the_record_keeps_other_cases_and_versions_and_drops_what_is_no
 )
 def test_what_counts_as_a_problem(measurement, complaint):
     assert measurement.problems() == ([f"{measurement.case}: {complaint}"] if complaint else [])
+
+
+@pytest.mark.parametrize(
+    ("version", "spilled", "problems"), [("3.7.1", 16, 1), ("3.9.0", 16, 0), ("3.9.1", 17, 1), ("3.8.0", 0, 0)]
+)
+def test_one_kernel_may_spill_a_little_where_one_version_makes_room(version, spilled, problems, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    case = next(case for case in cases() if str(case) == "forward last 512x64x8 32x128/1 float32 sm_90")
+    assert len(replace(with_numbers(spilled=spilled), case=case).problems()) == problems
+    assert len(with_numbers(spilled=16).problems()) == 1
 
 
 def test_a_barrier_is_idle_if_no_kernel_needs_it():

@@ -110,7 +110,7 @@ class Case:
         if self.phase == "weights":
             return (weight_tiles(self)[-1],)
         if self.phase in PRODUCTS_OF_A_STEP:
-            return (1, triton.cdiv(self.hidden_size, tiles_of(self).rows))
+            return (1, triton.cdiv(rows_of(self), tiles_of(self).rows))
         return (2,) if self.phase == "lstm" else self.launch.grid
 
     @property
@@ -140,6 +140,16 @@ def weight_tiles(case: Case) -> tuple[int, ...]:
     _, word, reads = case.shape
     vector = sum(interface_sizes(reads, 1, word).values())
     return tiles_of_products(FEATURES, case.hidden_size, case.hidden_size + word * reads, vector, FEATURES)
+
+
+def rows_of(case: Case) -> int:
+    """Of the weights of a product at a small batch: how many numbers it makes."""
+    _, word, reads = case.shape
+    if case.phase == "lstm product":
+        return case.hidden_size
+    if case.direction == "forward":
+        return sum(interface_sizes(reads, 1, word).values())
+    return word * reads + case.hidden_size
 
 
 def tiles_of(case: Case) -> Tiles:
