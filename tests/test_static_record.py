@@ -31,6 +31,12 @@ def test_more_than_recorded_is_worse_and_less_is_not(number):
     assert worse_than_recorded([with_numbers(**{number: 1999})], recorded) == []
 
 
+def test_every_case_has_a_name_of_its_own():
+    """By which it is recorded."""
+    complete = cases(complete=True)
+    assert len(set(map(str, complete))) == len(complete)
+
+
 def test_a_case_that_is_not_recorded_is_named():
     assert worse_than_recorded([GOOD], {}) == [f"{CASE}: not recorded"]
 
