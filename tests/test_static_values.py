@@ -179,3 +179,23 @@ def test_a_barrier_is_taken_out_by_its_place(barrier):
 def test_a_kernel_is_one_function(code):
     with pytest.raises(Unchecked, match="expected one function"):
         parse(code)
+
+
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [
+        (["tt.store %p, %v"], True),
+        (["%w = arith.addf %v, %x", "%y = math.exp %w", "tt.store %p, %y"], True),
+        (["amdg.buffer_store %v, %p[%o]"], True),
+        (["tt.store %p, %x, %v"], False),  # whether
+        (["%q = tt.addptr %p, %v", "tt.store %q, %x"], False),  # where
+        (["amdg.buffer_store %x, %p[%v]"], False),
+        (["%w = tt.gather %v", "tt.store %p, %w"], False),
+        (["tt.store %p, %v", "%w = arith.addf %v, %x", "%y = tt.gather %w"], False),
+    ],
+    ids=str,
+)
+def test_what_is_loaded_only_to_be_stored(users, expected):
+    """Element by element: then no other thread will see what this one has loaded."""
+    lines = ["tt.func public @kernel(%p: !tt.ptr<f32>) {", "%v = tt.load %p", *users, "tt.return", "}"]
+    assert parse("\n".join(lines)).body[0].only_stored == expected
