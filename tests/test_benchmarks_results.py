@@ -85,9 +85,13 @@ def test_a_report_has_tables_and_pictures(tmp_path, results, capsys):
     assert "| configuration (N, W, R, H; B, T) | dnc_triton | reference, eager | nn.LSTM | retired_peer |" in lines
     assert "| copy (16, 8, 4, 32; 2, 3) | 2.00 (reference) | 3.00 (1.50×) | 0.5 (0.25×) | – |" in lines
     assert "| recall (16, 8, 4, 32; 2, 3) | 2.00 (reference) | – | 0.01 (0.01×) | 1.50 (0.75×) |" in lines
+    swept = [line.startswith("| base/") for line in lines]
+    assert swept.index(True) > lines.index("## Every figure")
+    assert sum(swept) == 6
     figures = "| 2.00 | 1.90 to 2.10 | 1.00 | 12.3 | 1.0 | 5.0% | 3e-07 |"
     assert f"| copy (16, 8, 4, 32; 2, 3) | training | dnc_triton {figures}" in lines
     assert lines[-3:] == ["- dnc is not installed", "- compiled is wrong", "- copy, forward: the time is up"]
+    assert "The floor is reckoned with 20 GB/s." in page
     assert "a processor, threads: 2; Python 3.12.0, PyTorch 2.11.0; 2026-01-02" in page
     for picture in ("bars", "scaling", "roofline"):
         assert f"![](cpu-{picture}.png)" in lines
@@ -172,6 +176,19 @@ def test_what_is_empty_throughout_has_no_column(results):
     page = report.markdown(results)
     assert "peak MB" not in page
     assert "| copy (16, 8, 4, 32; 2, 3) | training | dnc_triton | 2.00 | 1.90 to 2.10 | 1.00 | 1.0 | 5.0% |" in page
+
+
+def test_calls_in_a_row_are_told_where_there_are_any(results):
+    results["rows"][0]["calls"], results["rows"][1]["calls"] = 4, 1
+    page = report.markdown(results)
+    assert "| 20th to 80th percentile | calls in a row | ratio |" in page
+    assert "| training | dnc_triton | 2.00 | 1.90 to 2.10 | 4 | 1.00 |" in page
+    assert "| training | reference, eager | 3.00 | 2.85 to 3.15 |  | 1.50 |" in page
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.01234, "0.0123"), (0.5, "0.5"), (1.234, "1.23"), (12.344, "12.34")])
+def test_milliseconds_have_three_digits_or_two_behind_the_point(value, text):
+    assert report.milliseconds(value) == text
 
 
 def test_goals_are_reached_missed_or_not_measured(results):
