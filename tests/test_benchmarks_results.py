@@ -210,6 +210,7 @@ def test_goals_are_reached_missed_or_not_measured(results):
     rows[0]["peak_bytes"] = 6
     page = report.markdown(results)
     assert report.OF_A_GPU in page
+    assert "NVIDIA H200; Python 3.12.0, PyTorch 2.11.0, Triton 3.6.0; " in page
     verdicts = dict(line[2:].split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
     assert verdicts["deepmind_repeat_copy, training, µs per time step"] == "≤ 20 | 19 | reached |"
     assert verdicts["adnc_babi, training, µs per time step"] == "≤ 60 | 61 | missed |"
@@ -292,11 +293,12 @@ def test_a_report_that_cannot_be_written_is_a_line(tmp_path, results, monkeypatc
     assert str(tmp_path / "cpu.md") in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_there_are_no_pictures_of_what_was_not_measured(tmp_path, results):
-    results["rows"] = [row("copy", "training", "dnc_triton", status="wrong", note="dnc_triton is wrong")]
+@pytest.mark.parametrize("status", ["wrong", "failed"])
+def test_there_are_no_pictures_of_what_was_not_measured(tmp_path, results, status):
+    results["rows"] = [row("copy", "training", "dnc_triton", status=status, note=f"dnc_triton is {status}")]
     assert main(["report", str(written(tmp_path, "cpu.json", results))]) == 0
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["cpu.json", "cpu.md"]
-    assert "| copy (16, 8, 4, 32; 2, 3) | training | dnc_triton | wrong |" in (tmp_path / "cpu.md").read_text()
+    assert f"| copy (16, 8, 4, 32; 2, 3) | training | dnc_triton | {status} |" in (tmp_path / "cpu.md").read_text()
 
 
 DAMAGED = {
