@@ -119,7 +119,10 @@ def test_geometric_means_are_over_what_both_have(results):
 
 @pytest.fixture
 def drawn(tmp_path, results, monkeypatch):
-    """The pictures' figures, by name; none is written."""
+    """The pictures' figures, by name; none is written. The noise is more on the slow side."""
+    for measured in results["rows"]:
+        if measured["status"] == "measured":
+            measured["ms_per_step_p80"] = 1.5 * measured["ms_per_step_p50"]
     figures = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.setdefault(path.stem, figure))
     pictures.draw(results, tmp_path / "cpu")
@@ -136,7 +139,7 @@ def test_bars_are_times_of_ours_with_whiskers(drawn):
         "retired_peer": pytest.approx([0.75]),
     }
     whiskers = [segment[:, 1].tolist() for lines in training.collections for segment in lines.get_segments()]
-    assert whiskers == [pytest.approx([0.95 * x, 1.05 * x]) for x in (1, 1, 1.5, 0.25, 0.005, 0.75)]
+    assert whiskers == [pytest.approx([0.95 * x, 1.5 * x]) for x in (1, 1, 1.5, 0.25, 0.005, 0.75)]
     assert [text.get_text() for text in training.get_xticklabels()] == ["copy\n2.00 ms", "recall\n2.00 ms"]
     assert [axes.get_title("left").split(";")[0] for axes in (training, step)] == ["training", "step"]
     assert training.get_yscale() == "linear"
@@ -149,7 +152,7 @@ def test_scaling_is_over_the_size_that_a_sweep_varies(drawn):
         (line,), (band,) = axes.lines, axes.collections
         assert line.get_xdata().tolist() == sizes
         assert line.get_ydata().tolist() == [1.0 + size for size in sizes]
-        least, most = (1 + sizes[0]) * 0.95, (1 + sizes[1]) * 1.05
+        least, most = (1 + sizes[0]) * 0.95, (1 + sizes[1]) * 1.5
         assert band.get_datalim(axes.transData).intervaly.tolist() == pytest.approx([least, most])
 
 
