@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floors, lean, measure, memory, peers, verify
-from benchmarks.modes import draw_inputs
+from benchmarks.modes import call_of, draw_inputs
 from benchmarks.peers import EAGER, OURS, Network
 from dnc_triton.sequence import graphs
 
@@ -117,6 +117,21 @@ def test_who_is_slow_is_warmed_up_once_unless_it_has_graphs(monkeypatch, name, s
     monkeypatch.setattr(measure, "_time_in_turns", lambda *arguments: {})
     measure.measure(CASE, [name], ["forward"], session())
     assert called == ["forward", "wait"] * rounds
+
+
+def test_a_step_is_timed_from_the_middle_of_a_sequence():
+    inputs, seen = draw_inputs(replace(CASE, steps=8), CPU), []
+
+    def single(given, state):
+        seen.append((given.tolist(), state))
+        return given, (state or 0) + 1
+
+    call = call_of("step", Network(torch.nn.Linear(1, 1), None, single=single), inputs)
+    assert seen == [(inputs[:, step].tolist(), step or None) for step in range(5)]
+    seen.clear()
+    call()
+    call()
+    assert seen == [(inputs[:, 0].tolist(), 5)] * 2
 
 
 def test_percentiles_and_what_follows_from_them():
