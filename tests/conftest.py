@@ -21,6 +21,7 @@ pytest.register_assert_rewrite("helpers")
 NEEDED = {
     "reference/test_backward.py": "hypothesis",
     "reference/test_invariants.py": "hypothesis",
+    "test_benchmarks_pictures.py": "matplotlib",
     "test_benchmarks_results.py": "matplotlib",
     "test_block_tasks.py": "matplotlib",
     "test_checkpoints.py": "tqdm",

@@ -1,79 +1,16 @@
-"""What is made of the benchmark's results: tables, pictures, and the comparison of two of them."""
+"""What is made of the benchmark's results: tables, and goals that are reached or missed."""
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 
 import pytest
-from matplotlib.figure import Figure
+from made_up_results import MACHINE, _results, row, written  # noqa: F401
 
-from benchmarks import goals, machine, peers, pictures, report
+from benchmarks import goals, report
 from benchmarks.__main__ import main
-from benchmarks.compare import compare
-from benchmarks.configurations import SIZES
-from benchmarks.files import case_of_record, read_results
-from benchmarks.floors import operations
-
-MACHINE = {
-    "device": "cpu",
-    "cpu": "a processor",
-    "gpu": None,
-    "threads": 2,
-    "load": 0.1,
-    "python": "3.12.0",
-    "torch": "2.11.0",
-    "triton": "3.6.0",
-    "commit": "0123456789abcdef",
-    "date": "2026-01-02T03:04:05+00:00",
-    "bytes_per_second": 2e10,
-    "operations_per_second": 1e11,
-}
-
-
-def row(configuration, mode, peer, median=None, *, spread=0.1, sweep="", status="measured", note="", **sizes):
-    """A row as it is written; half of the spread below the median, half above."""
-    times = dict.fromkeys(("ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80", "ratio", "bytes_per_second"))
-    if median is not None:
-        low, high = median * (1 - spread / 2), median * (1 + spread / 2)
-        times = dict(ms_per_step_p20=low, ms_per_step_p50=median, ms_per_step_p80=high, ratio=median / 2)
-        times |= dict(bytes_per_second=1e9, floor_bytes=10**6, floor_share=0.05, peak_bytes=12_345_678, error=3e-7)
-    usual = dict(batch=2, steps=3, memory_size=16, word_size=8, num_reads=4, hidden_size=32, num_layers=1)
-    usual |= dict(source="tests", input_size=3, output_size=2)
-    return {
-        **dict(configuration=configuration, sweep=sweep, mode=mode, peer=peer, status=status, note=note),
-        **usual,
-        **sizes,
-        **dict(backend="reference" if peer == "dnc_triton" else ""),
-        **times,
-    }
-
-
-@pytest.fixture
-def results():
-    rows = [row("copy", mode, peer, time) for mode in ("training", "step") for peer, time in PEERS.items()]
-    rows += [row("recall", "training", "dnc_triton", 2.0), row("recall", "training", "lstm", 0.01)]
-    rows.append(row("recall", "training", "retired_peer", 1.5))
-    rows.append(row("recall", "training", "pypi_dnc", status="missing", note="dnc is not installed"))
-    rows.append(row("recall", "training", "compiled", status="wrong", note="compiled is wrong"))
-    for sweep, name, sizes in (("B", "batch", (1, 4)), ("N", "memory_size", (16, 32)), ("T", "steps", (5, 10))):
-        for size in sizes:
-            changed = {name: size}
-            rows.append(row(f"base/{sweep}={size}", "training", "dnc_triton", 1.0 + size, sweep=sweep, **changed))
-    return {"machine": MACHINE, "left_out": ["copy, forward: the time is up"], "rows": rows}
-
-
-PEERS = {"dnc_triton": 2.0, "reference": 3.0, "lstm": 0.5}
-
-
-def written(folder, name, results):
-    path = folder / name
-    path.write_text(json.dumps(results), encoding="utf-8")
-    return path
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
+from benchmarks.files import read_results
 
 
 def test_a_report_has_tables_and_pictures(tmp_path, results, capsys):
@@ -115,63 +52,6 @@ def test_geometric_means_are_over_what_both_have(results):
     page = report.markdown(results)
     assert "Goals" not in page
     assert report.OF_A_GPU not in page
-
-
-@pytest.fixture
-def drawn(tmp_path, results, monkeypatch):
-    """The pictures' figures, by name; none is written. The noise is more on the slow side."""
-    for measured in results["rows"]:
-        if measured["status"] == "measured":
-            measured["ms_per_step_p80"] = 1.5 * measured["ms_per_step_p50"]
-    figures = {}
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.setdefault(path.stem, figure))
-    pictures.draw(results, tmp_path / "cpu")
-    return figures
-
-
-def test_bars_are_times_of_ours_with_whiskers(drawn):
-    training, step = drawn["cpu-bars"].axes
-    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in training.containers[::2]}
-    assert heights == {
-        "dnc_triton": pytest.approx([1, 1]),
-        "reference, eager": pytest.approx([1.5]),
-        "nn.LSTM": pytest.approx([0.25, 0.005]),
-        "retired_peer": pytest.approx([0.75]),
-    }
-    whiskers = [segment[:, 1].tolist() for lines in training.collections for segment in lines.get_segments()]
-    assert whiskers == [pytest.approx([0.95 * x, 1.5 * x]) for x in (1, 1, 1.5, 0.25, 0.005, 0.75)]
-    assert [text.get_text() for text in training.get_xticklabels()] == ["copy\n2.00 ms", "recall\n2.00 ms"]
-    assert [axes.get_title("left").split(";")[0] for axes in (training, step)] == ["training", "step"]
-    assert training.get_yscale() == "linear"
-
-
-def test_scaling_is_over_the_size_that_a_sweep_varies(drawn):
-    panels = drawn["cpu-scaling"].axes
-    assert [axes.get_title("left") for axes in panels] == [f"training, over {sweep}" for sweep in "BNT"]
-    for axes, sizes in zip(panels, ([1, 4], [16, 32], [5, 10]), strict=True):
-        (line,), (band,) = axes.lines, axes.collections
-        assert line.get_xdata().tolist() == sizes
-        assert line.get_ydata().tolist() == [1.0 + size for size in sizes]
-        least, most = (1 + sizes[0]) * 0.95, (1 + sizes[1]) * 1.5
-        (area,) = band.get_paths()
-        assert [area.vertices[:, 1].min(), area.vertices[:, 1].max()] == pytest.approx([least, most])
-
-
-def test_a_roofline_has_what_is_computed_and_moved_in_a_second(results, drawn):
-    left, right = drawn["cpu-roofline"].axes
-    measured = [row for row in results["rows"] if row["status"] == "measured" and row["peer"] == "reference"]
-    computed = [operations(case_of_record(row), row["mode"]) for row in measured]
-    (speed,), (moved,) = (
-        [line for line in axes.lines if line.get_label() == "reference, eager"] for axes in (left, right)
-    )
-    assert speed.get_xdata() == pytest.approx([number / 1e6 for number in computed])  # of the floor's bytes
-    assert speed.get_ydata() == pytest.approx([number / 0.003 / 1e9 for number in computed])
-    assert (moved.get_xdata(), moved.get_ydata()) == (pytest.approx([1, 1]), pytest.approx([1, 1]))
-    (roof,) = (line for line in left.lines if line.get_label().startswith("_"))
-    assert [float(x * 20) for x in roof.get_xdata()[:2]] == pytest.approx(roof.get_ydata()[:2])
-    assert roof.get_xdata()[1] == 5
-    assert roof.get_ydata()[1:].tolist() == [100, 100]
-    assert {line.get_ydata()[0] for line in right.lines if line.get_label().startswith("_")} == {20}
 
 
 def test_what_is_empty_throughout_has_no_column(results):
@@ -297,26 +177,18 @@ def test_a_report_that_cannot_be_written_is_a_line(tmp_path, results, monkeypatc
     assert str(tmp_path / "cpu.md") in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("status", ["wrong", "failed"])
-def test_there_are_no_pictures_of_what_was_not_measured(tmp_path, results, status):
-    results["rows"] = [row("copy", "training", "dnc_triton", status=status, note=f"dnc_triton is {status}")]
-    assert main(["report", str(written(tmp_path, "cpu.json", results))]) == 0
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["cpu.json", "cpu.md"]
-    assert f"| copy (16, 8, 4, 32; 2, 3) | training | dnc_triton | {status} |" in (tmp_path / "cpu.md").read_text()
-
-
-DAMAGED = {
-    **dict(configuration="copy", peer="lstm", mode="step", status="measured"),
-    **{f"ms_per_step_p{percentile}": 1.0 for percentile in (20, 50, 80)},
-}
-
-
 def test_without_matplotlib_there_are_tables(tmp_path, results, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.__main__.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "benchmarks.pictures", None)
     assert main(["report", str(written(tmp_path, "cpu.json", results))]) == 0
     assert "No pictures: matplotlib is not installed" in capsys.readouterr().err
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["cpu.json", "cpu.md"]
+
+
+DAMAGED = {
+    **dict(configuration="copy", peer="lstm", mode="step", status="measured"),
+    **{f"ms_per_step_p{percentile}": 1.0 for percentile in (20, 50, 80)},
+}
 
 
 @pytest.mark.parametrize(
@@ -349,141 +221,3 @@ def test_a_report_on_what_no_run_writes_is_explained(tmp_path, results, monkeypa
     path = written(tmp_path, "odd.json", results)
     assert main(["report", str(path)]) == 2
     assert f"{path}: expected results as `run` writes them" in capsys.readouterr().err
-
-
-# --- compare ----------------------------------------------------------------------------------------------------------
-
-
-def test_where_nothing_can_be_compared_that_is_no_success(tmp_path, results):
-    paths = [str(written(tmp_path, "old.json", results)), str(written(tmp_path, "new.json", {**results, "rows": []}))]
-    assert main(["compare", *paths]) == 2
-    assert main(["compare", paths[0], paths[0]]) == 0
-
-
-def changed(results, factor, place=0):
-    """The results with one row slower by a factor."""
-    new = copy.deepcopy(results)
-    for percentile in (20, 50, 80):
-        new["rows"][place][f"ms_per_step_p{percentile}"] *= factor
-    return new
-
-
-@pytest.mark.parametrize(
-    ("factor", "margin", "verdict"),
-    [
-        (1.0, 0.05, ""),
-        (1.10, 0.05, ""),  # from 1.9…2.1 to 2.09…2.31: within the noise
-        (1.15, 0.05, ""),  # to 2.185…: beyond the noise, not beyond the margin
-        (1.15, 0.03, "slower"),
-        (1.20, 0.05, "slower"),  # to 2.28…2.52
-        (0.80, 0.05, "faster"),  # to 1.52…1.68
-        (0.87, 0.05, ""),  # to …1.827
-    ],
-)
-def test_what_is_beyond_the_noise_and_the_margin_is_flagged(results, factor, margin, verdict):
-    found = compare(results, changed(results, factor), margin)
-    assert (len(found.regressions), len(found.improvements)) == (verdict == "slower", verdict == "faster")
-    assert found.compared == sum(row["status"] == "measured" for row in results["rows"])
-    assert (found.incomparable, found.cautions) == ([], [])
-    for text in found.regressions + found.improvements:
-        assert text.startswith("copy, training, dnc_triton: 1.9 to 2.1 ms before")
-        assert f"the median {factor - 1:+.0%}" in text
-
-
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_when_the_yardstick_differs_it_is_the_machine(results, factor):
-    found = compare(results, changed(results, factor, place=2))
-    assert (found.regressions, found.improvements) == ([], [])
-    (caution,) = found.cautions
-    assert caution.startswith("copy, training, lstm: ")
-    assert caution.endswith("the machine was another or busy")
-
-
-def test_a_regression_fails_the_command(tmp_path, results, capsys):
-    old, new = written(tmp_path, "old.json", results), written(tmp_path, "new.json", changed(results, 1.5))
-    assert main(["compare", str(old), str(old)]) == 0
-    assert "slower: 0, faster: 0" in capsys.readouterr().out
-    assert main(["compare", str(old), str(new)]) == 1
-    printed = capsys.readouterr().out
-    assert "Slower:\n  copy, training, dnc_triton" in printed
-    assert "slower: 1, faster: 0" in printed
-    assert main(["compare", str(old), str(new), "--margin", "60"]) == 0
-    assert main(["compare", str(new), str(old)]) == 0
-    assert "Faster:\n  copy, training, dnc_triton" in capsys.readouterr().out
-
-
-def test_what_is_on_one_side_only_is_told(results):
-    new = copy.deepcopy(results)
-    new["rows"][0]["mode"] = "forward"
-    new["rows"][1]["batch"] = 64
-    found = compare(results, new)
-    assert found.incomparable == [
-        "copy, training, dnc_triton: only in the old results",
-        "copy, training, reference: other sizes, batch 2 → 64",
-        "copy, forward, dnc_triton: only in the new results",
-    ]
-    assert found.regressions == []
-
-
-@pytest.mark.parametrize("size", ["batch", "steps", *SIZES])
-def test_sizes_are_compared_where_both_have_them(results, size):
-    new = copy.deepcopy(results)
-    new["rows"][0][size] += 1
-    found = compare(results, new)
-    assert found.incomparable == [
-        f"copy, training, dnc_triton: other sizes, {size} {results['rows'][0][size]} → {new['rows'][0][size]}"
-    ]
-    del results["rows"][0][size]
-    assert compare(results, new).incomparable == []
-
-
-@pytest.mark.parametrize(("status", "is_regression"), [("wrong", True), ("failed", True), ("missing", False)])
-def test_a_time_that_was_lost_is_told(results, status, is_regression):
-    new = copy.deepcopy(results)
-    new["rows"][0] |= {"status": status, "ms_per_step_p50": None}
-    found = compare(results, new)
-    assert len(found.regressions) == is_regression
-    assert len(found.incomparable) == (not is_regression)
-    assert status in (found.regressions + found.incomparable)[0]
-    assert compare(new, results).regressions == []
-
-
-def test_calls_in_a_row_are_not_compared_with_calls_that_were_waited_for(results):
-    new, many = copy.deepcopy(results), copy.deepcopy(results)
-    for rows, calls in ((new["rows"], 1), (many["rows"], 10)):
-        for row in rows:
-            row["calls"] = calls
-    for row in results["rows"]:
-        row.pop("calls", None)  # as files were written before
-    measured = sum(row["status"] == "measured" for row in results["rows"])
-    assert compare(results, new).compared == compare(many, many).compared == measured
-    for before, now in ((results, many), (many, results), (new, many)):
-        found = compare(before, now)
-        assert found.compared == 0
-        assert sum(": calls in a row on one side" in text for text in found.incomparable) == measured
-
-
-def test_another_machine_is_a_caution(results):
-    new = copy.deepcopy(results)
-    new["machine"] |= {"gpu": "a GPU", "torch": "2.13.0"}
-    assert compare(results, new).cautions == ["gpu: None before, a GPU now", "torch: 2.11.0 before, 2.13.0 now"]
-    for name in ("device", "cpu", "gpu", "threads", "python", "torch", "triton"):
-        new["machine"] = {**MACHINE, name: "another"}
-        assert compare(results, new).cautions == [f"{name}: {MACHINE[name]} before, another now"]
-
-
-@pytest.mark.parametrize("variables", [{}, {"DNC_TRITON_GRAPHS": "0"}])
-def test_what_the_environment_changes_is_recorded_and_told(results, variables, monkeypatch):
-    for name in machine.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    described = machine.describe_machine("")
-    assert described["environment"] == variables
-    new = {**results, "machine": {**MACHINE, "environment": described["environment"]}}
-    told = [f"environment: None before, {variables} now"] if variables else []
-    assert compare(results, new).cautions == told
-
-
-def test_every_peer_has_a_look_of_its_own():
-    assert len(set(pictures.COLORS)) == len(set(pictures.MARKERS)) >= len(peers.PEERS)
