@@ -84,7 +84,7 @@ def write_page(
             raise ValueError(f"{name}s: expected {steps} strings, one per step of the trace, got {len(strings)}")
     if wrong is None:
         wrong = [target not in ("", output) for target, output in zip(targets, outputs, strict=True)]
-    if isinstance(wrong, str) or not hasattr(wrong, "__len__"):
+    elif isinstance(wrong, str) or not hasattr(wrong, "__len__"):
         raise TypeError(f"wrong: expected a list of bools, got {wrong!r}")
     if len(wrong) != steps:
         raise ValueError(f"wrong: expected {steps} marks, one per step of the trace, got {len(wrong)}")

@@ -57,6 +57,11 @@ class StandIn:
         return Captured(results, replay, size + self.extra, pool)
 
 
+def launch_up_to_running(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """In the place of `kernel[grid]`, where kernels compile and there is nothing that runs them."""
+    return lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
+
+
 class Driver:
     """In the place of Triton's, of a device that compiles, and does nothing else."""
 

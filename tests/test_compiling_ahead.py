@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from small_layer import PROBLEM
-from stand_in import Driver
+from stand_in import Driver, launch_up_to_running
 
 pytest.importorskip("triton")
 
@@ -42,8 +42,6 @@ PROBLEMS = {
     "without gradients": replace(SMALL, needs_gradient=False, hidden_size=9, memory_size=12),
     "float64": replace(SMALL, dtype=torch.float64, memory_size=13),
 }
-
-
 BACKENDS = ("triton_sequence", "triton_fused", "triton_split")
 
 
@@ -61,9 +59,8 @@ def launched_and_compiled(
         return compile_it(kernel, *arguments, **keywords)
 
     def launch(kernel: JITFunction, grid: tuple[int, ...]) -> object:
-        """As a launch, up to where it would run."""
         launched.add(kernel.__name__)
-        return lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
+        return launch_up_to_running(kernel, grid)
 
     triton.runtime.driver.set_active(Driver())
     operation = "unroll" if tuning.measures_sequence(problem) else "memory_step"

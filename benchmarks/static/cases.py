@@ -105,6 +105,12 @@ class Case:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
+    def interface_size(self) -> int:
+        """How many numbers the interface vector has."""
+        _, word, reads = self.shape
+        return sum(interface_sizes(reads, 1, word).values())
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """Of two batch elements."""
         if self.phase == "weights":
@@ -138,17 +144,17 @@ class Case:
 def weight_tiles(case: Case) -> tuple[int, ...]:
     """Of the gradients by all weights; of inputs and outputs there are `FEATURES`."""
     _, word, reads = case.shape
-    vector = sum(interface_sizes(reads, 1, word).values())
-    return tiles_of_products(FEATURES, case.hidden_size, case.hidden_size + word * reads, vector, FEATURES)
+    features = case.hidden_size + word * reads
+    return tiles_of_products(FEATURES, case.hidden_size, features, case.interface_size, FEATURES)
 
 
 def rows_of(case: Case) -> int:
     """Of the weights of a product at a small batch: how many numbers it makes."""
-    _, word, reads = case.shape
     if case.phase == "lstm product":
         return case.hidden_size
     if case.direction == "forward":
-        return sum(interface_sizes(reads, 1, word).values())
+        return case.interface_size
+    _, word, reads = case.shape
     return word * reads + case.hidden_size
 
 
@@ -286,4 +292,5 @@ def _weights(sizes: tuple[int, int, int, int], target: str) -> list[Case]:
     """The gradients by all weights of a network whose sequences take one launch."""
     _, word, reads, hidden_size = sizes
     layout = LSTM._replace(num_warps=NUM_WARPS, overlaps=False)
+    # They are compiled for no number of slots: for memories that differ in that alone they are the same kernel.
     return [Case("backward", "weights", (1, word, reads), layout, "float32", target, hidden_size)]

@@ -13,7 +13,6 @@ import triton
 from triton.compiler import ASTSource
 
 from benchmarks.static.cases import CONTROLLER, FEATURES, TARGETS, TRITON_TYPES, Case, tiles_of, weight_tiles
-from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels import gradients
 from dnc_triton.kernels.gradients import weight_gradients_kernel
 from dnc_triton.kernels.launcher import FMA
@@ -55,8 +54,9 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
         if case.variant == "autocast" and name in WEIGHTS:
             dtype = TRITON_TYPES["bfloat16"]
         signature[name] = POINTERS.get(name, f"*{dtype}")
-        if not kernel.params[position].do_not_specialize_on_alignment:  # else at a launch it begins somewhere
-            attributes[(position,)] = [["tt.divisibility", 16]]  # at a multiple of 16 bytes
+        # At a launch tensors begin at multiples of 16 bytes, but for those of which the kernel says that they need not.
+        if not kernel.params[position].do_not_specialize_on_alignment:
+            attributes[(position,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=TARGETS[case.target],
@@ -106,15 +106,14 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
 
 def _weights(case: Case) -> dict[str, Any]:
     _, word, reads = case.shape
-    sizes = dict(H=case.hidden_size, F=case.hidden_size + word * reads, S=sum(interface_sizes(reads, 1, word).values()))
+    sizes = dict(H=case.hidden_size, F=case.hidden_size + word * reads, S=case.interface_size)
     return dict(sizes, INPUTS=FEATURES, OUTPUTS=FEATURES, BLOCK=gradients.BLOCK, ENDS=weight_tiles(case))
 
 
 def _small_product(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
     """The kernel, and all of its constants but those of its arithmetic."""
     _, word, reads = case.shape
-    below, size, tiles = word * reads, case.hidden_size, tiles_of(case)
-    vector = sum(interface_sizes(reads, 1, word).values())
+    below, size, vector, tiles = word * reads, case.hidden_size, case.interface_size, tiles_of(case)
     constants: dict[str, Any]
     if case.phase == "lstm product" and case.direction == "forward":
         kernel, constants, longest = lstm_product_forward_kernel, dict(BELOW=below, H=size), max(below, size)
