@@ -222,11 +222,11 @@ class TorchMemory:
         self._update_link(prev.link.squeeze(1), prev.precedence, new.write_weights, new.link.squeeze(1))
 
     def _write(self, step: int, prev: MemoryState, new: MemoryState) -> None:
-        """M' = M ∘ (1 − w eᵀ) + w vᵀ."""
+        """M' = M − M ∘ w eᵀ + w vᵀ: of three whole matrices `addcmul` is vectorised, of a scalar, a column and a row not."""
         column = new.write_weights.mT
         erase, *_ = self._gates(self.kept[step].squashed)
-        torch.addcmul(self.one, column, erase.unsqueeze(1), value=-1, out=self.words)
-        torch.mul(prev.memory, self.words, out=new.memory)
+        torch.mul(column, erase.unsqueeze(1), out=self.words)
+        torch.addcmul(prev.memory, prev.memory, self.words, value=-1, out=new.memory)
         new.memory.addcmul_(column, self.vectors[step].write_vector)
 
     def begin_backward(self, usage: Tensor, read_weights: Tensor, write_weights: Tensor, d_vectors: Tensor) -> None:
@@ -264,7 +264,6 @@ class TorchMemory:
 
         empty = usage.new_empty
         self.other_row, self.other_heads = torch.empty_like(self.row), torch.empty_like(self.heads)
-        self.other_words = torch.empty_like(self.words)
         self.square, self.linked = pool.empty((batch, slots, slots), usage), empty(batch, 3 * reads, slots)
         self.d_modes, self.d_raw_modes = empty(3, batch, reads), empty(batch, reads, 3)
         self.pair, self.d_pair = empty(batch, 2, 1), empty(batch, 2, slots)
@@ -338,7 +337,7 @@ class TorchMemory:
         torch.mul(d_memory, prev.memory, out=self.words)
         d_write_weights.baddbmm_(erase, self.words.mT, alpha=-1)
         torch.neg(torch.bmm(write_weights, self.words, out=self.vector), out=d_erase.unsqueeze(1))
-        d_memory.mul_(torch.addcmul(self.one, write_weights.mT, erase, value=-1, out=self.other_words))
+        d_memory.addcmul_(d_memory, torch.mul(write_weights.mT, erase, out=self.words), value=-1)
         torch.bmm(kept.candidates, d_write_column, out=self.pair)
         by_allocation, by_content = self.pair.unbind(1)
         torch.mul(by_allocation - by_content, write_gate, out=d_allocation_gate)
