@@ -87,6 +87,65 @@ class Kept(NamedTuple):
         return [shapes.get(name, row) for name in cls._fields]
 
 
+class Gates(NamedTuple):
+    """Views of what is squashed, or of its gradient. Of all steps [T, ...], or of one."""
+
+    erase: Tensor  # [B, 1, W]
+    free: Tensor  # [B, R, 1]
+    allocation: Tensor  # [B, 1]
+    write: Tensor  # [B, 1]
+
+    @classmethod
+    def of(cls, squashed: Tensor, reads: int, word: int) -> Gates:
+        erase, free, allocation, write = squashed.split([word, reads, 1, 1], dim=-1)
+        return cls(erase.unsqueeze(-2), free.unsqueeze(-1), allocation, write)
+
+
+class Cut(NamedTuple):
+    """More views of what is kept, as the equations take it. Of all steps [T, ...], or of one."""
+
+    usage_but_last: Tensor  # [B, N-1], sorted
+    product_but_first: Tensor  # [B, N-1], exclusive
+    allocation: Tensor  # [B, N]
+    backward: Tensor  # [B, R, N]
+    forward: Tensor  # [B, R, N]
+    by_way: Tensor  # [3, B, R, 1], the read modes, for `Kept.ways`
+
+    @classmethod
+    def of(cls, kept: Kept) -> Cut:
+        backward, forward, _ = kept.ways.unbind(1)
+        by_way = kept.modes.permute(0, 3, 1, 2).unsqueeze(-1)
+        usage, product = kept.sorted_usage[..., :-1], kept.exclusive_product[..., 1:]
+        return cls(usage, product, kept.candidates[:, :, 0], backward, forward, by_way)
+
+
+class LookUp(NamedTuple):
+    """Views of what H heads look up, and find. Of all steps [T, ...], or of one."""
+
+    keys: Tensor  # [B, H, W]
+    key_norms: Tensor  # [B, 1, H]
+    strengths: Tensor  # [B, H, 1]
+    norms: Tensor  # [B, 1, N], of the words
+    similarity: Tensor  # [B, H, N]
+    content: Tensor  # [B, H, N]
+
+    @classmethod
+    def of(cls, heads: slice, norms: Tensor, similarity: Tensor, content: Tensor, keys: Tensor, kept: Kept) -> LookUp:
+        """By some of the heads, of which the last writes."""
+        key_norms, strengths = kept.key_norms[..., heads].unsqueeze(-2), kept.strengths[..., heads].unsqueeze(-1)
+        return cls(keys[..., heads, :], key_norms, strengths, norms.unsqueeze(-2), similarity, content)
+
+
+class LookUpBackward(NamedTuple):
+    """Slopes of a look-up, and where its gradients go. Of all steps [T, ...], or of one."""
+
+    dots: Tensor  # [B, H, N], from scaled similarities to keyᵀ word
+    key_norms: Tensor  # [B, H, 1]
+    norms: Tensor  # [B, 1, N]
+    d_keys: Tensor  # [B, H, W]
+    d_strengths: Tensor  # [B, H]
+
+
 class Slopes(NamedTuple):
     """By what a gradient is multiplied on its way back through a step. Of all steps [T, ...], or of one."""
 
@@ -95,14 +154,10 @@ class Slopes(NamedTuple):
     usage: Tensor  # [B, N], from usage to the usage before
     write_weights: Tensor  # [B, N], from usage to the write weights before
     candidates: Tensor  # [B, 2, 1], from the write weights to `Kept.candidates`
-    dots: Tensor  # [B, R+1, N], from scaled similarities to keyᵀ word
-    key_norms: Tensor  # [B, R+1, 1]
-    norms: Tensor  # [B, 1, N]
-    new_norms: Tensor  # [B, 1, N]
     vectors: Tensor  # [B, S], from the activated interface to the raw one, but for the modes
 
 
-Fields = TypeVar("Fields", Vectors, Kept, Slopes)
+Fields = TypeVar("Fields", Vectors, Kept, Gates, Cut, LookUp, LookUpBackward, Slopes)
 
 
 def _steps(fields: Fields) -> list[Fields]:
@@ -136,7 +191,14 @@ class TorchMemory:
         self.slots, self.word, self.reads = slots, word, reads
         self.strength_offset, self.stop_usage_gradient = strength_offset, stop_usage_gradient
         self.all_vectors, self.all_kept = Vectors.of(vectors, reads, word), kept
-        self.vectors, self.kept = _steps(self.all_vectors), _steps(kept)
+        self.all_gates = Gates.of(kept.squashed, reads, word)
+        # Views are cut for all steps at once: one by one they take as long as small products.
+        self.vectors, self.kept, self.gates = _steps(self.all_vectors), _steps(kept), _steps(self.all_gates)
+        self.cut, self.read_heads, self.write_head = _steps(Cut.of(kept)), slice(reads), slice(reads, None)
+        keys, content = self.all_vectors.keys, kept.candidates[:, :, 1:]
+        written = LookUp.of(self.write_head, kept.norms, kept.write_similarity, content, keys, kept)
+        read = LookUp.of(self.read_heads, kept.new_norms, kept.read_similarity, kept.ways[:, 2], keys, kept)
+        self.write_look_ups, self.read_look_ups = _steps(written), _steps(read)
         self.one = vectors.new_ones(())
         self.usage_epsilon = vectors.new_full((), USAGE_EPSILON)
         self.root_norm_epsilon = vectors.new_full((), math.sqrt(NORM_EPSILON))
@@ -161,17 +223,17 @@ class TorchMemory:
             read_words: [B, R, W], where the words read go.
             fresh: `prev` is not what the step before left, so the norms of its words are not known yet.
         """
-        raw, kept, one, row, reads = self.vectors[step], self.kept[step], self.one, self.row, self.reads
+        raw, kept, cut, gates = self.vectors[step], self.kept[step], self.cut[step], self.gates[step]
+        one, row = self.one, self.row
         torch.ops.aten.softplus.out(raw.strengths, 1, 40, out=kept.strengths)
         if self.strength_offset:
             kept.strengths.add_(self.strength_offset)
         torch.sigmoid(raw.squashed, out=kept.squashed)
         torch.softmax(raw.modes, -1, out=kept.modes)
-        _, free_gates, allocation_gate, write_gate = self._gates(kept.squashed)
         prev_write_weights, write_weights = prev.write_weights.squeeze(1), new.write_weights.squeeze(1)
 
         # Free, and use.
-        torch.addcmul(one, free_gates.unsqueeze(-1), prev.read_weights, value=-1, out=kept.factors)
+        torch.addcmul(one, gates.free, prev.read_weights, value=-1, out=kept.factors)
         torch.prod(kept.factors, 1, out=kept.retention)
         torch.lerp(prev.usage, one, prev_write_weights, out=kept.written)
         torch.mul(kept.written, kept.retention, out=new.usage)
@@ -181,10 +243,9 @@ class TorchMemory:
         sorted_free, free_list = torch.sort(one - row, dim=-1, descending=True, stable=True)
         kept.free_list.copy_(free_list)
         torch.gather(row, -1, free_list, out=kept.sorted_usage)
-        torch.cumprod(kept.sorted_usage[:, :-1], -1, out=kept.exclusive_product[:, 1:])
+        torch.cumprod(cut.usage_but_last, -1, out=cut.product_but_first)
         torch.mul(sorted_free, kept.exclusive_product, out=kept.sorted_allocation)
-        allocation, write_content = kept.candidates.unbind(1)
-        allocation.scatter_(-1, free_list, kept.sorted_allocation)
+        cut.allocation.scatter_(-1, free_list, kept.sorted_allocation)
 
         # Write.
         torch.linalg.vector_norm(raw.keys, dim=-1, out=kept.key_norms)
@@ -193,12 +254,10 @@ class TorchMemory:
             self._norm(prev.memory, kept.norms)
         else:
             kept.norms.copy_(self.kept[step - 1].new_norms)
-        self._look_up(
-            prev.memory, kept.norms, raw.keys[:, reads:], kept.key_norms[:, reads:], kept.strengths[:, reads:],
-            kept.write_similarity, write_content.unsqueeze(1), self.head,
-        )  # fmt: skip
-        torch.lerp(write_content, allocation, allocation_gate, out=row)
-        torch.mul(row, write_gate, out=write_weights)
+        look_up = self.write_look_ups[step]
+        self._look_up(prev.memory, look_up, self.head)
+        torch.lerp(look_up.content.squeeze(1), cut.allocation, gates.allocation, out=row)
+        torch.mul(row, gates.write, out=write_weights)
         self._write(step, prev, new)
         self._norm(new.memory, kept.new_norms)
         torch.sum(write_weights, -1, keepdim=True, out=self.sum)
@@ -206,13 +265,9 @@ class TorchMemory:
         torch.addcmul(write_weights, self.sum, prev.precedence.squeeze(1), out=new.precedence.squeeze(1))
 
         # Read.
-        backward, forward, content = kept.ways.unbind(0)
-        self._follow(prev, new, backward, forward)
-        self._look_up(
-            new.memory, kept.new_norms, raw.keys[:, :reads], kept.key_norms[:, :reads], kept.strengths[:, :reads],
-            kept.read_similarity, content, self.heads,
-        )  # fmt: skip
-        torch.mul(kept.ways, self._by_way(kept.modes), out=self.three_ways)
+        self._follow(prev, new, cut.backward, cut.forward)
+        self._look_up(new.memory, self.read_look_ups[step], self.heads)
+        torch.mul(kept.ways, cut.by_way, out=self.three_ways)
         torch.sum(self.three_ways, 0, out=new.read_weights)
         torch.bmm(new.read_weights, new.memory, out=read_words)
 
@@ -222,10 +277,9 @@ class TorchMemory:
         self._update_link(prev.link.squeeze(1), prev.precedence, new.write_weights, new.link.squeeze(1))
 
     def _write(self, step: int, prev: MemoryState, new: MemoryState) -> None:
-        """M' = M − M ∘ w eᵀ + w vᵀ: of three whole matrices `addcmul` is vectorised, of a scalar, a column and a row not."""
+        """M' = M − M ∘ w eᵀ + w vᵀ. Of three matrices `addcmul` is vectorised; of 1, a column and a row it is not."""
         column = new.write_weights.mT
-        erase, *_ = self._gates(self.kept[step].squashed)
-        torch.mul(column, erase.unsqueeze(1), out=self.words)
+        torch.mul(column, self.gates[step].erase, out=self.words)
         torch.addcmul(prev.memory, prev.memory, self.words, value=-1, out=new.memory)
         new.memory.addcmul_(column, self.vectors[step].write_vector)
 
@@ -236,11 +290,10 @@ class TorchMemory:
             usage, read_weights, write_weights: [T, ...], the fields of the memory before each step.
             d_vectors: [T, B, S], where the gradients by the raw interface vectors go.
         """
-        kept, reads, word = self.all_kept, self.reads, self.word
+        kept, gates, reads, word = self.all_kept, self.all_gates, self.reads, self.word
         steps, batch, slots = usage.shape
-        _, free_gates, allocation_gate, write_gate = self._gates(kept.squashed)
         others = product_of_others(kept.factors.flatten(0, 1)).unflatten(0, (steps, batch)).neg_()
-        by_allocation = write_gate * allocation_gate
+        by_allocation = gates.write * gates.allocation
         norms = torch.cat([kept.new_norms.unsqueeze(2).expand(-1, -1, reads, -1), kept.norms.unsqueeze(2)], 2)
         products = norms.mul_(kept.key_norms.unsqueeze(-1)).add_(SIMILARITY_EPSILON)
         vectors = torch.ones_like(d_vectors)
@@ -249,18 +302,31 @@ class TorchMemory:
         torch.mul(kept.squashed, 1 - kept.squashed, out=fields.squashed)
         slopes = Slopes(
             free=others * read_weights,
-            read_weights=others.mul_(free_gates.unsqueeze(-1)),
+            read_weights=others.mul_(gates.free),
             usage=(1 - write_weights.squeeze(2)) * kept.retention,
             write_weights=(1 - usage) * kept.retention,
-            candidates=torch.stack([by_allocation, write_gate - by_allocation], dim=2),
-            dots=torch.div(kept.strengths.unsqueeze(-1), products, out=products),
-            key_norms=kept.key_norms.reciprocal().neg_().unsqueeze(-1),
-            norms=kept.norms.reciprocal().neg_().unsqueeze(2),
-            new_norms=kept.new_norms.reciprocal().neg_().unsqueeze(2),
+            candidates=torch.stack([by_allocation, gates.write - by_allocation], dim=2),
             vectors=vectors,
         )
-        self.slopes, self.d_raw = _steps(slopes), _steps(Vectors.of(d_vectors, reads, word))
-        self.d_vectors = d_vectors.unbind(0)
+        dots = torch.div(kept.strengths.unsqueeze(-1), products, out=products)
+        by_key_norms, by_norms, by_new_norms = (
+            norms.reciprocal().neg_() for norms in (kept.key_norms, kept.norms, kept.new_norms)
+        )
+        d_raw = Vectors.of(d_vectors, reads, word)
+        self.slopes, self.d_raw, self.d_vectors = _steps(slopes), _steps(d_raw), d_vectors.unbind(0)
+        self.d_gates = _steps(Gates.of(d_raw.squashed, reads, word))
+        self.write_look_ups_backward, self.read_look_ups_backward = (
+            _steps(
+                LookUpBackward(
+                    dots[:, :, heads],
+                    by_key_norms[..., heads].unsqueeze(-1),
+                    norms.unsqueeze(-2),
+                    d_raw.keys[:, :, heads],
+                    d_raw.strengths[..., heads],
+                )
+            )
+            for heads, norms in ((self.write_head, by_norms), (self.read_heads, by_new_norms))
+        )
 
         empty = usage.new_empty
         self.other_row, self.other_heads = torch.empty_like(self.row), torch.empty_like(self.heads)
@@ -268,7 +334,7 @@ class TorchMemory:
         self.d_modes, self.d_raw_modes = empty(3, batch, reads), empty(batch, reads, 3)
         self.pair, self.d_pair = empty(batch, 2, 1), empty(batch, 2, slots)
         # A product that goes to a part of a tensor is computed row by row of the batch, so it goes here before.
-        self.vector, self.head_vectors, self.gates = (
+        self.vector, self.head_vectors, self.by_head = (
             empty(batch, 1, word),
             empty(batch, reads, word),
             empty(batch, reads, 1),
@@ -291,10 +357,7 @@ class TorchMemory:
             the gradient by `prev`; that by the interface vector goes to the `d_vectors` of `begin_backward`.
         """
         raw, kept, slopes, d_raw = self.vectors[step], self.kept[step], self.slopes[step], self.d_raw[step]
-        reads, row = self.reads, self.row
-        erase, _, allocation_gate, write_gate = self._gates(kept.squashed)
-        d_erase, d_free_gates, d_allocation_gate, d_write_gate = self._gates(d_raw.squashed)
-        erase, key_norms = erase.unsqueeze(1), kept.key_norms.unsqueeze(1)
+        gates, d_gates, row = self.gates[step], self.d_gates[step], self.row
         write_weights, precedence = new.write_weights, prev.precedence
         prev_link, new_link, d_link = prev.link.squeeze(1), new.link.squeeze(1), d.link.squeeze(1)
         d_memory, d_usage, d_read_weights = d.memory, d.usage, d.read_weights
@@ -311,18 +374,14 @@ class TorchMemory:
         _softmax_backward(d_modes, kept.modes, -1, d_modes.dtype, grad_input=self.d_raw_modes)
         d_raw.modes.copy_(self.d_raw_modes)
         # Both gradients by the link are products of parts of [df | wʳ | db].
-        d_forward, linked_read_weights, d_backward = self.linked.split(reads, 1)
-        by_backward, by_forward, by_content = self._by_way(kept.modes).unbind(0)
+        d_forward, linked_read_weights, d_backward = self.linked.split(self.reads, 1)
+        by_backward, by_forward, by_content = self.cut[step].by_way.unbind(0)
         torch.mul(d_read_weights, by_forward, out=d_forward)
         linked_read_weights.copy_(prev.read_weights)
         torch.mul(d_read_weights, by_backward, out=d_backward)
         torch.mul(d_read_weights, by_content, out=self.heads)
-        self._look_up_backward(
-            self.heads, kept.ways[2], kept.read_similarity, slopes.dots[:, :reads],
-            new.memory, kept.new_norms, slopes.new_norms,
-            raw.keys[:, :reads], key_norms[..., :reads], slopes.key_norms[:, :reads],
-            d_memory, d_raw.keys[:, :reads], d_raw.strengths[:, :reads], self.other_heads, self.head_vectors,
-        )  # fmt: skip
+        look_up = self.read_look_ups[step], self.read_look_ups_backward[step]
+        self._look_up_backward(self.heads, new.memory, *look_up, d_memory, self.other_heads, self.head_vectors)
 
         # link
         d_write_weights.add_(d_precedence).sub_(torch.bmm(d_precedence, precedence.mT))
@@ -335,20 +394,16 @@ class TorchMemory:
         d_raw.write_vector.copy_(torch.bmm(write_weights, d_memory, out=self.vector))
         d_write_weights.baddbmm_(raw.write_vector, d_memory.mT)
         torch.mul(d_memory, prev.memory, out=self.words)
-        d_write_weights.baddbmm_(erase, self.words.mT, alpha=-1)
-        torch.neg(torch.bmm(write_weights, self.words, out=self.vector), out=d_erase.unsqueeze(1))
-        d_memory.addcmul_(d_memory, torch.mul(write_weights.mT, erase, out=self.words), value=-1)
+        d_write_weights.baddbmm_(gates.erase, self.words.mT, alpha=-1)
+        torch.neg(torch.bmm(write_weights, self.words, out=self.vector), out=d_gates.erase)
+        d_memory.addcmul_(d_memory, torch.mul(write_weights.mT, gates.erase, out=self.words), value=-1)
         torch.bmm(kept.candidates, d_write_column, out=self.pair)
         by_allocation, by_content = self.pair.unbind(1)
-        torch.mul(by_allocation - by_content, write_gate, out=d_allocation_gate)
-        torch.lerp(by_content, by_allocation, allocation_gate, out=d_write_gate)
+        torch.mul(by_allocation - by_content, gates.write, out=d_gates.allocation)
+        torch.lerp(by_content, by_allocation, gates.allocation, out=d_gates.write)
         torch.mul(d_write_weights, slopes.candidates, out=self.d_pair)
-        self._look_up_backward(
-            self.d_pair[:, 1:], kept.candidates[:, 1:], kept.write_similarity, slopes.dots[:, reads:],
-            prev.memory, kept.norms, slopes.norms,
-            raw.keys[:, reads:], key_norms[..., reads:], slopes.key_norms[:, reads:],
-            d_memory, d_raw.keys[:, reads:], d_raw.strengths[:, reads:], self.head, self.vector,
-        )  # fmt: skip
+        look_up = self.write_look_ups[step], self.write_look_ups_backward[step]
+        self._look_up_backward(self.d_pair[:, 1:], prev.memory, *look_up, d_memory, self.head, self.vector)
 
         # allocate and free
         d_sorted = torch.gather(self.d_pair[:, 0], -1, kept.free_list)
@@ -362,7 +417,7 @@ class TorchMemory:
         else:
             torch.mul(d_usage, slopes.write_weights, out=d_write_weights.squeeze(1))
         d_usage.mul_(slopes.usage)
-        d_free_gates.unsqueeze(-1).copy_(torch.bmm(slopes.free, d_retention.unsqueeze(-1), out=self.gates))
+        d_gates.free.copy_(torch.bmm(slopes.free, d_retention.unsqueeze(-1), out=self.by_head))
         d_read_weights.addcmul_(d_retention.unsqueeze(1), slopes.read_weights)
         self.d_vectors[step].mul_(slopes.vectors)
         return d
@@ -414,61 +469,35 @@ class TorchMemory:
         """Of each entry in [B, N] the sum of those after it."""
         return torch.mm(row, self.later, out=self.other_row)
 
-    def _gates(self, squashed: Tensor) -> tuple[Tensor, ...]:
-        """Erase vector [..., W], free gates [..., R], allocation gate and write gate [..., 1]."""
-        return squashed.split([self.word, self.reads, 1, 1], dim=-1)
-
-    @staticmethod
-    def _by_way(modes: Tensor) -> Tensor:
-        """The read modes [B, R, 3] as [3, B, R, 1], for `Kept.ways`."""
-        return modes.permute(2, 0, 1).unsqueeze(-1)
-
     def _norm(self, memory: Tensor, norms: Tensor) -> None:
         torch.linalg.vector_norm(memory, dim=-1, out=norms)
         torch.hypot(norms, self.root_norm_epsilon, out=norms)
 
-    def _look_up(
-        self,
-        memory: Tensor,
-        norms: Tensor,
-        keys: Tensor,
-        key_norms: Tensor,
-        strengths: Tensor,
-        similarity: Tensor,
-        content: Tensor,
-        work: Tensor,
-    ) -> None:
-        """Sets `similarity` and `content` [B, H, N] for keys [B, H, W]; `work` is as large."""
-        torch.addcmul(self.similarity_epsilon, key_norms.unsqueeze(-1), norms.unsqueeze(1), out=work)
-        torch.bmm(keys, memory.mT, out=similarity)
-        similarity.div_(work)
-        torch.mul(similarity, strengths.unsqueeze(-1), out=work)
-        torch.softmax(work, -1, out=content)
+    def _look_up(self, memory: Tensor, look_up: LookUp, work: Tensor) -> None:
+        """Sets similarity and content of a look-up; `work` is as large as these."""
+        torch.addcmul(self.similarity_epsilon, look_up.key_norms.mT, look_up.norms, out=work)
+        torch.bmm(look_up.keys, memory.mT, out=look_up.similarity)
+        look_up.similarity.div_(work)
+        torch.mul(look_up.similarity, look_up.strengths, out=work)
+        torch.softmax(work, -1, out=look_up.content)
 
     @staticmethod
     def _look_up_backward(
         d_content: Tensor,
-        content: Tensor,
-        similarity: Tensor,
-        by_dots: Tensor,
         memory: Tensor,
-        norms: Tensor,
-        by_norms: Tensor,
-        keys: Tensor,
-        key_norms: Tensor,
-        by_key_norms: Tensor,
+        look_up: LookUp,
+        back: LookUpBackward,
         d_memory: Tensor,
-        d_keys: Tensor,
-        d_strengths: Tensor,
         work: Tensor,
         work_keys: Tensor,
     ) -> None:
-        """The adjoint: adds to `d_memory`, sets `d_keys` and `d_strengths`, overwrites `d_content`. See `Slopes`."""
-        d_scaled = _softmax_backward(d_content, content, -1, content.dtype, grad_input=work)
-        torch.sum(torch.mul(d_scaled, similarity, out=d_content), -1, out=d_strengths)
-        d_dot = d_scaled.mul_(by_dots)
-        d_norms = torch.mul(d_dot, similarity, out=d_content)  # of the products of norms, but for the sign
+        """The adjoint: adds to `d_memory`, sets the gradients of `back`, overwrites `d_content`."""
+        d_scaled = _softmax_backward(d_content, look_up.content, -1, d_content.dtype, grad_input=work)
+        torch.sum(torch.mul(d_scaled, look_up.similarity, out=d_content), -1, out=back.d_strengths)
+        d_dot = d_scaled.mul_(back.dots)
+        d_norms = torch.mul(d_dot, look_up.similarity, out=d_content)  # of the products of norms, but for the sign
         torch.bmm(d_dot, memory, out=work_keys)
-        torch.addcmul(work_keys, torch.bmm(d_norms, norms.unsqueeze(-1)).mul_(by_key_norms), keys, out=d_keys)
-        d_memory.baddbmm_(d_dot.mT, keys)
-        d_memory.addcmul_(torch.bmm(key_norms, d_norms).mul_(by_norms).mT, memory)
+        d_key_norms = torch.bmm(d_norms, look_up.norms.mT).mul_(back.key_norms)
+        torch.addcmul(work_keys, d_key_norms, look_up.keys, out=back.d_keys)
+        d_memory.baddbmm_(d_dot.mT, look_up.keys)
+        d_memory.addcmul_(torch.bmm(look_up.key_norms, d_norms).mul_(back.norms).mT, memory)
