@@ -193,20 +193,20 @@ class LSTM(Cell):
         self.make_d_pre()
         i, f, _, o = self.all_gates.chunk(4, -1)
         g, tanh_cell = self.kept
-        by = [g * i * (1 - i), prev[1] * f * (1 - f), i * (1 - g * g), tanh_cell * o * (1 - o)]
-        self.by = torch.stack(by, dim=2).unbind(0)  # [B, 4, H]
+        self.by_ifg = torch.stack([g * i * (1 - i), prev[1] * f * (1 - f), i * (1 - g * g)], dim=2).unbind(0)
+        self.by_o = (tanh_cell * o * (1 - o)).unbind(0)
         self.by_cell = (o * (1 - tanh_cell * tanh_cell)).unbind(0)
         self.forget = f.unbind(0)
-        self.d_gates = self.d_pre.unflatten(-1, (4, -1)).unbind(0)
+        d_ifg, d_o = self.d_pre.unflatten(-1, (4, -1)).split([3, 1], 2)
+        self.d_ifg, self.d_o = d_ifg.unbind(0), d_o.squeeze(2).unbind(0)
 
     def backward(
         self, step: int, d: list[Tensor], d_above: Tensor | None, d_below: Tensor, addend: Tensor | None
     ) -> None:
         d_hidden, d_cell = self._unclip(step, d, d_above), d[1]
-        by, d_gates = self.by[step], self.d_gates[step]
         d_cell.addcmul_(d_hidden, self.by_cell[step])
-        torch.mul(d_cell.unsqueeze(1), by[:, :3], out=d_gates[:, :3])
-        torch.mul(d_hidden, by[:, 3], out=d_gates[:, 3])
+        torch.mul(d_cell.unsqueeze(1), self.by_ifg[step], out=self.d_ifg[step])
+        torch.mul(d_hidden, self.by_o[step], out=self.d_o[step])
         d_cell.mul_(self.forget[step])
         self.below.backward(self.d_pre_steps[step], d_below, addend)
         assert self.recurrent is not None

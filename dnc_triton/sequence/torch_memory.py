@@ -330,9 +330,16 @@ class TorchMemory:
 
         empty = usage.new_empty
         self.other_row, self.other_heads = torch.empty_like(self.row), torch.empty_like(self.heads)
-        self.square, self.linked = pool.empty((batch, slots, slots), usage), empty(batch, 3 * reads, slots)
-        self.d_modes, self.d_raw_modes = empty(3, batch, reads), empty(batch, reads, 3)
+        self.square = pool.empty((batch, slots, slots), usage)
+        # Both gradients by the link are products of parts of [df | wʳ | db].
+        self.linked = empty(batch, 3 * reads, slots)
+        self.d_forward, self.linked_read_weights, self.d_backward = self.linked.split(reads, 1)
+        self.linked_left, self.linked_right = self.linked[:, : 2 * reads].mT, self.linked[:, reads:]
+        d_modes, self.d_raw_modes = empty(3, batch, reads), empty(batch, reads, 3)
+        self.d_modes_by_way, self.d_modes = d_modes, d_modes.permute(1, 2, 0)
         self.pair, self.d_pair = empty(batch, 2, 1), empty(batch, 2, slots)
+        self.by_allocation, self.by_content = self.pair.unbind(1)
+        self.d_allocation, self.d_write_content = self.d_pair[:, 0], self.d_pair[:, 1:]
         # A product that goes to a part of a tensor is computed row by row of the batch, so it goes here before.
         self.vector, self.head_vectors, self.by_head = (
             empty(batch, 1, word),
@@ -368,17 +375,14 @@ class TorchMemory:
         d_memory.baddbmm_(new.read_weights.mT, d_read_words)
         d_read_weights.baddbmm_(d_read_words, new.memory.mT)
         torch.mul(kept.ways, d_read_weights, out=self.three_ways)
-        torch.sum(self.three_ways, -1, out=self.d_modes)
+        torch.sum(self.three_ways, -1, out=self.d_modes_by_way)
         # Its `grad_input` must be contiguous.
-        d_modes = self.d_modes.permute(1, 2, 0)
-        _softmax_backward(d_modes, kept.modes, -1, d_modes.dtype, grad_input=self.d_raw_modes)
+        _softmax_backward(self.d_modes, kept.modes, -1, kept.modes.dtype, grad_input=self.d_raw_modes)
         d_raw.modes.copy_(self.d_raw_modes)
-        # Both gradients by the link are products of parts of [df | wʳ | db].
-        d_forward, linked_read_weights, d_backward = self.linked.split(self.reads, 1)
         by_backward, by_forward, by_content = self.cut[step].by_way.unbind(0)
-        torch.mul(d_read_weights, by_forward, out=d_forward)
-        linked_read_weights.copy_(prev.read_weights)
-        torch.mul(d_read_weights, by_backward, out=d_backward)
+        torch.mul(d_read_weights, by_forward, out=self.d_forward)
+        self.linked_read_weights.copy_(prev.read_weights)
+        torch.mul(d_read_weights, by_backward, out=self.d_backward)
         torch.mul(d_read_weights, by_content, out=self.heads)
         look_up = self.read_look_ups[step], self.read_look_ups_backward[step]
         self._look_up_backward(self.heads, new.memory, *look_up, d_memory, self.other_heads, self.head_vectors)
@@ -398,15 +402,14 @@ class TorchMemory:
         torch.neg(torch.bmm(write_weights, self.words, out=self.vector), out=d_gates.erase)
         d_memory.addcmul_(d_memory, torch.mul(write_weights.mT, gates.erase, out=self.words), value=-1)
         torch.bmm(kept.candidates, d_write_column, out=self.pair)
-        by_allocation, by_content = self.pair.unbind(1)
-        torch.mul(by_allocation - by_content, gates.write, out=d_gates.allocation)
-        torch.lerp(by_content, by_allocation, gates.allocation, out=d_gates.write)
+        torch.mul(self.by_allocation - self.by_content, gates.write, out=d_gates.allocation)
+        torch.lerp(self.by_content, self.by_allocation, gates.allocation, out=d_gates.write)
         torch.mul(d_write_weights, slopes.candidates, out=self.d_pair)
         look_up = self.write_look_ups[step], self.write_look_ups_backward[step]
-        self._look_up_backward(self.d_pair[:, 1:], prev.memory, *look_up, d_memory, self.head, self.vector)
+        self._look_up_backward(self.d_write_content, prev.memory, *look_up, d_memory, self.head, self.vector)
 
         # allocate and free
-        d_sorted = torch.gather(self.d_pair[:, 0], -1, kept.free_list)
+        d_sorted = torch.gather(self.d_allocation, -1, kept.free_list)
         torch.mul(d_sorted, kept.sorted_allocation, out=row)
         later = self._sum_of_later(row).div_(kept.sorted_usage)
         later.addcmul_(d_sorted, kept.exclusive_product, value=-1)
@@ -451,13 +454,12 @@ class TorchMemory:
         Sets `d_read_weights` [B, R, N], adds to `d_write_weights` and `d_precedence` [B, 1, N], overwrites `d_link`
         [B, N, N] with the gradient by the link before.
         """
-        reads, square = self.reads, self.square
-        d_forward, _, d_backward = self.linked.split(reads, 1)
+        square = self.square
         # A row times a matrix is twice as fast as a matrix times a column.
-        d_link.baddbmm_(self.linked[:, : 2 * reads].mT, self.linked[:, reads:])
+        d_link.baddbmm_(self.linked_left, self.linked_right)
         d_link.diagonal(dim1=-2, dim2=-1).zero_()
-        torch.bmm(d_forward, new_link, out=d_read_weights)
-        d_read_weights.baddbmm_(d_backward, new_link.mT)
+        torch.bmm(self.d_forward, new_link, out=d_read_weights)
+        d_read_weights.baddbmm_(self.d_backward, new_link.mT)
         d_write_weights.baddbmm_(precedence, d_link.mT)
         torch.mul(d_link, prev_link, out=square)
         d_write_weights.baddbmm_(self.ones, square, alpha=-1).baddbmm_(self.ones, square.mT, alpha=-1)
