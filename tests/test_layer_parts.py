@@ -255,6 +255,52 @@ def test_a_state_is_of_the_dtype_of_the_first_floating_parameter():
     assert dnc.initial_state(2).read_words.dtype == torch.float64
 
 
+class Rounded(Tensor):
+    """A weight made of two tensors, which knows the linear layer and nothing else, as torchao makes them."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, context, size, stride):
+        return cls(**tensors)
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        if function is nn.functional.linear:
+            inputs, weight, bias = arguments
+            return nn.functional.linear(inputs, weight.numbers * weight.scale, bias)
+        return super().__torch_function__(function, types, arguments, keywords)
+
+    @classmethod
+    def __torch_dispatch__(cls, called, types, arguments=(), keywords=None):
+        assert called is torch.ops.aten.detach.default
+        return cls(arguments[0].numbers, arguments[0].scale)
+
+
+@pytest.mark.parametrize("part", ["interface", "output"])
+def test_a_weight_that_is_made_of_others_is_given_to_its_layer(part):
+    """Compiled too. It would refuse an operator of ours."""
+    dnc = make()
+    layer = dnc.get_submodule(part)
+    numbers, scale = (100 * layer.weight.detach()).round(), torch.tensor(0.01, dtype=torch.float64)
+    layer.weight = nn.Parameter(numbers * scale, requires_grad=False)
+    inputs = draw()[:, :2]
+    expected = dnc(inputs)
+    layer.weight = nn.Parameter(Rounded(numbers, scale), requires_grad=False)
+    assert backend_of(dnc) == "reference"
+    torch._dynamo.reset()
+    for call in (dnc, torch.compile(dnc, fullgraph=True, backend="eager")):
+        assert_close(call(inputs), expected, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("backend", ["torch_sequence", "reference"])
 def test_an_output_layer_that_has_no_part_in_the_loss_gets_no_gradient(backend):
     """Not one of zeros, with which a weight decays."""

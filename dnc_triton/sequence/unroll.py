@@ -105,7 +105,8 @@ def is_plain(cell: DNCCell) -> bool:
 
     A controller of the user's, a part that was replaced or parametrized, or has no bias, a hook on a part or on all
     modules, a method that a subclass or an object overrides: all of these must be called, step by step. So must parts
-    of other sizes than the layer's, which then say so.
+    of other sizes than the layer's, which then say so, and those with a weight made of other tensors (quantized, as by
+    torchao, say), which knows PyTorch's operators and not ours.
     """
     # At every call: a hook may come at any time. `nn.Module` answers by name what its dictionaries answer at once.
     interface, output, controller = (cell._modules.get(name) for name in ("interface", "output", "controller"))
@@ -136,9 +137,15 @@ def is_plain(cell: DNCCell) -> bool:
     if (first := tensors[0]) is None:
         return False
     dtype, device = first.dtype, first.device
-    if any(x is None or x.dtype != dtype or x.device != device for x in tensors):
+    if any(x is None or x.dtype != dtype or x.device != device or _is_composed(x) for x in tensors):
         return False
     return [x.shape for x in tensors if x is not None] == _shapes(cell, len(layers))
+
+
+def _is_composed(x: Tensor) -> bool:
+    """Whether a tensor is made of others. Not one that is sharded over devices: what shards it makes it whole."""
+    kind = type(x)  # of which a compiler sees what it does not see of the tensor
+    return hasattr(kind, "__tensor_flatten__") and not hasattr(kind, "placements")
 
 
 def _shapes(cell: DNCCell, num_layers: int) -> list[tuple[int, ...]]:
