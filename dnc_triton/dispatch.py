@@ -89,7 +89,7 @@ def _sequence_supports(problem: Problem) -> tuple[bool, str]:
     if problem.dtype not in (torch.float32, torch.float64):
         return False, f"dtype is {problem.dtype}, it takes float32 and float64"
     if is_transformed():
-        return False, "a transform of torch.func is at work"
+        return False, "a transform of torch.func, or torch.jit.trace, is at work"
     return True, "plain PyTorch, a backward written by hand, which is not differentiable again"
 
 
@@ -120,7 +120,7 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return False, f"dtype is {problem.dtype}, the kernels take float32, bfloat16, float16 and float64"
     if is_transformed():
-        return False, "a transform of torch.func is at work"
+        return False, "a transform of torch.func, or torch.jit.trace, is at work"
     if not HAS_TRITON:
         return False, "Triton is not installed"
     if problem.device.type == "cpu":

@@ -158,7 +158,7 @@ class DNC(DNCCell):
 
         Raises:
             ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T (not
-                looked at while a compiler traces, a CUDA graph is captured or a transform of `torch.func` is at work)
+                looked at while anything traces, a CUDA graph is captured or a transform of `torch.func` is at work)
                 or beside a `PackedSequence`, which has its own; an unknown backend, by the environment's variable say.
             TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
                 state that is no `DNCState`, a trace that is no bool.

@@ -170,14 +170,18 @@ def test_exports():
     assert_close((outputs, state), dnc(-inputs, given, **other), **CLOSE)
 
 
-@pytest.mark.parametrize(("backend", "gradients"), [("reference", True), ("reference", False), ("auto", False)])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_of_one_length(backend, gradients):
-    """As TensorBoard's graph of a model takes one."""
+def test_a_trace_of_one_length(backend, keeps):
+    """As TensorBoard's graph of a model takes one, with gradients, and checks it without."""
     dnc, inputs = make(backend=backend), make_inputs(2, 3)
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(keeps):
         traced = torch.jit.trace(dnc, (inputs,))
-        assert_close(traced(-inputs), dnc(-inputs), **CLOSE)
+        got, expected = traced(-inputs), dnc(-inputs)
+    assert_close(got, expected, **CLOSE)
+    if keeps:
+        assert_close(*(gradients(total(result), dnc) for result in (got, expected)), **CLOSE)
 
 
 @pytest.mark.parametrize("options", [{}, {"trace": True}], ids=str)

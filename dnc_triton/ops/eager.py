@@ -21,20 +21,22 @@ def is_eager(tensors: list[Tensor]) -> bool:
         not torch.compiler.is_compiling()  # first: a compiler follows nothing of the rest
         and not is_in_torch_dispatch_mode()
         and not is_transformed()
-        and not torch.jit.is_tracing()
         and not tensors[0].is_meta
         and all(type(tensor) in ORDINARY for tensor in tensors)
     )
 
 
 def is_transformed() -> bool:
-    """Whether vmap, grad or their like of `torch.func`, or forward-mode differentiation, are at work.
+    """Whether vmap, grad or their like of `torch.func`, forward-mode differentiation, or `torch.jit.trace` are at work.
 
-    They look into what is called, which an operator of its own does not let them. A compiler that traces knows of those
-    of `torch.func`, forward-mode differentiation by it among them.
+    They look into what is called, which an operator of its own does not let them; and a trace, taken with gradients, is
+    checked without, where the operator is called otherwise. A compiler that traces knows of those of `torch.func`,
+    forward-mode differentiation by it among them.
     """
     transformed: bool = torch._C._are_functorch_transforms_active()
-    return transformed or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+    return transformed or (
+        not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or torch.jit.is_tracing())
+    )
 
 
 def savable(x: Any) -> Any:
