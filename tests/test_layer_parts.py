@@ -255,6 +255,21 @@ def test_a_state_is_of_the_dtype_of_the_first_floating_parameter():
     assert dnc.initial_state(2).read_words.dtype == torch.float64
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("options", [{}, {"trace": True}, {"lengths": [2, 5, 0]}], ids=str)
+def test_every_part_is_given_the_batch_first(options, batch_first):
+    """By which what hooks into them takes samples apart: Opacus their gradients, captum its attributions."""
+    dnc, seen = make(batch_first=batch_first), []
+    parts = [dnc.controller, *dnc.controller.layers, dnc.interface, dnc.output]
+    for part in parts:
+        part.register_forward_hook(lambda module, given, returned: seen.append((module, given[0].shape[0])))
+    inputs = draw() if batch_first else draw().transpose(0, 1)
+    dnc(inputs, **options)
+    dnc(inputs[:, :0] if batch_first else inputs[:0])
+    assert {module for module, _ in seen} == set(parts)
+    assert {batch for _, batch in seen} == {INPUTS[0]}
+
+
 class Rounded(Tensor):
     """A weight made of two tensors, which knows the linear layer and nothing else, as torchao makes them."""
 

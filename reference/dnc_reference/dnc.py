@@ -309,7 +309,7 @@ def unroll(
     """
     steps, batch = inputs.shape[:2]
     if steps == 0:
-        return cell.project(inputs.new_empty(0, batch, cell.feature_size)), state
+        return cell.project(inputs.new_empty(batch, 0, cell.feature_size)).transpose(0, 1), state
     running = None
     if lengths is not None:
         running = torch.arange(steps, device=inputs.device).unsqueeze(1) < lengths  # [T, B]
@@ -326,7 +326,8 @@ def unroll(
         step_features, new_state = cell.advance(inputs[step], state, interface_step=interface_step)
         state = new_state if running is None else new_state.where(running[step], state)
         features.append(step_features)
-    outputs = cell.project(torch.stack(features))
+    # Like every other part it is given the batch first, which hooks on it may count by: per-sample gradients, say.
+    outputs = cell.project(torch.stack(features, 1)).transpose(0, 1)
     if running is not None:
         outputs = torch.where(running.unsqueeze(-1), outputs, 0)
     return outputs, state
