@@ -236,37 +236,32 @@ class Sequence:
 
     def _products(self, parameters: list[Tensor], input_size: int) -> None:
         """The parameters as the products they are used in."""
-        recurs = self.settings.cell.states > 0
         dtype = self.settings.product_dtype
+        count = 2 if self.settings.cell.states else 1  # weights of a layer, and biases: of what is below, of the state
         remaining = [tensor if tensor.dim() > 1 else tensor.contiguous() for tensor in parameters]
-        self.below: list[Product] = []
-        self.recurrent: list[Product | None] = []
-        by_step = self._product_by_step(parameters, input_size)
+        weights: list[list[Tensor]] = []
         self.biases: list[list[Tensor]] = []
-        for layer in range(self.settings.num_layers):
-            weight = remaining.pop(0)
-            if layer == 0:
-                self.from_inputs = Product(weight[:, :input_size], dtype)
-                weight = weight[:, input_size:]
-            self.below.append(by_step(weight, dtype))
-            self.recurrent.append(by_step(remaining.pop(0), dtype) if recurs else None)
-            self.biases.append([remaining.pop(0) for _ in range(2 if recurs else 1)])
+        for _ in range(self.settings.num_layers):
+            weights.append([remaining.pop(0) for _ in range(count)])
+            self.biases.append([remaining.pop(0) for _ in range(count)])
         interface_weight, self.interface_bias, output_weight, self.output_bias = remaining
+        lowest = weights[0][0]
+        self.from_inputs, weights[0][0] = Product(lowest[:, :input_size], dtype), lowest[:, input_size:]
+        by_step = self._product_by_step(weights)
+        self.below = [by_step(below, dtype) for below, *_ in weights]
+        self.recurrent = [by_step(recurrent[0], dtype) if recurrent else None for _, *recurrent in weights]
         self.interface = by_step(interface_weight, dtype)
         self.from_hidden = Product(output_weight[:, : interface_weight.shape[1]], dtype)
         self.from_words = Product(output_weight[:, interface_weight.shape[1] :], dtype)
 
-    def _product_by_step(self, parameters: list[Tensor], input_size: int) -> type[Product]:
+    def _product_by_step(self, weights: list[list[Tensor]]) -> type[Product]:
         """What makes the products of a step: by kernels of our own where the memory's part is, and the batch small."""
         if self.settings.layout is None:
             return Product
         from dnc_triton.sequence.small_product import SmallProduct, is_small
 
-        of_layer = len(parameters[:-4]) // self.settings.num_layers
-        layers = [parameters[first : first + of_layer] for first in range(0, len(parameters[:-4]), of_layer)]
-        layers[0] = [layers[0][0][:, input_size:], *layers[0][1:]]
         dtype = self.settings.product_dtype
-        small = all(is_small(self.batch, *(x for x in layer if x.dim() > 1), dtype=dtype) for layer in layers)
+        small = all(is_small(self.batch, *of_layer, dtype=dtype) for of_layer in weights)
         return SmallProduct if small else Product
 
     def _make_cells(self) -> list[Cell]:

@@ -27,6 +27,7 @@ from dnc_triton.kernels.products import (
     product,
 )
 from dnc_triton.sequence import small_product
+from dnc_triton.sequence.cells import Cell
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.small_product import SmallProduct, is_small
@@ -301,8 +302,9 @@ def test_products_are_small_where_those_of_every_layer_are(
 ) -> None:
     """Of a feedforward controller; what the first layer is given of the network's input is no product of a step."""
     monkeypatch.setattr(small_product, "MOST_WORK", {"cpu": 3 * 4 * 16})
-    settings = SimpleNamespace(layout=object(), num_layers=2, product_dtype=torch.float32)
-    sequence: Any = SimpleNamespace(batch=3, settings=settings)
+    sequence: Any = Sequence.__new__(Sequence)
+    sequence.batch = 3
+    sequence.settings = SimpleNamespace(layout=object(), num_layers=2, product_dtype=torch.float32, cell=Cell)
     sizes = [(4, 100 + given[0]), (4,), (4, given[1]), (4,), (9, 4), (9,), (2, 4), (2,)]
-    parameters = [torch.empty(size) for size in sizes]
-    assert (Sequence._product_by_step(sequence, parameters, 100) is SmallProduct) == small
+    sequence._products([torch.empty(size) for size in sizes], 100)
+    assert [isinstance(product, SmallProduct) for product in (*sequence.below, sequence.interface)] == [small] * 3
