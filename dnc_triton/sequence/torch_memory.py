@@ -188,7 +188,7 @@ class TorchMemory:
         stop_usage_gradient: bool,
     ) -> None:
         batch = vectors.shape[1]
-        self.slots, self.word, self.reads = slots, word, reads
+        self.word, self.reads = word, reads
         self.strength_offset, self.stop_usage_gradient = strength_offset, stop_usage_gradient
         self.all_vectors, self.all_kept = Vectors.of(vectors, reads, word), kept
         self.all_gates = Gates.of(kept.squashed, reads, word)
