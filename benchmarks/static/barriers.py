@@ -157,7 +157,7 @@ class _Walk:
         elif op.name == "ttg.async_wait":
             left = re.search(r"num = (\d+)", op.text)
             self.copies = self.copies[-1 - int(left[1]) :] if left else self.copies
-        elif op.name in ("amdg.buffer_load", "amdgpu.buffer_load", "amdg.buffer_store", "amdgpu.buffer_store"):
+        elif op.name in ("amdg.buffer_load", "amdg.buffer_store"):
             match = re.search(rf"({NAME})\[({NAME})\](?:, ({NAME}))?", op.text)
             if not match:
                 raise Unchecked(f"{op.name} {op.text}")
