@@ -202,7 +202,7 @@ def run_all(
             )
             if log:
                 log.close()
-            if index >= len(commands) - giving_way and hasattr(os, "setpriority"):  # not on Windows
+            if index >= len(commands) - giving_way:
                 nice = max(NICE, os.getpriority(os.PRIO_PROCESS, 0))
                 with suppress(ProcessLookupError):
                     os.setpriority(os.PRIO_PROCESS, processes[-1].pid, nice)  # its threads, still to come, inherit it
