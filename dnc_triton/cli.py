@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("lightning_fabric", "matplotlib", "plotly", "tensorboard", "tqdm")
 INTERRUPTED, UNREAD = 130, 141  # what a shell expects of a program that SIGINT, or SIGPIPE, ended
-OWN = ("command", "task", "act", "run", "resume", "config", "device", "workers", "output")  # options, not settings
+OWN = ("command", "task", "act", "run", "resume", "config", "device", "workers")  # options, not settings
 
 EPILOG = """\
 first steps:
