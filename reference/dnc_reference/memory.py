@@ -78,9 +78,8 @@ def memory_step_with_addressing(
 
 
 def _memory_step(
-    interface: Interface, state: MemoryState, stop_usage_gradient: bool
+    interface: Interface, prev: MemoryState, stop_usage_gradient: bool
 ) -> tuple[Tensor, MemoryState, Addressing]:
-    prev = state
     prev_write_weights = prev.write_weights.detach() if stop_usage_gradient else prev.write_weights
 
     retention = addressing.retention(interface.free_gates, prev.read_weights)
