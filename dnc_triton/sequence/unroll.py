@@ -139,7 +139,7 @@ def is_plain(cell: DNCCell) -> bool:
     dtype, device = first.dtype, first.device
     if any(x is None or x.dtype != dtype or x.device != device or _is_composed(x) for x in tensors):
         return False
-    return [x.shape for x in tensors if x is not None] == _shapes(cell, len(layers))
+    return [x.shape for x in tensors if x is not None] == _shapes(cell)
 
 
 def _is_composed(x: Tensor) -> bool:
@@ -148,12 +148,12 @@ def _is_composed(x: Tensor) -> bool:
     return hasattr(kind, "__tensor_flatten__") and not hasattr(kind, "placements")
 
 
-def _shapes(cell: DNCCell, num_layers: int) -> list[tuple[int, ...]]:
+def _shapes(cell: DNCCell) -> list[tuple[int, ...]]:
     """Of `_parameters_by_name`; how many outputs there are the output layer's own weight says."""
     hidden, read, interface = cell.hidden_size, cell.num_reads * cell.word_size, cell.interface_size
     rows = CELLS[cell.controller_kind].gates_per_unit * hidden
     shapes: list[tuple[int, ...]] = []
-    for below in (cell.input_size + read, *[hidden] * (num_layers - 1)):
+    for below in (cell.input_size + read, *[hidden] * (cell.num_layers - 1)):
         if cell.controller_kind == "feedforward":
             shapes += [(rows, below), (rows,)]
         else:
