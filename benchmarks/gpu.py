@@ -36,7 +36,7 @@ from dnc_reference.interface import interface_sizes
 from dnc_triton.cli import INTERRUPTED
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.kernels import launcher
-from dnc_triton.kernels.layout import Layout, layouts, sequence_layouts
+from dnc_triton.kernels.layout import MOST_IN_ONE_LAUNCH, Layout, layouts, sequence_layouts
 from dnc_triton.kernels.step_launch import step_backward, step_forward
 from dnc_triton.tuning import device_time
 
@@ -59,8 +59,7 @@ WAIT = 1_000_000  # clocks, half a millisecond: longer than it takes to launch a
 # The kernels' float32 against the float64 oracle, largest error over largest number of a tensor. Rounding alone leaves
 # about 1e-6; tf32 would leave 1e-3.
 ALLOWED_ERROR = 2e-5
-# A whole sequence in one launch: T and H, and the most slots that it serves.
-SEQUENCE_STEPS, SEQUENCE_HIDDEN, SEQUENCE_SLOTS = 32, 64, 128
+SEQUENCE_STEPS, SEQUENCE_HIDDEN = 32, 64  # of a whole sequence in one launch
 
 Clock = Callable[[Callable[[], Any]], float]
 
@@ -178,7 +177,7 @@ def jobs(
 
     for bucket in buckets:
         _, slots, word, _ = bucket
-        of_step, of_sequence = layouts(slots), sequence_layouts(slots, word) if slots <= SEQUENCE_SLOTS else []
+        of_step, of_sequence = layouts(slots), sequence_layouts(slots, word) if slots <= MOST_IN_ONE_LAUNCH else []
         ahead = of_step + of_sequence  # of the first row: the others find it done
         for layout in of_step:
             row = row_of(bucket, f"{'fused' if layout.fused else 'split'} {layout.describe()}")
