@@ -314,6 +314,11 @@ def test_inputs_of_a_single_step_of_another_size():
         make(batch_first=False).step(INPUTS[:, 0, :2])
 
 
+def test_inputs_of_a_single_step_of_another_rank():
+    with refuses(ValueError, "inputs", "2 dimensions [B, input_size]", f"[{BATCH}, 1, 3]"):
+        make().step(INPUTS[:, :1])
+
+
 def test_nested_inputs_of_a_single_step():
     """Whose number of dimensions is a layer's, and whose shape may not be asked for."""
     nested = torch.nested.nested_tensor([torch.zeros(3)] * BATCH)

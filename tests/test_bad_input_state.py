@@ -166,6 +166,7 @@ class NarrowController(OwnController):
         case(lambda x: x.sum(), ValueError, "batch 4 first", "[]", id="rank 0"),
         case(torch.Tensor.double, TypeError, "torch.float32", "torch.float64", id="float64"),
         case(lambda x: x.to("meta"), ValueError, "cpu", "meta", id="device"),
+        case(lambda x: (x, 4), TypeError, "a nest of tensors", "int in it", id="number"),
     ],
 )
 def test_state_of_a_controller_of_your_own(change, error, expected, came):
