@@ -59,6 +59,11 @@ class Checkpoints:
     `settings.link_every`-th link, while the other links alternate between two. Backward with k = 1 nothing is
     recomputed, so a link that was not kept is None: `behind` says how many steps back the nearest kept one is.
 
+    Of 12 steps, by kernels that are given every fourth link: with k = 1 all memories are kept, and the links before
+    steps 4 and 8; for step 6 the backward is given the link before step 4, two behind. With k = 8 the memory and the
+    link before step 8 are kept; the backward of steps 0 to 7 begins with the forward of 0 to 6, which leaves the memories
+    before steps 1 to 7 and the link before step 4.
+
     Args:
         settings: of the sequence; k is its checkpoint.
         first, last: before the sequence and after it.

@@ -164,7 +164,7 @@ class Sequence:
         return d_inputs, d if wants_state else None, d_parameters
 
     def _by_step(self, state: Carried) -> None:
-        """Cut the history into steps."""
+        """Cut the history into steps, for the loop and for the memory's part."""
         history = self.history
         self.carried = [trail.unbind(0) for trail in history.carried]
         self.layers = [[trail.unbind(0) for trail in layer] for layer in history.layers]

@@ -4,7 +4,13 @@ Both directions are opaque to `torch.compile`: a sequence is one node of the gra
 or aliases what it is given.
 
 What PyTorch does around such an operator takes longer than a small network. So in eager mode (`is_eager`) `_Sequence`
-takes its place, which calls the same two functions, `_run` and `_run_backward`.
+takes its place, which calls the same two functions, `_run` and `_run_backward`. Who calls whom:
+
+    run_sequence -> _Sequence.forward, eager                -> _run: a replay, or _unroll: Sequence.forward
+                    _sequence, the operator
+
+    autograd     -> _Sequence.backward                      -> _run_backward: a replay, or _backward_through_time:
+                    _backward -> _sequence_backward, its operator                                Sequence.backward
 """
 
 from __future__ import annotations
