@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         status: int = options.act(options)
+        print(end="", flush=True)  # here, where it is known what to do if nobody reads it
     except KeyboardInterrupt:  # the first one in training ends the step and saves the run, and does not come by here
         print("dnc_triton: interrupted", file=sys.stderr)
         status = INTERRUPTED
