@@ -350,8 +350,7 @@ def reference_call(
     inputs = [tensor.detach().requires_grad_(backward) for tensor in (vector, *state)]
 
     def call() -> Any:
-        with torch.set_grad_enabled(backward):
-            read_words, new_state = step(inputs[0], MemoryState(*inputs[1:]), reads)
+        read_words, new_state = step(inputs[0], MemoryState(*inputs[1:]), reads)
         return torch.autograd.grad([read_words, *new_state], inputs, gradients) if backward else read_words
 
     return call
