@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from tiny_benchmark import CASE, QUICK, TINY, _tiny_configuration_without_peer, run, session  # noqa: F401
 
 from benchmarks import files, measure, verify
-from benchmarks.__main__ import _jobs, main
+from benchmarks.__main__ import _jobs, _parser, main
 from benchmarks.configurations import BASE, CONFIGURATIONS, SWEEPS, SWEPT, LeftOutError, case_of, sweep_cases
 from benchmarks.modes import CAPTURED, MODES, modes_on
 from benchmarks.peers import EAGER, OURS, PEERS
@@ -181,6 +182,17 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     assert content["left_out"] == ["tiny_too and what follows: interrupted"]
 
 
+def test_a_run_that_is_interrupted_before_anything_is_measured_says_so(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "find_truth", interrupted)
+    status, rows, content = run(tmp_path)
+    assert (status, rows) == (130, [])
+    assert content["left_out"] == ["tiny and what follows: interrupted"]
+    assert "- tiny and what follows: interrupted" in capsys.readouterr().err
+
+
 def test_who_interrupts_the_measuring_of_memory_has_the_times(tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -192,11 +204,15 @@ def test_who_interrupts_the_measuring_of_memory_has_the_times(tmp_path, monkeypa
     assert [row["status"] for row in json.loads(file.read_text())["rows"]] == ["measured"] * 2
 
 
-@pytest.mark.parametrize(("status", "measured"), [(130, ["cuda"]), (1, ["cuda", "cpu"])])
-def test_who_interrupts_a_device_interrupts_the_next_one_too(tmp_path, monkeypatch, status, measured):
-    begun = []
+@pytest.mark.parametrize(
+    ("statuses", "status", "measured"),
+    [([130], 130, ["cuda"]), ([1, 0], 1, ["cuda", "cpu"]), ([0, 2], 2, ["cuda", "cpu"]), ([0, 0], 0, ["cuda", "cpu"])],
+)
+def test_who_interrupts_a_device_interrupts_the_next_one_too(tmp_path, monkeypatch, statuses, status, measured):
+    """What went wrong on one is not lost because the next one went well."""
+    begun, ended = [], iter(statuses)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("benchmarks.__main__._run", lambda device, *others: begun.append(device.type) or status)
+    monkeypatch.setattr("benchmarks.__main__._run", lambda device, *others: begun.append(device.type) or next(ended))
     assert main(["--device", "cuda,cpu", "--output", str(tmp_path)]) == status
     assert begun == measured
 
@@ -222,6 +238,35 @@ def test_after_the_time_is_up_nothing_is_started(tmp_path, capsys):
     assert (status, rows) == (2, [])
     assert content["left_out"] == [f"tiny, {mode}: the time is up" for mode in modes_on("cpu")]
     assert "- tiny, training: the time is up" in capsys.readouterr().err
+
+
+def test_all_devices_have_the_time_that_is_asked_for_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.__main__._devices", lambda asked: ["cpu", "cpu"])
+    deadlines = []
+
+    def measure_all(cases, modes, options, session, write):
+        deadlines.append(session.deadline)
+        return [], False
+
+    monkeypatch.setattr("benchmarks.__main__._measure_all", measure_all)
+    before = time.monotonic()
+    assert main(["run", "--seconds", "100", "--output", str(tmp_path)]) == 2
+    assert deadlines[0] == deadlines[1] <= time.monotonic() + 100
+    assert deadlines[0] >= before + 100
+
+
+@pytest.mark.parametrize(("load", "told"), [(3.0, True), (0.1, False)])
+def test_other_programs_that_take_its_time_are_told(load, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    run(tmp_path, "--seconds", "0")
+    assert (f"Other programs are running (load {load:.1f})" in capsys.readouterr().err) == told
+
+
+def test_as_many_threads_compute_as_are_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    run(tmp_path, "--seconds", "0", "--threads", "3")
+    assert asked == [3]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +329,18 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["nan", "soon", ""])
+def test_a_time_is_a_number(text, capsys):
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["run", "--seconds", text])
+    assert f"argument --seconds: expected a number of at least 0, got {text!r}" in capsys.readouterr().err
+
+
+def test_what_is_named_twice_is_measured_once():
+    options = _parser().parse_args(["run", "--modes", "step, forward,step,"])
+    assert options.modes == ["step", "forward"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):

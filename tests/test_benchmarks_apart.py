@@ -16,7 +16,8 @@ from benchmarks import apart, measure
 from benchmarks.__main__ import main
 from benchmarks.peers import OURS
 
-# Instead of `python -m benchmarks`: what is measured, dies in the second mode, does not stop, dies while it writes.
+# Instead of `python -m benchmarks`: what is measured, dies in the second mode, finds nothing to measure, does not stop,
+# dies while it writes.
 CHILD = """
 import json, pathlib, sys, time
 value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
@@ -31,6 +32,9 @@ if how == "dies" and mode == "forward":
     write(names[:1])
     print("tiny: timing\\rCUDA error\\r", end="")
     sys.exit(5)
+if how == "nothing":
+    write([], ["tiny: too large"])
+    sys.exit(2)
 if how == "hangs":
     write(names[:1])
     time.sleep(60)
@@ -67,7 +71,8 @@ def test_a_peer_is_measured_apart_a_process_per_mode(child):
     be, asked = child
     be("good")
     here = session()
-    options = options_of("--modes", "training,forward", "--rounds", "7", "--case-seconds", "1.5", "--threads", "1")
+    numbers = ["--rounds", "7", "--case-seconds", "1.5", "--compile-seconds", "9", "--threads", "1"]
+    options = options_of("--modes", "training,forward", *numbers)
     other = replace(CASE, configuration="other")
     found = apart.measure_apart("compiled_cuda_graphs", [CASE, other], options.modes, options, here)
     rows = list(chain.from_iterable(found))
@@ -79,6 +84,7 @@ def test_a_peer_is_measured_apart_a_process_per_mode(child):
     theirs = options_of(*[word.replace("tiny,other", "tiny") for word in asked[0][4:]])
     assert (theirs.device, theirs.peers, theirs.modes) == (["cuda"], ["compiled_cuda_graphs"], ["training"])
     assert (theirs.rounds, theirs.case_seconds, theirs.threads, theirs.seconds) == (7, 1.5, 1, None)
+    assert theirs.compile_seconds == 9
     assert theirs.no_memory
     assert theirs.no_report
 
@@ -98,6 +104,8 @@ def test_a_peer_apart_that_dies_costs_only_its_own_rows(child, monkeypatch):
     rows, notes = outcome("dies", session())
     assert rows == [("tiny", "forward")]
     assert notes == [where.format("forward") + "ended with status 5: CUDA error"]
+    rows, notes = outcome("nothing", session())
+    assert (rows, notes) == ([], [where.format(mode) + "tiny: too large" for mode in ("training", "forward")])
     rows, notes = outcome("half", session())
     assert rows == []
     assert all("Expecting value" in note for note in notes)
@@ -107,6 +115,28 @@ def test_a_peer_apart_that_dies_costs_only_its_own_rows(child, monkeypatch):
     assert rows == [("tiny", "training")]
     stopped = "killed, for it did not stop when its time was up"
     assert notes == [where.format("training") + stopped, where.format("forward") + "the time is up"]
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("", ""),
+        ("import sys; print('tiny: timing'); sys.exit('no memory')", "ended with status 1: no memory"),
+        ("raise SystemExit(3)", "ended with status 3: it said nothing"),
+    ],
+)
+def test_what_a_process_says_at_its_end_is_told(code, word, tmp_path):
+    """One that ends by itself shortly after its time is up has ended well."""
+    assert apart._run([sys.executable, "-u", "-c", code], 0.0, tmp_path / "log") == word
+
+
+def test_a_peer_apart_has_its_share_of_the_time_that_is_left(child):
+    be, asked = child
+    be("good")
+    here = session(deadline=time.monotonic() + 1000)
+    list(apart.measure_apart("compiled_cuda_graphs", [CASE], ["forward"], options_of(), here))
+    (seconds,) = (options_of(*command[4:]).seconds for command in asked)
+    assert 300 < seconds <= 1000 * apart.SHARE
 
 
 def test_who_is_interrupted_has_what_a_peer_apart_has_done(child, monkeypatch):

@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tiny_benchmark import CASE, CPU, _tiny_configuration_without_peer, run, ses
 from benchmarks import files, floors, machine, measure, modes, peers, verify
 from benchmarks.machine import describe_machine
 from benchmarks.modes import CAPTURED, call_of, draw_inputs, modes_on
-from benchmarks.peers import EAGER, OURS, PEERS
+from benchmarks.peers import EAGER, OURS, PEERS, Network
 
 # --- the GPU's part, without one --------------------------------------------------------------------------------------
 
@@ -63,17 +64,20 @@ def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
     assert state.memory.link.data_ptr() != made[-1].data_ptr()
 
 
-@pytest.mark.parametrize("module", ["benchmarks.__main__", "benchmarks.gpu"])
-def test_everybody_computes_in_float32(module, tmp_path, monkeypatch):
-    """Also where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 is in the environment, which makes PyTorch begin with "high"."""
+@pytest.mark.parametrize(("module", "of_cudnn"), [("benchmarks.__main__", False), ("benchmarks.gpu", True)])
+def test_everybody_computes_in_float32(module, of_cudnn, tmp_path, monkeypatch):
+    """Also where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 is in the environment, which makes PyTorch begin with "high".
+
+    What cuDNN computes, nn.LSTM, is not in the benchmark of a step.
+    """
     found = []
 
     def stop(command):
-        found.append(torch.get_float32_matmul_precision())
+        found.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # put back
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(f"{module}.describe_machine", stop)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -82,7 +86,7 @@ def test_everybody_computes_in_float32(module, tmp_path, monkeypatch):
             importlib.import_module(module).main(["--output", str(tmp_path)])
     finally:
         torch.set_float32_matmul_precision(before)
-    assert found == ["highest"]
+    assert found == [("highest", of_cudnn)]
 
 
 def test_a_device_is_waited_for_before_and_after_the_calls(monkeypatch):
@@ -319,18 +323,21 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
     """Killed in the third row it has two; late from the second on it says what is missing; a failure is noted."""
     from benchmarks import gpu
 
-    def measured(kind):
+    written = []
+
+    def measured(kind, slots):
         def measure(row):
+            written.append([len(json.loads(file.read_text())["rows"]) for file in tmp_path.glob("gpu-step-*.json")])
             if kind == "slow":
                 time.sleep(0.2)
             if kind.endswith(("failing", "interrupted")):
                 raise KeyboardInterrupt if kind == "interrupted" else RuntimeError("no memory\nat all")
             return replace(row, error=1e-7, forward_us=2.0, backward_us=3.0)
 
-        return gpu.Row(16, 16, 16, 4, kind), measure
+        return gpu.Row(16, slots, 16, 4, kind), measure
 
-    def run(*kinds, seconds="100"):
-        monkeypatch.setattr(gpu, "jobs", lambda *arguments, **options: map(measured, kinds))
+    def run(*kinds, seconds="100", slots=16):
+        monkeypatch.setattr(gpu, "jobs", lambda *arguments, **options: (measured(kind, slots) for kind in kinds))
         status = gpu.main(["--output", str(tmp_path), "--seconds", seconds])
         (file,) = tmp_path.glob("gpu-step-*.json")
         lines = file.with_suffix(".csv").read_text(encoding="utf-8").splitlines()
@@ -344,10 +351,12 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
     monkeypatch.setattr(gpu, "bytes_per_second", lambda device: 1e12)
     assert run("good")[0] == 0
     assert run("good", "interrupted", "good")[0] == 130
+    assert run("good", "good", "good")[0] == 0
+    assert written[-2:] == [[1], [2]]
     assert run("good", "failing")[0] == 1
     before = run("good", "reference that is failing")
     assert before[0] == 0, "others may"
-    monkeypatch.setattr(gpu, "jobs", lambda *arguments, **options: map(measured, ["interrupted"]))
+    monkeypatch.setattr(gpu, "jobs", lambda *arguments, **options: [measured("interrupted", 16)])
     assert gpu.main(["--output", str(tmp_path)]) == 130
     assert gpu.main(["--output", str(tmp_path), "--seconds", "-1"]) == 2
     (file,) = tmp_path.glob("gpu-step-*.json")
@@ -361,7 +370,106 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
     assert content["left_out"][0] in capsys.readouterr().out
     status, content = run("good", gpu.COMPILED, seconds="30")
     assert content["left_out"] == [f"16, 16, 16, 4, {gpu.COMPILED}: the time is up"], "which has none to compile"
+    assert run("good", gpu.COMPILED)[1]["left_out"] == []
+    content = run("good", gpu.COMPILED, slots=256)[1]
+    assert content["left_out"] == [f"16, 256, 16, 4, {gpu.COMPILED}: the time is up"], "a large memory takes longer"
     assert content["machine"]["bytes_per_second"] == 1e12
+
+
+def unrun(monkeypatch, kind, error, *times):
+    """A row of that kind on the CPU with nothing run: off by so much, with these answers of the clock."""
+    from benchmarks import gpu
+
+    clock = iter(times)
+    network = Network(torch.nn.Linear(1, 1), None)
+    monkeypatch.setattr(gpu, "kernel_calls", lambda *arguments: (None, None))
+    monkeypatch.setattr(gpu, "worst_error", lambda *arguments: error)
+    monkeypatch.setattr(gpu, "sequence_of", lambda *arguments: (network, None, None))
+    monkeypatch.setattr(gpu.verify, "find_truth", lambda *arguments: SimpleNamespace(allowed={"training": 1e-5}))
+    monkeypatch.setattr(gpu.verify, "error", lambda *arguments: error)
+    options = {"compiled": False} if kind == "reference" else {"layout": None}
+    row = gpu.Row(2, 4, 3, 2, kind)
+    return getattr(gpu, f"{kind}_row")(row, device=CPU, clock=lambda call: next(clock), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "times", "forward", "backward"),
+    [
+        ("step", [8.0, 20.0], 2.0, 5.0),  # of four states
+        ("sequence", [64.0, 160.0], 2.0, 3.0),  # of 32 steps: forward, forward and backward
+        ("reference", [3.0, 10.0], 3.0, 7.0),  # the same of one step
+    ],
+)
+def test_times_are_of_one_step_one_way(kind, times, forward, backward, monkeypatch):
+    from benchmarks import gpu
+
+    row = unrun(monkeypatch, kind, 1e-6, *times)
+    assert (row.forward_us, row.backward_us, row.note) == (forward, backward, "")
+    assert f" | {forward:.1f} | {backward:.1f} | " in gpu.markdown([row])
+
+
+@pytest.mark.parametrize("error", [float("nan"), 3e-5])
+@pytest.mark.parametrize("kind", ["step", "sequence"])
+def test_a_layout_that_is_wrong_is_not_timed(kind, error, monkeypatch):
+    row = unrun(monkeypatch, kind, error)
+    assert (row.forward_us, row.backward_us, row.note) == (None, None, "wrong: not timed")
+    assert row.is_wrong
+
+
+def test_what_is_timed_of_kernels_is_a_graph_of_them(monkeypatch):
+    """Warmed up on another stream and captured; replayed behind a wait in which it is launched. Of many the median."""
+    from benchmarks import gpu
+
+    happened, times = [], iter([9.0, 1.0, 2.0])
+
+    @contextmanager
+    def within(what):
+        happened.append(what)
+        yield
+        happened.append("")
+
+    def device_time(call, wait):
+        call()
+        happened.append(wait)
+        return next(times)
+
+    monkeypatch.setattr(gpu, "REPLAYS", 3)
+    monkeypatch.setattr(gpu, "aside", lambda: within("aside"))
+    monkeypatch.setattr(gpu, "device_time", device_time)
+    graph = SimpleNamespace(replay=lambda: happened.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda captured: within("capture" if captured is graph else "another"))
+    assert gpu.graph_time(lambda: happened.append("call")) == 2.0
+    before = ["aside", *["call"] * 3, "", "capture", "call", ""]
+    assert happened == [*before, *["replay"] * 5, *["replay", gpu.WAIT] * 3]
+
+
+def test_what_compiles_for_long_comes_last_the_smallest_first():
+    from benchmarks import gpu
+
+    rows = [row for row, _ in gpu.jobs(gpu.BUCKETS, CPU, None, None)]
+    last = rows[-len(gpu.BUCKETS) :]
+    assert [row.who == gpu.COMPILED for row in rows] == [row in last for row in rows]
+    assert [row.memory_size for row in last] == sorted(bucket[1] for bucket in gpu.BUCKETS)
+    whole = {row.memory_size for row in rows if row.who.startswith("sequence")}
+    assert whole == {bucket[1] for bucket in gpu.BUCKETS if bucket[1] <= 128}, "what one launch serves"
+
+
+def test_a_layout_that_does_not_compile_costs_the_others_nothing(monkeypatch):
+    from benchmarks import gpu
+
+    broken, good = gpu.layouts(4)[:2]
+    compiled = []
+
+    def kernel_calls(steps, reads, layout):
+        if layout is broken:
+            raise RuntimeError("out of resource: shared memory")
+        return None, lambda: compiled.append(layout)
+
+    monkeypatch.setattr(gpu, "kernel_calls", kernel_calls)
+    monkeypatch.setattr(gpu.launcher, "compiling_ahead", lambda device: nullcontext())
+    gpu.compile_ahead(gpu.Row(2, 4, 3, 2, "first"), CPU, [broken, good])
+    assert compiled == [good]
 
 
 def test_floors_of_a_cache_are_of_what_fits_into_it(monkeypatch):

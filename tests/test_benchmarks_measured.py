@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import floors, lean, measure, memory, peers, verify
 from benchmarks.modes import call_of, draw_inputs
 from benchmarks.peers import EAGER, OURS, Network
+from dnc_triton import DNC
 from dnc_triton.sequence import graphs
 
 # --- the clock --------------------------------------------------------------------------------------------------------
@@ -282,6 +285,70 @@ def test_what_training_took_of_memory(monkeypatch):
     again = lean.train_once("auto", 4, 2, small)
     assert again.keys() == rows[0].keys()
     assert again["finite"]
+
+
+def test_the_peak_on_a_cpu_is_of_what_is_asked_for(monkeypatch):
+    """Where the process is this one."""
+
+    class Here:
+        def __init__(self, workers, mp_context):
+            assert workers == 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def submit(self, call, *arguments):
+            return SimpleNamespace(result=lambda: call(*arguments))
+
+    monkeypatch.setattr(memory, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(memory, "_growth", lambda *arguments: arguments)
+    assert memory.cpu_peak(CASE, "lstm", "forward", 3) == (CASE, "lstm", "forward", 3)
+
+
+class Counted(DNC):
+    """Notes each call, and has one gradient that is not finite."""
+
+    calls: ClassVar[list[tuple[int, object, bool]]] = []
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.output.bias.register_hook(lambda gradient: gradient / 0)
+
+    def forward(self, inputs):
+        self.calls.append((inputs.shape[1], self.checkpoint, any(x.grad is not None for x in self.parameters())))
+        return super().forward(inputs)
+
+
+def test_what_training_takes_of_memory_is_what_it_adds(monkeypatch):
+    """On a CPU, beyond what the process held before; no gradient is there yet. One that is not finite is told."""
+    monkeypatch.setattr(Counted, "calls", [])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(lean, "DNC", Counted)
+    monkeypatch.setattr(lean, "most_held", lambda: 100 + 30 * len(Counted.calls))
+    small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)
+    row = lean.train_once("auto", 4, 2, small)
+    assert Counted.calls == [(1, 2, False), (4, 2, False)]
+    assert (row["grown_bytes"], row["finite"]) == (30, False)
+
+
+def test_lean_memory_is_written_as_it_is_measured(tmp_path, monkeypatch, capsys):
+    def train_once(backend, steps, checkpoint, sizes, device):
+        if checkpoint == "auto":
+            raise KeyboardInterrupt
+        return {"backend": backend, "checkpoint": checkpoint, "grown_bytes": 1_234_000_000, "finite": True}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lean, "describe_machine", lambda command: {"threads": 7})
+    monkeypatch.setattr(lean, "train_once", train_once)
+    with pytest.raises(KeyboardInterrupt):
+        lean.main(["--device", "cuda", "--output", str(tmp_path / "lean-gpu.json")])
+    content = json.loads((tmp_path / "lean-gpu.json").read_text(encoding="utf-8"))
+    assert [row["backend"] for row in content["rows"]] == ["reference"]
+    assert content["machine"]["threads"] == 1
+    assert capsys.readouterr().out == "reference, N = 256, T = 256, checkpoint = None: 1,234 MB\n"
 
 
 def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):

@@ -105,6 +105,7 @@ def test_the_tests_on_a_gpu_stop_in_time_and_say_so(run_tests):
 MODULES = {
     "good": "print('well')",
     "bad": "raise SystemExit(3)",
+    "late": "import time\ntime.sleep(1)\nraise SystemExit(7)",  # it ends by itself soon after its time is up
     # What is started in the background by a shell without job control ignores interrupts, unless it says otherwise.
     "long": (
         "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -123,9 +124,30 @@ def test_what_does_not_stop_is_interrupted_and_killed(tmp_path, monkeypatch):
     logs = [tmp_path / f"{name}.log" for name in MODULES]
     started = time.monotonic()
     statuses = on_gpu.run_all([[name] for name in MODULES], 0.5, logs, {"PYTHONPATH": str(tmp_path)})
-    assert statuses == [0, 3, 5, -9]
+    assert statuses == [0, 3, 7, 5, -9]
     assert time.monotonic() - started < 30
     assert logs[0].read_text() == "well\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
+def test_what_a_part_has_started_ends_with_it(tmp_path):
+    """A compiler that it left behind would take the time of the next one."""
+    import fcntl
+
+    (tmp_path / "starts.py").write_text(
+        "import fcntl, subprocess, sys\nfile = open(sys.argv[1], 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], pass_fds=[file.fileno()])"
+    )
+    held, variables = tmp_path / "held", {"PYTHONPATH": str(tmp_path)}
+    assert on_gpu.run_all([["starts", str(held)]], 60, [tmp_path / "log"], variables) == [0]
+    deadline = time.monotonic() + 10
+    with held.open() as file:
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "it goes on"
+                time.sleep(0.05)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no priorities there")
@@ -240,6 +262,41 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
     assert record[0] == '{"date": "2026-01-02T03", "gpu": "a GPU"}'
     assert record[-2] == "not ended: tests/gpu/a.py::that_hangs"
     assert record[-1].startswith("Parity on a GPU: 1 passed")
+
+
+@pytest.mark.parametrize(
+    ("lines", "ended", "compiled", "word"),
+    [
+        (["2 tests", "passed: tests/gpu/a.py::b", "skipped: tests/gpu/a.py::c"], 0, 1, ""),
+        (["2 tests", "passed: tests/gpu/a.py::b"], 0, 0, "not all of parity"),
+        (["2 tests", "passed: tests/gpu/a.py::b", "1 tests"], 0, 0, "not all of parity"),
+        (["2 tests", "passed: tests/gpu/a.py::b", "failed: tests/gpu/a.py::c"], 1, 0, "not all of parity"),
+        (["2 tests", "skipped: tests/gpu/a.py::b", "skipped: tests/gpu/a.py::c"], 0, 0, "not all of parity"),
+    ],
+    ids=["all", "one is missing", "one is missing to a process", "one failed", "none passed"],
+)
+def test_parity_is_what_ran_and_did_not_fail(lines, ended, compiled, word, tmp_path, monkeypatch, capsys):
+    """Of what compiles beside it nothing is asked. What failed the last time is not told again."""
+    machine = {"date": "2026-01-02T03", "gpu": "a GPU"}
+    failures = tmp_path / "gpu-parity-2026-01-02-failures.txt"
+    failures.write_text("of the last time")
+    own = []
+
+    def run_all(commands, seconds, logs, variables, giving_way):
+        own.append(Path(variables["DNC_TRITON_CACHE"]))
+        with (tmp_path / "gpu-parity-2026-01-02.txt").open("a", encoding="utf-8") as record:
+            record.writelines(f"{line}, 1 s\n" if "::" in line else f"{line}\n" for line in lines)
+        for log in logs:
+            log.write_text("of this time")
+        return [ended] + [compiled] * giving_way
+
+    monkeypatch.setattr(on_gpu, "run_all", run_all)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(on_gpu, "describe_machine", lambda command: dict(machine))
+    assert on_gpu.run_parity(tmp_path, 10.0) == bool(word)
+    assert ("not all of parity" in capsys.readouterr().out) == bool(word)
+    assert (failures.read_text() if failures.exists() else "") == "of this time" * ended
+    assert not own[0].exists(), "what is measured on the way is not kept for others"
 
 
 @pytest.mark.parametrize(
