@@ -50,11 +50,23 @@ def test_nothing_in_a_checkpoint_is_executed(
         (b"no checkpoint at all", "cannot be read"),
         (b"hello", "cannot be read: KeyError(101)"),
         ({"format": 99}, "expected a checkpoint of format 3, got 99"),
+        ({"format": 2}, "expected a checkpoint of format 3, got 2"),
+        ({}, "expected a checkpoint of format 3, got None"),
         ([1, 2], "got 'list'"),
         ({"format": checkpoint.FORMAT}, "expected 'settings' of type dict in the checkpoint, got nothing"),
         ({"format": checkpoint.FORMAT, "settings": []}, "'settings' of type dict in the checkpoint, got list"),
     ],
-    ids=["empty", "garbage", "text", "another version", "a list", "without contents", "other contents"],
+    ids=[
+        "empty",
+        "garbage",
+        "text",
+        "another version",
+        "an earlier version",
+        "no version",
+        "a list",
+        "without contents",
+        "other contents",
+    ],
 )
 def test_a_damaged_checkpoint_is_refused(
     content: Any, word: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -66,6 +78,21 @@ def test_a_damaged_checkpoint_is_refused(
         torch.save(content, path)
     assert main(["train", "copy", "--resume", str(tmp_path)]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
+    whole = Run(small(baseline=False), tmp_path).state_dict()
+    for name in whole:
+        checkpoint.save(tmp_path / "checkpoint.pt", {key: part for key, part in whole.items() if key != name})
+        with pytest.raises(ValueError, match=rf"expected '{name}' of type \w+ in the checkpoint, got nothing$"):
+            checkpoint.load(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_folder_without_a_checkpoint_is_told_as_one(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["evaluate", str(tmp_path), "--checkpoint", name]) == 2
+    file = "checkpoint.pt" if name == "last" else "best.pt"
+    assert f"{tmp_path}: expected the folder of a run, with a {file}, got none" in capsys.readouterr().err
 
 
 def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:

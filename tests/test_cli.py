@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -18,9 +19,9 @@ import torch
 from small_runs import SMALL, assert_same_run, start
 
 from dnc_triton.cli import main
-from dnc_triton.tasks import CopyTask
+from dnc_triton.tasks import Batch, CopyTask
 from dnc_triton.training import checkpoint
-from dnc_triton.training.folder import WRITTEN, claim
+from dnc_triton.training.folder import WRITTEN, claim, give_up, written
 from dnc_triton.training.learner import Learner
 from dnc_triton.training.run import PARTS, Run
 from dnc_triton.training.settings import Settings
@@ -115,6 +116,38 @@ def test_a_folder_that_a_run_has_claimed_is_refused(tmp_path: Path, capsys: pyte
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.toml"]
 
 
+def test_of_two_who_find_a_folder_free_at_once_one_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnc_triton.training.folder.written", lambda folder: "")
+    assert [claim(tmp_path, f"seed = {seed}") for seed in (1, 2)] == [True, False]
+    assert (tmp_path / "settings.toml").read_text() == "seed = 1"
+
+
+def test_a_folder_that_has_to_be_new_is_not_even_an_empty_one(tmp_path: Path) -> None:
+    assert not claim(tmp_path, "seed = 1", new=True)
+    assert not list(tmp_path.iterdir())
+    assert claim(tmp_path, "seed = 1")
+
+
+def test_a_claim_that_does_not_reach_the_disk_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one may have the folder."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        claim(tmp_path, "seed = 1")
+    assert not written(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.pt", "failure.pt"])
+def test_a_run_that_left_something_keeps_its_folder(name: str, tmp_path: Path) -> None:
+    claim(tmp_path, "seed = 1")
+    (tmp_path / name).touch()
+    give_up(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "settings.toml"}
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_folder_with_what_a_run_would_write_over_is_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -203,6 +236,18 @@ def test_want_of_memory_is_one_line(
     assert words in line
 
 
+def test_want_of_memory_of_a_gpu_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(run: Run) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+
+    monkeypatch.setattr(Run, "train", full)
+    assert main([*SHORT, "--run", str(tmp_path / "run")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "dnc_triton: no room for these sizes: CUDA out of memory. Tried to allocate 2 GiB."
+
+
 def test_want_of_memory_of_a_worker_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sizes = ["--batch-size", str(10**12), "--workers", "1"]
     assert main([*SHORT, *sizes, "--run", str(tmp_path / "run")]) == 2
@@ -213,9 +258,13 @@ def test_want_of_memory_of_a_worker_is_one_line(tmp_path: Path, capsys: pytest.C
     assert "can't allocate memory" in line
 
 
-def test_what_nobody_reads_any_more_is_no_error(run: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_nobody_reads_any_more_is_no_error(unbuffered: str, run: Path) -> None:
+    """Whether it is written at once or waits in a buffer until the end."""
+    variables = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, "-m", "dnc_triton", "evaluate", str(run), "--sequences", "10"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process: subprocess.Popen = subprocess.Popen(command, env=variables, **pipes)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
@@ -244,6 +293,27 @@ def test_ctrl_c_ends_any_command_with_a_word(
     assert capsys.readouterr().err.splitlines()[-1] == "dnc_triton: interrupted"
 
 
+@pytest.mark.parametrize("status", [0, 2])
+def test_one_of_many_processes_ends_with_its_status_and_all_that_it_said(
+    status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It does so by itself, where nothing is written any more of what waits in a buffer."""
+    said, ended = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
+
+    def info(*arguments: object) -> str:
+        print("to begin with")
+        if status:
+            raise ValueError("no such device")
+        return "the rest"
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("dnc_triton.machine.info", info)
+    monkeypatch.setattr(sys, "stdout", said)
+    monkeypatch.setattr(os, "_exit", lambda number: ended.append((number, said.buffer.getvalue())))
+    main(["info"])
+    assert ended == [(status, b"to begin with\n" + b"the rest\n" * (not status))]
+
+
 def test_a_second_ctrl_c_in_training_ends_it_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -256,6 +326,24 @@ def test_a_second_ctrl_c_in_training_ends_it_at_once(
     assert main([*SHORT, "--run", str(tmp_path)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "dnc_triton: interrupted"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "RUN", "--sequences", "0"], "--sequences: expected at least 1, got 0"),
+        (["train", "copy", "--resume", "RUN", "--config", "RUN/settings.toml"], "leave --config out"),
+        (["evaluate", "RUN", "--device", "nope"], "--device: expected a device that this machine has, got 'nope'"),
+        (["trace", "RUN", "--device", "nope"], "--device: expected a device that this machine has, got 'nope'"),
+        (["bench", "copy", "--device", "nope"], "--device: expected a device that this machine has, got 'nope'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_asked_of_a_run_gets_a_clear_word(
+    arguments: list[str], words: str, run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([argument.replace("RUN", str(run)) for argument in arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_evaluate_prints_the_table_of_the_training(run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -279,6 +367,17 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(run: Path, capsys: p
     assert again.score([1, 2, 3], 200, "validation")["dnc"]["loss"] == best["dnc_loss"]
     assert main(["evaluate", str(run), "--checkpoint", "best", "--sequences", "10"]) == 0
     assert f"step {best['step']} of 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "step"), [([], 20), (["--checkpoint", "last"], 20), (["--checkpoint", "best"], 10)])
+def test_the_checkpoint_that_is_asked_for_is_evaluated(
+    asked: list[str], step: int, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = checkpoint.load(run / "checkpoint.pt")
+    for name, of_step in (("checkpoint.pt", 20), ("best.pt", 10)):
+        checkpoint.save(tmp_path / name, {**content, "step": of_step})
+    assert main(["evaluate", str(tmp_path), "--sequences", "10", *asked]) == 0
+    assert capsys.readouterr().out.startswith(f"copy, step {step} of 20\n")
 
 
 def test_trace_draws_the_memory(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -454,6 +553,15 @@ def test_a_table_is_printed_where_nothing_can_be_written(
     assert "Permission denied" in printed.err
 
 
+def test_a_run_that_has_ended_is_shown_where_nothing_can_be_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """There is nothing to add to it. Root may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(Run, "save", lambda *arguments: pytest.fail("it wrote"))
+    assert Run.resume(run).train()
+
+
 @pytest.mark.parametrize("precision", [pytest.param("64-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_a_run_in_another_precision(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*SHORT, "--precision", precision, "--run", str(tmp_path)]) == 0
@@ -467,6 +575,27 @@ def test_the_parts_of_the_time_are_said(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     assert result["seconds_in"].keys() == set(PARTS)
     assert 0 < sum(result["seconds_in"].values()) <= result["seconds"] + 0.1
+
+
+def test_bench_computes_with_the_threads_that_it_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """PyTorch's timer takes a single one unless it is told."""
+    used, before, outputs = set(), torch.get_num_threads(), Learner.outputs
+
+    def counted(learner: Learner, batch: Batch) -> torch.Tensor:
+        used.add(torch.get_num_threads())
+        return outputs(learner, batch)
+
+    monkeypatch.setattr("dnc_triton.machine.SECONDS", 0.01)
+    monkeypatch.setattr(Learner, "outputs", counted)
+    torch.set_num_threads(2)
+    try:
+        assert main(["bench", "copy", *SMALL, "--no-baseline"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert used == {2}
+    assert ", 2 threads; " in capsys.readouterr().out
 
 
 def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -24,8 +24,8 @@ from dnc_triton.tasks import TASKS, Batch, CopyTask, DelayedCopyTask, Task
 from dnc_triton.tasks.data import TrainingBatches, generator
 from dnc_triton.training import checkpoint, learner
 from dnc_triton.training.baseline import LSTMBaseline
-from dnc_triton.training.report import draw
-from dnc_triton.training.run import LOG_EVERY, Run
+from dnc_triton.training.report import draw, evaluate, report, table
+from dnc_triton.training.run import LOG_EVERY, VALIDATION_SIZES, Run
 from dnc_triton.training.settings import Settings
 
 
@@ -46,6 +46,7 @@ def test_an_optimizer_has_the_rate_and_the_decay_that_are_asked_for(optimizer: s
     run = Run(small(optimizer=optimizer, learning_rate=0.5, weight_decay=0.25, baseline=False), tmp_path)
     (group,) = run.learners["dnc"].optimizer.param_groups
     assert (group["initial_lr"], group["weight_decay"]) == (0.5, 0.25)
+    assert group.get("momentum") == (0.9 if optimizer == "rmsprop" else None), "the paper's"
 
 
 def test_copy_sequences_are_what_the_task_says() -> None:
@@ -74,6 +75,7 @@ def test_no_sequence_is_validated_twice(task: str, tmp_path: Path, monkeypatch: 
     (sizes,) = asked
     assert sorted(set(sizes)) == sorted(sizes)
     assert max(sizes) == max(run.task.lessons[-1])
+    assert len(sizes) <= VALIDATION_SIZES
 
 
 def test_a_score_is_per_unit_and_per_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +92,12 @@ def test_a_score_is_per_unit_and_per_sequence(tmp_path: Path, monkeypatch: pytes
     assert units == 2 * (1 + 3) * 8
     expected = {"loss": loss / units, "bit_error": wrong / units, "right": 0.5}
     assert run.score([1, 3], 3, "test")["dnc"] == pytest.approx(expected)
+
+
+def test_a_score_is_the_same_each_time(tmp_path: Path) -> None:
+    """Nothing is dropped in it."""
+    run = Run(small(controller="lstm", num_layers=2, dropout=0.5), tmp_path)
+    assert run.score([3], 20, "validation") == run.score([3], 20, "validation")
 
 
 def test_delayed_copy_gives_the_symbol_back_at_the_end() -> None:
@@ -169,13 +177,67 @@ def test_a_picture_shows_targets_on_the_channels_of_the_output(
 def test_another_way_that_is_right_is_not_marked_as_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several shortest paths the target is one."""
     run = Run(Settings.read("shortest_path", hidden_size=8, memory_size=4, baseline=False), tmp_path)
-    judged = torch.tensor([[[False], [True]]])
+    judged = torch.tensor([[[False, False], [True, False]]])
     pages: list[dict[str, Any]] = []
     monkeypatch.setattr("dnc_triton.training.report.draw_memory", lambda *arguments: None)
     monkeypatch.setattr("dnc_triton.training.report.write_page", lambda *arguments, **named: pages.append(named))
-    monkeypatch.setattr(run.task, "wrong", lambda outputs, batch: judged.expand(1, 2, 1))
+    monkeypatch.setattr(run.task, "wrong", lambda outputs, batch: judged)
     draw(run, tmp_path)
     assert pages[0]["wrong"] == [False, True]
+
+
+def test_a_picture_shows_how_the_network_answers_the_sequence_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without dropout, by what keeps a trace whatever the environment asks for."""
+    pages: list[tuple[Any, str]] = []
+    monkeypatch.setattr("dnc_triton.training.report.draw_memory", lambda *arguments: None)
+    monkeypatch.setattr(
+        "dnc_triton.training.report.write_page", lambda trace, path, **named: pages.append((trace, named["title"]))
+    )
+    monkeypatch.setenv("DNC_TRITON_BACKEND", "torch_sequence")
+    run = Run(small(steps=9, controller="lstm", num_layers=2, dropout=0.5, baseline=False), tmp_path)
+    run.step = 4
+    for index in (0, 0, 1):
+        draw(run, tmp_path, index=index)
+    traces, titles = zip(*pages, strict=True)
+    assert titles == tuple(f"copy, size 3, sequence {index}, step 4" for index in (0, 0, 1))
+    assert_same_bits(traces[0], traces[1])
+    assert not torch.equal(traces[0].usage, traces[2].usage)
+
+
+def test_what_is_evaluated_was_neither_trained_on_nor_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(small(baseline=False), tmp_path)
+    asked: list[tuple[int, str]] = []
+    monkeypatch.setattr(run, "score", lambda sizes, *arguments: asked.append(arguments))
+    assert evaluate(run, 7).keys() == run.task.evaluations.keys()
+    assert asked == [(7, "test")] * len(run.task.evaluations)
+
+
+def test_a_table_has_the_sequences_right_and_then_what_the_task_says_of_the_wrong_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(small(baseline=False), tmp_path)
+    monkeypatch.setattr(run.task, "table", lambda errors: f"wrong {errors}")
+    lines = table(run, {"short": {"dnc": {"loss": 9.0, "bit_error": 0.25, "right": 0.75}}}).splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["sequences", "without", "an", "error", "DNC"],
+        ["short", "75.0%"],
+        [],
+    ]
+    assert lines[3:] == ["wrong {'short': {'dnc': 0.25}}"]
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_the_time_and_its_parts_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnc_triton.training.report.EVALUATION_SEQUENCES", 10)
+    run = Run(small(baseline=False), tmp_path)
+    run.seconds = {"all": 10.0, "data": 1.0, "logging": 0.0, "validation": 2.0, "checkpoints": 0.5}
+    parts = "data 10.0%, logging 0.0%, validation 20.0%, checkpoints 5.0%"
+    assert f"10 s of training, of which {parts}; see {tmp_path}/" in report(run)
+    assert json.loads((tmp_path / "result.json").read_text())["seconds"] == 10.0
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -209,6 +271,22 @@ def test_a_task_says_what_it_needs_to_be_trained(name: str) -> None:
     for parameter in inspect.signature(type(task)).parameters:
         assert type(task).arguments[parameter]
     assert set(task.symbols(task.run(settings.make_dnc(task), batch), batch)) == {"input", "target", "output"}
+
+
+def test_networks_are_as_the_settings_say() -> None:
+    """A bound of 0 is none."""
+    sizes = {"hidden_size": 7, "memory_size": 5, "word_size": 3, "num_reads": 2, "num_layers": 2}
+    numbers = {"dropout": 0.5, "clip": 4.0, "max_activation_gradient": 3.0}
+    settings = Settings("copy", controller="gru", **sizes, **numbers)
+    dnc = settings.make_dnc(settings.make_task())
+    assert {name: getattr(dnc, name) for name in sizes} == sizes
+    found = (dnc.controller_kind, dnc.controller.dropout.p, dnc.clip, dnc.max_activation_gradient)
+    assert found == ("gru", *numbers.values())
+    lstm = settings.make_lstm(settings.make_task()).lstm
+    assert (lstm.hidden_size, lstm.num_layers, lstm.dropout) == (7, 2, 0.5)
+    settings = Settings("copy", clip=0.0, max_activation_gradient=0.0)
+    dnc = settings.make_dnc(settings.make_task())
+    assert (dnc.clip, dnc.max_activation_gradient) == (None, None)
 
 
 @pytest.mark.parametrize("network", ["make_dnc", "make_lstm"])
@@ -315,6 +393,97 @@ def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path, monkeypatch: pyte
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_step_trains_with_a_gradient_that_is_not_too_long(tmp_path: Path) -> None:
+    """Also where the network has just been looked at, without dropout; the norm that is told is that before."""
+    run = Run(small(max_gradient_norm=0.01, baseline=False), tmp_path)
+    trained, batch = run.learners["dnc"], run.task.sample(4, 3, torch.Generator().manual_seed(0))
+    trained.outputs(batch)
+    metrics = trained.backward(batch, run.task.units(batch), 4)
+    assert trained.model.training
+    gradients = [parameter.grad.norm() for parameter in trained.model.parameters()]
+    assert torch.stack(gradients).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert metrics["gradient_norm"] > 0.02
+
+
+def test_a_row_is_the_mean_over_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last one too, which has fewer."""
+    monkeypatch.setattr("dnc_triton.training.run.LOG_EVERY", 5)
+    run = Run(small(steps=7, baseline=False), tmp_path)
+    names = ("loss", "bit_error", "right", "gradient_norm")
+    monkeypatch.setattr(run.learners["dnc"], "backward", lambda *arguments: dict.fromkeys(names, torch.ones(())))
+    monkeypatch.setattr(run.learners["dnc"], "update", lambda: None)
+    assert run.train()
+    assert [(row["step"], *(row[f"dnc_{name}"] for name in names)) for row in run.rows] == [
+        (5, *[1.0] * 4),
+        (7, *[1.0] * 4),
+    ]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows the last step, and what was before it was interrupted."""
+    run = Run(small(steps=2, baseline=False), tmp_path)
+    run.seconds["all"] = 1000.0
+    monkeypatch.setattr(run, "_validate", lambda: time.sleep(0.2) or {"step": 2, "dnc_right": 0.0, "dnc_loss": 1.0})
+    assert run.train()
+    assert 0.2 <= run.seconds["validation"] <= run.seconds["all"] - 1000 < 500
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 1), (1e9, 5)])
+def test_checkpoints_take_no_more_than_their_share_of_the_time(
+    share: float, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long one takes is known once there is one. Here one is due at every step but the last."""
+    monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SHARE", share)
+    run = Run(small(steps=6, baseline=False), tmp_path)
+    saved: list[str] = []
+    monkeypatch.setattr(run, "_try_to_save", lambda name: saved.append(name) or True)
+    assert run.train()
+    assert saved.count("checkpoint.pt") == count
+
+
+def test_what_could_not_be_saved_is_tried_again_in_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the next step, though it takes no time to fail."""
+    monkeypatch.setattr("dnc_triton.training.run.LOG_EVERY", 1)
+    monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SHARE", 1e9)
+    run = Run(small(steps=6, baseline=False), tmp_path)
+    tried: list[str] = []
+    monkeypatch.setattr(run, "_try_to_save", lambda name: tried.append(name) or name != "checkpoint.pt")
+    assert run.train()
+    assert tried.count("checkpoint.pt") == 1
+
+
+def test_the_last_step_is_validated(tmp_path: Path) -> None:
+    """Whether or not its turn has come: it may be the best."""
+    run = Run(small(steps=3, validate_every=2, baseline=False), tmp_path)
+    assert run.train()
+    assert [row["step"] for row in run.validations] == [2, 3]
+
+
+def test_tensorboard_has_what_a_checkpoint_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run that is killed after it would lack rows there for good."""
+    monkeypatch.setattr("dnc_triton.training.run.LOG_EVERY", 1)
+    monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SHARE", 1e9)
+    run = Run(small(steps=3, validate_every=9, baseline=False), tmp_path)
+    happened: list[str] = []
+    monkeypatch.setattr("dnc_triton.training.journal.Journal.flush", lambda self: happened.append("flush"))
+    monkeypatch.setattr(run, "_try_to_save", lambda name: happened.append(name) or True)
+    assert run.train()
+    assert happened == ["flush", "checkpoint.pt"] * 2 + ["best.pt"]
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.1), (False, 10)])
+def test_a_bar_goes_on_where_the_run_does(
+    terminal: bool, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It moves in a terminal; in a file it would be a line each time."""
+    run = Run(small(steps=6, baseline=False), tmp_path)
+    run.step = 2
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with run._progress() as bar:
+        assert (bar.n, bar.total, bar.mininterval) == (2, 6, seconds)
+
+
 def test_a_bar_shows_how_many_steps_are_done(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = Run(Settings.read("copy", hidden_size=8, memory_size=4, baseline=False, steps=3), tmp_path)
     assert run.train()
@@ -336,7 +505,9 @@ def test_a_lesson_ends_at_the_share_that_is_asked_for_and_the_last_one_never_doe
     [
         (["copy", "--steps", "0"], ["steps", "at least 1", "got 0"]),
         (["copy", "--batch-size", "0"], ["batch_size", "at least 1", "got 0"]),
+        (["copy", "--validate-every", "0"], ["validate_every", "at least 1", "got 0"]),
         (["copy", "--learning-rate", "0"], ["learning_rate", "above 0", "got 0"]),
+        (["copy", "--weight-decay", "-1"], ["weight_decay: expected a finite number, at least 0, got -1"]),
         (["copy", "--max-gradient-norm", "inf"], ["max_gradient_norm: expected a finite number above 0, got inf"]),
         (["copy", "--clip", "inf"], ["clip: expected a finite number, at least 0, got inf"]),
         (["copy", "--controller", "transformer"], ["controller", "lstm, gru, rnn, feedforward, got 'transformer'"]),

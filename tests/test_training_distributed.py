@@ -16,6 +16,7 @@ from small_runs import SMALL, small, start
 
 from dnc_triton.cli import main
 from dnc_triton.training import checkpoint
+from dnc_triton.training.report import report
 from dnc_triton.training.run import Run
 
 # One step of a Learner in each of two processes: the gradient is that of one process with the whole batch. Rows of
@@ -151,6 +152,34 @@ def test_two_processes_stop_together_where_one_has_a_bad_number(tmp_path: Path) 
     kept = torch.load(folder / "failure.pt", weights_only=True)
     assert kept["step"] == 1
     assert len(kept["batch"]["inputs"]) == 4
+
+
+def test_the_first_process_alone_writes_what_a_run_has_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnc_triton.training.report.EVALUATION_SEQUENCES", 10)
+    monkeypatch.setattr(Fabric, "is_global_zero", False)
+    assert report(Run(small(baseline=False), tmp_path)) == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_process_alone_says_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Run, "train", lambda run: False)
+    monkeypatch.setattr(Fabric, "is_global_zero", False)
+    assert main(["train", "copy", *SMALL, "--folder", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_each_process_drops_numbers_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    for rank in (0, 1):
+        run = Run(small(steps=1, baseline=False), tmp_path)
+        monkeypatch.setattr(Fabric, "global_rank", rank)
+        monkeypatch.setattr(
+            run.learners["dnc"], "backward", lambda *_: seeds.append(torch.initial_seed()) or {"_loss": torch.ones(())}
+        )
+        run._learn(run.task.sample(4, 3, torch.Generator()), False, False)
+    assert len(set(seeds)) == 2
 
 
 def test_more_processes_than_sequences_are_refused(

@@ -222,6 +222,22 @@ def test_what_is_not_finite_is_named_and_kept(tensor: str, tmp_path: Path, monke
     assert next(name for name, value in tensors.items() if not value.isfinite().all()) == found
 
 
+def test_what_is_looked_into_is_the_step_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same numbers dropped."""
+    run = Run(small(controller="lstm", num_layers=2, dropout=0.5, baseline=False), tmp_path)
+    spoilt: list[torch.Tensor] = []
+
+    def loss(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        spoilt.append(outputs.detach())
+        return outputs.sum() * torch.nan
+
+    monkeypatch.setattr(run.task, "loss", loss)
+    with pytest.raises(FloatingPointError, match="step 1: dnc: loss is not finite"):
+        run.train()
+    failed, again = spoilt
+    assert torch.equal(failed, again)
+
+
 # --- full disks -------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +365,23 @@ def test_the_best_is_what_best_pt_holds(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.best["step"] == checkpoint.load(tmp_path / "best.pt")["step"] == 6
 
 
+@pytest.mark.parametrize(("failing", "kept"), [("best.pt", False), ("metrics.csv", True)])
+def test_a_checkpoint_is_kept_if_it_was_written_whatever_became_of_the_tables(
+    failing: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    run = Run(small(baseline=False), tmp_path)
+    run.rows = [{"step": 1}]
+    assert run._try_to_save("best.pt") == kept == (tmp_path / "best.pt").exists()
+
+
 def test_rescued_runs_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("a/runs/copy", "a/runs/babi", "b/runs/copy", "a/runs-copy")  # the last has the words of the first
     folders = [tmp_path / f"{name}-20260101-000000" for name in names]
@@ -360,6 +393,19 @@ def test_rescued_runs_have_names_of_their_own(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(OSError, match=rf"{folder.name}-[0-9a-f]{{8}}-1\.pt"):
             run.train()
     assert len(list((tmp_path / "rescue").glob("*.pt"))) == 4
+
+
+def test_a_rescued_run_does_not_take_the_place_of_one_of_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are named alike from where each was started, and their names end alike."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        with pytest.raises(OSError, match="The run as it is now"):
+            checkpoint.rescue(Path(f"{'long-' * 12}run"), {"step": 7}, OSError(errno.ENOSPC, "No space left"))
+    assert len(list(tmp_path.glob("*.pt"))) == 2
 
 
 def test_a_rescued_run_has_a_name_that_files_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +481,19 @@ main(["train", "copy", "--workers", "1", "--run", "RUN"])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "RuntimeError: of the run time"
+
+
+def test_a_file_system_without_locks_keeps_nobody_from_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    run = Run(small(steps=1, baseline=False), tmp_path)
+    assert run.train()
 
 
 def test_only_the_process_that_trains_holds_its_run(tmp_path: Path) -> None:
