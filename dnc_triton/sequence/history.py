@@ -61,8 +61,8 @@ class Checkpoints:
 
     Of 12 steps, by kernels that are given every fourth link: with k = 1 all memories are kept, and the links before
     steps 4 and 8; for step 6 the backward is given the link before step 4, two behind. With k = 8 the memory and the
-    link before step 8 are kept; the backward of steps 0 to 7 begins with the forward of 0 to 6, which leaves the memories
-    before steps 1 to 7 and the link before step 4.
+    link before step 8 are kept; the backward of steps 0 to 7 begins with the forward of 0 to 6, which leaves the
+    memories before steps 1 to 7 and the link before step 4.
 
     Args:
         settings: of the sequence; k is its checkpoint.
