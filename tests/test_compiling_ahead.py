@@ -7,6 +7,7 @@ interpreted. That nothing runs is in tests/kernels.
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ pytest.importorskip("triton")
 
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import jit
 from triton.runtime.jit import JITFunction, KernelInterface
 
 from benchmarks.static.compiling import compiling_map
@@ -52,11 +54,15 @@ def launched_and_compiled(
     compile when it was launched."""
     compiled: list[tuple[str, str]] = []
     launched: set[str] = set()
-    compile_it = JITFunction._do_compile
+    compile_it, prepare = JITFunction._do_compile, jit.create_function_from_signature
 
     def record(kernel: JITFunction, *arguments: object, **keywords: object) -> object:
         compiled.append((kernel.__name__, threading.current_thread().name))
         return compile_it(kernel, *arguments, **keywords)
+
+    def prepare_slowly(*arguments: object) -> object:
+        time.sleep(0.1)  # so that two threads that come at once find that nothing is there yet
+        return prepare(*arguments)
 
     def launch(kernel: JITFunction, grid: tuple[int, ...]) -> object:
         launched.add(kernel.__name__)
@@ -74,6 +80,7 @@ def launched_and_compiled(
             operations.append(((name, layout), getattr(backend.with_layout(layout), operation)))
     with (
         patch.object(JITFunction, "_do_compile", record),
+        patch.object(jit, "create_function_from_signature", prepare_slowly),
         patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # the assembler takes as long as all before it
         patch.object(torch.cuda, "device", lambda device: nullcontext()),
         patch.object(launcher, "threads", lambda: 2),

@@ -40,6 +40,12 @@ class Compiling:
         types = tuple(type(x) if isinstance(x, int) else x for x in given)
         key = kernel, types, tuple(options.items())
         if key not in self.begun:
+            from triton.runtime import JITFunction, driver
+
+            if isinstance(kernel, JITFunction):
+                # What Triton keeps of a kernel on a device it makes at the first use. Two threads that come at once
+                # make it twice, and what the one compiles is lost.
+                kernel.device_caches[driver.active.get_current_device()]
             self.begun[key] = self.pool.submit(kernel.warmup, *given, grid=grid, **options)
 
 
