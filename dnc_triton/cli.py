@@ -49,9 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that cannot be encoded is no reason to fail
     try:
-        options = _parser().parse_args(arguments)
+        # What is printed is written here, where it is known what to do if nobody reads it.
+        try:
+            options = _parser().parse_args(arguments)
+        finally:  # --help ends the process
+            print(end="", flush=True)
         status: int = options.act(options)
-        print(end="", flush=True)  # here, where it is known what to do if nobody reads it
+        print(end="", flush=True)
     except KeyboardInterrupt:  # the first one in training ends the step and saves the run, and does not come by here
         print("dnc_triton: interrupted", file=sys.stderr)
         status = INTERRUPTED

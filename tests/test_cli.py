@@ -258,17 +258,25 @@ def test_want_of_memory_of_a_worker_is_one_line(tmp_path: Path, capsys: pytest.C
     assert "can't allocate memory" in line
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_what_nobody_reads_any_more_is_no_error(unbuffered: str, run: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "unbuffered", "status"),
+    [
+        ("evaluate RUN --sequences 10", "", 141),
+        ("evaluate RUN --sequences 10", "1", 141),
+        ("--help", "", 141),
+        ("--help", "1", 0),  # argparse does not look whether it could be written
+    ],
+)
+def test_what_nobody_reads_any_more_is_no_error(asked: str, unbuffered: str, status: int, run: Path) -> None:
     """Whether it is written at once or waits in a buffer until the end."""
     variables = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    command = [sys.executable, "-m", "dnc_triton", "evaluate", str(run), "--sequences", "10"]
+    command = [sys.executable, "-m", "dnc_triton", *(str(run) if word == "RUN" else word for word in asked.split())]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process: subprocess.Popen = subprocess.Popen(command, env=variables, **pipes)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == ("", 141)
+    assert (process.stderr.read(), process.wait()) == ("", status)
 
 
 @pytest.mark.parametrize(
