@@ -16,6 +16,7 @@ from dnc_triton.training.settings import Settings
 
 SIZES = {"hidden_size": 8, "memory_size": 4, "word_size": 4, "batch_size": 4}
 SMALL = ["--hidden-size", "8", "--memory-size", "4", "--word-size", "4", "--batch-size", "4", "--max-length", "3"]
+SHORT = ["train", "copy", *SMALL, "--steps", "20", "--validate-every", "10"]
 
 
 def small(**changes: Any) -> Settings:
