@@ -29,6 +29,8 @@ NEEDED = {
     "test_graph_tasks.py": "networkx",
     "test_journal.py": "tensorboard",
     "test_language_tasks.py": "babel",
+    "test_run_folder.py": "tqdm",
+    "test_scores.py": "tqdm",
     "test_train.py": "tqdm",
     "test_training_distributed.py": "lightning_fabric",
     "test_training_failures.py": "tensorboard",

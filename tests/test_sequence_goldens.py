@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_map
 from dnc_reference import DNCState, Interface, MemoryState
 from dnc_reference.interface import activate_interface, interface_sizes
 from dnc_triton import DNC, from_deepmind
-from dnc_triton.sequence.torch_memory import Kept, TorchMemory
+from dnc_triton.sequence.kept import Kept
+from dnc_triton.sequence.torch_memory import TorchMemory
 
 # The operation serves one write head. What has two runs step by step, and its parity stands in reference/test_goldens.
 ONE_WRITE_HEAD = [name for name in GOLDEN_NAMES if load_golden(name).meta["config"]["num_writes"] == 1]

@@ -11,9 +11,9 @@ from dnc_reference.interface import interface_sizes
 from dnc_triton.kernels.layout import compute_dtype, kept_shapes
 from dnc_triton.sequence import pool
 from dnc_triton.sequence.carried import Light
+from dnc_triton.sequence.kept import Kept
 from dnc_triton.sequence.parts import Parts
 from dnc_triton.sequence.settings import SequenceSettings
-from dnc_triton.sequence.torch_memory import Kept
 
 Pair = tuple[Tensor, Tensor]
 

@@ -23,9 +23,10 @@ from dnc_triton.sequence import pool
 from dnc_triton.sequence.carried import Carried, Light
 from dnc_triton.sequence.cells import Cell
 from dnc_triton.sequence.history import Checkpoints, Plan
+from dnc_triton.sequence.kept import Kept
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.settings import SequenceSettings
-from dnc_triton.sequence.torch_memory import Kept, TorchMemory
+from dnc_triton.sequence.torch_memory import TorchMemory
 
 
 class Before(NamedTuple):

@@ -10,159 +10,17 @@ Letters in every shape: T steps, B batch, N memory slots, W word size, R read he
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dnc_reference.addressing import NORM_EPSILON, SIMILARITY_EPSILON, USAGE_EPSILON
 from dnc_reference.backward import product_of_others
-from dnc_reference.interface import interface_sizes
 from dnc_reference.types import MemoryState
 from dnc_triton.sequence import pool
+from dnc_triton.sequence.kept import Gates, Kept, LookUp, LookUpBackward, Slopes, Vectors, Views, by_step
 
 _softmax_backward = torch._softmax_backward_data
-
-
-class Vectors(NamedTuple):
-    """The interface vectors of all steps [T, B, S], or of one, cut into what has one activation."""
-
-    keys: Tensor  # [..., R+1, W], the write key last
-    write_vector: Tensor  # [..., 1, W]
-    strengths: Tensor  # [..., R+1]
-    squashed: Tensor  # [..., W+R+2]: erase vector, free gates, allocation gate, write gate
-    modes: Tensor  # [..., R, 3]
-
-    @classmethod
-    def of(cls, vectors: Tensor, reads: int, word: int) -> Vectors:
-        """Views."""
-        sizes = list(interface_sizes(reads, 1, word).values())
-        lengths = [sum(sizes[:2]), sizes[2], sum(sizes[3:5]), sum(sizes[5:9]), sizes[9]]
-        keys, write_vector, strengths, squashed, modes = vectors.split(lengths, dim=-1)
-        return cls(
-            keys.unflatten(-1, (reads + 1, word)),
-            write_vector.unsqueeze(-2),
-            strengths,
-            squashed,
-            modes.unflatten(-1, (reads, 3)),
-        )
-
-
-class Kept(NamedTuple):
-    """What a step leaves for its backward. Of all steps [T, ...], or of one."""
-
-    strengths: Tensor  # [B, R+1]
-    squashed: Tensor  # [B, W+R+2]
-    modes: Tensor  # [B, R, 3]
-    factors: Tensor  # [B, R, N], of retention
-    retention: Tensor  # [B, N]
-    written: Tensor  # [B, N], usage before anything is freed
-    sorted_usage: Tensor  # [B, N]
-    exclusive_product: Tensor  # [B, N], of the usages sorted before
-    sorted_allocation: Tensor  # [B, N]
-    candidates: Tensor  # [B, 2, N], where to write: allocation, content
-    key_norms: Tensor  # [B, R+1]
-    norms: Tensor  # [B, N], of the words before the step
-    new_norms: Tensor  # [B, N]
-    write_similarity: Tensor  # [B, 1, N]
-    read_similarity: Tensor  # [B, R, N]
-    ways: Tensor  # [3, B, R, N], where to read: backward, forward, content
-    free_list: Tensor  # [B, N] int64
-
-    @classmethod
-    def shapes(cls, batch: int, slots: int, word: int, reads: int) -> list[tuple[int, ...]]:
-        """Those of one step, in the order of the fields."""
-        row, head, heads = (batch, slots), (batch, 1, slots), (batch, reads, slots)
-        shapes = {
-            "strengths": (batch, reads + 1),
-            "squashed": (batch, word + reads + 2),
-            "modes": (batch, reads, 3),
-            "factors": heads,
-            "candidates": (batch, 2, slots),
-            "key_norms": (batch, reads + 1),
-            "write_similarity": head,
-            "read_similarity": heads,
-            "ways": (3, *heads),
-        }
-        return [shapes.get(name, row) for name in cls._fields]
-
-
-class Gates(NamedTuple):
-    """Views of what is squashed, or of its gradient. Of all steps [T, ...], or of one."""
-
-    erase: Tensor  # [B, 1, W]
-    free: Tensor  # [B, R, 1]
-    allocation: Tensor  # [B, 1]
-    write: Tensor  # [B, 1]
-
-    @classmethod
-    def of(cls, squashed: Tensor, reads: int, word: int) -> Gates:
-        erase, free, allocation, write = squashed.split([word, reads, 1, 1], dim=-1)
-        return cls(erase.unsqueeze(-2), free.unsqueeze(-1), allocation, write)
-
-
-class Cut(NamedTuple):
-    """More views of what is kept, as the equations take it. Of all steps [T, ...], or of one."""
-
-    usage_but_last: Tensor  # [B, N-1], sorted
-    product_but_first: Tensor  # [B, N-1], exclusive
-    allocation: Tensor  # [B, N]
-    backward: Tensor  # [B, R, N]
-    forward: Tensor  # [B, R, N]
-    by_way: Tensor  # [3, B, R, 1], the read modes, for `Kept.ways`
-
-    @classmethod
-    def of(cls, kept: Kept) -> Cut:
-        backward, forward, _ = kept.ways.unbind(1)
-        by_way = kept.modes.permute(0, 3, 1, 2).unsqueeze(-1)
-        usage, product = kept.sorted_usage[..., :-1], kept.exclusive_product[..., 1:]
-        return cls(usage, product, kept.candidates[:, :, 0], backward, forward, by_way)
-
-
-class LookUp(NamedTuple):
-    """Views of what H heads look up, and find. Of all steps [T, ...], or of one."""
-
-    keys: Tensor  # [B, H, W]
-    key_norms: Tensor  # [B, 1, H]
-    strengths: Tensor  # [B, H, 1]
-    norms: Tensor  # [B, 1, N], of the words
-    similarity: Tensor  # [B, H, N]
-    content: Tensor  # [B, H, N]
-
-    @classmethod
-    def of(cls, heads: slice, norms: Tensor, similarity: Tensor, content: Tensor, keys: Tensor, kept: Kept) -> LookUp:
-        """By some of the heads, of which the last writes."""
-        key_norms, strengths = kept.key_norms[..., heads].unsqueeze(-2), kept.strengths[..., heads].unsqueeze(-1)
-        return cls(keys[..., heads, :], key_norms, strengths, norms.unsqueeze(-2), similarity, content)
-
-
-class LookUpBackward(NamedTuple):
-    """Slopes of a look-up, and where its gradients go. Of all steps [T, ...], or of one."""
-
-    dots: Tensor  # [B, H, N], from scaled similarities to keyᵀ word
-    key_norms: Tensor  # [B, H, 1]
-    norms: Tensor  # [B, 1, N]
-    d_keys: Tensor  # [B, H, W]
-    d_strengths: Tensor  # [B, H]
-
-
-class Slopes(NamedTuple):
-    """By what a gradient is multiplied on its way back through a step. Of all steps [T, ...], or of one."""
-
-    free: Tensor  # [B, R, N], from retention to the free gates, to be summed
-    read_weights: Tensor  # [B, R, N], from retention to the read weights before
-    usage: Tensor  # [B, N], from usage to the usage before
-    write_weights: Tensor  # [B, N], from usage to the write weights before
-    candidates: Tensor  # [B, 2, 1], from the write weights to `Kept.candidates`
-    vectors: Tensor  # [B, S], from the activated interface to the raw one, but for the modes
-
-
-Fields = TypeVar("Fields", Vectors, Kept, Gates, Cut, LookUp, LookUpBackward, Slopes)
-
-
-def _steps(fields: Fields) -> list[Fields]:
-    """Cut into steps, as views."""
-    return [type(fields)(*views) for views in zip(*(tensor.unbind(0) for tensor in fields), strict=True)]
 
 
 class TorchMemory:
@@ -192,13 +50,13 @@ class TorchMemory:
         self.strength_offset, self.stop_usage_gradient = strength_offset, stop_usage_gradient
         self.all_vectors, self.all_kept = Vectors.of(vectors, reads, word), kept
         self.all_gates = Gates.of(kept.squashed, reads, word)
-        # Views are cut for all steps at once: one by one they take as long as small products.
-        self.vectors, self.kept, self.gates = _steps(self.all_vectors), _steps(kept), _steps(self.all_gates)
-        self.cut, self.read_heads, self.write_head = _steps(Cut.of(kept)), slice(reads), slice(reads, None)
+        self.vectors, self.kept, self.gates = by_step(self.all_vectors), by_step(kept), by_step(self.all_gates)
+        self.views = by_step(Views.of(kept))
+        self.read_heads, self.write_head = slice(reads), slice(reads, None)
         keys, content = self.all_vectors.keys, kept.candidates[:, :, 1:]
         written = LookUp.of(self.write_head, kept.norms, kept.write_similarity, content, keys, kept)
         read = LookUp.of(self.read_heads, kept.new_norms, kept.read_similarity, kept.ways[:, 2], keys, kept)
-        self.write_look_ups, self.read_look_ups = _steps(written), _steps(read)
+        self.write_look_ups, self.read_look_ups = by_step(written), by_step(read)
         self.one = vectors.new_ones(())
         self.usage_epsilon = vectors.new_full((), USAGE_EPSILON)
         self.root_norm_epsilon = vectors.new_full((), math.sqrt(NORM_EPSILON))
@@ -223,7 +81,7 @@ class TorchMemory:
             read_words: [B, R, W], where the words read go.
             fresh: `prev` is not what the step before left, so the norms of its words are not known yet.
         """
-        raw, kept, cut, gates = self.vectors[step], self.kept[step], self.cut[step], self.gates[step]
+        raw, kept, views, gates = self.vectors[step], self.kept[step], self.views[step], self.gates[step]
         one, row = self.one, self.row
         torch.ops.aten.softplus.out(raw.strengths, 1, 40, out=kept.strengths)
         if self.strength_offset:
@@ -243,9 +101,9 @@ class TorchMemory:
         sorted_free, free_list = torch.sort(one - row, dim=-1, descending=True, stable=True)
         kept.free_list.copy_(free_list)
         torch.gather(row, -1, free_list, out=kept.sorted_usage)
-        torch.cumprod(cut.usage_but_last, -1, out=cut.product_but_first)
+        torch.cumprod(views.usage_but_last, -1, out=views.product_but_first)
         torch.mul(sorted_free, kept.exclusive_product, out=kept.sorted_allocation)
-        cut.allocation.scatter_(-1, free_list, kept.sorted_allocation)
+        views.allocation.scatter_(-1, free_list, kept.sorted_allocation)
 
         # Write.
         torch.linalg.vector_norm(raw.keys, dim=-1, out=kept.key_norms)
@@ -256,7 +114,7 @@ class TorchMemory:
             kept.norms.copy_(self.kept[step - 1].new_norms)
         look_up = self.write_look_ups[step]
         self._look_up(prev.memory, look_up, self.head)
-        torch.lerp(look_up.content.squeeze(1), cut.allocation, gates.allocation, out=row)
+        torch.lerp(look_up.content.squeeze(1), views.allocation, gates.allocation, out=row)
         torch.mul(row, gates.write, out=write_weights)
         self._write(step, prev, new)
         self._norm(new.memory, kept.new_norms)
@@ -265,9 +123,9 @@ class TorchMemory:
         torch.addcmul(write_weights, self.sum, prev.precedence.squeeze(1), out=new.precedence.squeeze(1))
 
         # Read.
-        self._follow(prev, new, cut.backward, cut.forward)
+        self._follow(prev, new, views.backward, views.forward)
         self._look_up(new.memory, self.read_look_ups[step], self.heads)
-        torch.mul(kept.ways, cut.by_way, out=self.three_ways)
+        torch.mul(kept.ways, views.by_way, out=self.three_ways)
         torch.sum(self.three_ways, 0, out=new.read_weights)
         torch.bmm(new.read_weights, new.memory, out=read_words)
 
@@ -313,10 +171,10 @@ class TorchMemory:
             norms.reciprocal().neg_() for norms in (kept.key_norms, kept.norms, kept.new_norms)
         )
         d_raw = Vectors.of(d_vectors, reads, word)
-        self.slopes, self.d_raw, self.d_vectors = _steps(slopes), _steps(d_raw), d_vectors.unbind(0)
-        self.d_gates = _steps(Gates.of(d_raw.squashed, reads, word))
+        self.slopes, self.d_raw, self.d_vectors = by_step(slopes), by_step(d_raw), d_vectors.unbind(0)
+        self.d_gates = by_step(Gates.of(d_raw.squashed, reads, word))
         self.write_look_ups_backward, self.read_look_ups_backward = (
-            _steps(
+            by_step(
                 LookUpBackward(
                     dots[:, :, heads],
                     by_key_norms[..., heads].unsqueeze(-1),
@@ -379,7 +237,7 @@ class TorchMemory:
         # Its `grad_input` must be contiguous.
         _softmax_backward(self.d_modes, kept.modes, -1, kept.modes.dtype, grad_input=self.d_raw_modes)
         d_raw.modes.copy_(self.d_raw_modes)
-        by_backward, by_forward, by_content = self.cut[step].by_way.unbind(0)
+        by_backward, by_forward, by_content = self.views[step].by_way.unbind(0)
         torch.mul(d_read_weights, by_forward, out=self.d_forward)
         self.linked_read_weights.copy_(prev.read_weights)
         torch.mul(d_read_weights, by_backward, out=self.d_backward)
