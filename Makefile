@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-oldest test-newest emulate fuzz bench gpu sanitize lint format clean help
+.PHONY: demo test test-slow test-oldest test-newest emulate fuzz fuzz-layer bench gpu sanitize lint format clean help
 
 help:
 	@echo "make demo       train a DNC on the copy task (about a minute on two CPU cores); ARGS='--help' shows what it takes"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-newest  the tests with the newest versions that were tried, in .venv-newest, which takes 6 GB"
 	@echo "make emulate    the kernels as compiled for an NVIDIA GPU, in an emulator on the CPU; some minutes"
 	@echo "make fuzz       random small problems through the kernels; COUNT=1000000 says how many"
+	@echo "make fuzz-layer  random calls of the layer, each against one row and one step at a time; ARGS='--count 10000'"
 	@echo "make bench      the times beside those of others, on a CPU or a GPU; ARGS='--help' shows what it takes"
 	@echo "make gpu        on a machine with a GPU: parity there, then all the times, under 9 minutes; installs nothing"
 	@echo "make sanitize   on a machine with a GPU: a few of its tests under compute-sanitizer's four tools"
@@ -47,6 +48,9 @@ emulate: .venv/.dev
 COUNT ?= 1000000
 fuzz: .venv/.dev
 	$(BIN)/python -m tests.fuzz --count $(COUNT) $(ARGS)
+
+fuzz-layer: .venv/.dev
+	$(BIN)/python -m tests.fuzz_layer $(ARGS)
 
 # Here, on a CPU or a GPU.
 bench: .venv/.dev

@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "toml", "json", "text", ""}  # under another name, bash say, nothing would be checked
 OPTIONAL = {"dnc", "lightning", "onnxruntime"}
-RUNNABLE = ("dnc_triton", "benchmarks", "tests.fuzz")  # by `python -m`, with an argparse of their own
+# By `python -m`, with an argparse of their own.
+RUNNABLE = ("dnc_triton", "benchmarks", "tests.fuzz", "tests.fuzz_layer")
 BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IN_TEXT = re.compile(r"`((?:\S*python -m|make|torchrun|pip) [^`]+)`")
 

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import fuzz
+import fuzz_layer
 import pytest
 import torch
 from batched import Kernel, Language, Pointer, Value, batched_interpreter
@@ -26,6 +27,11 @@ def test_random_problems(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_random_problems_in_tritons_interpreter() -> None:
     assert fuzz.run(24, seed=2, rows=2, engine="interpreter", report=lambda line: None) == 24
+
+
+@pytest.mark.parametrize("backend", fuzz_layer.KERNELS)
+def test_random_calls_of_the_layer(backend: str) -> None:
+    fuzz_layer.run(8, backend, seed=2)
 
 
 def test_what_is_drawn() -> None:
