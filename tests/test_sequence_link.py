@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,54 @@ def test_forward_and_backward_are_what_the_equations_say(sizes: tuple[int, int, 
     d_read, d_write, d_precedence = link_backward(given[0].squeeze(1), *given[1:3], linked, d_link.squeeze(1))
     for actual, expects in zip((d_link, d_precedence, d_write, d_read), right, strict=True):
         torch.testing.assert_close(actual, expects.to(dtype), rtol=close["rtol"], atol=50 * close["atol"])
+
+
+# Sizes around those of a vector, of rows that are taken together, and of a chunk of rows.
+IN_BOUNDS = """
+#include "link.cpp"
+#include <vector>
+
+int main() {
+    typedef std::vector<NUMBER> Numbers;  // on the heap, each by itself
+    for (int64_t n : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 127, 128, 129, 257})
+        for (int64_t b : {1, 3}) {
+            const int64_t chunks = (n + CHUNK - 1) / CHUNK, rows = b * READS * n;
+            Numbers link(b * n * n), other(b * n * n), precedence(b * n), weights(b * n), d_precedence(b * n);
+            Numbers reads(rows), backward(rows), forward(rows), linked(3 * rows), d_weights(b * n), d_reads(rows);
+            Numbers sums(b * chunks * READS * n), more_sums(b * chunks * (READS + 2) * n);
+            link_forward(3, b, n, sums.data(), link.data(), precedence.data(), weights.data(), reads.data(),
+                         other.data(), backward.data(), forward.data());
+            link_backward(3, b, n, more_sums.data(), link.data(), precedence.data(), weights.data(), linked.data(),
+                          other.data(), d_reads.data(), d_weights.data(), d_precedence.data());
+        }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "reads", "planted"),
+    [("float", 3, False), ("double", 1, False), ("double", 1, True)],
+    ids=["float", "double", "with a mistake"],
+)
+def test_it_stays_within_its_arrays_and_the_language(number: str, reads: int, planted: bool, tmp_path: Path) -> None:
+    """By GCC's or Clang's sanitizers: without them what is read beyond the end is seldom seen in a result."""
+    sanitizers = [dispatch.COMPILER, "-O0", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined"]
+    sanitizers += ["-fno-sanitize-recover=undefined", "-o", str(tmp_path / "run")]
+    (tmp_path / "nothing.cpp").write_text("int main() {}")
+    if subprocess.run([*sanitizers, str(tmp_path / "nothing.cpp")], capture_output=True).returncode:
+        pytest.skip(f"{dispatch.COMPILER} has no sanitizers or no OpenMP here")
+    source = Path(native_link.__file__).with_name("link.cpp").read_text()
+    loop = "j + LANES <= pass.slots"
+    assert loop in source
+    (tmp_path / "link.cpp").write_text(source.replace(loop, "j < pass.slots") if planted else source)
+    (tmp_path / "main.cpp").write_text(IN_BOUNDS)
+    values = [f"-DNUMBER={number}", f"-DREADS={reads}", f"-DCHUNK={native_link._CHUNK}"]
+    subprocess.run([*sanitizers, *values, str(tmp_path / "main.cpp")], check=True)
+    ended = subprocess.run([tmp_path / "run"], capture_output=True, text=True)
+    if planted:
+        assert "AddressSanitizer: heap-buffer-overflow" in ended.stderr
+    else:
+        assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_the_same_bits_by_any_number_of_threads() -> None:
