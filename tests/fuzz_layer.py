@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Call:
         way: how the sequence is given, a key of `WAYS`.
         backward: "once", "twice" through one graph, or "none", without gradients.
         sees: what of outputs and state the loss sees.
-        by: what gradients are asked for.
+        by: what gradients are asked for: of inputs, of a state whose slots differ, of all parameters or of some.
     """
 
     seed: int
@@ -74,7 +74,7 @@ class Call:
     way: str
     backward: str
     sees: str
-    by: dict[str, bool] = field(hash=False)
+    by: dict[str, bool]
 
     @property
     def alike(self) -> bool:
@@ -93,10 +93,10 @@ def draw(seed: int, backend: str) -> Call:
     pick = random.Random(seed)
     interpreted, alone = backend in KERNELS, backend in ("reference", "auto")
     choices: dict[str, Any] = dict(backend=backend, checkpoint=pick.choice([None, "auto", 1, 2, 3, 7]))
-    choices["controller"] = (
-        "lstm" if backend == "triton_sequence" else pick.choice(["lstm", "gru", "rnn", "feedforward"])
-    )
-    choices["num_layers"] = 1 if backend == "triton_sequence" else pick.choice([1, 1, 2, 3])
+    choices["controller"] = pick.choice(["lstm", "gru", "rnn", "feedforward"])
+    choices["num_layers"] = pick.choice([1, 1, 2, 3])
+    if backend == "triton_sequence":
+        choices.update(controller="lstm", num_layers=1)
     choices["num_writes"] = pick.choice([1, 1, 1, 2, 3]) if alone else 1
     choices["max_activation_gradient"] = pick.choice([None, None, 0.01, 0.3, 10])
     choices["clip"] = pick.choice([None, None, 0.05, 0.5, 20])
@@ -114,7 +114,6 @@ def draw(seed: int, backend: str) -> Call:
         lengths = None
     begins = pick.choice(["None", "zeros", "used", "used"])
     resets = way != "steps" and pick.random() < 0.3
-    alike = begins != "used" or resets
     return Call(
         seed=seed,
         sizes=dict(
@@ -135,7 +134,7 @@ def draw(seed: int, backend: str) -> Call:
         way=way,
         backward=pick.choice(["once", "once", "once", "twice", "none"]),
         sees=pick.choice(["all", "outputs", "state", "one"]),
-        by=dict(inputs=pick.random() < 0.7, state=not alike and pick.random() < 0.6, all=pick.random() < 0.8),
+        by=dict(inputs=pick.random() < 0.7, state=pick.random() < 0.6, all=pick.random() < 0.8),
     )
 
 
@@ -323,7 +322,7 @@ def outcome(call: Call, dnc: DNC, *, oracle: bool) -> tuple[dict[str, Any], dict
             inputs[row, length:] = torch.nan
     leaves = inputs.requires_grad_(call.by["inputs"])
     state = first_state(call, dnc)
-    state = None if state is None else state.map(lambda x: x.requires_grad_(call.by["state"]))
+    state = None if state is None else state.map(lambda x: x.requires_grad_(call.by["state"] and not call.alike))
     with torch.set_grad_enabled(call.backward != "none"):
         if oracle:
             start = dnc.initial_state(call.batch) if state is None else state
