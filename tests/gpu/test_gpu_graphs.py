@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import replays as on_cpu
 from helpers import assert_same_bits
+from random_programs import Program
 from replays import BATCH, STEPS, _without, check_two_threads, draw, results, train  # noqa: F401
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -169,6 +170,18 @@ def test_used_twice_in_one_graph_and_twice_backwards(device: torch.device, witho
     assert_same_bits(run(), without(run))
     assert len(cache().instances) == 2
     assert all(instance.is_free for instance in cache().instances)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_programs(seed: int, device: torch.device, without: Any) -> None:
+    choices = [dict(), dict(controller="gru", num_layers=2, clip=0.3, checkpoint=2)]
+    layers = lambda: [make(device, "torch_sequence", **choice) for choice in choices]  # noqa: E731
+    expected, actual = (Program(seed, layers(), lambda number: None) for _ in range(2))
+    without(expected.run, 200)
+    actual.run(200)
+    assert_same_bits(actual.record, expected.record)
+    assert actual.errors == expected.errors
+    assert engine().replays > 10
 
 
 def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:
