@@ -36,6 +36,12 @@ class Program:
         seed: what happens, and with what numbers.
         layers: which are changed.
         disturb: what is told a number now and then, to do something that must make no difference.
+
+    Attributes:
+        held: what it may still differentiate, or go on from.
+        returned: what it has computed, in its order, an empty tensor for a gradient that is none; record: as it was
+            when it was returned.
+        errors: of `ERRORS`, with what they met.
     """
 
     RARE = ("choose", "freeze", "settle")
@@ -50,12 +56,12 @@ class Program:
         self.record: list[list[Tensor]] = []
         self.errors: list[str] = []
 
-    def run(self, length: int) -> list[list[Tensor]]:
-        """What it computes, in its order; an empty tensor for a gradient that is none.
+    def run(self, length: int) -> None:
+        """Do that many things.
 
         Raises:
             AssertionError: what was returned earlier is not what it was.
-            RuntimeError: another error than those that a program has to expect, which go to `errors`.
+            RuntimeError: another error than those of `ERRORS`.
         """
         for index in range(length):
             action = self.pick.choice(self.ACTIONS)
@@ -72,7 +78,6 @@ class Program:
                 self.record.append([x.clone() for x in self.returned[-1]])
         torch.use_deterministic_algorithms(False)
         assert_same_bits(self.returned, self.record, name="returned earlier")
-        return self.record
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=self.layers[0].output.weight.dtype).to(self.device)
