@@ -31,7 +31,7 @@ def test_random_problems_in_tritons_interpreter() -> None:
 
 @pytest.mark.parametrize("backend", fuzz_layer.KERNELS)
 def test_random_calls_of_the_layer(backend: str) -> None:
-    fuzz_layer.run(8, backend, seed=2)
+    fuzz_layer.run(5, backend, seed=2)
 
 
 def test_what_is_drawn() -> None:
