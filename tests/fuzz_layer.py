@@ -28,7 +28,7 @@ KERNELS = ("triton_sequence", "triton_fused", "triton_split")
 BACKENDS = ("reference", "torch_sequence", "auto", *KERNELS)
 
 if __name__ == "__main__":
-    if any(backend in sys.argv for backend in KERNELS):
+    if any(backend in argument for backend in KERNELS for argument in sys.argv[1:]):
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     sys.path[:0] = [str(Path(__file__).parent)]
 
@@ -114,18 +114,22 @@ def draw(seed: int, backend: str) -> Call:
         lengths = None
     begins = pick.choice(["None", "zeros", "used", "used"])
     resets = way != "steps" and pick.random() < 0.3
+    sizes = dict(
+        input_size=pick.randint(1, 5),
+        hidden_size=pick.randint(1, 9),
+        output_size=pick.randint(1, 4),
+        memory_size=pick.choice(slots),
+        word_size=pick.randint(1, 8),
+        num_reads=pick.randint(1, 4),
+    )
+    part = pick.choice(parts) if parts and pick.random() < 0.3 else ""
+    if part == "controller":
+        choices.update(controller=OwnController, num_layers=1, max_activation_gradient=None)
     return Call(
         seed=seed,
-        sizes=dict(
-            input_size=pick.randint(1, 5),
-            hidden_size=pick.randint(1, 9),
-            output_size=pick.randint(1, 4),
-            memory_size=pick.choice(slots),
-            word_size=pick.randint(1, 8),
-            num_reads=pick.randint(1, 4),
-        ),
+        sizes=sizes,
         choices=choices,
-        part=pick.choice(parts) if parts and pick.random() < 0.3 else "",
+        part=part,
         batch=batch,
         steps=steps,
         begins=begins,
@@ -164,10 +168,8 @@ class Doubled(nn.Module):
 
 def make(call: Call) -> DNC:
     """The layer; some of its parameters want no gradient."""
-    pick, choices = random.Random(call.seed), dict(call.choices)
-    if call.part == "controller":
-        choices.update(controller=OwnController, num_layers=1, max_activation_gradient=None)
-    dnc = DNC(**call.sizes, **choices, dtype=torch.float64)
+    pick = random.Random(call.seed)
+    dnc = DNC(**call.sizes, **call.choices, dtype=torch.float64)
     with torch.no_grad():  # as torch initialises it the memory hardly matters: the gates all stand near one half
         dnc.interface.weight.mul_(pick.choice([1, 4]))
         dnc.interface.bias.mul_(pick.choice([1, 3]))
@@ -320,7 +322,7 @@ def outcome(call: Call, dnc: DNC, *, oracle: bool) -> tuple[dict[str, Any], dict
     if call.lengths is not None and not oracle:
         for row, length in enumerate(call.lengths):
             inputs[row, length:] = torch.nan
-    leaves = inputs.requires_grad_(call.by["inputs"])
+    inputs.requires_grad_(call.by["inputs"])
     state = first_state(call, dnc)
     state = None if state is None else state.map(lambda x: x.requires_grad_(call.by["state"] and not call.alike))
     with torch.set_grad_enabled(call.backward != "none"):
@@ -334,14 +336,15 @@ def outcome(call: Call, dnc: DNC, *, oracle: bool) -> tuple[dict[str, Any], dict
     last = without_slots(last) if call.alike else last
     forward = {"outputs": outputs, "state": last}
 
-    wanted = {name: x for name, x in dnc.named_parameters() if x.requires_grad}
-    wanted |= {"inputs": leaves} if call.by["inputs"] else {}
-    wanted |= {f"state {i}": x for i, x in enumerate(tree_leaves(state)) if x is not None and x.requires_grad}
-    choice = random.Random(call.seed)
-    wanted = {name: x for name, x in wanted.items() if call.by["all"] or choice.random() < 0.6}
     if call.backward == "none":
         assert not outputs.requires_grad
         return forward, {}
+
+    wanted = {name: x for name, x in dnc.named_parameters() if x.requires_grad}
+    wanted |= {"inputs": inputs} if call.by["inputs"] else {}
+    wanted |= {f"state {i}": x for i, x in enumerate(tree_leaves(state)) if x is not None and x.requires_grad}
+    choice = random.Random(call.seed)
+    wanted = {name: x for name, x in wanted.items() if call.by["all"] or choice.random() < 0.6}
     results = [outputs, *tree_leaves(last)]
     seen = {"all": results, "outputs": results[:1], "state": results[1:], "one": [choice.choice(results)]}[call.sees]
     # A number that depends on nothing, as all of a call without a step, has no gradient.
@@ -411,6 +414,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first call; the next one has the next")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["reference", "torch_sequence", "auto"])
     options = parser.parse_args(arguments)
+    if options.count < 1:
+        parser.error(f"--count: expected at least 1, got {options.count}")
     torch.set_num_threads(1)
     try:
         for backend in options.backend:

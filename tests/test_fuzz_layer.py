@@ -42,7 +42,8 @@ def test_what_is_drawn(backend: str) -> None:
     assert {call.part for call in calls} == (parts if backend not in ("torch_sequence", "triton_sequence") else {""})
     assert {call.choices["controller"] for call in calls} >= {"lstm"}
     if backend != "triton_sequence":
-        assert {call.choices["controller"] for call in calls} == {"lstm", "gru", "rnn", "feedforward"}
+        built_in = {call.choices["controller"] for call in calls if call.part != "controller"}
+        assert built_in == {"lstm", "gru", "rnn", "feedforward"}
         assert {call.choices["num_layers"] for call in calls} == {1, 2, 3}
     for name in ("clip", "max_activation_gradient", "checkpoint", "strength", "stop_usage_gradient", "batch_first"):
         assert len({call.choices[name] for call in calls}) > 1, name
@@ -116,6 +117,12 @@ def test_a_mistake_ends_it_and_can_be_repeated(
     assert capsys.readouterr().out.splitlines()[1:-1] == told.splitlines()[1:-1]
     monkeypatch.undo()
     assert fuzz_layer.main(command[1].split()) == 0
+
+
+def test_no_calls_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fuzz_layer.main(["--count", "0"])
+    assert "--count: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_an_error_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
