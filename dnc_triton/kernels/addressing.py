@@ -1,6 +1,6 @@
 """Phase one of a step, a program per batch element: usage, allocation, write content lookup, write weights, precedence.
 
-Where a layout ranks, what can be done for some slots at a time is done before it, by many programs (`rank`). Its
+In a layout that ranks, what can be done for a few slots at a time is done before it, by many programs (`rank`). The
 adjoint is the last phase of the backward. The tuples of pointers are those of `buffers`, of one batch element.
 """
 
@@ -33,7 +33,7 @@ def in_allocation(usage):
 def taken(usage, COMPUTE: tl.constexpr):
     """Integers that sort as the free list does, 1 − u descending: in float32 from −2²³ to 127·2²³, in float64 longer.
 
-    A number that is not negative sorts as its bits do. A NaN sorts first, and makes all that comes after it one too.
+    A float that is not negative sorts as its bits do. A NaN sorts first, and makes all that comes after it NaN too.
     """
     free = tl.maximum(1.0 - in_allocation(usage), 0.0)
     free = tl.where(usage == usage, free, 2.0)  # the bits of a NaN may sort anywhere; compiled, the maximum drops it
@@ -48,8 +48,8 @@ def taken(usage, COMPUTE: tl.constexpr):
 def sort_key(usage, offs_n, mask_n, COMPUTE: tl.constexpr):
     """`taken` with the slot in the low bits, the lower slot first.
 
-    In float64 the slot takes the place of the last 9 bits, and has 10: of usages as close as that the lower slot comes
-    first, where `rank` still tells them apart.
+    In float64 the slot has 10 bits, which take the place of the last 9: of usages that differ in those alone the lower
+    slot comes first, whereas `rank` still tells them apart.
     """
     if COMPUTE == tl.float64:
         key = ((taken(usage, COMPUTE) << 1) & -1024) | offs_n
@@ -60,9 +60,9 @@ def sort_key(usage, offs_n, mask_n, COMPUTE: tl.constexpr):
 
 @triton.jit
 def free_slots(usage_ptr, free_list_ptr, offs_n, mask_n, COMPUTE: tl.constexpr):
-    """Along the free list: its slots, their usage x and that of the one before (1 before the first).
+    """In the free list's order: the slots, the usage x of each and of the one before it (1 before the first).
 
-    Usage comes back through memory: between threads that is as cheap as anything else.
+    Usage is read back from memory, which is as cheap as any other exchange between threads.
     """
     slots = tl.load(free_list_ptr + offs_n, mask=mask_n, other=0)
     before = tl.load(free_list_ptr + offs_n - 1, mask=mask_n & (offs_n > 0), other=0)
@@ -89,7 +89,7 @@ def update_usage(interface, old, new, usage_ptr, offs_n, mask_n, sizes: tl.const
 
 @triton.jit
 def look_up(first, end, CHUNK: tl.constexpr, interface, old, kept, sizes: tl.constexpr):
-    """How similar the words before the step are to the write key, from slot `first` to `end`; kept, as are norms."""
+    """Keeps the norms of the words before the step and their similarity to the write key, of slots `first` to `end`."""
     W: tl.constexpr = sizes.W
     COMPUTE: tl.constexpr = sizes.COMPUTE
     offs_w = tl.arange(0, sizes.BLOCK_W)
@@ -108,10 +108,10 @@ def look_up(first, end, CHUNK: tl.constexpr, interface, old, kept, sizes: tl.con
 
 @triton.jit
 def rank(block, interface, old, new, kept, scratch, sizes: tl.constexpr):
-    """What `address` begins with where a layout ranks, in a launch before it, for RANKED slots.
+    """For RANKED slots, and in a launch before it, what `address` otherwise begins with: usage, free list and lookup.
 
-    Where a slot stands in the free list is how many stand before it. The usage of all slots every program works out by
-    itself, in a work space of its own: to wait for each other takes a launch more.
+    A slot's place in the free list is how many slots stand before it. Every program works out the usage of all slots
+    itself, in a work space of its own: waiting for one another would take another launch.
     """
     N: tl.constexpr = sizes.N
     COMPUTE: tl.constexpr = sizes.COMPUTE
@@ -130,11 +130,11 @@ def rank(block, interface, old, new, kept, scratch, sizes: tl.constexpr):
     for start in range(0, N, sizes.AGAINST):
         other_taken = tl.where(others < N, taken(next_usage, COMPUTE), LAST)[None, :]
         next_usage = tl.load(usage_ptr + others + sizes.AGAINST, mask=others + sizes.AGAINST < N, other=0.0)
-        first = block * sizes.RANKED - start  # of the rows, among those they are held against
+        first = block * sizes.RANKED - start  # of the rows, among those they are compared with
         if (first >= 0) & (first < sizes.AGAINST):
             among = (other_taken == slot_taken[:, None]) & (others[None, :] < rows[:, None])
             before += ((other_taken < slot_taken[:, None]) | among).to(tl.int32)
-        else:  # these others are all before the rows, where equal usage counts as less, or all after them
+        else:  # these others all precede the rows, and equal ones count as well, or all follow them
             up_to = slot_taken + (first > 0).to(tl.int32)
             before += (other_taken < up_to[:, None]).to(tl.int32)
         others += sizes.AGAINST
@@ -144,7 +144,7 @@ def rank(block, interface, old, new, kept, scratch, sizes: tl.constexpr):
 
 @triton.jit
 def address(interface, old, new, kept, sizes: tl.constexpr):
-    """Where to write; after `rank` where a layout ranks."""
+    """Decides where to write; in a layout that ranks, after `rank`."""
     N: tl.constexpr = sizes.N
     COMPUTE: tl.constexpr = sizes.COMPUTE
     offs_n = tl.arange(0, sizes.BLOCK_N)
@@ -191,9 +191,9 @@ def by_write_weights(old, d_new, scratch, offs_n, mask_n, sizes: tl.constexpr):
 
 @triton.jit
 def by_scaled_similarity(interface, kept, d_weights, offs_n, mask_n, sizes: tl.constexpr):
-    """Of the write key: the content weights [BLOCK_N], and the gradient by what the softmax makes them from.
+    """For the write key: the content weights [BLOCK_N], and the gradient of what the softmax makes them from.
 
-    The gates stay outside the difference, as the mode in `read_backward`.
+    The gates stay outside the difference, as the mode does in `read_backward`.
     """
     COMPUTE: tl.constexpr = sizes.COMPUTE
     write_strength = strength(tl.load(interface.write_strengths).to(COMPUTE), sizes)
@@ -207,10 +207,10 @@ def by_scaled_similarity(interface, kept, d_weights, offs_n, mask_n, sizes: tl.c
 
 @triton.jit
 def lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface, d_old, runs, sizes: tl.constexpr):
-    """The adjoint of looking up the write key, for PLACES numbers of every word, those of this part.
+    """The adjoint of looking up the write key, for this part's PLACES numbers of every word.
 
-    Adds to the gradient by the memory. Writes that by the write key, and those by the read keys, the erase vector and
-    the write vector, of which each block of slots left a part.
+    Adds to the gradient of the memory. Writes those of the write key, and of the read keys, the erase vector and the
+    write vector, of which each block of slots left a part.
     """
     N: tl.constexpr = sizes.N
     W: tl.constexpr = sizes.W
@@ -251,9 +251,9 @@ def lookup_backward(part, interface, old, kept, d_weights, scratch, d_interface,
 
 @triton.jit
 def mixture_backward(interface, new, kept, d_weights, d_new, d_interface, d_old, scratch, runs, sizes: tl.constexpr):
-    """Of the adjoint of `address` what does not go by the free list, from `by_write_weights`.
+    """The part of the adjoint of `address` that does not follow the free list, from what `by_write_weights` returns.
 
-    Gradients of the gates and the strength that mix the write weights, and of the precedence.
+    Writes the gradients of the gates and the strength that make the write weights, and of the precedence.
     """
     N: tl.constexpr = sizes.N
     COMPUTE: tl.constexpr = sizes.COMPUTE
@@ -299,11 +299,11 @@ def address_backward(
     HEADS: tl.constexpr,
     sizes: tl.constexpr,
 ):
-    """The adjoint of `address` but for its lookup in memory, after that of linking, from `by_write_weights`.
+    """The adjoint of `address` but its lookup in memory, after that of linking, from what `by_write_weights` returns.
 
-    Takes in what the tiles left of the gradients of the precedence and of the previous read weights. Of those it writes
-    HEADS heads, from `first_head` on; and all else if the first is among them, but for `mixture_backward` where the
-    phases are spread. Of an element that has ended (not `runs`) no gradient by the state is written.
+    Adds up what the tiles left of the gradients of the precedence and of the previous read weights. Of the latter it
+    writes HEADS heads, from `first_head` on; all else if that is head 0, without `mixture_backward` in a spread layout.
+    For an element that has ended (not `runs`) no gradient of the state is written.
     """
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
@@ -321,7 +321,7 @@ def address_backward(
     written = tl.load(old.write_weights + offs_n, mask=mask_n, other=0.0).to(COMPUTE)
     # retention: ψ = ∏_r (1 − f_r w_r)
     retention = tl.full([sizes.BLOCK_N], 1.0, COMPUTE)
-    # The product of the other heads' factors is multiplied out: one's own may be 0.
+    # The product of the other heads' factors is multiplied out, not divided out: a head's own factor may be 0.
     heads = first_head + tl.arange(0, HEADS)
     others = tl.full([HEADS, sizes.BLOCK_N], 1.0, COMPUTE)
     for head in range(R):
@@ -333,13 +333,13 @@ def address_backward(
     allocation_gate = gate(tl.load(interface.allocation_gates).to(COMPUTE), sizes)
     write_gate = gate(tl.load(interface.write_gates).to(COMPUTE), sizes)
     d_mixed = d_weights * write_gate
-    tl.store(work_ptr + offs_n, d_mixed * allocation_gate, mask=mask_n)  # by the allocation
+    tl.store(work_ptr + offs_n, d_mixed * allocation_gate, mask=mask_n)  # the allocation's gradient
     tl.debug_barrier()  # read below along the free list
 
     # allocation, along the free list: dx_j = −d_j P_j + (Σ_{i>j} d_i a_i) / x_j
     product = tl.cumprod(x_before, 0)
     d_allocation = tl.load(work_ptr + slots, mask=mask_n, other=0.0)
-    # The sum over the later slots: each term from the place before it, so that no sum has to be taken apart again.
+    # The sum over the later slots: each place adds the next one's term, so that its own need not be taken out again.
     d_next = tl.load(work_ptr + next_slots, mask=has_next, other=0.0)
     later = tl.cumsum(d_next * allocation_next, 0, reverse=True)
     d_x = later / x - d_allocation * product

@@ -1,7 +1,7 @@
-"""Where the buffers of a batch element lie: tuples of pointers, which the functions of the kernels take and hand on.
+"""Where the buffers of a batch element lie: tuples of pointers, which the kernels' functions take and pass on.
 
-Every buffer is contiguous. Those of the memory, or of the gradient by it, are a `MemoryState`; those of an interface
-vector, or of the gradient by it, an `Interface`; both with K = 1.
+Every buffer is contiguous. The pointers of the memory's state, or of its gradient, are a `MemoryState`; those of an
+interface vector, or of its gradient, an `Interface`; both with K = 1.
 """
 
 from typing import NamedTuple
@@ -11,10 +11,10 @@ import triton.language as tl
 
 from dnc_reference.types import Interface, MemoryState
 
-# What a step of a sequence may mark a batch element with: it begins from zeros; it has ended, and its memory and link
-# stay; the next step begins from zeros. A step whose elements all run on has no marks.
+# How a step of a sequence may mark a batch element: it begins from zeros; it has ended, and its memory and link stay;
+# its next step begins from zeros. A step whose elements all run on has no marks.
 FRESH, ENDED, LOST = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-# What of memory and link is shared by all batch elements, as zeros may be: of the state before, of the gradient after.
+# What may be one entry for all elements, as zeros may: memory and link of the state before; both in the gradient.
 MEMORY, LINK, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 
@@ -31,43 +31,43 @@ class Kept(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """How far the link that is given lies behind the state before a step, and where what it was updated with stands."""
+    """How many steps the given link lies behind the state before a step, and where what has updated it since lies."""
 
-    steps: tl.tensor  # so many
+    steps: tl.tensor  # how many
     row: tl.tensor  # from an entry of precedence or write weights to that of the next step, in units of 16 bytes
-    mark: tl.tensor  # the element's at the step, where there are marks
-    marks_row: tl.tensor  # bytes from there to that at the next step
+    mark: tl.tensor  # the element's mark at the step, where there are marks
+    marks_row: tl.tensor  # bytes from there to its mark at the next step
 
 
 class ForwardScratch(NamedTuple):
-    """What the tiles of the link leave for the last phase, which adds it up.
+    """The partial sums that the tiles of the link leave for the last phase to add up.
 
     `usage` lies in the same place: the launch that ranks is over before the tiles begin.
     """
 
-    forward: tl.tensor  # [COLUMN_BLOCKS, R, N], forward weights, of a tile's rows
-    backward: tl.tensor  # [ROW_BLOCKS, R, N], backward weights, of a tile's columns
-    usage: tl.tensor  # [⌈N / RANKED⌉, N], where slots are ranked, of each program its own
+    forward: tl.tensor  # [COLUMN_BLOCKS, R, N], forward weights, for each tile's rows
+    backward: tl.tensor  # [ROW_BLOCKS, R, N], backward weights, for each tile's columns
+    usage: tl.tensor  # [⌈N / RANKED⌉, N], where slots are ranked: a copy for each program
 
 
 class BackwardScratch(NamedTuple):
-    """What the phases of the backward hand on; sums by what the tiles, or the blocks of slots, leave."""
+    """Gradients that the backward's phases hand on; in parts where several tiles, or blocks of slots, add to them."""
 
-    d_forward: tl.tensor  # [R, N], by the forward weights
-    d_backward: tl.tensor  # [R, N], by the backward weights
-    d_similarity: tl.tensor  # [R, N], by the similarities of the read keys
-    d_allocation: tl.tensor  # [R, N], work space, of each head's program its own
-    d_write_rows: tl.tensor  # [COLUMN_BLOCKS, N], by the write weights; and a last part from writing
-    d_read_rows: tl.tensor  # [COLUMN_BLOCKS, R, N], by the read weights before
-    d_write_columns: tl.tensor  # [ROW_BLOCKS, N], by the write weights
-    d_precedence: tl.tensor  # [ROW_BLOCKS, N], by the precedence before
-    d_read_columns: tl.tensor  # [ROW_BLOCKS, R, N], by the read weights before
-    d_vectors: tl.tensor  # [SLOT_BLOCKS, R + 2, W], by the read keys, the erase vector and the write vector
+    d_forward: tl.tensor  # [R, N], of the forward weights
+    d_backward: tl.tensor  # [R, N], of the backward weights
+    d_similarity: tl.tensor  # [R, N], of the similarities to the read keys
+    d_allocation: tl.tensor  # [R, N], work space: a row for each head's program
+    d_write_rows: tl.tensor  # [COLUMN_BLOCKS, N], of the write weights; and one last part, from writing
+    d_read_rows: tl.tensor  # [COLUMN_BLOCKS, R, N], of the read weights before
+    d_write_columns: tl.tensor  # [ROW_BLOCKS, N], of the write weights
+    d_precedence: tl.tensor  # [ROW_BLOCKS, N], of the precedence before
+    d_read_columns: tl.tensor  # [ROW_BLOCKS, R, N], of the read weights before
+    d_vectors: tl.tensor  # [SLOT_BLOCKS, R + 2, W], of the read keys, the erase vector and the write vector
 
 
 @triton.jit
 def interface_at(ptr, entry, sizes: tl.constexpr):
-    """The fields of an interface vector, of `entry` in a buffer of many; so in all of the following."""
+    """The fields of interface vector `entry` of a buffer; `entry` means the same in all functions below."""
     ptr += entry * sizes.INTERFACE
     return Interface(
         ptr + sizes.OFFSETS.read_keys,
@@ -85,7 +85,7 @@ def interface_at(ptr, entry, sizes: tl.constexpr):
 
 @triton.jit
 def state_at(state, entry, sizes: tl.constexpr, memory_shared=False, link_shared=False):
-    """With memory or link of the first entry, where these are shared."""
+    """The fields of entry `entry` of a state; memory or link of entry 0, where shared."""
     return MemoryState(
         state.memory + tl.where(memory_shared, 0, entry) * sizes.N * sizes.W,
         state.usage + entry * sizes.N,
@@ -98,7 +98,7 @@ def state_at(state, entry, sizes: tl.constexpr, memory_shared=False, link_shared
 
 @triton.jit
 def zeros_or_state(zero, zeros_ptr, state, but_large=False):
-    """Zeros, which stand for every field, or for all but memory and link, or a state."""
+    """The state, but zeros for every field if `zero`, and for all but memory and link if `but_large`."""
     small = zero | but_large
     return MemoryState(
         tl.where(zero, zeros_ptr, state.memory),

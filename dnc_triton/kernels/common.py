@@ -18,10 +18,10 @@ USAGE_EPSILON = tl.constexpr(addressing.USAGE_EPSILON)
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """The first statement of a kernel. A launch that OVERLAPS the one before it waits here until that has ended.
+    """The first statement of a kernel. A launch that OVERLAPS the one before it waits here until that one has ended.
 
-    The next one may begin from here on, and not before: so of three at most two are there at once, and nothing is
-    written that one further back might still read.
+    The next launch may begin from here on, and not before: so at most two run at once, and none of them writes what one
+    further back might still read.
     """
     if OVERLAPS:
         gdc_wait()
@@ -34,16 +34,16 @@ def term(a, b):
 
     A plain product may be fused with the addition of what comes from another thread, whose own product was rounded.
     Threads that hold the same element then have sums that differ in the last bit, and the result is that of whichever
-    writes last. The fused multiply-add of 0 rounds the product first.
+    writes last. A fused multiply-add with 0 rounds the product first.
     """
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def tile_term(a, b, sizes: tl.constexpr):
-    """`term` where a thread may have a single element of a tile's row or column.
+    """`term` where a thread may hold a single element of a tile's row or column, else the plain product.
 
-    Where it has several it adds up its own first, and nothing of that is fused with another thread's.
+    A thread that holds several adds up its own first, and none of that is fused with another thread's.
     """
     return term(a, b) if sizes.ALONE else a * b
 
@@ -52,7 +52,7 @@ def tile_term(a, b, sizes: tl.constexpr):
 def exp(x):
     """eˣ to about two units in the last place, as PyTorch has it.
 
-    The hardware's is 2ʸ of y = x / log 2, whose rounding alone costs |x| units in float32.
+    The hardware computes 2ʸ for y = x / log 2; rounding y alone costs |x| units in float32.
     """
     if x.dtype == tl.float64:
         y = tl.exp(x)
@@ -94,7 +94,7 @@ def clipped(x, CLIP: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def d_clipped(d, x, CLIP: tl.constexpr, COMPUTE: tl.constexpr):
-    """Adjoint of `clipped`, from what went into it."""
+    """Adjoint of `clipped`; x is its input."""
     if CLIP is not None:
         d = tl.where(tl.abs(x) <= tl.full([], CLIP, COMPUTE), d, 0.0)
     return d
@@ -128,7 +128,7 @@ def d_gate(d, activated, sizes: tl.constexpr):
 
 @triton.jit
 def strength(x, sizes: tl.constexpr):
-    """A strength from the interface; raw it passes softplus, and 1 is added for oneplus."""
+    """A strength from the interface; if raw, its softplus, plus 1 for oneplus."""
     if sizes.RAW:
         x = sizes.STRENGTH_OFFSET + softplus(x)
     return x
@@ -136,7 +136,7 @@ def strength(x, sizes: tl.constexpr):
 
 @triton.jit
 def d_strength(d, x, sizes: tl.constexpr):
-    """Adjoint of `strength`, from what stands in the interface."""
+    """Adjoint of `strength`; x is its input."""
     if sizes.RAW:
         d = d * sigmoid(x)
     return d
@@ -175,7 +175,7 @@ def read_modes(modes_ptr, offs_r, mask_r, sizes: tl.constexpr):
 
 @triton.jit
 def add_parts(total, ptr, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr, AT_ONCE: tl.constexpr = 16):
-    """A total and, one after the other, COUNT parts, STRIDE apart, of which AT_ONCE are loaded at a time."""
+    """`total` plus COUNT parts, STRIDE apart, added in order; AT_ONCE of them are loaded at a time."""
     LOADS: tl.constexpr = AT_ONCE if COUNT > AT_ONCE else COUNT
     for first in range(0, COUNT, LOADS):
         for offset in tl.static_range(LOADS):

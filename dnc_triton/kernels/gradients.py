@@ -1,6 +1,6 @@
-"""Gradients by all weights of a small network, summed over steps and batch, in one launch.
+"""The gradients of all weights of a small network, summed over steps and batch, in one launch.
 
-A library takes a launch or two for each weight and each bias, and for a few hundred rows as long as for thousands. Sums
+A library takes a launch or two for each weight and each bias, and as long for a few hundred rows as for thousands. Sums
 go over the rows in their order, so the same call gives the same bits. Nothing is rounded to fewer bits than float32.
 """
 
@@ -19,9 +19,9 @@ NUM_WARPS = 8
 
 
 class WeightGradients(NamedTuple):
-    """By the parameters, in the order of `DNCCell.parameters()`."""
+    """The gradients of the parameters, in the order of `DNCCell.parameters()`."""
 
-    below: Tensor  # [4H, I + R·W], by the inputs and the words read before
+    below: Tensor  # [4H, I + R·W], columns for the inputs and the words read before
     hidden: Tensor  # [4H, H]
     bias: Tensor  # [4H]
     second_bias: Tensor  # [4H]
@@ -34,9 +34,9 @@ class WeightGradients(NamedTuple):
 @triton.jit
 def tile_of_product(tile, d_ptr, x_ptr, out_ptr, bias_ptr, second_bias_ptr, rows, batch, by_step, by_row,
                     D: tl.constexpr, X: tl.constexpr, OUT_ROW: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A tile of dᵀ x: [D, X], rows OUT_ROW apart. The tiles of the first columns add up the bias, where there is one.
+    """A tile of dᵀ x, [D, X], rows OUT_ROW apart. The tiles of the first columns also sum the bias, if there is one.
 
-    Row r of d is the r-th, of x that of step r // batch.
+    The rows of d are contiguous; row r of x is row r % batch of step r // batch.
     """
     COLUMN_BLOCKS: tl.constexpr = (X + BLOCK - 1) // BLOCK
     at_d = tile // COLUMN_BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -86,7 +86,7 @@ def weight_gradients_kernel(
     BLOCK: tl.constexpr,
     ENDS: tl.constexpr,
 ):
-    """Grid: the tiles of five products, which end at ENDS."""
+    """Grid: the tiles of five products, one after the other; ENDS has where each product's tiles end."""
     tile = tl.program_id(0)
     G: tl.constexpr = 4 * H
     BELOW: tl.constexpr = INPUTS + F - H
@@ -120,18 +120,18 @@ def weight_gradients_kernel(
 def weight_gradients(
     d_gates: Tensor, d_vectors: Tensor, d_outputs: Tensor, inputs: Tensor, before: Tensor, after: Tensor
 ) -> WeightGradients:
-    """The gradients by the weights of a network with one LSTM layer.
+    """The gradients of the weights of a network with one LSTM layer.
 
     Args:
-        d_gates, d_vectors, d_outputs: by the gates, the interface vectors and the outputs, [T, B, ·], contiguous.
+        d_gates, d_vectors, d_outputs: of the gates, the interface vectors and the outputs, [T, B, ·], contiguous.
         inputs: [T, B, I], of any strides.
-        before, after: the features that a step begins with and those that it leaves, [T, B, F], contiguous.
+        before, after: the features that each step begins with and those that it leaves, [T, B, F], contiguous.
     """
     steps, batch, size = inputs.shape
     gates, features, vector, out = (x.shape[-1] for x in (d_gates, before, d_vectors, d_outputs))
     hidden = gates // 4
     reach = sum((n - 1) * stride for n, stride in zip(inputs.shape, inputs.stride(), strict=True))
-    # The kernel takes a row's numbers side by side, counts in 32 bits, and would be compiled again for another place.
+    # The kernel takes a row's numbers side by side, offsets in 32 bits, and would be recompiled for another alignment.
     if inputs.stride(2) != 1 or reach >= 2**31 or inputs.data_ptr() % 16:
         inputs = aligned(inputs)
     results = WeightGradients(

@@ -1,4 +1,4 @@
-"""What Triton's interpreter, by which kernels run on a CPU, gets wrong for us."""
+"""What Triton's interpreter, which runs kernels on a CPU, gets wrong for us."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def keep_truth() -> None:
-    """Let a comparison of two scalars stay a truth value where a mask spreads it.
+    """Let a comparison of two scalars stay boolean where it is spread over a mask.
 
-    It gives the result the dtype of what was compared, and the mask is filled with numbers of that: of int32, which
-    Triton 3.9 was the first to refuse.
+    The interpreter gives its result the dtype of what was compared, and the mask is filled with numbers of that dtype:
+    of int32, which Triton 3.9 was the first to refuse.
     """
     spread = InterpreterBuilder.create_splat
 

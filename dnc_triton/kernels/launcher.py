@@ -1,4 +1,4 @@
-"""Where every kernel is launched: one after the other or overlapping, or not yet, to compile first, several at once."""
+"""Where every kernel is launched, one after another or overlapping; or compiled ahead instead, several at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dnc_triton.kernels.layout import Layout
 # A product and a sum in one instruction, rounded once. Kernels got that without asking; Triton 3.9 warns that from 3.10
 # on they will not.
 FMA = {"enable_fp_fusion": True}
-MOST_THREADS = 8  # what is gained beyond is little: the longest kernel takes a fifth of the time of all
+MOST_THREADS = 8  # more would gain little: the longest kernel takes a fifth of the time of all
 
 
 class Compiling:
@@ -33,9 +33,9 @@ class Compiling:
         self.begun: dict[Any, Future[Any]] = {}
 
     def add(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Begin with what this launch wants to be compiled, unless that has begun."""
-        # Triton compiles for types, a tensor's taken as one that begins at a multiple of 16 bytes. No number that is
-        # not among the options counts: the kernels ask for none to be specialized.
+        """Begin to compile what this launch needs, unless that has begun."""
+        # Triton compiles for types; a dtype counts as a tensor that begins at a multiple of 16 bytes. Numbers that are
+        # not among the options do not count: the kernels ask for none to be specialized.
         given = [argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments]
         types = tuple(type(x) if isinstance(x, int) else x for x in given)
         key = kernel, types, tuple(options.items())
@@ -43,25 +43,25 @@ class Compiling:
             from triton.runtime import JITFunction, driver
 
             if isinstance(kernel, JITFunction):
-                # What Triton keeps of a kernel on a device it makes at the first use. Two threads that come at once
-                # make it twice, and what the one compiles is lost.
+                # Triton makes what it keeps of a kernel per device at the first use. Two threads that come at once
+                # would make it twice, and what one of them compiles would be lost.
                 kernel.device_caches[driver.active.get_current_device()]
             self.begun[key] = self.pool.submit(kernel.warmup, *given, grid=grid, **options)
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """A tensor as the kernels take what is a caller's, copied if need be.
+    """A caller's tensor as the kernels take it, copied if need be.
 
-    Contiguous, with the signs that it has (`torch.Tensor.resolve_neg`), from a multiple of 16 bytes on: for another
-    place Triton would compile once more: to loads of one number each, which several threads then do, and whose sums
-    differ between these (`kernels.common.term`).
+    Contiguous, with negation resolved (`torch.Tensor.resolve_neg`), and beginning at a multiple of 16 bytes. For any
+    other alignment Triton would compile once more: to loads of one number each, which are then spread over several
+    threads, whose sums differ (`kernels.common.term`).
     """
     tensor = tensor.resolve_neg().contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 class _Launches(local):
-    """How this thread launches. No context variables: without the global lock a thread starts with its parent's."""
+    """How this thread launches. Not in context variables: without the global lock a thread inherits its parent's."""
 
     compiling: Compiling | None = None
     overlap = False
@@ -105,7 +105,7 @@ def overlapping(layout: Layout | None, device: torch.device) -> Iterator[None]:
 
 @cache
 def can_overlap(device: torch.device) -> bool:
-    """Whether there is such a thing on a device."""
+    """Whether launches can overlap on a device."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
@@ -133,7 +133,7 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
         device: to compile for.
     """
     prepare = None
-    if device.type == "cuda":  # without a number it is the current one, which that of a new thread need not be
+    if device.type == "cuda":  # without a number it is the current one, and a new thread may have another
         prepare = partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device.index)
     with ThreadPoolExecutor(threads(), "dnc_triton compiling", prepare) as pool:
         before, _launches.compiling = _launches.compiling, Compiling(pool)

@@ -1,18 +1,18 @@
-"""Phase two of a step: update the link, a program per tile of it, and write to memory, a program per block of rows.
+"""Phase two of a step: update the link, a program per tile of it, and write to memory, a program per block of slots.
 
-Where a launch has all phases a tile is small and goes through registers whole (`link_tile`). Where the phase is a
-launch of its own it goes in strips (`link_strips`): the more rows a tile has the fewer parts are left, and while a
-strip is computed the next one is on its way.
+With all phases in one launch a tile is small and in registers as a whole (`link_tile`). In a launch of its own the
+phase takes a tile in strips (`link_strips`): the more rows a tile has, the fewer partial sums are left, and while a
+strip is computed the next one is being loaded.
 
 Their adjoints are the middle phase of the backward. Sums over rows and columns of the link, which span several tiles,
 are left as a partial sum for each tile: nothing is added atomically, so the same call gives the same bits. The tuples
 of pointers are those of `buffers`, of one batch element.
 
-Products with the read heads' vectors are made by multiplying and adding up, for HEADS heads at once: [heads, rows,
-columns]. As products of matrices, a few heads wide, they go through shared memory, which took several times as long.
+Products with the read heads' vectors are made by multiplying and adding up, for HEADS heads at a time: [heads, rows,
+columns]. As matrix products, a few heads wide, they would go through shared memory, which took several times as long.
 """
 
-# Device functions grow tuples, as the only kind of list that Triton has: without unpacking, and of any length.
+# Device functions grow tuples, the only kind of list that Triton has: by concatenation, not unpacking, to any length.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment,var-annotated"
 
@@ -25,7 +25,7 @@ from dnc_triton.kernels.common import NORM_EPSILON, SIMILARITY_EPSILON, d_gate, 
 
 @triton.jit
 def of_heads(first, by, mask, sizes: tl.constexpr):
-    """Where in [R, N] entries `by` of HEADS rows stand, from the first one on, and which of them there are."""
+    """Offsets in [R, N] of entries `by` of HEADS heads, from head `first` on, and the mask of those that exist."""
     heads = first + tl.arange(0, sizes.HEADS)[:, None]
     return heads * sizes.N + by, (heads < sizes.R) & mask
 
@@ -39,7 +39,7 @@ def linked(link, rows, columns, write_rows, write_columns, precedence):
 
 @triton.jit
 def made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, old, behind, sizes: tl.constexpr):
-    """A tile of the link before a step, from the one that lies behind it, to the bits that a step's launch left."""
+    """A tile of the link before a step, recomputed from the one that lies behind it, to the bits that steps left."""
     COMPUTE: tl.constexpr = sizes.COMPUTE
     for done in range(behind.steps):
         row = behind.row.to(tl.int64) if sizes.FAR else behind.row
@@ -59,7 +59,7 @@ def made_again(link, rows, columns, by_row, by_column, mask_rows, mask_columns, 
 def link_tile(tile, old, new, scratch, runs, sizes: tl.constexpr):
     """Update a tile of the link, and leave its part of forward and backward weights.
 
-    Of an element that has ended (not `runs`) the link stays.
+    The link of an element that has ended (not `runs`) stays as it is.
     """
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
@@ -90,9 +90,9 @@ def link_tile(tile, old, new, scratch, runs, sizes: tl.constexpr):
 
 @triton.jit
 def link_strips(tile, old, new, scratch, runs, sizes: tl.constexpr):
-    """As `link_tile`, a strip of the tile's rows after the other, the next one's link loaded meanwhile.
+    """As `link_tile`, one strip of the tile's rows after another, the next one's link being loaded meanwhile.
 
-    What goes to the columns is added up over the strips in registers, and leaves them once.
+    Sums for the columns are added up over the strips in registers, and stored once.
     """
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
@@ -141,9 +141,9 @@ def link_strips(tile, old, new, scratch, runs, sizes: tl.constexpr):
 
 @triton.jit
 def write(block, interface, old, new, kept, runs, sizes: tl.constexpr):
-    """Write to the slots of a block, and look up the read keys there: keeps their similarity.
+    """Write to the slots of a block, and keep the similarity of their new words to the read keys.
 
-    Of an element that has ended (not `runs`) the memory stays.
+    The memory of an element that has ended (not `runs`) stays as it is.
     """
     N: tl.constexpr = sizes.N
     W: tl.constexpr = sizes.W
@@ -176,7 +176,7 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.co
     """The adjoint of `link_tile`, after that of reading.
 
     Writes the gradient of the tile before the step; leaves parts of the gradients of the write weights, the precedence
-    and the previous read weights. Of an element that has ended (not `runs`) it reads and writes no rows.
+    and the previous read weights. For an element that has ended (not `runs`) it reads and writes no rows.
     """
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
@@ -192,8 +192,8 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.co
     write_rows = tl.load(new.write_weights + by_row, mask=mask_rows, other=0.0).to(COMPUTE)[:, :, None]
     write_columns = tl.load(new.write_weights + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
     precedence = tl.load(old.precedence + by_column, mask=mask_columns, other=0.0).to(COMPUTE)[:, None, :]
-    # S, the gradient of L' after adding what its two readers give back, 0 on the diagonal
-    for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=1):  # for more there are no registers
+    # S, the gradient of L' plus what forward and backward weights send back to it, 0 on the diagonal
+    for head in tl.range(0, R, sizes.HEADS, loop_unroll_factor=1):  # unrolled, it would not fit in registers
         at_rows, mask_at_rows = of_heads(head, by_row, mask_rows, sizes)
         at_columns, mask_at_columns = of_heads(head, by_column, mask_columns, sizes)
         read_rows = tl.load(old.read_weights + at_rows, mask=mask_at_rows, other=0.0).to(COMPUTE)
@@ -224,7 +224,7 @@ def link_tile_backward(tile, old, new, d_new, d_old, scratch, runs, sizes: tl.co
 
 @triton.jit
 def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, sizes: tl.constexpr):
-    """As `link_tile_backward`, in strips as `link_strips`; the old link may lie `behind`."""
+    """As `link_tile_backward`, in strips like `link_strips`; the old link may lie `behind`."""
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R
     HEADS: tl.constexpr = sizes.HEADS
@@ -250,7 +250,7 @@ def link_strips_backward(tile, old, new, d_new, d_old, scratch, runs, behind, si
         at_link, mask = rows * N + columns, mask_rows[:, :, None] & mask_columns[:, None, :]
         if sizes.FEW:
             d_link = next_d_link.to(COMPUTE)
-        else:  # for which there are no registers ahead
+        else:  # too many heads: no registers to load it ahead
             d_link = tl.load(d_new.link + at_link, mask=mask, other=0.0).to(COMPUTE)
         if sizes.ROWS > sizes.STRIP:
             at_next = at_link + sizes.STRIP * N
@@ -303,9 +303,9 @@ def write_backward(
 ):
     """The adjoint of `write`, after that of reading.
 
-    Writes the gradient of the block's slots before the step; leaves that of their write weights, and its part of those
-    of the read keys, the erase vector and the write vector. Of an element that has ended (not `runs`) it reads and
-    writes no slots.
+    Writes the gradient of the block's words before the step; leaves that of their slots' write weights, and its part of
+    those of the read keys, the erase vector and the write vector. For an element that has ended (not `runs`) it reads
+    and writes no slots.
     """
     N: tl.constexpr = sizes.N
     W: tl.constexpr = sizes.W
@@ -317,7 +317,7 @@ def write_backward(
     mask = mask_slots[:, :, None] & mask_places[:, None, :]
     partial_ptr = scratch.d_vectors + block * (R + 2) * W + by_place
 
-    # what reading gives back to the new memory: the words read, and the content lookup
+    # what reading sends back to the new memory: through the words read, and through the content lookup
     new_memory = tl.load(new.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
     d_new_memory = tl.load(d_new.memory + offsets, mask=mask, other=0.0).to(COMPUTE)
     memory = tl.load(old.memory + offsets, mask=mask, other=0.0).to(COMPUTE)

@@ -1,4 +1,4 @@
-"""An LSTM's equations, element by element, and kernels that do no more, in one launch each way.
+"""An LSTM's element-wise equations, and kernels that compute no more than these, in one launch each way.
 
 `products` and `sequence`, whose kernels compute the products too, take the equations from here.
 """
@@ -36,10 +36,10 @@ def advance(gates, cell):
 def advance_backward(
     gates, cell, d_hidden, d_above, d_cell, CLIP: tl.constexpr, MAX_GRADIENT: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """The adjoint of both: gradients by the gates before they were activated, and by `cell`, that before the step.
+    """The adjoint of `activated` and `advance`: the gradients of the raw gates, and of `cell`, the one before the step.
 
-    `d_hidden` and `d_cell` are by what was clipped; `d_above`, or None, is by the hidden vector before it was, which a
-    layer above was given.
+    `d_hidden` and `d_cell` are gradients of the clipped vectors; `d_above`, or None, is that of the hidden vector
+    before the clip, which the layer above was given.
     """
     i, f, g, o = gates
     new_cell = f * cell + i * g
@@ -56,7 +56,7 @@ def advance_backward(
 
 @triton.jit
 def load_gates(ptr, mask, H: tl.constexpr, COMPUTE: tl.constexpr):
-    """The four gates of units, of each of which the first is pointed at; they are H apart."""
+    """The four gates of each unit, H apart; `ptr` points at the first of them."""
     i = tl.load(ptr, mask=mask, other=0.0).to(COMPUTE)
     f = tl.load(ptr + H, mask=mask, other=0.0).to(COMPUTE)
     g = tl.load(ptr + 2 * H, mask=mask, other=0.0).to(COMPUTE)
@@ -118,9 +118,9 @@ def lstm_backward_kernel(
     COMPUTE: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
 ):
-    """Grid: as forward. From the activated gates; the gradient of the cell is overwritten by that of the one before.
+    """Grid: as forward. Takes activated gates; overwrites the gradient of the cell with that of the cell before.
 
-    `d_above` is by the hidden vector before it was clipped, which a layer above was given.
+    `d_above` is the gradient of the hidden vector before the clip, which the layer above was given.
     """
     begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -155,7 +155,7 @@ def lstm_backward(
     clip: float | None,
     max_gradient: float | None,
 ) -> None:
-    """The adjoint: from gradients by hidden vector and cell to those by raw gates and, in place, the cell before."""
+    """The adjoint: from gradients of hidden vector and cell to those of the raw gates and, in place, the old cell."""
     tensors = (gates, cell, d_hidden, d_above, d_cell, d_gates)
     _launch(lstm_backward_kernel, tensors, cell, clip, MAX_GRADIENT=max_gradient)
 

@@ -2,14 +2,14 @@
 
 For a few rows a library's product is bound by its own set-up, and an LSTM's step is five of them. Here a program holds
 a few rows of a weight in registers, lanes along the sum, and goes through the batch with them: a weight is read once
-for BATCH rows of it. Sums are of one warp and in an order that hangs on the weight's sizes alone, so a row of the batch
-comes out to the same bits in whatever batch it stands. Nothing is rounded to fewer bits than the tensors have.
+per BATCH rows of the batch. One warp makes each sum, in an order that depends on the weight's sizes alone, so a row of
+the batch comes out to the same bits whatever batch it is in. Nothing is rounded to fewer bits than the tensors have.
 
-Weights are packed before the loop over the steps (`pack`): rows of whole blocks, filled up with zeros, each at a
-multiple of 16 bytes, whatever slice of a parameter they were.
+Weights are packed before the loop over the steps (`pack`): each row is padded with zeros to whole blocks and begins at
+a multiple of 16 bytes, whatever slice of a parameter it was.
 """
 
-# Device functions grow tuples, as the only kind of list that Triton has: without unpacking, and of any length.
+# Device functions grow tuples, the only kind of list that Triton has: by concatenation, not unpacking, to any length.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment,var-annotated"
 
@@ -30,7 +30,7 @@ from dnc_triton.kernels.sizes import TRITON_DTYPES
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up. All but `block` leaves every sum as it is, as long as there is one warp.
+    """How a product is cut up. With one warp, nothing but `block` changes a sum.
 
     Attributes:
         rows: of the weight, or units of the LSTM, in a program: a divisor of `ROWS`.
@@ -47,8 +47,8 @@ class Tiles(NamedTuple):
     num_warps: int = 1
 
 
-ROWS = 8  # packed weights have a multiple of so many
-LANES = 32  # of a warp, for which packed weights are laid out; with another number they are as right
+ROWS = 8  # packed weights have a multiple of so many rows
+LANES = 32  # of the warps that packed weights are laid out for; with any other number results are as right
 # Of a dozen cuts each the fastest, or nearly so, on an H200 at all of B, H = 16, 256; 32, 256; 64, 256; 16, 64; 8, 100.
 PRODUCT = Tiles(rows=4, block=1024, batch=8, at_once=4)
 LSTM_FORWARD = Tiles(rows=1, block=256, batch=8, at_once=4)
@@ -69,9 +69,9 @@ def add_products(
     BATCH: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """totals + [first second] weightᵀ: for each of COUNT packed rows of the weight [BATCH], as a tuple.
+    """totals + [first second] weightᵀ, as a tuple: for each of COUNT packed rows of the weight, [BATCH].
 
-    `first` [B, FIRST] and `second` [B, SECOND] or None are contiguous. The batch's rows are those of program axis 0.
+    `first` [B, FIRST] and `second` [B, SECOND] or None are contiguous. Program axis 0 says which rows of the batch.
     """
     start = tl.program_id(0) * BATCH
     offs_b = tl.arange(0, BATCH)
@@ -85,7 +85,7 @@ def add_products(
         for row in tl.static_range(COUNT):
             tile_ptr = weight_ptr + (row * CHUNKS + chunk) * PARTS * BLOCK + in_block
             weights = weights + (load_both(tile_ptr, tile_ptr + BLOCK if PARTS == 2 else None, True, True),)
-        if FIRST % VECTOR != 0 or SECOND % VECTOR != 0:  # as `pack` has it
+        if FIRST % VECTOR != 0 or SECOND % VECTOR != 0:  # the order that `pack` makes
             PIECE: tl.constexpr = 32 * VECTOR
             in_block = in_block // PIECE * PIECE + in_block % VECTOR * 32 + in_block % PIECE // VECTOR
         offs_k = chunk * BLOCK + in_block
@@ -103,13 +103,13 @@ def add_products(
                     total = totals[row]
                     added = added + (tl.where(offs_b == b + i, total + tl.sum(given[i] * weights[row]), total),)
                 totals = added
-    tl.debug_barrier()  # what is now written over was read by other threads as well: there may be more than rows
+    tl.debug_barrier()  # what is overwritten next was read by other threads too: there may be more threads than rows
     return totals
 
 
 @triton.jit
 def load_both(first_ptr, second_ptr, first_mask, second_mask):
-    """What stands at the first pointers [BLOCK] or, with second ones, at either, [BLOCK, 2], zeros where masked out."""
+    """What is at the first pointers, [BLOCK], or, with second ones, at both, [BLOCK, 2]; zeros where masked out."""
     first = tl.load(first_ptr, mask=first_mask, other=0.0)
     if second_ptr is not None:
         first = tl.join(first, tl.load(second_ptr, mask=second_mask, other=0.0))
@@ -137,7 +137,7 @@ def product_kernel(
 ):
     """Grid: (batch, rows of the weight), both in blocks. x [B, K] → [out second_out], [B, OUT] and [B, SECOND_OUT].
 
-    To `out` a bias [OUT] is added and an addend [B, OUT], or what stands there: all of them may not be there.
+    To `out` are added a bias [OUT], an addend [B, OUT] and, with ADD, what it holds; each of them is optional.
     """
     begin(OVERLAPS)
     first_row = tl.program_id(1) * ROWS
@@ -189,7 +189,7 @@ def lstm_product_forward_kernel(
 ):
     """Grid: (batch, hidden units), both in blocks. What `lstm_forward_kernel` does, with the products before it.
 
-    Gates [B, 4H] hold what was added up before. The weight's rows are the four gates of each unit in turn.
+    Gates [B, 4H] hold what has been summed up so far. The weight's rows are the four gates of each unit in turn.
     """
     begin(OVERLAPS)
     first_unit = tl.program_id(1) * ROWS
@@ -245,7 +245,7 @@ def lstm_product_backward_kernel(
 ):
     """Grid: as forward. What `lstm_backward_kernel` does for the highest layer, with the product before it.
 
-    The gradient by the new hidden vector is that of the state, of the output (`d_out`) and of the interface vector.
+    The gradient of the new hidden vector is the sum of what state, output (`d_out`) and interface vector send back.
     """
     begin(OVERLAPS)
     first_unit = tl.program_id(1) * ROWS
@@ -278,16 +278,16 @@ def lstm_product_backward_kernel(
 
 
 def pack(*weights: Tensor, most: int, multiple: int = ROWS) -> Tensor:
-    """Weights of the same rows, side by side, as the kernels want them.
+    """Weights with the same number of rows, side by side, as the kernels take them.
 
     Args:
         weights: [O, ·] each, of any strides.
         most: entries of a block, see `Tiles.block`.
-        multiple: of what the number of rows is made one.
+        multiple: the number of rows is rounded up to a multiple of it.
 
     Returns:
-        [O', C, len(weights), block], C blocks of each row of each weight; O' is O rounded up. Where what they are
-        multiplied with begins anywhere, and is loaded entry by entry, the entries that one lane has are side by side.
+        [O', C, len(weights), block], C blocks of each row of each weight; O' is O rounded up. Where rows of what they
+        are multiplied with begin anywhere, and are loaded entry by entry, the entries of one lane are side by side.
     """
     longest, vector = max(weight.shape[1] for weight in weights), 16 // weights[0].itemsize
     block = block_of(longest, most, itemsize=weights[0].itemsize)
@@ -300,7 +300,7 @@ def pack(*weights: Tensor, most: int, multiple: int = ROWS) -> Tensor:
 
 
 def block_of(longest: int, most: int, *, itemsize: int) -> int:
-    """How many entries of a sum there are in a block, of the longest of all and at most so many."""
+    """How many entries of a sum there are in a block, given the longest sum, and `most` at most."""
     return min(most, max(LANES * 16 // itemsize, triton.next_power_of_2(longest)))
 
 
@@ -321,7 +321,7 @@ def product(
     add: bool = False,
     tiles: Tiles = PRODUCT,
 ) -> None:
-    """[out second_out] = x weightᵀ; to `out` are added a bias, an addend, or with `add` what stands there.
+    """[out second_out] = x weightᵀ; to `out` are added a bias, an addend and, with `add`, what it holds.
 
     Args:
         x: [B, K], contiguous as all others.
@@ -353,12 +353,12 @@ def lstm_product_forward(
     *,
     tiles: Tiles = LSTM_FORWARD,
 ) -> None:
-    """A step of an LSTM: as `lstm_forward`, which is given the gates with all products; all contiguous.
+    """A step of an LSTM, products included, where `lstm_forward` is given gates with all of these; all contiguous.
 
     Args:
-        below, hidden: what the products are with, [B, ·] and [B, H].
+        below, hidden: what the weights are multiplied with, [B, ·] and [B, H].
         weight: as `pack_gates` makes it.
-        gates: [B, 4H], what else is added up; activated when this returns.
+        gates: [B, 4H], the other summands; the activated gates when this returns.
         cell, new_hidden, new_cell, unclipped, clip: as there.
         tiles: how to cut it up.
     """
@@ -386,12 +386,12 @@ def lstm_product_backward(
     *,
     tiles: Tiles = LSTM_BACKWARD,
 ) -> None:
-    """The adjoint of the highest layer's step: as `lstm_backward`, where the hidden vector's gradient is three parts.
+    """The adjoint of the highest layer's step: as `lstm_backward`, with the hidden vector's gradient in three parts.
 
     Args:
-        d_vectors: by the interface vector, [B, S].
-        weight: of the interface, [S, H], as `pack` makes it of its transpose.
-        d_hidden, d_out: by the hidden vector as the state and as the output have it, [B, H]; neither is changed.
+        d_vectors: gradient of the interface vector, [B, S].
+        weight: of the interface, [S, H]: its transpose as `pack` makes it.
+        d_hidden, d_out: gradients of the hidden vector, by way of the state and of the output, [B, H]; neither changes.
         gates, cell, d_cell, d_gates, clip, max_gradient: as there.
         tiles: how to cut it up.
     """

@@ -1,7 +1,7 @@
 """Phase three of a step, a program per part of the words: read content weights, read weights, the words read.
 
-Where the phases are spread it is a program for each head of a part. Its adjoint is the first phase of the backward. The
-tuples of pointers are those of `buffers`, of one batch element.
+In a spread layout it has a program per part and read head. Its adjoint is the first phase of the backward. The tuples
+of pointers are those of `buffers`, of one batch element.
 """
 
 import triton
@@ -12,9 +12,9 @@ from dnc_triton.kernels.common import add_parts, d_strength, read_modes, rounded
 
 @triton.jit
 def read(part, first_head, interface, new, kept, scratch, read_words_ptr, sizes: tl.constexpr):
-    """Where HEADS_READ heads read, and what: PLACES numbers of every word, those of this part.
+    """Where HEADS_READ heads read, and what they read: this part's PLACES numbers of every word.
 
-    Sums up what the tiles of the link left. The first part keeps forward weights, backward weights and read weights.
+    Adds up the partial sums of the link's tiles. Part 0 also stores forward weights, backward weights and read weights.
     """
     N: tl.constexpr = sizes.N
     W: tl.constexpr = sizes.W
@@ -52,7 +52,7 @@ def read(part, first_head, interface, new, kept, scratch, read_words_ptr, sizes:
 def read_backward(first_head, interface, new, kept, d_read_words_ptr, d_new, d_interface, scratch, sizes: tl.constexpr):
     """The adjoint of `read`: gradients of the forward weights, the backward weights and the similarity of its heads.
 
-    What the words read give back to the memory is left to the row blocks.
+    What the words read send back to the memory is left to `linking.write_backward`.
     """
     N: tl.constexpr = sizes.N
     W: tl.constexpr = sizes.W
@@ -63,7 +63,7 @@ def read_backward(first_head, interface, new, kept, d_read_words_ptr, d_new, d_i
     offs_r = first_head + tl.arange(0, sizes.HEADS_READ)
     mask_r, mask_w = offs_r < R, offs_w < W
 
-    # words: r = w M'; the gradient of w goes through memory, from rows to whole heads
+    # words: r = w M'; the gradient of w goes through scratch, from chunks of slots to whole heads
     for start in range(0, N, sizes.CHUNK):
         by_slot = start + tl.arange(0, sizes.CHUNK)[None, :]
         slots, places = by_slot[:, :, None], offs_w[None, None, :]
@@ -107,10 +107,10 @@ def read_backward(first_head, interface, new, kept, d_read_words_ptr, d_new, d_i
 
     tl.store(scratch.d_forward + offsets, mode_f[:, None] * d_weights, mask=mask)
     tl.store(scratch.d_backward + offsets, mode_b[:, None] * d_weights, mask=mask)
-    # The mode stays outside the difference: of a one-hot content that is zero, but for a product's rounding, which a
-    # compiler that fuses it with the subtraction would leave over, to be multiplied by the strength.
+    # The mode stays outside the difference, which for one-hot content is zero: multiplied in, and fused with the
+    # subtraction by a compiler, it would leave a product's rounding over, to be multiplied by the strength.
     d_scaled = mode_c[:, None] * content * (d_weights - tl.sum(term(d_weights, content), 1, keep_dims=True))
     d_strengths = d_strength(tl.sum(term(d_scaled, similarity), 1), raw_strengths, sizes)
     tl.store(d_interface.read_strengths + offs_r, d_strengths, mask=mask_r)
-    tl.debug_barrier()  # all have read the gradient of the weights, whose place is taken
+    tl.debug_barrier()  # all have read the gradient of the weights, which is now overwritten
     tl.store(scratch.d_similarity + offsets, d_scaled * strengths[:, None], mask=mask)

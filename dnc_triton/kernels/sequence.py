@@ -1,12 +1,12 @@
 """A DNC over a whole sequence as one kernel each way: a program per batch element loops over time.
 
-The controller is an LSTM of one layer, in here as well. What goes from one step to the next goes through buffers with
-an entry per step, which are the history that the backward wants; of a small network they stay in the cache, and so do
-the weights. The memory's part of a step is the same device functions as in `step`.
+The controller, an LSTM of one layer, runs in here as well. A step hands on its results through buffers with an entry
+per step, which are also the history that the backward needs; in a small network they stay in the cache, and so do the
+weights. For the memory's part of a step it calls the device functions of `step`.
 
 All buffers are contiguous; T steps, B batch, H hidden size, N slots, W word size, R read heads. F = H + R·W is the size
-of what a step leaves to the next controller and to the output layer: hidden vector and words read. S is the size of an
-interface vector. K = 1.
+of the features, which a step leaves to the next step's controller and to the output layer: hidden vector and words
+read. S is the size of an interface vector. K = 1.
 """
 
 from typing import NamedTuple
@@ -31,9 +31,9 @@ class ControllerSizes(NamedTuple):
         H: hidden size.
         F: features, hidden vector and words read.
         S: numbers of an interface vector.
-        UNITS: of the hidden vector, as many as are computed at a time.
+        UNITS: hidden units that are computed at a time.
         BLOCK_S, BLOCK_F: likewise numbers of the interface vector and features.
-        TILE: of a weight, as many numbers as are multiplied at a time.
+        TILE: numbers of a weight that are multiplied at a time.
         CLIP, MAX_GRADIENT: bounds, or None; the second one for a backward.
         COMPUTE: the type of the arithmetic.
     """
@@ -61,7 +61,7 @@ class ControllerSizes(NamedTuple):
         max_gradient: float | None = None,
         compute: torch.dtype = torch.float32,
     ) -> "ControllerSizes":
-        """Of a weight each thread multiplies 16 numbers at a time."""
+        """Each thread multiplies 16 numbers of a weight at a time."""
         units, block_s, block_f = (
             max(16, min(most, triton.next_power_of_2(size)))
             for size, most in ((hidden_size, 64), (interface, 256), (hidden_size + words, 256))
@@ -99,7 +99,7 @@ def product(
     BLOCK_IN: tl.constexpr = controller.TILE // BLOCK_OUT
     COMPUTE: tl.constexpr = controller.COMPUTE
     total = tl.full([BLOCK_IN, BLOCK_OUT], 0.0, COMPUTE)
-    # Unrolled, lest each part is waited for before the next one is asked for.
+    # Unrolled, lest each part be waited for before the next one is asked for.
     for start in tl.range(0, IN, BLOCK_IN, loop_unroll_factor=2):
         offs_in = start + tl.arange(0, BLOCK_IN)
         vector = rounded(tl.load(vector_ptr + offs_in, mask=offs_in < IN, other=0.0).to(COMPUTE), weight_ptr)
@@ -127,9 +127,9 @@ def control(
 
     i, f, g, o = pre + W [h, r];  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
 
-    Pre, from the inputs, and what is left in `gates`, σ(i), σ(f), tanh(g), σ(o), are [4, H]. The weights are turned
-    over: [F, H, 4], a unit's gates side by side, where one thread adds them up; and [H, S] with rows that begin at
-    multiples of four numbers.
+    `pre`, from the inputs, and what is left in `gates`, σ(i), σ(f), tanh(g), σ(o), are [4, H]. The weights are
+    transposed: [F, H, 4], with a unit's gates side by side, so that one thread adds them up; and [H, S] with rows that
+    begin at multiples of four numbers.
     """
     H: tl.constexpr = controller.H
     F: tl.constexpr = controller.F
@@ -153,7 +153,7 @@ def control(
         cell, hidden = advance(gates, cell)
         tl.store(new_cell_ptr + units, clipped(cell, CLIP, COMPUTE), mask=mask)
         tl.store(new_features_ptr + units, clipped(hidden, CLIP, COMPUTE), mask=mask)
-    tl.debug_barrier()  # every row of the interface vector takes all of the hidden vector
+    tl.debug_barrier()  # every number of the interface vector takes all of the hidden vector
     for start in range(0, S, controller.BLOCK_S):
         places = start + tl.arange(0, controller.BLOCK_S)
         bias = tl.load(interface_bias_ptr + places, mask=places < S, other=0.0).to(COMPUTE)
@@ -180,9 +180,9 @@ def control_backward(
 ):
     """The adjoint of `control`, from its gates, after that of the memory's part.
 
-    Leaves the gradient of pre in `d_gates`, and that of the features the step before left: what the output layer
-    `sent_back` to them, if there was such a step (`has_sender`), and what went to this one, unless it was reset (not
-    `kept`).
+    Leaves the gradient of `pre` in `d_gates`, and in `d_features` that of the features that the step before left: what
+    the output layer sent back to them, if there was such a step (`has_sender`), plus what this step sends back, unless
+    it was reset (not `kept`).
     """
     H: tl.constexpr = controller.H
     F: tl.constexpr = controller.F
@@ -237,8 +237,8 @@ def sequence_forward_kernel(
 ):
     """Grid: (B,).
 
-    Of a quantity that is carried on, entry t of [T + 1, B, ...] is what step t begins with. With `reset` [T, B] there
-    is one more, of zeros, for the steps that it marks. With `lengths` [B] a row ends early.
+    For whatever is carried on, entry t of [T + 1, B, ...] is what step t begins with. With `reset` [T, B] there is one
+    more entry, of zeros, for the steps that it marks. With `lengths` [B] a row ends early.
     """
     H: tl.constexpr = controller.H
     F: tl.constexpr = controller.F
@@ -318,10 +318,10 @@ def sequence_backward_kernel(
 ):
     """Grid: (B,).
 
-    The gradient of what is carried on takes turns in two entries: entry t % 2 of [2, B, ...] is that of what step t
-    begins with. With `reset` all but the features have a third, of zeros, instead of what a step that it marks sends
-    back. `d_sent_back` [T, B, F] is what the output layer sends back to the features, to the last ones excepted, whose
-    gradient it is a part of already.
+    Gradients of what is carried on alternate between two entries: entry t % 2 of [2, B, ...] is that of what step t
+    begins with. With `reset` all but the features have a third, of zeros, in place of what a step that it marks sends
+    back. `d_sent_back` [T, B, F] is what the output layer sends back to the features; for the last ones, their gradient
+    includes it already.
     """
     H: tl.constexpr = controller.H
     F: tl.constexpr = controller.F

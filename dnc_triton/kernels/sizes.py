@@ -13,46 +13,45 @@ from dnc_reference.interface import interface_sizes
 from dnc_reference.types import Interface
 from dnc_triton.kernels.layout import Layout
 
-# Slots that a program ranks, and how many it holds them against at once: with four warps no more are in registers, and
-# with more slots to rank there are fewer programs.
+# Slots that a program ranks, and how many it compares them with at a time: four warps have registers for no more, and
+# ranking more slots each would make fewer programs.
 RANKED, AGAINST = 32, 128
 WARP = 32  # threads of a warp
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Sizes(NamedTuple):
-    """The constants of a kernel of the memory step, which it hands to its functions.
+    """The constants of a memory step's kernel, which it passes to its functions.
 
-    Whatever follows from others has been worked out: Triton compiles anew for what it sees in here, not for what a
-    property would say.
+    Derived ones are fields too: Triton recompiles for what it sees in here, not for what a property would say.
 
     Attributes:
         N, W, R: slots, word size, read heads.
         BLOCK_N, BLOCK_W, BLOCK_R: the next powers of two, the first two at least 16.
         ROWS, COLUMNS: of a tile of the link.
-        STRIP: of its rows, how many are in registers at a time, in three launches.
-        ROW_BLOCKS, COLUMN_BLOCKS, TILES: how many that makes, one below the other, side by side, and together.
-        SLOTS: of a block of memory; all phases agree on it.
-        SLOT_BLOCKS: how many.
+        STRIP: how many rows of a tile are in registers at a time, in three launches.
+        ROW_BLOCKS, COLUMN_BLOCKS, TILES: how many tiles that makes, one below another, side by side, and in all.
+        SLOTS: of a block of memory; the same in all phases.
+        SLOT_BLOCKS: how many such blocks there are.
         PLACES: positions in a word that one program takes care of.
         PARTS: how many such programs a word has.
-        AT_ONCE: partial sums of read weights that are loaded at once.
-        CHUNK: words that are taken at once elsewhere.
-        HEADS: read heads at once where there are products with each.
+        AT_ONCE: partial sums that `reading.read` loads at a time.
+        CHUNK: whole words that are loaded at a time, where words are not cut into parts.
+        HEADS: read heads at a time, where something is multiplied with a vector of each.
         SPREAD, RANKS: of the layout.
         HEADS_READ: read heads that a program reads for.
-        RANKED, AGAINST: slots that a program ranks, and those that it holds them against at once.
+        RANKED, AGAINST: slots that a program ranks, and those that it compares them with at a time.
         FEW: at most four read heads, which leaves registers for loading ahead.
         ALONE: some thread may hold a single element of a tile's row or column, whose product must then be rounded
             before it is added up across threads (`common.term`): with few slots, short, long or odd words, many heads
             or warps. `python -m benchmarks.static` fails where that is wrong.
-        FORWARD_SCRATCH, BACKWARD_SCRATCH: numbers that the phases hand on within a step, of a batch element.
+        FORWARD_SCRATCH, BACKWARD_SCRATCH: numbers that a step's phases hand on, per batch element.
         INTERFACE: numbers of an interface vector.
         OFFSETS: where in it each field begins.
         RAW: the interface is not activated yet.
-        STRENGTH_OFFSET: what raw strengths get on top of softplus.
+        STRENGTH_OFFSET: what is added to the softplus of raw strengths.
         STOP_USAGE_GRADIENT: as in `memory_step`.
-        FAR: what a link is recomputed from is further away than 32 bits count.
+        FAR: what a link is recomputed from lies further back than offsets in 32 bits reach.
         COMPUTE: the type of the arithmetic.
     """
 
@@ -110,11 +109,11 @@ class Sizes(NamedTuple):
     ) -> Sizes:
         """The sizes of a step that is cut up by `layout`, for a kernel whose programs have `num_warps`.
 
-        A program keeps 32 numbers in a thread's registers, 64 where nothing else is there. In a whole sequence it takes
-        fewer words and places at once: otherwise its backward spills at N = 128.
+        A thread holds 32 numbers in registers, 64 where it holds nothing else. In a whole sequence a program takes
+        fewer words and places at a time: otherwise its backward spills at N = 128.
 
-        The middle phase has the layout's warps, the phases around it may have others. What all phases agree on (tiles
-        of the link, blocks of slots) is made for the layout's, the rest for the kernel's own.
+        The middle phase has the layout's warps, the phases around it may have others. What must be the same in all
+        phases (tiles of the link, blocks of slots) is sized for the layout's warps, the rest for the kernel's own.
         """
         threads, middle_threads = WARP * num_warps, WARP * layout.num_warps
         block_n, block_w = (max(16, triton.next_power_of_2(size)) for size in (slots, word))
@@ -136,7 +135,7 @@ class Sizes(NamedTuple):
         forward_rows = (row_blocks + column_blocks) * num_reads
         backward_rows = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
         alone = block_n <= 64 or not 16 < block_w < 256 or rows * columns <= 8 * middle_threads or strip == 8
-        # Of words of odd length a thread loads no two numbers at once; and all it has of memory may be of one slot.
+        # With words of odd length a thread loads no two numbers at once; and all it has of memory may be of one slot.
         alone = alone or word % 2 == 1 or places * block_n <= 8 * threads
         fields = interface_sizes(num_reads, 1, word)
         *offsets, interface = accumulate(fields.values(), initial=0)

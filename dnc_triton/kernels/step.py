@@ -1,18 +1,19 @@
 """The memory step as kernels: three phases forward and three backward, in one launch each way or in one per phase.
 
-In one launch a program does a whole step for its batch element, phase after phase; the phases hand over through buffers
-that stay in the cache. In three launches the middle phase, which reads and writes the link, has a program per tile of
-it, and the phases that read words have one per part of those. Spread, these have one for each head of it as well; and a
-fourth launch may rank the slots before the forward's. Which one is faster depends on N and B.
+In one launch a program does the whole step of a batch element, phase after phase; the phases communicate through
+buffers that stay in the cache. In three launches the middle phase has a program per tile of the link and per block of
+slots, and the last one a program per part of the words (backward, one per read head too). In a `spread` layout the
+phase that reads (forward the last, backward the first) has a program per read head as well. A fourth launch may rank
+the slots before the forward's phases. Which layout is the fastest depends on N and B.
 
 K = 1. All tensors are contiguous, of one dtype, on one device; what is kept for the backward is in the dtype of the
 arithmetic, float32 unless the tensors are float64.
 
-Where each equation of `dnc_reference.addressing` is, and of `dnc_reference.interface` in the last row:
+Where to find each equation of `dnc_reference.addressing`, and of `dnc_reference.interface` in the last row:
 
     equation                  forward                           backward
     retention, usage          addressing.update_usage           addressing.address_backward
-    free list                 addressing.address, .rank         none: no gradient goes by the order
+    free list                 addressing.address, .rank         none: the order has no gradient
     allocation                addressing.address                addressing.address_backward
     write content lookup      addressing.look_up, .address      addressing.by_scaled_similarity, .lookup_backward,
                                                                 addressing.mixture_backward
@@ -29,9 +30,9 @@ Where each equation of `dnc_reference.addressing` is, and of `dnc_reference.inte
     interface's activations   common.gate, .strength            common.d_gate, .d_strength
                               common.read_modes                 reading.read_backward
 
-Of a lookup the similarities come first, their softmax where they are used. Sums over several tiles of the link, or
-blocks of slots, are added up by who uses them; those of gradients by the interface in `lookup_backward`. An activation
-is applied where its number is loaded, and in each place again.
+A lookup stores similarities; their softmax is taken wherever it is used. Partial sums, of several tiles of the link or
+blocks of slots, are added up by the function that uses them; those of the interface's gradient in `lookup_backward`. An
+activation is applied wherever its number is loaded, each time anew.
 """
 
 import triton
@@ -72,7 +73,7 @@ from dnc_triton.kernels.linking import (
 )
 from dnc_triton.kernels.reading import read, read_backward
 
-# The phases of a direction, all of them in one launch, and what may come before the first one forward.
+# The phases of a direction; WHOLE: all of them in one launch; RANK: what may come before the forward's first.
 FIRST, MIDDLE, LAST, WHOLE, RANK = (tl.constexpr(phase) for phase in range(5))
 
 
@@ -123,9 +124,9 @@ def memory_step_backward(
     PHASE: tl.constexpr,
     sizes: tl.constexpr,
 ):
-    """The adjoint of `memory_step`. Of an element that has ended (not `runs`) no gradient by the state is written.
+    """The adjoint of `memory_step`. For an element that has ended (not `runs`) no gradient of the state is written.
 
-    The old link lies `Behind`; in one launch of all phases it does not, and nobody asks.
+    How many steps the old link lies `behind`, a `Behind` says; with all phases in one launch it never does.
     """
     if PHASE == FIRST or PHASE == WHOLE:
         first_head = tl.program_id(1) if sizes.SPREAD else 0
@@ -216,10 +217,10 @@ def step_forward_kernel(
     sizes: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
 ):
-    """Grid: (B,) for all phases; else (B, programs of the phase): `step_launch.launches` has it.
+    """Grid: (B,) for all phases; else (B, programs of the phase), see `step_launch.launches`.
 
-    With marks [B] come zeros, as many as the largest field of a state has numbers for a batch element. What is `shared`
-    may be MEMORY and LINK of the state before.
+    With marks [B] come zeros, as many as the largest field of one element's state has numbers. `shared` says whether
+    MEMORY and LINK of the state before are a single entry for all elements.
     """
     begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64)
@@ -233,7 +234,7 @@ def step_forward_kernel(
     if marks_ptr is not None:
         mark = tl.load(marks_ptr + element)
         runs = mark & ENDED == 0
-        # What has ended goes on from zeros: by a link that was given, and no step makes, it would grow without bound.
+        # An ended element goes on from zeros: by a caller's link, such as no step makes, it could grow without bound.
         old = zeros_or_state(mark & FRESH != 0, zeros_ptr, old, but_large=not runs)
     memory_step(
         interface_at(interface_ptr, element, sizes),
@@ -287,18 +288,18 @@ def step_backward_kernel(
     sizes: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
 ):
-    """Grid: (B,) for all phases; else (B, programs of the phase): `step_launch.launches` has it.
+    """Grid: (B,) for all phases; else (B, programs of the phase), see `step_launch.launches`.
 
-    With marks [B] come zeros, as in the forward. Of what has ended no gradient by the state is written. Besides MEMORY
-    and LINK the GRADIENT by both may be `shared`. In three launches the link may lie `behind` so many steps; precedence
-    and write weights of these lie before those of the step, `row` units of 16 bytes apart, and their marks before its
-    marks, B apart, rounded up to 16.
+    With marks [B] come zeros, as in the forward. For an ended element no gradient of the state is written. Besides
+    MEMORY and LINK, the GRADIENT of both may be `shared`. In three launches the link may be that of `behind` steps
+    earlier; then the precedence and write weights of the steps since lie before this step's, `row` units of 16 bytes
+    apart, and their marks before its marks, B apart, rounded up to 16.
     """
     begin(OVERLAPS)
     element = tl.program_id(0).to(tl.int64)
     old = MemoryState(memory_ptr, usage_ptr, link_ptr, precedence_ptr, read_weights_ptr, write_weights_ptr)
     old = state_at(old, element, sizes, shared & MEMORY != 0, shared & LINK != 0)
-    # The backward wants neither the new link nor the new precedence; the old ones stand in their places.
+    # The backward needs neither the new link nor the new precedence; the old ones stand in for them.
     new = MemoryState(
         new_memory_ptr, new_usage_ptr, link_ptr, precedence_ptr, new_read_weights_ptr, new_write_weights_ptr
     )

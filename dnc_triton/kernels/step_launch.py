@@ -19,7 +19,7 @@ from dnc_triton.kernels.step import FIRST, LAST, MIDDLE, RANK, WHOLE, step_backw
 
 
 class StepResult(NamedTuple):
-    """What the forward returns: the step's results, and what the backward wants to have kept."""
+    """What the forward returns: the step's results, and what is kept for the backward."""
 
     read_words: Tensor
     memory: Tensor
@@ -54,7 +54,7 @@ def step_forward(
         state: the fields of `MemoryState` in order, contiguous.
         num_reads: R.
         raw: the interface is not activated yet.
-        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
+        strength_offset: what is added to the softplus of raw strengths: 1 for oneplus, 0 for softplus.
         layout: how to cut the step up.
     """
     memory, usage, link, precedence, read_weights, write_weights = state
@@ -103,7 +103,7 @@ def launch_forward(
     marks: Tensor | None = None,
     zeros: Tensor | None = None,
 ) -> None:
-    """Launch the forward into buffers that are there already.
+    """Launch the forward into existing buffers.
 
     Args:
         interface, state, raw, strength_offset, layout: as in `step_forward`; memory and link may be shared.
@@ -111,7 +111,7 @@ def launch_forward(
         scratch: as `forward_scratch` makes it.
         marks: [B] uint8, of FRESH and ENDED, or None. Rows that have ended keep memory and link; the rest of what they
             leave is undefined.
-        zeros: as many as `count_zeros` says, with marks.
+        zeros: as many as `count_zeros` says, if there are marks.
     """
     memory = state[0]
     batch, slots, word = memory.shape
@@ -136,13 +136,13 @@ def launch_forward(
 
 
 def _shared_of(state: tuple[Tensor, ...]) -> int:
-    """What of memory and link is, as the kernels take it."""
+    """Which of memory and link are shared, as the kernels take it."""
     memory, _, link, *_ = state
     return MEMORY.value * is_shared(memory) | LINK.value * is_shared(link)
 
 
 def count_zeros(slots: int, word: int, num_reads: int) -> int:
-    """How many zeros stand for any field of a state, for one batch element."""
+    """How many zeros can stand for any field of one batch element's state."""
     return slots * max(slots, word, num_reads)
 
 
@@ -208,20 +208,20 @@ def launch_backward(
     behind: int = 0,
     row: int = 0,
 ) -> None:
-    """Launch the backward into buffers that are there already.
+    """Launch the backward into existing buffers.
 
     Args:
         interface, state, raw, strength_offset, stop_usage_gradient, layout: as in `step_backward`.
         result: as in `step_backward`.
-        gradients: as in `step_backward`; not where `gradient` goes. Those by memory and link may be shared,
+        gradients: as in `step_backward`, in other buffers than `gradient`. Those of memory and link may be shared,
             both or neither.
         gradient: where everything goes, contiguous.
         scratch: as `backward_scratch` makes it.
-        marks, zeros: as in `launch_forward`, LOST as well. Of what has ended no gradient by the state is written.
+        marks, zeros: as in `launch_forward`, with LOST as well. For ended rows no gradient of the state is written.
         behind: by how many steps of a sequence the link of `state` lies behind the rest of it; in three launches only.
-            Their precedence and write weights stand before those of `state`, and their marks before `marks`.
-        row: how many numbers apart these are from one step to the next, a multiple of 16 bytes; marks are B apart,
-            rounded up to 16.
+            Precedence and write weights of the steps since lie before those of `state`, their marks before `marks`.
+        row: how many numbers apart precedence and write weights are from one step to the next, a multiple of 16 bytes;
+            marks are B apart, rounded up to 16.
     """
     assert not (behind and layout.fused)
     assert is_shared(gradients[1]) == is_shared(gradients[3])
@@ -315,10 +315,10 @@ def launches(
 
 
 def is_capped(launch: Launch, dtype: torch.dtype) -> bool:
-    """Whether a launch of the backward is the faster for fewer registers, so that a multiprocessor has ten programs.
+    """Whether a launch of the backward is faster with fewer registers, so that a multiprocessor has ten programs.
 
-    The middle one of three takes all that it may, which leaves room for eight. With many heads or another dtype it
-    would spill for want of them.
+    The middle one of three takes all registers that it may, which leaves room for eight programs. With many heads or in
+    another dtype it would spill if capped.
     """
     return launch.phase == MIDDLE.value and launch.sizes.FEW and dtype == torch.float32
 
@@ -331,11 +331,11 @@ def compile_options(
     capped: bool = False,
     hip: bool = torch.version.hip is not None,
 ) -> dict[str, int]:
-    """What Triton is told of how to compile a kernel.
+    """The options that Triton compiles a kernel with.
 
-    A whole sequence may have every register: NVIDIA's assembler would rather spill than give up room for a second
-    program beside this one, which there seldom is. So may the backward of a step in one launch. Not a backward with 8
-    warps, where being told so makes it spill. What is `is_capped` may not have all that it would take.
+    A whole sequence may use every register: NVIDIA's assembler would rather spill than give up room for a second
+    program beside this one, and there seldom is one. So may the backward of a step in one launch; but no backward with
+    8 warps, where being told so makes it spill. What is `is_capped` may not use all that it would take.
     """
     options = {"num_warps": num_warps}
     if hip:
