@@ -12,13 +12,13 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_map
 
-ORDINARY = (Tensor, nn.Parameter)  # tensors, of no kind of its own
+ORDINARY = (Tensor, nn.Parameter)  # tensors of no special kind
 
 
 def is_eager(tensors: list[Tensor]) -> bool:
     """Whether no compiler, mode, transform or other kind of tensor has to see which operators are called."""
     return (
-        not torch.compiler.is_compiling()  # first: a compiler follows nothing of the rest
+        not torch.compiler.is_compiling()  # first: a compiler can follow nothing of the rest
         and not is_in_torch_dispatch_mode()
         and not is_transformed()
         and not tensors[0].is_meta
@@ -27,11 +27,11 @@ def is_eager(tensors: list[Tensor]) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether vmap, grad or their like of `torch.func`, forward-mode differentiation, or `torch.jit.trace` are at work.
+    """Whether vmap, grad or the like of `torch.func`, forward-mode differentiation, or `torch.jit.trace` is at work.
 
-    They look into what is called, which an operator of its own does not let them; and a trace, taken with gradients, is
-    checked without, where the operator is called otherwise. A compiler that traces knows of those of `torch.func`,
-    forward-mode differentiation by it among them.
+    They have to look inside what is called, which a custom operator does not allow; and a trace that was taken with
+    gradients is checked without, where the operator is called differently. A compiler that traces knows of those of
+    `torch.func`, including its forward-mode differentiation.
     """
     transformed: bool = torch._C._are_functorch_transforms_active()
     return transformed or (
@@ -40,19 +40,19 @@ def is_transformed() -> bool:
 
 
 def savable(x: Any) -> Any:
-    """A copy of a tensor of inference mode, which cannot be saved for a backward; anything else as it is."""
+    """A copy of an inference-mode tensor, which cannot be saved for a backward; anything else as it is."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 def all_savable(nest: Any) -> Any:
-    """`savable` of all in a nest, where there may be a backward; a compiler does not follow what that asks."""
+    """`savable` of all in a nest, if there may be a backward; not for a compiler, which cannot follow its checks."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nest
     return tree_map(savable, nest)
 
 
 def refuse_batched(gradients: list[Tensor]) -> None:
-    """Raise RuntimeError if gradients are many in one, which a backward written by hand cannot take apart."""
+    """Raise RuntimeError if gradients are batched, many in one, which a hand-written backward cannot take apart."""
     if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
         raise RuntimeError(
             "is_grads_batched, vectorize: expected backend='reference', whose backward takes gradients in batches, got "
@@ -73,5 +73,5 @@ def no_second_backward(what: str) -> Callable[..., Any]:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Makes a tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

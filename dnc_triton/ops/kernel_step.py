@@ -138,7 +138,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _zero_filled(gradients: tuple[Tensor | None, ...], state: list[Tensor]) -> list[Tensor]:
-    """Zeros where there is no gradient by the words read or by a field of the new state."""
+    """The gradients of the words read and of the new state's fields, with zeros where there is none."""
     memory, read_weights = state[0], state[4]
     shapes = [(memory.shape[0], read_weights.shape[1], memory.shape[2]), *(tensor.shape for tensor in state)]
     return [

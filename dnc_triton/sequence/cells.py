@@ -1,8 +1,8 @@
 """The layers of a controller over a sequence: each kind's steps forward, and its steps backward without autograd.
 
-The same cells as `dnc_reference.controller`. What comes from the network's input is multiplied for all steps before the
-loop and stands in `pre`, with the biases. At every step a cell adds what comes from below (the words read last for the
-first layer, the hidden vector of the layer below for the others) and its own recurrence. Gradients by weights are one
+The same cells as `dnc_reference.controller`. The products with the network's input are made for all steps before the
+loop and are in `pre`, with the biases. At every step a cell adds what comes from below (the words read last for the
+first layer, the hidden vector of the layer below for the others) and its own recurrence. A weight's gradient is one
 product over all steps after the loop, from what the loop leaves in `d_pre` and `d_pre_hidden`.
 
 Letters in every shape: T steps, B batch, H hidden size, G the size of all gates.
@@ -24,10 +24,10 @@ class Cell:
     Args:
         gates: [T, B, G]: what is added up before the loop, which the forward turns into the gates themselves.
         below, recurrent: the products with what comes from below and with the layer's own hidden vector.
-        hidden_bias: [G], what a GRU adds to the product with the hidden vector; of others it is in `gates`.
+        hidden_bias: [G], what a GRU adds to the product with the hidden vector; for others it is in `gates`.
         clip: bound on the absolute value of hidden vector and state, or None.
-        max_gradient: bound on that of the gradient by the hidden vector, or None.
-        kept: `count_kept` buffers [T, B, H] for what a backward wants to have besides the gates.
+        max_gradient: bound on that of the hidden vector's gradient, or None.
+        kept: `count_kept` buffers [T, B, H] for what a backward needs besides the gates.
     """
 
     gates_per_unit = 1
@@ -85,9 +85,9 @@ class Cell:
 
         Args:
             step: which.
-            d: gradients by the new state, the hidden vector first; when this returns, by the state before.
-            d_above: by what the layer above was given, if there is one.
-            d_below: [B, ·], where the gradient by what comes from below goes.
+            d: gradients of the new state, the hidden vector first; when this returns, of the state before.
+            d_above: gradient of what the layer above was given, if there is one.
+            d_below: [B, ·], where the gradient of what comes from below goes.
             addend: [B, ·], what is added to that, or None.
         """
         d_hidden = self._unclip(step, d, d_above)
@@ -108,13 +108,13 @@ class Cell:
         d_below: Tensor,
         addend: Tensor | None,
     ) -> None:
-        """The adjoint of one step of the highest layer, whose hidden vector output and interface vector are made from.
+        """The adjoint of one step of the highest layer: output and interface vector are made from its hidden vector.
 
         Args:
             step, d, d_below, addend: as in `backward`.
-            d_out: by the hidden vector as the output has it, [B, H].
+            d_out: gradient of the hidden vector by way of the output, [B, H].
             interface: the product that makes interface vectors.
-            d_vectors: by these, [B, S].
+            d_vectors: gradient of these, [B, S].
         """
         d[0].add_(d_out)
         interface.add_backward(d_vectors, d[0])
@@ -128,8 +128,8 @@ class Cell:
         return gates
 
     def make_d_pre(self) -> None:
-        """Buffers for all steps, where `backward` leaves its gradients by the gates before their activation."""
-        gates = self.all_gates  # as these lie, for their alignment
+        """Buffers for all steps, where `backward` leaves the gradients of the raw gates."""
+        gates = self.all_gates  # laid out like these, for their alignment
         self.d_pre = self.d_pre_hidden = gates.new_empty_strided(gates.shape, gates.stride())
         self.d_pre_steps = self.d_pre.unbind(0)
 
@@ -144,7 +144,7 @@ class Cell:
                 tensor.clamp_(-self.clip, self.clip)
 
     def _unclip(self, step: int, d: list[Tensor], d_above: Tensor | None) -> Tensor:
-        """The gradient by the unclipped hidden vector, with that of the layer above, which was given it; bounded."""
+        """The gradient of the unclipped hidden vector, with what the layer above, given it, sends back; bounded."""
         if self.clip is not None:
             for gradient, beyond in zip(d, self._beyond, strict=True):
                 gradient.masked_fill_(beyond[step], 0)  # an infinite one too
@@ -156,7 +156,7 @@ class Cell:
 
     @cached_property
     def _beyond(self) -> list[Tensor]:
-        """Where a clip lets no gradient through, for all steps at once: what is NaN is not within it either."""
+        """Where a clip lets no gradient through, for all steps at once: a NaN is not within the bound either."""
         assert self.clip is not None
         return [~(tensor.abs() <= self.clip) for tensor in self.unclipped]
 

@@ -1,9 +1,9 @@
-"""A sequence whose step, and the adjoint of it, is compiled by PyTorch's compiler for a CPU, controller and all.
+"""A sequence whose step and its adjoint are compiled for a CPU by PyTorch's compiler, controller included.
 
-Where the network is small the time goes into the number of calls, and compiled a step and its adjoint are two of them
-instead of some 150; to make memory and link of a step again is a third. What is compiled is a step of `Sequence`
-itself, but for the link and what is as large, which `_Memory` formulates for the compiler. A step that is taken by
-itself is one call, with what a sequence does before its loop and after it.
+In a small network the time goes into the number of calls. Compiled, a step and its adjoint are two of them instead of
+some 150; recomputing memory and link of a step is a third. What is compiled is the step of `Sequence` itself, except
+for the link and what is as large, which `_Memory` reformulates for the compiler. A step by itself is one call, with
+what a sequence does before its loop and after it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.sequence.step import Step
 from dnc_triton.sequence.torch_memory import TorchMemory
 
-Part = Literal["forward", "backward", "replay"]  # the last makes memory and link again
+Part = Literal["forward", "backward", "replay"]  # the last recomputes memory and link
 
 
 class CompiledSequence(Sequence):
@@ -35,7 +35,7 @@ class CompiledSequence(Sequence):
 
     def _by_step(self, state: Carried) -> None:
         history = self.history
-        if self.reset is not None:  # as a user has it, batch first, its strides are another kind with each T
+        if self.reset is not None:  # as a user has it, batch first, its strides change with T
             self.reset = self.reset.contiguous()
         rows = history.carried_rows.unbind(0)
         states = [(*self.checkpoints[step], row) for step, row in enumerate(rows)]
@@ -88,7 +88,7 @@ class CompiledSequence(Sequence):
 def compiled_step_alone(
     settings: SequenceSettings, inputs: Tensor, before: Carried, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `step_alone`, one call."""
+    """As `step_alone`, in one call."""
     state = before.flatten()
     new_memory, new_link = pool.empty_like(before.memory.memory), pool.empty_like(before.memory.link)
     tensors = [inputs.contiguous(), *state, *parameters]
@@ -100,10 +100,10 @@ def compiled_step_alone(
 
 
 class _Memory(TorchMemory):
-    """With a formulation for the compiler of what is large, and of what would be a call of its own.
+    """`TorchMemory`, reformulated for the compiler where something is large or would be a call of its own.
 
     Attributes:
-        numbers: [N], of the slots. To compare integers takes vectors of floating-point numbers several instructions.
+        numbers: [N], the slots' numbers, in floating point: integers take vector code several instructions to compare.
         has_native_link: whether link.cpp makes the link.
     """
 
@@ -111,7 +111,7 @@ class _Memory(TorchMemory):
     has_native_link: bool
 
     def replay(self, step: int, prev: MemoryState, new: MemoryState) -> None:
-        """To the same bits: by what made the link the first time, whatever is read from it."""
+        """To the same bits: by what made the link the first time; what it also reads from the link is not used."""
         if not self.has_native_link:
             super().replay(step, prev, new)
             return
@@ -127,7 +127,7 @@ class _Memory(TorchMemory):
             weights.copy_(made)
 
     def _update_link(self, prev_link: Tensor, precedence: Tensor, write_weights: Tensor, link: Tensor) -> None:
-        """Without a diagonal that is written on its own."""
+        """Without writing the diagonal by itself."""
         updated = prev_link + write_weights.mT * (precedence - prev_link) - write_weights * prev_link
         link.copy_(self._off_diagonal(updated))
 
@@ -142,7 +142,7 @@ class _Memory(TorchMemory):
         d_write_weights: Tensor,
         d_precedence: Tensor,
     ) -> None:
-        """Without a diagonal, or a sum of outer products, that is written on its own; in place: less to cache."""
+        """Without writing the diagonal or a sum of outer products by itself; in place, so that less is to be cached."""
         if self.has_native_link:
             d_read, d_write, d_before = link_backward(prev_link, precedence, write_weights, self.linked, d_link)
             d_read_weights.copy_(d_read)
@@ -167,12 +167,12 @@ class _Memory(TorchMemory):
 
 
 def _of_link(prev: MemoryState, new: MemoryState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the new link, and what is read from it, is made of."""
+    """What the new link, and what is read from it, are made from."""
     return prev.link, prev.precedence, new.write_weights, prev.read_weights
 
 
 class _TracedStep(Step):
-    """One step of a sequence while it is traced, when no number can be asked for.
+    """One step of a sequence while it is traced, when no tensor can be asked for its numbers.
 
     Args:
         settings, parameters: as in `Sequence`.
@@ -218,7 +218,7 @@ class _TracedStep(Step):
         self._replay(0, 1)
 
     def run_backward(self, d: Carried, d_hidden_out: Tensor, d_words_out: Tensor) -> list[Tensor]:
-        """Overwrites d; returns the gradients by the interface vector and by the gates before their activation."""
+        """Overwrites d; returns the gradients of the interface vector and of the raw gates."""
         self.d_hidden_out, self.d_words_out = (d_hidden_out,), (d_words_out,)
         self.d_vectors = torch.empty_like(self.history.vectors)
         memory, words, layers = self._before(0)
@@ -239,7 +239,7 @@ def _compile(
     likes: tuple[Like, ...],
     threads: int,
 ) -> Callable[..., Any]:
-    """A part of a step of a sequence: see `machine_code`, which compiles for the `threads` there are."""
+    """A part of a sequence's step, compiled; `machine_code` compiles for as many threads as there are, `threads`."""
     layers = settings.num_layers
 
     def traced(numbers: Tensor, *tensors: Tensor) -> tuple[()]:
@@ -252,8 +252,8 @@ def _compile(
         plan = Plan(settings, memory, reads, hidden_size)
         of_network = settings, parameters, input_size, running, reset, dropout
         prev = Carried.of(memory, prev_link, plan.carried.cut(row), layers)
-        # What is written forward goes to tensors of its own, which are copied at the end, each buffer as a whole: of
-        # writes to parts of what it is given the compiler loses the order.
+        # What the forward writes goes to tensors of its own, which are copied at the end, each buffer as a whole: the
+        # compiler loses the order of writes to parts of what it is given.
         own_memory, own_link = after[:2] if part == "backward" else map(torch.empty_like, (memory, prev_link))
         own_link = after[1] if native_link.serves(memory) else own_link
         if part == "forward":
@@ -286,9 +286,9 @@ def _compile(
 def _compile_alone(
     settings: SequenceSettings, reads: int, counts: tuple[int, ...], likes: tuple[Like, ...], threads: int
 ) -> Callable[..., Any]:
-    """A step by itself, of which nothing is kept: see `machine_code`, which compiles for the `threads` there are.
+    """A step by itself, of which nothing is kept, compiled; `threads` as in `_compile`.
 
-    What is called takes buffers for memory and link at last, and returns the outputs and all else of the new state.
+    The compiled function takes buffers for memory and link last, and returns the outputs and the rest of the new state.
     """
 
     def traced(numbers: Tensor, *tensors: Tensor) -> list[Tensor]:

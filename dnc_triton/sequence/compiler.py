@@ -1,6 +1,6 @@
 """How PyTorch's compiler is used, and how to call what it makes: machine code for a CPU, for one set of sizes.
 
-What is small is compiled into the code instead of called: products, sorts and running products of few numbers.
+Small operations are compiled into the code instead of called: products, sorts and running products of few numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dnc_triton.lock import ForkSafeLock
 
-FEW = 8  # rows of a product, or the root of how many numbers are sorted, that are no call of their own
+FEW = 8  # rows up to which a product, and root of the count up to which a sort, is no call of its own
 BLOCK = 16  # rows that are added up at a time
 SMALL = 2**16  # bytes of memory and link, up to which what lies between two kernels is put on the stack
 Like = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides and dtype of a tensor
@@ -35,9 +35,9 @@ _one_at_a_time = ForkSafeLock()  # PyTorch's compiler does not serve two threads
 def machine_code(
     traced: Callable[..., Any], likes: tuple[Like, ...], memory: Like, *, returns: bool = False
 ) -> Callable[..., Any]:
-    """A function compiled for the sizes of its arguments, and the threads that there are: it takes tensors one by one.
+    """A function compiled for the sizes of its arguments and the current number of threads; it takes tensors singly.
 
-    `torch.compile` would check what it is given at each call, which takes as long as the step.
+    `torch.compile` would check its arguments at each call, which takes as long as the step.
 
     Args:
         traced: of numbers [N], and of the tensors.
@@ -53,8 +53,8 @@ def machine_code(
 
         examples: list[Any] = [torch.empty_strided(size, stride, dtype=dtype).zero_() for size, stride, dtype in likes]
         (batch, slots, word), _, dtype = memory
-        # To allocate a small tensor takes longer than to fill it, so small ones in between go on the stack; not where
-        # tensors are returned, for the next call uses the stack's memory again.
+        # Allocating a small tensor takes longer than filling it, so small intermediate ones go on the stack; not where
+        # tensors are returned, for the next call reuses the stack's memory.
         on_stack = not returns and batch * slots * (slots + word) * dtype.itemsize <= SMALL
         numbers = torch.arange(slots, dtype=dtype)
         examples = [numbers, *examples]
@@ -73,7 +73,7 @@ def machine_code(
             return made[0]
 
         options = {"config_patches": patches, "inner_compile": compile_inner}
-        # What is around the machine code, as for gradients (not wanted here), takes as long as a small network.
+        # What wraps the machine code, for gradients for example (not wanted here), takes as long as a small network.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
     call = made[0].current_callable
@@ -81,7 +81,7 @@ def machine_code(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor | None:
-    """A product [B, M, K] × [B, K, N] that is not worth a call, or that the compiler fuses with what is around it."""
+    """A product [B, M, K] × [B, K, N] not worth a call, or that is fused with what is around it; else None."""
     _, rows, depth = a.shape
     columns = b.shape[2]
     if columns == 1:
@@ -118,7 +118,7 @@ def _baddbmm_(base: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: flo
 
 
 def _sort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Any:
-    """Of few numbers: each goes to where the count of those before it says."""
+    """Of few numbers: each goes to the place that the count of those before it gives."""
     if x.dim() != 2 or dim != -1 or not descending or x.shape[1] > FEW * FEW:
         return NotImplemented
     numbers = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
@@ -160,7 +160,7 @@ _DECOMPOSITIONS: Any = {
     _aten.sort.stable: _sort,
     _aten.cumprod.default: _cumprod,
     _aten.cumprod.out: _cumprod_out,
-    # Of one step: what is written to the only part of a tensor is all of it, which the compiler does not see.
+    # Of one step: to write to the only part of a tensor is to write all of it, which the compiler does not see.
     _aten.select.int: _select,
     _aten.unbind.int: _unbind,
 }

@@ -31,8 +31,8 @@ class Captured(NamedTuple):
 def has_pools() -> bool:
     """Whether PyTorch's allocator has pools, whose memory is given to nothing else while a graph works on it.
 
-    Its own has. `cudaMallocAsync` gives what libraries work in to others once PyTorch forgets it, and ends the process
-    when results of a graph are freed that was never replayed; one that is plugged in need not know of graphs at all.
+    Its own has. `cudaMallocAsync` gives libraries' workspaces to others once PyTorch forgets them, and ends the process
+    when results of a graph that was never replayed are freed; one that is plugged in need not know of graphs at all.
     """
     return torch.cuda.get_allocator_backend() == "native"
 
@@ -46,7 +46,7 @@ def _workspaces(device: torch.device) -> torch.cuda.MemPool:
 
 
 def _has_succeeded(graph: torch.cuda.CUDAGraph) -> bool:
-    """Whether its capture has ended as it should, whatever it was that was captured; its end gives back the pool."""
+    """Whether the capture has ended as it should, whatever was captured; then the graph's end gives back the pool."""
     try:
         graph.pool()
     except RuntimeError:
@@ -55,7 +55,7 @@ def _has_succeeded(graph: torch.cuda.CUDAGraph) -> bool:
 
 
 def _keep_for_good(value: object) -> None:
-    """Also when the interpreter ends."""
+    """Keep it alive, even past the end of the interpreter."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
@@ -73,16 +73,16 @@ class Engine:
         return torch.cuda.current_stream(self.device) == torch.cuda.default_stream(self.device)
 
     def memory(self) -> int:
-        """Bytes that this process may take, which PyTorch's own allocator tells."""
+        """Bytes that this process may take, according to PyTorch's own allocator."""
         total = torch.cuda.get_device_properties(self.device).total_memory
         return int(total * torch.cuda.get_per_process_memory_fraction(self.device))
 
     def wait(self) -> None:
-        """Until all that was replayed has ended. By an event: who has PyTorch forbid to wait means their own code."""
+        """Until all that was replayed has ended. By an event: who has PyTorch forbid waiting means their own code."""
         torch.cuda.default_stream(self.device).record_event().synchronize()
 
     def keep_until_launched(self, tensors: Sequence[Tensor]) -> None:
-        """Have the allocator wait, once nobody holds them any more, for all that reads them by then."""
+        """Have the allocator wait, once nobody holds the tensors any more, for all that was launched by then."""
         for tensor in tensors:
             tensor.record_stream(torch.cuda.default_stream(self.device))
 
@@ -96,8 +96,8 @@ class Engine:
         pool = torch.cuda.graph_pool_handle() if pool is None else pool
         begun = False
         try:
-            # The outer block puts the stream back should the inner one fail to end. Other threads may do as they like,
-            # but for waiting for the whole device, which ends the capture, and with PyTorch 2.11 drawing numbers.
+            # The outer block puts the stream back should the inner one fail to end. Other threads may do anything but
+            # wait for the whole device, which ends the capture, and, with PyTorch 2.11, draw random numbers.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),
@@ -116,13 +116,13 @@ class Engine:
         """Allocate the workspace of cuBLAS and of cuBLASLt, for this thread and stream, in a pool of its own.
 
         PyTorch allocates it at the first product of a thread and stream, and every graph captured from then on has its
-        address. Allocated during a capture it would be in the memory of that graph, on which the later ones would
-        depend without knowing: PyTorch forgets all workspaces when its compiler captures graphs, and since 2.12 those
-        of a stream when any graph that was captured on it is destroyed. Then the first graph's memory can be in use for
-        something else, or freed. In a pool of their own they are allocated again there, and that memory is never given
-        to anything else.
+        address. Allocated during a capture, it would lie in that graph's memory, and later graphs would depend on that
+        unnoticed: PyTorch forgets all workspaces when its compiler captures graphs, and since 2.12 those of a stream
+        when any graph that was captured on it is destroyed. Then the first graph's memory can be in use for something
+        else, or freed. With a pool of their own, workspaces are allocated again in that pool, and its memory is never
+        given to anything else.
 
-        For such memory PyTorch 2.11 gives up nothing that it caches, as for that of a graph, and so that is given up
+        To allocate such memory, or a graph's, PyTorch 2.11 gives up nothing that it caches, so its cache is emptied
         before, as `torch.cuda.graph` does.
 
         Source: https://github.com/pytorch/pytorch/issues/193402, https://github.com/pytorch/pytorch/issues/159674.
@@ -133,13 +133,13 @@ class Engine:
         pool = torch.cuda.use_mem_pool(_workspaces(self.device), self.device) if has_pools() else nullcontext()
         with torch.cuda.stream(stream), pool:
             ones = torch.ones(16, 16, device=self.device)
-            torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a place of its own
+            torch.addmm(ones[0], ones, ones @ ones)  # by cuBLAS and by cuBLASLt, which has a workspace of its own
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: Any, begun: bool) -> None:
-        """Where a device refuses a capture PyTorch leaves the pool in its hands, and 2.11 asks it for all memory.
+        """Give back the pool, which PyTorch leaves in use if the device refuses a capture; 2.11 asks it for all memory.
 
         At the graph's own end 2.11 and 2.13 would not give the pool back, and 2.15 would (source:
-        https://github.com/pytorch/pytorch/pull/190348). Twice would end the process, so there is no such end.
+        https://github.com/pytorch/pytorch/pull/190348). Twice would end the process, so the graph is never to end.
         """
         try:
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
@@ -152,10 +152,10 @@ class Engine:
     def _release_generator(self) -> None:
         """Likewise the device's random generator would wait for the capture's end, and refuse to draw until then.
 
-        The end of any capture will do, so here is one that succeeds. Its state could be replaced instead, but then
-        graphs that were captured before, the user's too, would go on asking the old one.
+        The end of any capture will do, so here is one that succeeds. The generator's state could be replaced instead,
+        but graphs that were captured before, the user's too, would go on using the old one.
         """
-        with suppress(Exception):  # what went wrong first is what is to be told
+        with suppress(Exception):  # what went wrong first is what is to be reported
             number = torch.zeros(1, device=self.device)
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),

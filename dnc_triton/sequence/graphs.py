@@ -1,28 +1,28 @@
 """The launches of a sequence as a CUDA graph: captured when a call of the same kind comes again, replayed from then on.
 
-A graph reads and writes the same memory at each replay. So an instance of one has copies of all that a call is given,
-into which the call's own tensors are copied (changed weights are as good as the old ones), and what a call returns is
-copied out. The history alone, by far the largest, is handed out where it stands, and the instance is leased until
-nobody holds it any more: autograd lets go of it after the backward, or with the last result of the forward. A call of
-the same kind in the meantime takes another instance, or plain launches. `Tensor.record_stream` has no effect on
-the history: a hook that copies what is saved on a stream of its own has to hold it until the copy is made.
+A graph reads and writes the same memory at each replay. So an instance has its own copies of all that a call is given,
+into which the call's tensors are copied (weights may change between calls), and what a call returns is copied out. Only
+the history, by far the largest, is handed out where it is, and the instance is leased until nobody holds the history
+any more: autograd lets go of it after the backward, or with the last result of the forward. A call of the same kind in
+the meantime takes another instance, or plain launches. `Tensor.record_stream` has no effect on the history: a hook that
+copies what is saved on a stream of its own has to hold it until the copy is made.
 
 Plain launches are right at any time, also for the backward of a forward that was replayed. They are taken
 
-- on a stream that is captured, by the user or a compiler, and on any but the device's default stream, where compilers
-  and users prepare a capture of their own; so no two streams ever meet in an instance,
+- on a stream that is being captured, by the user or a compiler, and on any but the device's default stream, where
+  compilers and users prepare captures of their own; so no two streams ever share an instance,
 - for a kind of call that was not seen often enough. Its first instance is captured at the 2nd call that finds none
-  free, the next at the 4th, 8th, ... from then on: many instances, or such as come and go, cost more than they gain,
-- where PyTorch's allocator is not its own (`engine.has_pools`),
-- where the memory's bound would be exceeded by what is in use. What is not in use is given up, the least recently used
+  free, the next at the 4th, 8th, ... from then on: many instances, or short-lived ones, cost more than they gain,
+- where PyTorch uses another allocator than its own (`engine.has_pools`),
+- where the bound on memory would be exceeded by what is in use. What is not in use is given up, the least recently used
   first,
-- once a capture has failed, for calls of that kind: memory may want, or another thread have waited for the whole device
-  meanwhile. It is tried again, at the 4th, 8th, 16th, ... call from then on that finds no instance free,
+- after a capture has failed, for calls of that kind: memory may have been short, or another thread may have waited for
+  the whole device. It is tried again at the 4th, 8th, 16th, ... call from then on that finds no instance free,
 - for sequences of more than `LONGEST` steps, which have tens of thousands of launches.
 
 Environment variables: DNC_TRITON_GRAPHS=0 asks for plain launches, DNC_TRITON_GRAPH_MEMORY is the bound in MiB on each
-device, by default a quarter of what the process may take of it. What counts is memory for tensors; the graphs' own
-nodes do not, nor does what a library keeps for its products, of which all graphs of a thread share one.
+device, by default a quarter of what the process may take of it. Memory for tensors counts; the graphs' own nodes do
+not, nor does a library's workspace for products, which all graphs of a thread share.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from dnc_triton.kernels.launcher import is_compiling_ahead
 from dnc_triton.sequence.engine import Captured, Engine, size_of
 
 SHARE = 0.25  # the bound is this part of the memory that the process may take
-SIGNATURES = 1024  # of calls are remembered
+SIGNATURES = 1024  # how many kinds of calls are remembered
 LONGEST = 4096  # steps
 MEBIBYTE = 2**20
 
@@ -61,14 +61,14 @@ ENGINES: dict[str, Callable[[torch.device], Engine]] = {"cuda": Engine}
 
 @dataclass(eq=False)
 class Signature:
-    """All calls that one graph can serve, given another's numbers.
+    """All calls that one graph can serve: they differ in numbers alone.
 
     Attributes:
-        numerics: the settings of PyTorch's that were in force.
+        numerics: PyTorch's settings for products that were in force.
         size: bytes of an instance, as far as is known.
         misses: calls that found no free instance, since the last capture.
-        patience: how many of them make a capture.
-        used: when it was last asked for, in calls.
+        patience: how many misses lead to a capture.
+        used: when it was last asked for, counted in calls.
     """
 
     numerics: tuple[Any, ...]
@@ -87,13 +87,13 @@ class Instance:
         given: copies of what a forward is given.
         forward: the graph.
         handed: how many of its results are copied out; the others are the history.
-        places: where the history stands.
+        places: the addresses of the history.
         size: bytes.
         gradients: the copies that its backward reads of the gradients it is given: zeros for one that is None now, None
             for one that was None when the backward was captured.
-        filled: which of them may be something else than zero.
+        filled: which of them may be nonzero.
         backward: the graph.
-        made: which results it has; the others were not wanted when it was captured.
+        made: which results the backward has; the others were not wanted when it was captured.
         lease: the storages under which the history was handed out last.
     """
 
@@ -128,7 +128,7 @@ class Instance:
         return [*_clones(self.forward.results[: self.handed]), *history]
 
     def serves(self, gradients: list[Tensor | None], wanted: list[bool]) -> bool:
-        """Whether there is a backward that takes all of the former and makes all of the latter."""
+        """Whether there is a backward that takes all gradients that are given, and makes all that are wanted."""
         if self.backward is None or not all(map(operator.le, wanted, self.made)):
             return False
         return all(copy is not None for copy, x in zip(self.gradients, gradients, strict=True) if x is not None)
@@ -137,7 +137,7 @@ class Instance:
         """What a backward returns: the results that are wanted. It may be called any number of times."""
         assert self.backward is not None
         given = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        self.filled.update(given)  # whatever interrupts the copy
+        self.filled.update(given)  # before the copy, which may be interrupted
         _copy([self.gradients[index] for index in given], [gradients[index] for index in given])  # type: ignore[misc]
         others = self.filled.difference(given)
         if others:
@@ -193,7 +193,7 @@ class GraphCache:
     ) -> list[Tensor | None] | None:
         """By a graph, or None if there is none that fits."""
         with _lock:
-            # What was packed and unpacked in between, for example, stands elsewhere: plain launches serve it as well.
+            # A history that hooks have packed and unpacked, say, is elsewhere: plain launches serve it as well.
             places = _places(history)
             instance = next((x for x in self.instances if x.places == places), None)
             if instance is None or instance.signature.numerics != _numerics():
@@ -249,9 +249,9 @@ class GraphCache:
         gradients: list[Tensor | None],
         wanted: list[bool],
     ) -> bool:
-        """Capture a backward for all that is given and wanted; whether there is one now.
+        """Capture a backward for all that is given and wanted; return whether there is one now.
 
-        One that was there takes or makes too little. It is given up; the new one does what it did as well.
+        If there was one, it takes or makes too little. It is given up; the new one also does what the old one did.
         """
         signature = instance.signature
         kept, taken = 0, [gradient is not None for gradient in gradients]
@@ -319,7 +319,7 @@ class GraphCache:
             self.instances = [x for x in self.instances if x not in instances]
 
     def _fail(self, signature: Signature, error: Exception, instances: list[Instance]) -> None:
-        """A capture did, for these instances of a kind; it may be another time."""
+        """Take note of a failed capture, and give up these instances; a later one may succeed."""
         signature.misses, signature.patience = 0, 2 * signature.patience
         # As a string: with the error a handler that keeps records would keep all that its frames hold.
         logger.warning(
@@ -433,7 +433,7 @@ def _numerics() -> tuple[Any, ...]:
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.matmul.fp32_precision,
-        # What their public names read: with it, whether sums may be split, for which not every version has a name.
+        # These are what the public names read, and also tell whether sums may be split, which not every version names.
         torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_fp16_accumulation(),
@@ -443,7 +443,7 @@ def _numerics() -> tuple[Any, ...]:
 
 @contextmanager
 def _ordinary_tensors() -> Iterator[None]:
-    """What is made in inference mode could not be written to outside of it."""
+    """Without inference mode: what is made in it could not be written to outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 

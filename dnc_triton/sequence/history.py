@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class History(NamedTuple):
-    """The buffers, cut up. What is carried on has T+1 entries, the first for what it was before the sequence.
+    """The buffers, cut up. What a step hands to the next has T+1 entries, the first from before the sequence.
 
     Attributes:
         gates: per layer [T, B, G].
@@ -46,7 +46,7 @@ class History(NamedTuple):
     kept_rows: Tensor
 
     def trails(self) -> list[Tensor]:
-        """The parts that begin with what was before the sequence, in the order of `Carried.light`."""
+        """The parts with T+1 entries, in the order of `Carried.light`."""
         states = [trail for layer in self.layers for trail in layer]
         return [*self.carried, *states]
 
@@ -59,17 +59,17 @@ class Checkpoints:
     `settings.link_every`-th link, while the other links alternate between two. Backward with k = 1 nothing is
     recomputed, so a link that was not kept is None: `behind` says how many steps back the nearest kept one is.
 
-    Of 12 steps, by kernels that are given every fourth link: with k = 1 all memories are kept, and the links before
-    steps 4 and 8; for step 6 the backward is given the link before step 4, two behind. With k = 8 the memory and the
-    link before step 8 are kept; the backward of steps 0 to 7 begins with the forward of 0 to 6, which leaves the
+    For example, 12 steps and kernels that are given every fourth link: with k = 1 all memories are kept, and the links
+    before steps 4 and 8; for step 6 the backward is given the link before step 4, two behind. With k = 8 the memory and
+    the link before step 8 are kept; the backward of steps 0 to 7 begins with the forward of 0 to 6, which leaves the
     memories before steps 1 to 7 and the link before step 4.
 
     Args:
         settings: of the sequence; k is its checkpoint.
-        first, last: before the sequence and after it.
+        first, last: memory and link before the sequence and after it.
         memories, links: the buffers for those that are kept, of `counts`.
         steps: T.
-        forwards: in which direction it goes.
+        forwards: whether it is for the forward.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ def _trail(
     """Where a quantity is before each step and after the last one.
 
     Args:
-        first, last: before the sequence and after it.
+        first, last: what it is before the sequence and after it.
         kept: [·, *first.shape], for every `period`-th.
         steps: T.
         period: steps between entries of `kept`.

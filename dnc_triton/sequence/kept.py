@@ -121,7 +121,7 @@ class LookUp(NamedTuple):
 
     @classmethod
     def of(cls, heads: slice, norms: Tensor, similarity: Tensor, content: Tensor, keys: Tensor, kept: Kept) -> LookUp:
-        """By some of the heads, of which the last writes."""
+        """For some of the heads, of which the last one writes."""
         key_norms, strengths = kept.key_norms[..., heads].unsqueeze(-2), kept.strengths[..., heads].unsqueeze(-1)
         return cls(keys[..., heads, :], key_norms, strengths, norms.unsqueeze(-2), similarity, content)
 
@@ -137,7 +137,7 @@ class LookUpBackward(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """By what a gradient is multiplied on its way back through a step. Of all steps [T, ...], or of one."""
+    """What a gradient is multiplied by on its way back through a step. Of all steps [T, ...], or of one."""
 
     free: Tensor  # [B, R, N], from retention to the free gates, to be summed
     read_weights: Tensor  # [B, R, N], from retention to the read weights before

@@ -8,11 +8,11 @@ typedef NUMBER Vector __attribute__((vector_size(64)));
 typedef NUMBER Anywhere __attribute__((vector_size(64), aligned(sizeof(NUMBER)), may_alias));
 
 constexpr int64_t LANES = sizeof(Vector) / sizeof(NUMBER);
-constexpr int TOGETHER = 4;  // rows, for which what belongs to a column is loaded once
+constexpr int TOGETHER = 4;  // rows at a time: what belongs to a column is loaded once for all of them
 
-namespace {  // of which another library, for other READS, has functions of the same name
+namespace {  // another library, for other READS, has functions of the same names
 
-// Ask for what will be read, or written, when the next rows are due: a row is too short for a processor to foresee it.
+// Prefetch what the next rows will read, or write: a row is too short for a processor to foresee it.
 inline void expect_read(const NUMBER *place) { __builtin_prefetch(place, 0); }
 inline void expect_write(const NUMBER *place) { __builtin_prefetch(place, 1); }
 
@@ -35,7 +35,7 @@ template <> struct Columns<NUMBER> {
     static NUMBER sum(NUMBER v) { return v; }
 };
 
-// L'[i,j] = L + w[i] (p[j] − L) − w[j] L; the diagonal is 0, and made so by whoever calls this.
+// L'[i,j] = L + w[i] (p[j] − L) − w[j] L; the caller sets the diagonal to 0.
 template <class V> V update(V link, NUMBER row_weight, V precedence, V weight) {
     return link + row_weight * (precedence - link) - weight * link;
 }
@@ -80,8 +80,8 @@ struct Forward {
 };
 
 // A batch element backward, `linked` being [df | w_r | db], [3R, N]: turns the adjoint of the new link into that of the
-// link before it; sets d_read_weights [R, N] but for the part of columns, and of d_write_weights [N] that of rows. The
-// sums are that part; what is to be taken from d_write_weights; d_precedence.
+// link before it; sets the rows' parts of d_read_weights [R, N] and d_write_weights [N]. The sums are the columns' part
+// of d_read_weights; what is to be subtracted from d_write_weights; d_precedence.
 struct Backward {
     static constexpr int DOWN = READS + 2;
     static constexpr int ACROSS = READS + 1;

@@ -1,10 +1,11 @@
 """A DNC over a sequence as one operation: the loop forward, and the loop backward through time, written by hand.
 
-Products with the inputs are made for all steps before the loop, those of the outputs after it, and gradients by weights
-after the backward loop, one product each over all steps and the batch. What a step leaves behind goes to buffers that
-are allocated once. Of memory and link, by far the largest, all states are kept, or every k-th: the others are then made
-again on the way back. In plain PyTorch that is from the kept weights, without any addressing; kernels do the whole step
-again, and so keep less of it. In three launches they keep only every fourth link, and make the others in registers.
+Products with the inputs are made for all steps before the loop, those of the outputs after it, and the weights'
+gradients after the backward loop, one product each over all steps and the batch. What a step leaves behind goes to
+buffers that are allocated once. Memory and link, by far the largest, are kept at every step, or at every k-th; the
+backward then recomputes the others. In plain PyTorch it does so from the kept weights, without any addressing; kernels
+do the whole step again, and so keep less of it. In three launches kernels keep only every fourth link, and recompute
+the others in registers.
 
 Letters in every shape: T steps, B batch, H hidden size, N memory slots, W word size, R read heads, S the size of an
 interface vector. K = 1.
@@ -30,7 +31,7 @@ from dnc_triton.sequence.torch_memory import TorchMemory
 
 
 class Before(NamedTuple):
-    """What each step starts from, [T, B, ...], the rows that it resets at zero; as `History.carried` and `.layers`."""
+    """What each step starts from, [T, B, ...], with rows that it resets at zero; as `History.carried` and `.layers`."""
 
     carried: Light
     layers: list[list[Tensor]]
@@ -54,7 +55,7 @@ class Sequence:
     """
 
     torch_memory = TorchMemory
-    overwrites = True  # whether `backward` overwrites the gradients by the last state that it is given
+    overwrites = True  # whether `backward` overwrites the gradients of the last state, which it is given
     chunk = 64  # steps at a time where nothing is kept for a backward, so that memory does not grow with the sequence
 
     def __init__(
@@ -87,7 +88,7 @@ class Sequence:
         self.history = plan.cut(self.buffers)
         if forwards:
             starts = state.light()
-            # Without a state the hidden vector before is not used, but it is passed on with the others.
+            # In layers without a state the hidden vector before is not used, but it is passed on with the others.
             if settings.cell.states == 0:
                 starts += [torch.zeros_like(layer[0][0]) for layer in self.history.layers]
             for trail, start in zip(self.history.trails(), starts, strict=True):
@@ -131,9 +132,9 @@ class Sequence:
     def backward(
         self, d_outputs: Tensor, d_last: Carried, *, wants_inputs: bool, wants_state: bool
     ) -> tuple[Tensor | None, Carried | None, list[Tensor]]:
-        """From gradients by what `forward` returned to those by inputs, state and parameters.
+        """From the gradients of what `forward` returned to those of inputs, state and parameters.
 
-        Overwrites `d_last`. What is not wanted of the first two is None.
+        Overwrites `d_last`. Of inputs and state, what is not wanted is None.
         """
         settings, history = self.settings, self.history
         d_outputs = self._without_ended(d_outputs)
@@ -143,7 +144,7 @@ class Sequence:
         self.d_hidden_out = self.from_hidden.all_backward(d_outputs).unbind(0)
         d_words_out = self.from_words.all_backward(d_outputs)
         self.d_words_out = d_words_out.unflatten(-1, d_last.words.shape[1:]).unbind(0)
-        vectors = history.vectors  # as these lie, for their alignment
+        vectors = history.vectors  # laid out like these, for their alignment
         self.d_vectors = vectors.new_empty_strided(vectors.shape, vectors.stride())
 
         d_layers = d_last.layers
@@ -173,7 +174,7 @@ class Sequence:
         self.memory = self._memory(state.memory.memory, state.words.shape[1])
 
     def _begin_gates(self) -> None:
-        """What does not wait for a step before: the part of the inputs, and the biases."""
+        """What does not depend on the step before: the part of the inputs, and the biases."""
         for layer, (gates, biases) in enumerate(zip(self.history.gates, self.biases, strict=True)):
             # The GRU's second bias stands apart.
             bias = biases[0] if self.settings.controller == "gru" else reduce(torch.add, biases)
@@ -197,19 +198,19 @@ class Sequence:
         self._hold(step, before.memory, after.memory, *MemoryState._fields)
 
     def _begin_backward(self, before: Before, d: Carried) -> None:
-        # What goes on through the steps after a row's end: the gradient by its last state.
+        # What passes through the steps after a row's end: the gradient of its last state.
         self.held = [tensor.clone() for tensor in d.flatten()[self.by_kernel :]] if any(self.stops) else []
         light = before.carried
         self.memory.begin_backward(light.usage, light.read_weights, light.write_weights, self.d_vectors)
         self.d_below = torch.empty_like(before.layers[0][0][0])
-        # The product that gives the gradient by the words read before a step can add the output layer's to it, unless
+        # The product that makes the gradient of the words read before a step can add the output layer's part, unless
         # rows are put back after it (lengths, reset).
         self.adds_ahead = self.below[0].small and self.running is None and self.reset is None
         for cell, layer_before in zip(self.cells, before.layers, strict=True):
             cell.begin_backward(layer_before)
 
     def _backward_step(self, step: int, d: Carried) -> Carried:
-        """From the gradient by the state after a step, which is overwritten, to that by the state before it."""
+        """From the gradient of the state after a step, which is overwritten, to that of the state before it."""
         memory, after = self._memory_before(step), self._after(step)
         if not self.adds_ahead or step == self.steps - 1:
             d.words.add_(self.d_words_out[step])
@@ -256,7 +257,7 @@ class Sequence:
         self.from_words = Product(output_weight[:, interface_weight.shape[1] :], dtype)
 
     def _product_by_step(self, weights: list[list[Tensor]]) -> type[Product]:
-        """What makes the products of a step: by kernels of our own where the memory's part is, and the batch small."""
+        """The class of a step's products: by our own kernels if the memory's part is, and the batch small."""
         if self.settings.layout is None:
             return Product
         from dnc_triton.sequence.small_product import SmallProduct, is_small
@@ -276,11 +277,11 @@ class Sequence:
 
     @property
     def by_kernel(self) -> int:
-        """How many tensors of `Carried.flatten`, the memory's, the kernels reset, and hold after a row's end."""
+        """How many tensors of `Carried.flatten` (the memory's) kernels themselves reset, and hold after a row's end."""
         return 0 if self.settings.layout is None else len(MemoryState._fields)
 
     def _memory(self, memory: Tensor, reads: int) -> Any:
-        """The memory's part, by kernels or in plain PyTorch; which is a question of the layout."""
+        """The memory's part, by kernels if there is a layout, else in plain PyTorch."""
         settings, history = self.settings, self.history
         options: dict[str, Any] = {
             "strength_offset": settings.strength_offset,
@@ -292,7 +293,7 @@ class Sequence:
             return self.torch_memory(history.vectors, Kept(*history.kept_by_memory), slots=slots, word=word, **options)
         from dnc_triton.sequence.triton_memory import TritonMemory
 
-        # Where steps are made again what they keep is made again as well: it is no part of the history.
+        # Where steps are recomputed, so is what they keep: it is no part of the history.
         again = settings.checkpoint > 1
         kept = self.plan.work_space(min(self.stretch, self.steps)) if again else history.kept_by_memory
         masks, row = (self.running, self.reset), history.carried_rows.stride(0)
@@ -300,7 +301,7 @@ class Sequence:
         return TritonMemory(history.vectors, kept, memory, *masks, **options)
 
     def _before(self, step: int) -> Carried:
-        """What goes into a step, rows that it resets at zero, but for what the kernels reset."""
+        """What goes into a step, with rows that it resets at zero, except in what the kernels reset."""
         state = self._at(step)
         if not self.resets[step]:
             return state
@@ -310,14 +311,14 @@ class Sequence:
         return Carried.unflatten([*tensors[: self.by_kernel], *self._fresh], len(state.layers))
 
     def _memory_before(self, step: int) -> MemoryState:
-        """The memory's part of that, which is all that the way back asks for."""
+        """The memory's part of `_before`, which is all that the backward asks for."""
         return (self._at if self.by_kernel else self._before)(step).memory
 
-    # Work space, made when it is wanted.
+    # Work space, made on demand.
 
     @cached_property
     def _fresh(self) -> list[Tensor]:
-        """A state with rows that begin from zeros, but for what the kernels reset."""
+        """Buffers for a state with rows that begin from zeros, without what the kernels reset."""
         return [pool.empty_like(tensor) for tensor in self._at(0).flatten()[self.by_kernel :]]
 
     @cached_property
@@ -326,7 +327,7 @@ class Sequence:
 
     @cached_property
     def _dropped(self) -> Tensor:
-        """What a layer but the first is given, [B, H]."""
+        """What a layer but the first is given, after dropout, [B, H]."""
         return torch.empty_like(self.dropout[0][0])
 
     def _after(self, step: int) -> Carried:
@@ -346,9 +347,9 @@ class Sequence:
         return trail if self.reset is None else trail.masked_fill(_rows(self.reset, trail), 0)
 
     def _replay(self, first: int, last: int) -> None:
-        """Make memory and link again for the steps after `first`, which is kept, up to `last`.
+        """Recompute memory and link before the steps after `first`, which is kept, up to `last`.
 
-        Kernels go through `last` as well, for what its backward wants to have kept.
+        Kernels run step `last` as well, for what its backward needs to be kept.
         """
         for step in range(first, last):
             before, after = self._memory_before(step), self._after(step).memory
@@ -395,7 +396,7 @@ class Sequence:
         return [*gradients, torch.cat([from_hidden, from_words], 1), d_outputs.sum((0, 1))]
 
     def _without_ended(self, x: Tensor) -> Tensor:
-        """[T, B, ...], zeros where a row has ended, NaN or not: what overflows as it runs on is NaN times 0, too."""
+        """[T, B, ...], zeros where a row has ended, NaN or not: what overflows as it runs on is NaN even times 0."""
         return x if self.running is None else torch.where(_rows(self.running, x), x, 0)
 
     def _hold(self, step: int, before: MemoryState, after: MemoryState, *fields: str) -> None:
@@ -410,7 +411,7 @@ class Sequence:
             torch.where(_rows(rows, tensor), tensor, old, out=tensor)
 
     def _finish_rows(self, d: Carried) -> None:
-        """After the loop back: no gradient from steps past a row's end, nor by a state that the first step reset."""
+        """After the loop back: no gradient from steps past a row's end, nor of a state that the first step reset."""
         if self.running is not None:
             for gradient in (self.d_vectors, *(d_pre for cell in self.cells for d_pre in cell.each_d_pre())):
                 gradient.masked_fill_(~self.running.unsqueeze(-1), 0)

@@ -1,7 +1,7 @@
-"""The link of a large memory on a CPU by C++ of our own, link.cpp: it is read and written once each way.
+"""The link of a large memory on a CPU, by C++ of our own, link.cpp, which reads and writes it once each way.
 
 PyTorch's compiler does not add up rows and columns of a matrix in one pass, so it reads a link two or three times, and
-of a large one that is most of what a step takes. `compiled.py` puts these two operators in the place of that.
+for a large one that is most of a step's time. `compiled.py` takes these two operators instead.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_NUMBERS = 2**19  # in all links; of fewer the compiler's own code takes as long
+LEAST_NUMBERS = 2**19  # in all links together; for fewer the compiler's own code takes as long
 _CHUNK = 128  # rows over which columns are added up at a time, however many threads there are: to the same bits
 _NUMBERS = {torch.float32: "float", torch.float64: "double"}
 
 
 def serves(memory: Tensor) -> bool:
-    """Whether the links of such a memory [B, N, W] are large, and what compiles here knows vectors as GCC does."""
+    """Whether the links of such a memory [B, N, W] are large, and the compiler here has vector types as GCC has."""
     batch, slots, _ = memory.shape
     return batch * slots * slots >= LEAST_NUMBERS and memory.dtype in _NUMBERS and sys.platform != "win32"
 
@@ -54,16 +54,16 @@ def _(
 def link_backward(
     prev_link: Tensor, precedence: Tensor, write_weights: Tensor, linked: Tensor, d_link: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turns the gradient by the new link into that by the one before.
+    """Turns the gradient of the new link, in place, into that of the one before.
 
     Args:
         prev_link, d_link: [B, N, N].
         precedence, write_weights: [B, 1, N].
-        linked: [B, 3R, N]: gradients by the forward weights, read weights before the step, gradients by the backward
+        linked: [B, 3R, N]: gradients of the forward weights, read weights before the step, gradients of the backward
             weights.
 
     Returns:
-        the gradients by these read weights [B, R, N], by write weights and precedence, [B, 1, N] each.
+        the gradients of these read weights [B, R, N], of write weights and precedence, [B, 1, N] each.
     """
     reads = linked.shape[1] // 3
     d_read_weights = linked.new_empty(len(linked), reads, linked.shape[2])
@@ -83,7 +83,7 @@ def _(
 
 
 def _call(name: str, reads: int, down: int, tensors: list[Tensor]) -> None:
-    """A function of link.cpp, with room for its sums over the rows of each chunk: `down` of them."""
+    """Calls a function of link.cpp, with room for its `down` sums over the rows of each chunk."""
     link = tensors[0]
     batch, slots = len(link), link.shape[-1]
     assert all(tensor.is_contiguous() for tensor in tensors)

@@ -1,7 +1,7 @@
 """A DNC over a sequence in one launch each way: the counterpart of `loop.Sequence` for small networks on a GPU.
 
-Products with the inputs are made for all steps before the launch, those of the output layer after it, and gradients by
-weights after the backward launch, one product each over all steps and the batch. Everything in between is the kernels'.
+Products with the inputs are made for all steps before the launch, those of the output layer after it, and the weights'
+gradients after the backward launch, one product each over all steps and the batch. Kernels do everything in between.
 
 Letters in every shape: T steps, B batch, H hidden size, N memory slots, W word size, R read heads, S the size of an
 interface vector, F = H + R·W that of the features: the controller's output and the words read. K = 1.
@@ -22,16 +22,16 @@ from dnc_triton.sequence.carried import Carried
 from dnc_triton.sequence.product import Product
 from dnc_triton.sequence.settings import SequenceSettings
 
-# Of all steps together, up to which one launch makes all gradients by weights: a library takes a launch or two for each
-# of eight, and as long for few rows as for many. On a CPU it would be interpreted.
+# Rows of all steps together, up to which one launch makes the gradients of all weights: a library takes a launch or two
+# for each of eight, and as long for few rows as for many. On a CPU the kernel would be interpreted.
 MOST_ROWS = {"cuda": 1024}
 
 
 class OneLaunchHistory(NamedTuple):
     """The buffers, contiguous, in the order in which the forward kernel takes them.
 
-    A quantity that is carried on has T+1 entries, the first for what it was before the sequence. With `reset` it has
-    one more, of zeros, with which a row begins anew.
+    What a step hands to the next has T+1 entries, the first from before the sequence. With `reset` it has one more, of
+    zeros, with which a row begins anew.
 
     Attributes:
         gates: [T, B, 4H], σ(i), σ(f), tanh(g), σ(o).
@@ -72,7 +72,7 @@ class OneLaunchSequence:
         parameters: in the order of `DNCCell.parameters()`.
         running: [T, B] bool, or None: where it is False the row has ended, for good, and its state stays.
         reset: [T, B] bool, or None: where it is True the row starts from zeros.
-        dropout: of layers that are not there.
+        dropout: not used: it is for layers that are not there.
         history: the buffers that the forward left, for its backward; None for a forward.
         last: not needed.
     """
@@ -118,7 +118,7 @@ class OneLaunchSequence:
         self.buffers, self.history = history, OneLaunchHistory(*history)
         if forwards:
             trails = self.history.trails()
-            if running is not None:  # where nothing runs a product with zero gradients must be zero
+            if running is not None:  # where a row does not run, products with its zero gradients must be zero
                 self.history.features.zero_()
             torch._foreach_copy_([trail[0] for trail in trails], self._carried_on(state))
             if reset is not None:
@@ -167,7 +167,7 @@ class OneLaunchSequence:
     def backward(
         self, d_outputs: Tensor, d_last: Carried, *, wants_inputs: bool, wants_state: bool
     ) -> tuple[Tensor | None, Carried | None, list[Tensor]]:
-        """As that of `Sequence`, but that nothing is overwritten."""
+        """As that of `Sequence`, but overwrites nothing."""
         history = self.history
         if self.running is not None:
             d_outputs = torch.where(self.running.unsqueeze(-1), d_outputs, 0)
@@ -184,7 +184,7 @@ class OneLaunchSequence:
         # Two entries that take turns; a third one of zeros for what a reset keeps from going back.
         d_carried = [d.new_empty(2 if self.reset is None else 3, *d.shape) for d in last]
         torch._foreach_copy_([d[self.steps % 2] for d in d_carried], last)
-        if self.lengths is not None:  # a row begins with either
+        if self.lengths is not None:  # by its length a row begins with one or the other
             torch._foreach_copy_([d[(self.steps + 1) % 2] for d in d_carried], last)
         if self.reset is not None:
             torch._foreach_zero_([d[2] for d in d_carried])
@@ -207,7 +207,7 @@ class OneLaunchSequence:
         return self.output(self.history.features[1 : self.steps + 1], self.output_bias)
 
     def _weight_gradients(self, d_outputs: Tensor, d_vectors: Tensor, d_gates: Tensor) -> list[Tensor]:
-        """In the order of the parameters: by one launch where that is the faster, else a product each."""
+        """In the order of the parameters: by one launch where that is faster, else by a product each."""
         before, after = self.history.features[: self.steps], self.history.features[1 : self.steps + 1]
         if self.reset is not None:
             before = before.masked_fill(self.reset.unsqueeze(-1), 0)
@@ -217,7 +217,7 @@ class OneLaunchSequence:
             from dnc_triton.kernels.gradients import weight_gradients
 
             return list(weight_gradients(d_gates, d_vectors, aligned(d_outputs), self.inputs, before, after))
-        by_both = self.recurrent[0].weight_gradient(d_gates, before)  # of both in one product
+        by_both = self.recurrent[0].weight_gradient(d_gates, before)  # both weights' in one product
         by_hidden, by_words = by_both.tensor_split([self.hidden_size], 1)
         by_inputs = self.from_inputs.weight_gradient(d_gates, self.inputs)
         by_bias = d_gates.sum((0, 1))
@@ -233,7 +233,7 @@ class OneLaunchSequence:
         ]
 
     def _carried_on(self, state: Carried) -> list[Tensor]:
-        """A state, or a gradient by one, as what the kernels carry on: features, cell, the memory's fields."""
+        """A state, or its gradient, as what the kernels carry on: features, cell, the memory's fields."""
         hidden, cell = state.layers[0]
         return [torch.cat([hidden, state.words.flatten(1)], 1), cell, *state.memory]
 

@@ -52,13 +52,13 @@ class Given(NamedTuple):
     dropout: list[Tensor]
 
     def flatten(self) -> list[Tensor]:
-        """Those that are there, as a list, one entry of what is shared."""
+        """The tensors that are there, as a list; of what is shared, its one entry."""
         state = (tensor[:1] if is_shared(tensor) else tensor for tensor in self.state)
         masks = [mask for mask in (self.running, self.reset) if mask is not None]
         return [self.inputs, *state, *self.parameters, *masks, *self.dropout]
 
     def replace(self, tensors: list[Tensor]) -> Given:
-        """Others in their places, from such a list."""
+        """The same with other tensors in their places, from such a list."""
         remaining = iter(tensors)
         inputs = next(remaining)
         state, parameters = ([next(remaining) for _ in part] for part in (self.state, self.parameters))
@@ -184,7 +184,7 @@ def _sequence_backward(
     history: list[Tensor],
     *operands: Any,
 ) -> list[Tensor]:
-    """The gradients by inputs, state and parameters, from those by the outputs and the state after the last step."""
+    """The gradients of inputs, state and parameters, from those of the outputs and the state after the last step."""
     settings = _settings(*operands)
     given = _given(settings, inputs, state, parameters, lengths, reset, dropout)
     everything = [True] * (1 + len(state) + len(parameters))
@@ -264,7 +264,7 @@ def _backward_through_time(
 
 
 def _filled(tensors: list[Tensor | None], like: list[Tensor], *, copied: bool, shares: bool) -> list[Tensor]:
-    """Zeros for what is None, those by memory and link shared; copies of the others, if they are to be overwritten."""
+    """Zeros for what is None, for memory and link shared ones if `shares`; copies of the others if `copied`."""
     missing = [index for index, tensor in enumerate(tensors) if tensor is None]
     one_for_all = SHAREABLE if shares and set(SHAREABLE).issubset(missing) else ()
     shapes = [(1, *like[index].shape[1:]) if index in one_for_all else like[index].shape for index in missing]
@@ -313,11 +313,11 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 def _without_unused(
     given_back: list[Any], parameters: list[Tensor], gradients: Iterable[Tensor | None], steps: int
 ) -> list[Any]:
-    """None for parameters in which no loss has a part, for zeros would let them decay.
+    """None for parameters that the loss does not depend on, for zeros would let them decay.
 
-    Of the output layer, the last two, if it saw no outputs; of the interface, the two before, if it saw nothing of the
-    memory either, and there is no next step to read from that. Zeros where a parameter has hooks, which autograd would
-    call with None: they expect a gradient.
+    These are the output layer's, the last two, if the loss saw no outputs; and the interface's, the two before, if it
+    saw nothing of the memory either, and there is no next step to read from that. Zeros where a parameter has hooks,
+    which autograd would call with None: they expect a gradient.
     """
     by_outputs, *by_state = gradients
     unseen = 0
@@ -337,7 +337,7 @@ def _has_hooks(parameter: Tensor) -> bool:
 def _zero_filled(
     gradients: Iterable[Tensor | None], inputs: Tensor, state: list[Tensor], parameters: list[Tensor]
 ) -> list[Tensor]:
-    """Zeros where there is no gradient by the outputs or by a part of the last state."""
+    """The gradients of the outputs and of each part of the last state, with zeros where there is none."""
     like = [inputs.new_empty(*inputs.shape[:2], parameters[-1].shape[0]), *state]
     return [
         pool.empty_like(tensor).zero_() if gradient is None else gradient
@@ -417,7 +417,7 @@ def run_sequence(
     dropout: list[Tensor],
     keep: bool,
 ) -> list[Tensor]:
-    """Outputs and the state after the last step, by whatever stands for the operator; `keep` is for a backward."""
+    """Outputs and the state after the last step, by the operator or what takes its place; `keep` is for a backward."""
     tensors = [inputs, *state, *parameters]
     if not is_eager(tensors):
         results = _sequence(inputs, state, parameters, lengths, reset, dropout, *_as_operands(settings), keep)
@@ -451,7 +451,7 @@ def _as_operands(settings: SequenceSettings) -> list[Any]:
 
 
 def _takes_shared(settings: SequenceSettings) -> bool:
-    """Whether memory and link before the first step, and gradients by those after the last, may be shared."""
+    """Whether memory and link before the first step, and the gradients of those after the last, may be shared."""
     return settings.layout is not None and not settings.layout.whole_sequence
 
 
@@ -464,7 +464,7 @@ def _given(
     reset: Tensor | None,
     dropout: list[Tensor] | None,
 ) -> Given:
-    """As the operators take it, the lengths as a mask. What reads memory as it is sees the signs that numbers have."""
+    """From what the operators take, the lengths as a mask; with negation resolved, for what reads memory as it is."""
     running = None
     if lengths is not None:
         running = torch.arange(inputs.shape[0], device=inputs.device).unsqueeze(1) < lengths
@@ -476,7 +476,7 @@ def _given(
 
 
 def _whole(settings: SequenceSettings) -> Callable[[Tensor], Tensor]:
-    """Makes of a tensor what a backend reads as it lies in memory."""
+    """The function that makes of a tensor one that the backend can read as it lies in memory."""
     return _contiguous if settings.layout is None else aligned
 
 

@@ -17,7 +17,7 @@ from dnc_triton.sequence import pool
 class Parts:
     """Tensors one after the other in each row of a buffer, every one at a multiple of 16 bytes.
 
-    Kernels are compiled anew for what is not.
+    For what does not, kernels would be compiled anew.
     """
 
     def __init__(self, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:

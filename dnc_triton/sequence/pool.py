@@ -1,7 +1,7 @@
-"""Large buffers of the CPU that are taken again.
+"""Large buffers on the CPU that are reused.
 
-What malloc gives back to the system comes back as pages that are mapped and cleared anew, one by one: to write to them
-the first time takes nine times as long as the second. A history is given up after every backward and wanted again at
+What malloc gives back to the system comes back as pages that are mapped and cleared anew, one by one: writing to them
+takes nine times as long the first time as the second. A history is given up after every backward and wanted again at
 once, so its largest buffers wait here.
 """
 
@@ -27,13 +27,13 @@ _lock = ForkSafeLock()
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As `like.new_empty(shape)`, and what is large on a CPU is taken again once no tensor refers to it any more.
+    """As `like.new_empty(shape)`, but a large buffer on a CPU is reused once no tensor refers to it any more.
 
-    PyTorch cannot resize the storage of such a one.
+    PyTorch cannot resize the storage of such a tensor.
     """
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
-    # What a mode traces or fakes it must see; and a size that is not known yet must not be asked for how large it is.
+    # A mode must see what it traces or fakes; and a size that is not known yet must not be asked how large it is.
     if like.device.type != "cpu" or type(like) is not Tensor or is_in_torch_dispatch_mode() or size < SMALLEST:
         return like.new_empty(shape, dtype=dtype)
     block = _take(size)

@@ -35,7 +35,7 @@ class Product:
         return torch.addmm(base, x, self.weight.T, out=out)
 
     def backward(self, d_product: Tensor, out: Tensor, addend: Tensor | None = None) -> None:
-        """out = d_product weight, the gradient by x, and an addend [B, I]; d_product [B, O]."""
+        """out = d_product weight, the gradient of x, plus an addend [B, I]; d_product [B, O]."""
         if addend is not None:
             self.add_backward(d_product, out.copy_(addend))
         elif self.narrow:
@@ -51,11 +51,11 @@ class Product:
             out.addmm_(d_product, self.weight)
 
     def all_backward(self, d_product: Tensor) -> Tensor:
-        """The gradient by x for any number of leading axes."""
+        """The gradient of x for any number of leading axes."""
         return self._multiply(d_product, self.weight)
 
     def weight_gradient(self, d_product: Tensor, x: Tensor) -> Tensor:
-        """The gradient by the weight: d_productᵀ x over all leading axes, [O, I]."""
+        """The gradient of the weight: d_productᵀ x over all leading axes, [O, I]."""
         d_product, x = d_product.flatten(0, -2), x.flatten(0, -2)
         return (d_product.to(self.dtype).T @ x.to(self.dtype)).to(x.dtype)
 

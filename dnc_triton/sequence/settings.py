@@ -1,4 +1,4 @@
-"""What does not change over a sequence, and decides who computes it."""
+"""What does not change over a sequence, and decides what computes it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class SequenceSettings(NamedTuple):
         controller: a key of `CELLS`.
         num_layers: of the controller.
         clip: bound on the controller's state and on the output, or None.
-        max_activation_gradient: bound on each element of the gradient by a layer's hidden vector, or None.
-        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
+        max_activation_gradient: bound on each element of the gradient of a layer's hidden vector, or None.
+        strength_offset: what is added to the softplus of raw strengths: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         product_dtype: of the products with weights: the parameters' or, under autocast, a narrower one.
-        checkpoint: k: memory and link are kept at every k-th step; 1 keeps all, of links every `link_every`-th.
-        compiled: whether a step, controller and all, is made by PyTorch's compiler.
+        checkpoint: k: memory and link are kept at every k-th step; 1 keeps all, but of links every `link_every`-th.
+        compiled: whether a step, controller included, is compiled by PyTorch's compiler.
         layout: of the kernels; None for plain PyTorch.
     """
 

@@ -1,4 +1,4 @@
-"""`Product` by kernels of our own, for the few rows of which a library's set-up takes longer than the product."""
+"""`Product` by kernels of our own, for so few rows that a library's set-up takes longer than the product."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dnc_triton.kernels.products import PRODUCT, pack, product
 from dnc_triton.sequence.product import Product
 
 MOST_ROWS = 64  # of a batch
-# Products of two numbers, by the device. A library is ahead where it can use all of one; on a CPU the kernels would be
-# interpreted, one row after the other.
+# Products of two numbers, by kind of device. With more, a library is faster, as it can use a whole device; on a CPU the
+# kernels would be interpreted, one row after the other.
 MOST_WORK = {"cuda": 2**25, "cpu": 0}
 
 
 def is_small(batch: int, *weights: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `SmallProduct` serves, and may be expected to be the faster, for weights that are used together."""
+    """Whether `SmallProduct` serves, and may be expected to be faster, for weights that are used together."""
     like = weights[0]
     if like.dtype != dtype or dtype not in (torch.float32, torch.float64):
         return False

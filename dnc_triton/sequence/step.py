@@ -1,6 +1,6 @@
 """One step of a sequence by itself, in plain PyTorch, of which nothing is kept: as a stream wants it.
 
-What a sequence prepares takes as long as such a step: its buffers and their views. On a CPU they are used again here.
+To prepare a sequence, its buffers and their views, takes as long as such a step. On a CPU they are reused here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dnc_triton.sequence.history import History, Plan
 from dnc_triton.sequence.loop import Sequence
 from dnc_triton.sequence.settings import SequenceSettings
 
-LARGEST = 2**22  # bytes of buffers that wait: of a larger step to prepare them is a small part of the time
+LARGEST = 2**22  # bytes of buffers that are reused: preparing a larger step is a small part of its time
 
 
 class Step(Sequence):
@@ -40,7 +40,7 @@ class Step(Sequence):
         self.memory = self._memory(memory, reads)
 
     def bind(self, parameters: list[Tensor], input_size: int, before: Carried, after: Carried) -> None:
-        """Say of which network, as in `Sequence`, from which state to which one."""
+        """Set the network, as in `Sequence`, and the states that the step goes from and to."""
         self.states = before, after
         self._products(parameters, input_size)
         self.cells = self._make_cells()
@@ -49,7 +49,7 @@ class Step(Sequence):
         return self.states[step]
 
     def run_forward(self) -> None:
-        """The step, of which its gates have begun."""
+        """The step, after its gates have been begun (`_begin_gates`)."""
         self._begin_forward()
         self._forward_step(0)
 
@@ -80,7 +80,7 @@ def step_alone(
 
 
 def _bytes(settings: SequenceSettings, memory: Tensor, reads: int, interface_size: int, hidden_size: int) -> int:
-    """About what the buffers of a step take: of an LSTM with a clip, of which other controllers take a part."""
+    """About what the buffers of a step take, of an LSTM with a clip; other controllers take less."""
     batch, slots, word = memory.shape
     by_slot, by_unit = word + 12 * reads + 20, 12 * settings.num_layers
     return batch * (slots * by_slot + hidden_size * by_unit + 2 * interface_size) * memory.element_size()
@@ -103,6 +103,6 @@ def _prepare(
 
 @lru_cache(maxsize=32)
 def _prepared(*arguments: Any) -> tuple[Step, tuple[tuple[int, ...], ...]]:
-    """The same, made once for a thread, the last of the arguments."""
+    """The same, made once per thread, which is the last argument."""
     *sizes, _ = arguments
     return _prepare(*sizes)

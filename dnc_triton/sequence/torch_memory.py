@@ -30,7 +30,7 @@ class TorchMemory:
         vectors: [T, B, S], the raw interface vectors, each filled in before its step.
         kept: buffers for all steps.
         slots, word, reads: N, W, R.
-        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
+        strength_offset: what is added to the softplus of raw strengths: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
     """
 
@@ -135,18 +135,18 @@ class TorchMemory:
         self._update_link(prev.link.squeeze(1), prev.precedence, new.write_weights, new.link.squeeze(1))
 
     def _write(self, step: int, prev: MemoryState, new: MemoryState) -> None:
-        """M' = M − M ∘ w eᵀ + w vᵀ. Of three matrices `addcmul` is vectorised; of 1, a column and a row it is not."""
+        """M' = M − M ∘ w eᵀ + w vᵀ. `addcmul` is vectorised for three matrices, not for 1, a column and a row."""
         column = new.write_weights.mT
         torch.mul(column, self.gates[step].erase, out=self.words)
         torch.addcmul(prev.memory, prev.memory, self.words, value=-1, out=new.memory)
         new.memory.addcmul_(column, self.vectors[step].write_vector)
 
     def begin_backward(self, usage: Tensor, read_weights: Tensor, write_weights: Tensor, d_vectors: Tensor) -> None:
-        """Before the last step: all slopes.
+        """Before the last step's adjoint: all slopes.
 
         Args:
             usage, read_weights, write_weights: [T, ...], the fields of the memory before each step.
-            d_vectors: [T, B, S], where the gradients by the raw interface vectors go.
+            d_vectors: [T, B, S], where the gradients of the raw interface vectors go.
         """
         kept, gates, reads, word = self.all_kept, self.all_gates, self.reads, self.word
         steps, batch, slots = usage.shape
@@ -189,7 +189,7 @@ class TorchMemory:
         empty = usage.new_empty
         self.other_row, self.other_heads = torch.empty_like(self.row), torch.empty_like(self.heads)
         self.square = pool.empty((batch, slots, slots), usage)
-        # Both gradients by the link are products of parts of [df | wʳ | db].
+        # Both parts that reading adds to the link's gradient are products of parts of [df | wʳ | db].
         self.linked = empty(batch, 3 * reads, slots)
         self.d_forward, self.linked_read_weights, self.d_backward = self.linked.split(reads, 1)
         self.linked_left, self.linked_right = self.linked[:, : 2 * reads].mT, self.linked[:, reads:]
@@ -198,7 +198,7 @@ class TorchMemory:
         self.pair, self.d_pair = empty(batch, 2, 1), empty(batch, 2, slots)
         self.by_allocation, self.by_content = self.pair.unbind(1)
         self.d_allocation, self.d_write_content = self.d_pair[:, 0], self.d_pair[:, 1:]
-        # A product that goes to a part of a tensor is computed row by row of the batch, so it goes here before.
+        # A product written to part of a tensor would be computed row by row of the batch, so it goes here first.
         self.vector, self.head_vectors, self.by_head = (
             empty(batch, 1, word),
             empty(batch, reads, word),
@@ -215,11 +215,11 @@ class TorchMemory:
         Args:
             step: which.
             prev, new: the memory before and after it.
-            d_read_words: [B, R, W], gradient by the words read.
-            d: gradient by `new`, which is overwritten.
+            d_read_words: [B, R, W], gradient of the words read.
+            d: gradient of `new`, which is overwritten.
 
         Returns:
-            the gradient by `prev`; that by the interface vector goes to the `d_vectors` of `begin_backward`.
+            the gradient of `prev`; that of the interface vector goes to the `d_vectors` of `begin_backward`.
         """
         raw, kept, slopes, d_raw = self.vectors[step], self.kept[step], self.slopes[step], self.d_raw[step]
         gates, d_gates, row = self.gates[step], self.d_gates[step], self.row
@@ -307,10 +307,10 @@ class TorchMemory:
         d_write_weights: Tensor,
         d_precedence: Tensor,
     ) -> None:
-        """The adjoint of what is read from the new link, by way of `linked`, and of `_update_link`.
+        """The adjoint of what is read from the new link, from what is in `linked`, and of `_update_link`.
 
         Sets `d_read_weights` [B, R, N], adds to `d_write_weights` and `d_precedence` [B, 1, N], overwrites `d_link`
-        [B, N, N] with the gradient by the link before.
+        [B, N, N] with the gradient of the link before.
         """
         square = self.square
         # A row times a matrix is twice as fast as a matrix times a column.
@@ -326,7 +326,7 @@ class TorchMemory:
         d_link.mul_(square)
 
     def _sum_of_later(self, row: Tensor) -> Tensor:
-        """Of each entry in [B, N] the sum of those after it."""
+        """For each entry of [B, N] the sum of those after it."""
         return torch.mm(row, self.later, out=self.other_row)
 
     def _norm(self, memory: Tensor, norms: Tensor) -> None:

@@ -67,7 +67,7 @@ class TritonLSTM(LSTM):
         self._products_backward(step, d_hidden, d_below, addend)
 
     def _products_backward(self, step: int, d_hidden: Tensor, d_below: Tensor, addend: Tensor | None) -> None:
-        """From the gradient by the gates to those by what the products were with."""
+        """From the gradient of the gates to those of what the weights were multiplied with."""
         d_pre = self.d_pre_steps[step]
         if self.below.small:
             product(d_pre, self._packed_back, d_below, d_hidden, addend=addend)

@@ -1,7 +1,7 @@
 """The memory's part of a sequence by the kernels: the counterpart of `TorchMemory`, with the same methods.
 
-The kernels see to rows that a step resets, and to those that have ended: the memory before a step is given to them as
-the step before left it, and so is the gradient by the memory after it.
+The kernels themselves see to rows that a step resets, and to those that have ended: they are given the memory before a
+step as the step before left it, and likewise the gradient of the memory after it as the next step left it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TritonMemory:
         memory: any state's memory, [B, N, W].
         running, reset: [T, B] bool, or None: the rows that have not ended, and those that a step resets.
         reads: R.
-        strength_offset: what raw strengths get on top of softplus: 1 for oneplus, 0 for softplus.
+        strength_offset: what is added to the softplus of raw strengths: 1 for oneplus, 0 for softplus.
         stop_usage_gradient: as in `dnc_reference.memory_step`.
         layout: of the kernels.
         behind: step → by how many steps the link that its backward is given lies behind.
@@ -68,7 +68,7 @@ class TritonMemory:
         if self.marks is not None:
             _, slots, word = memory.shape
             self.zeros = memory.new_zeros(count_zeros(slots, word, reads))
-        self.aside: tuple[MemoryState, Tensor] | None = None  # for what is made again and not read
+        self.aside: tuple[MemoryState, Tensor] | None = None  # for what is recomputed and not used
 
     def begin_forward(self) -> None:
         """Before the first step: nothing."""
@@ -78,7 +78,7 @@ class TritonMemory:
         self._launch(step, prev, new, read_words)
 
     def replay(self, step: int, prev: MemoryState, new: MemoryState | None) -> None:
-        """The step once more, to the same bits, for what it keeps and for memory and link of `new`, if that is given.
+        """Run the step once more, to the same bits, for what it keeps and, if `new` is given, for its memory and link.
 
         Nothing else that the forward left is written to.
         """
@@ -101,8 +101,8 @@ class TritonMemory:
     ) -> MemoryState:
         """As in `TorchMemory`. What is given and what is returned alternate between two sets of buffers.
 
-        Of a row that has ended neither is written to, so both begin as copies of the gradient by its last state. What
-        is shared, one entry for all rows, cannot be written to and is not taken again.
+        For a row that has ended neither is written to, so both begin as copies of the gradient of its last state. What
+        is shared, one entry for all rows, cannot be written to and is not reused.
         """
         if self.spare is None:
             empty = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in d)
@@ -131,7 +131,7 @@ class TritonMemory:
         turn = step % len(self.kept)
         return self.kept[turn], self.free_list[turn]
 
-    # Work space, made when it is wanted: steps that are made again are launched between steps back, and may take more.
+    # Work space, made on demand: steps that are recomputed are launched between those back, and may take more.
 
     @cached_property
     def _forward_scratch(self) -> Tensor:
@@ -158,7 +158,7 @@ class TritonMemory:
 def _marks(running: Tensor | None, reset: Tensor | None) -> Tensor | None:
     """What the kernels are told of the rows at each step: [T, B], B rounded up to 16, uint8; or None.
 
-    So each step's begin at a multiple of 16 bytes: kernels are compiled anew for what does not.
+    So each step's marks begin at a multiple of 16 bytes: for others kernels would be compiled anew.
     """
     marks = None
     if running is not None:

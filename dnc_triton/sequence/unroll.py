@@ -1,4 +1,4 @@
-"""From a layer to the sequence operation: what it is made of, whether that says it all, and what to keep of a call."""
+"""From a layer to the sequence operation: its parameters, whether they say it all, and what to keep of a call."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def unroll_sequence(
         checkpoint: k: memory and link are kept for the backward at every k-th step, and made again in between; None
             keeps them at every step, of links every `layout.link_every`-th; "auto" does too while that takes at most a
             quarter of a GPU's memory, or 256 MiB on a CPU, and else takes the square root of T for k.
-        layout: of the kernels for the memory's part, or for all of it, which keeps every step: where that is too much
-            those of a step take over, in their default layout; None for plain PyTorch.
-        compiled: whether a step of that is compiled, for a CPU.
+        layout: of the kernels for the memory's part, or for a whole sequence in one launch, which keeps every step:
+            where that is too much, the kernels of a step take over, in their default layout. None for plain PyTorch.
+        compiled: whether a step of plain PyTorch is compiled, for a CPU.
     """
     steps, batch = inputs.shape[:2]
     if steps == 0:
@@ -108,7 +108,7 @@ def is_plain(cell: DNCCell) -> bool:
     of other sizes than the layer's, which then say so, and those with a weight made of other tensors (quantized, as by
     torchao, say), which knows PyTorch's operators and not ours.
     """
-    # At every call: a hook may come at any time. `nn.Module` answers by name what its dictionaries answer at once.
+    # At every call: a hook may come at any time. Asking `nn.Module` by name is slower than asking its dictionaries.
     interface, output, controller = (cell._modules.get(name) for name in ("interface", "output", "controller"))
     if type(interface) is not nn.Linear or type(output) is not nn.Linear:
         return False
@@ -149,7 +149,7 @@ def _is_composed(x: Tensor) -> bool:
 
 
 def _shapes(cell: DNCCell) -> list[tuple[int, ...]]:
-    """Of `_parameters_by_name`; how many outputs there are the output layer's own weight says."""
+    """The shapes of `_parameters_by_name`; the output layer's own weight says how many outputs there are."""
     hidden, read, interface = cell.hidden_size, cell.num_reads * cell.word_size, cell.interface_size
     rows = CELLS[cell.controller_kind].gates_per_unit * hidden
     shapes: list[tuple[int, ...]] = []
@@ -177,7 +177,7 @@ def parameters_of(cell: DNCCell) -> list[Tensor]:
 
 
 def _parameters_by_name(cell: DNCCell) -> list[Tensor | None]:
-    """In that order, which need not be the one in which a part has them: removing a pruning puts one at the end."""
+    """In the order of `Sequence`, which need not be a module's own: removing a pruning puts one at the end."""
     modules: Any = cell._modules
     layers = modules["controller"]._modules["layers"]._modules.values()
     of_layer = _OF_LINEAR if cell.controller_kind == "feedforward" else _OF_CELL

@@ -14,7 +14,7 @@ _VIEWS = {_aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.default, _at
 
 
 class WriteOnce(CustomGraphPass):
-    """What is copied to a buffer in the end goes there at once, and is read from there. Else it is written twice."""
+    """Writes what is copied to a buffer in the end there at once, and reads it from there. Else it is written twice."""
 
     def __call__(self, graph: Graph) -> None:
         for copy in graph.find_nodes(op="call_function", target=_aten.copy_.default):
@@ -35,7 +35,7 @@ def _form(node: Node) -> tuple[torch.dtype, torch.Size]:
 
 
 def _read_instead(graph: Graph, source: Node, copy: Node) -> None:
-    """Lets the copy follow at once, and all others read it instead of the source, and of what that is a view of."""
+    """Puts the copy right after its source, and lets all others read it instead of that and what that is a view of."""
     chain = [source]
     while chain[0].target in _VIEWS and chain[0].args[0].op == "call_function":  # type: ignore[union-attr]
         chain.insert(0, chain[0].args[0])  # type: ignore[arg-type]
