@@ -214,8 +214,8 @@ class Rows:
 
 # --- what is compared -------------------------------------------------------------------------------------------------
 
-# Twice what the reference makes in the same dtype, as everywhere, and a floor for rows in which that is by luck little:
-# so many ulps, at the largest magnitude that goes into a sum.
+# Twice the reference's error in the same dtype, as everywhere, and a floor for rows in which that is small by luck: so
+# many ulps, at the largest magnitude that goes into a sum.
 FACTOR, FLOOR_ULPS = 2, 16
 
 
@@ -275,7 +275,7 @@ def _condition(batch: Batch, problem: Problem, exact: Outcome) -> tuple[Tensor, 
 
 
 def check_batch(index: int, *, seed: int, rows: int, engine: str, row: int | None = None) -> tuple[int, str]:
-    """Compute a batch, or one row of it: how many problems these were, and what is wrong, or nothing."""
+    """Compute a batch, or one row of it. Returns how many problems these were, and what is wrong, or nothing."""
     torch.set_num_threads(1)
     batch, problem = draw_batch(seed, index, rows)
     first = 0
@@ -287,7 +287,7 @@ def check_batch(index: int, *, seed: int, rows: int, engine: str, row: int | Non
         with batched_interpreter() if engine == "batched" else nullcontext():
             actual = outcome(run_kernels, given, layout=batch.layout, **options)
         mismatch = compare(batch, problem, actual)
-    except Exception as error:  # whatever it is, who reads it wants to see it again
+    except Exception as error:  # whatever it is, the reader will want to reproduce it
         mismatch = Mismatch(0, f"{type(error).__name__}: {error}")
     count = tree_leaves(problem)[0].shape[0]
     if mismatch is None:
@@ -305,7 +305,7 @@ def run(
     rows: int | None = None,
     report: Callable[[str], None] = print,
 ) -> int:
-    """Check that many problems; the number of those that were, all of them right.
+    """Check that many problems. Returns how many were checked, all of them right.
 
     Raises:
         AssertionError: one is wrong.

@@ -83,7 +83,7 @@ class Call:
 
     @property
     def in_one(self) -> bool:
-        """Whether the sequence is one operation in PyTorch, where to make steps again changes no bit of any sum."""
+        """Whether the sequence is one operation in PyTorch, where recomputing steps changes no bit of any sum."""
         plain = self.choices["num_writes"] == 1 and not self.part
         return plain and self.choices["backend"] in ("torch_sequence", "auto")
 
@@ -397,7 +397,7 @@ def run(count: int, backend: str, *, seed: int = 0, report: Callable[[str], None
         call = draw(seed + index, backend)
         try:
             check(call)
-        except Exception as error:  # whatever it is, who reads it wants to see it again
+        except Exception as error:  # whatever it is, the reader will want to reproduce it
             again = f"python -m tests.fuzz_layer --backend {backend} --count 1 --seed {seed + index}"
             raise AssertionError(
                 f"after {index:,} calls that are right:\n{type(error).__name__}: {error}\n{call}\nagain: {again}"

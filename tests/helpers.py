@@ -157,7 +157,7 @@ def negated_when_read(tensor: Tensor) -> Tensor:
 
 
 def replace_parameters(module: torch.nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-    """Put a parameter of what `function` makes of its values in the place of each."""
+    """Replace each parameter with one of what `function` makes of its values."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             setattr(part, name, torch.nn.Parameter(function(parameter.detach())))
@@ -218,16 +218,16 @@ STATE_KEYS = MemoryState(
     write_weights="write_weights",
 )
 
-# From an all-zero start slots are interchangeable, and rounding decides which is written: these see which.
+# From an all-zero start slots are interchangeable, and rounding decides which is written: these depend on which.
 _HAS_SLOT_AXIS = re.compile(r"_(memory|usage|link|\w*weights)$")
 
 FORWARD_RTOL, GRADIENT_RTOL = 1e-10, 1e-9
 # The files' own float32 run is one draw of rounding errors; another order of summation makes another, hence the factor.
 F32_FACTOR = 4
-# Below this no error counts, in units of the dtype's ulp. Of a forward value: of the tensor's largest magnitude. Of a
-# gradient: of 1 at least, since it is a sum of terms of the magnitude of the loss weights, 1, known to an ulp of these
-# however far they cancel (bigstrength: to 1e-15). Without it a lucky yardstick would fail a good result: of a tensor
-# with one element, as many biases are, a second draw is more than 4 times the first in one case of six.
+# Below this no error counts, in ulps of the dtype. For a forward value these are at the tensor's largest magnitude; for
+# a gradient at 1 at least, since it sums terms of the magnitude of the loss weights, 1, and is known to an ulp of
+# these however far they cancel (bigstrength: to 1e-15). Without it a lucky yardstick would fail a good result: for a
+# tensor with one element, as many biases are, a second draw is more than 4 times the first in one case of six.
 F64_FLOOR_ULPS, F32_FLOOR_ULPS = 1, 4
 # Central differences are good to about 1e-8; a wrong gradient is off by far more than this.
 DIFFERENCES_ATOL = 1e-6
@@ -269,7 +269,7 @@ class Golden(NamedTuple):
         Args:
             actual: key in the file → what was computed, all in one dtype, which decides the tolerance. Tensors with
                 a slot axis are passed over where the order of slots is not decided.
-            without: what the code that is tested does not show.
+            without: what the tested code does not show.
             forced: every step began from the file's own state, so the order of slots is the file's: nothing is passed
                 over.
         """

@@ -1,4 +1,4 @@
-"""Programs at random around layers whose sequences may be replayed: what is held, changed and given up in between.
+"""Random programs around layers whose sequences may be replayed: what they hold, change and drop in between.
 
 A program is drawn from its seed alone, and computes the same by replays and by plain launches, to the last bit.
 """
@@ -35,13 +35,13 @@ class Program:
     Args:
         seed: what happens, and with what numbers.
         layers: which are changed.
-        disturb: what is told a number now and then, to do something that must make no difference.
+        disturb: called with a number now and then, to do something that must make no difference.
 
     Attributes:
         held: what it may still differentiate, or go on from.
-        returned: what it has computed, in its order, an empty tensor for a gradient that is none; record: as it was
+        returned: what it has computed, in order, with an empty tensor for a gradient that is None; record: copies made
             when it was returned.
-        errors: of `ERRORS`, with what they met.
+        errors: those of `ERRORS` that were raised, each with what raised it.
     """
 
     RARE = ("choose", "freeze", "settle")
@@ -114,7 +114,7 @@ class Program:
         groups = [group for group in (list(held.layer.parameters()), held.leaves) if pick.random() < 0.7]
         wanted = [x for group in groups for x in group if x.requires_grad and pick.random() < 0.9]
         again = pick.random() < 0.5
-        if not again and pick.random() < 0.8:  # else PyTorch says next time that it is gone
+        if not again and pick.random() < 0.8:  # else PyTorch complains the next time that it is gone
             self.held = [other for other in self.held if other is not held]
         tensors, weights = zip(*seen, strict=True)
         return torch.autograd.grad(tensors, wanted, weights, retain_graph=again, allow_unused=True) if wanted else None

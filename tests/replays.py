@@ -56,7 +56,7 @@ def make(**options: Any) -> DNC:
 
 
 def draw(dnc: DNC, seed: int, steps: int = STEPS) -> tuple[Tensor, DNCState]:
-    """Inputs and a state; every number another for another seed."""
+    """Inputs and a state; another seed gives other numbers throughout."""
     torch.manual_seed(seed)
     weight = dnc.output.weight
     state = dnc.initial_state(BATCH).map(lambda x: torch.rand_like(x) / 4)
@@ -82,7 +82,7 @@ def train(
     steps: int = STEPS,
     context: Callable[[], Any] = nullcontext,
 ) -> list[Any]:
-    """Rounds with other numbers and other weights each."""
+    """Rounds, each with other numbers and other weights."""
     dnc, seen = copy.deepcopy(dnc), []
     for seed in range(rounds):
         inputs, state = draw(dnc, seed, steps)
@@ -95,7 +95,7 @@ def train(
 
 
 def check_two_threads(dnc: DNC, without: Callable[..., Any]) -> None:
-    """Two threads that use a layer at once have what one has by plain launches."""
+    """Two threads that use a layer at once get what one gets by plain launches."""
     drawn = [draw(dnc, seed) for seed in range(30)]
     expected = [without(results, dnc, *given) for given in drawn]
     actual: list[Any] = [None, None]

@@ -71,7 +71,7 @@ def oracle(
 
 
 class Outcome(NamedTuple):
-    """All that a run computes, forward and backward; gradients by the name of what they are by."""
+    """All that a run computes, forward and backward; each gradient under the name of what it is of."""
 
     outputs: Tensor
     state: DNCState
@@ -103,7 +103,7 @@ def assert_parity(dnc: DNC, inputs: Tensor, given: DNCState | None, **options: A
 
 
 def assert_parity_of_single_steps(backend: str, **options: Any) -> None:
-    """Three steps by themselves, and one after a NaN; what they are given stays as it is."""
+    """Three steps by themselves, and one with a NaN in its inputs; what they are given stays as it is."""
     dnc, reference = (make(name, **options) for name in (backend, "reference"))
     inputs, state = draw(dnc)
     with torch.no_grad():
@@ -140,9 +140,9 @@ def least_gap(dnc: DNC, inputs: Tensor, given: DNCState) -> float:
 
 
 def most_allocated(run: Callable[[], Any]) -> int:
-    """The most bytes that a run has at once, of what it allocates; on the CPU, whose profiler counts that.
+    """The most bytes that a run has allocated at once; on the CPU, whose profiler counts them.
 
-    It does not see what comes from `pool`: without it all of it is PyTorch's.
+    It does not see what comes from `pool`, so nothing is taken from there.
     """
     with pytest.MonkeyPatch.context() as patch, torch.profiler.profile(profile_memory=True) as profile:
         patch.setattr(pool, "SMALLEST", sys.maxsize)

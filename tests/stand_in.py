@@ -1,4 +1,4 @@
-"""In the place of a CUDA device in the tests: a replay does what was recorded once more, on the CPU."""
+"""Takes the place of a CUDA device in the tests: a replay runs what was recorded once more, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dnc_triton.sequence.engine import Captured
 
 
 class StandIn:
-    """In the place of `engine.Engine`. As there a capture computes nothing: its results are NaN until a replay.
+    """Takes the place of `engine.Engine`. As there, a capture computes nothing: its results are NaN until a replay.
 
     Attributes:
         captures, replays, waits: how many there were.
-        kept: places of what plain launches may still read.
+        kept: addresses of what plain launches may still read.
         is_ready: what `ready` answers.
         failure: what a capture raises, if anything.
         extra: bytes of work space of each capture.
@@ -58,12 +58,12 @@ class StandIn:
 
 
 def launch_up_to_running(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """In the place of `kernel[grid]`, where kernels compile and there is nothing that runs them."""
+    """Takes the place of `kernel[grid]` where kernels compile and nothing can run them."""
     return lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
 
 
 class Driver:
-    """In the place of Triton's, of a device that compiles, and does nothing else."""
+    """Takes the place of Triton's driver, for a device that is compiled for and does nothing else."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget

@@ -41,7 +41,7 @@ def flush(x: Array) -> Array:
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    """a·b + c, rounded once; in float32 but for what is halfway twice."""
+    """a·b + c, rounded once; in float32 twice where the sum is halfway."""
     if a.dtype == "f4":
         return (a.astype("f8") * b.astype("f8") + c.astype("f8")).astype("f4")
     # The product as the sum of two numbers (Dekker), that plus c likewise (Knuth).

@@ -1,4 +1,4 @@
-"""In the place of a device: a kernel that is launched is compiled for an NVIDIA GPU and run by `machine` on the CPU."""
+"""Takes a device's place: a kernel that is launched is compiled for an NVIDIA GPU and run by `machine` on the CPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PROGRAMS: dict[str, tuple[Program, int]] = {}  # what was compiled, and its byte
 
 
 class Emulated:
-    """What takes the place of a `triton.jit` function: `kernel[grid](...)` on tensors of the CPU.
+    """Takes the place of a `triton.jit` function: `kernel[grid](...)` on tensors of the CPU.
 
     A mistake in it is an AssertionError that names the kernel, the line and what happened.
     """
@@ -76,7 +76,7 @@ class Emulated:
         assert all(map(np.array_equal, only_read, before)), "arguments overlap, and are written to"
 
     def variables(self, given: dict[str, Any]) -> dict[str, Any]:
-        """What is known at the launch only."""
+        """The arguments that are known only at the launch."""
         constant = {name: param.is_constexpr for name, param in zip(given, self.kernel.params, strict=True)}
         return {name: value for name, value in given.items() if not constant[name] and value is not None}
 
@@ -118,7 +118,7 @@ def reach(name: str, given: dict[str, Any]) -> tuple[int, int]:
 
 
 def as_integers(tensor: Tensor, earlier: tuple[int, int] = (0, 0)) -> Array | Window:
-    """The same memory; with what lies before it, where that is to be read."""
+    """The same memory; with what lies before it, where a kernel may read that."""
     flat, (entries, row) = tensor.detach().as_strided((tensor.numel(),), (1,)), earlier
     before, size = entries * row, flat.element_size()
     whole = flat.as_strided((before + flat.numel(),), (1,), flat.storage_offset() - before)

@@ -4,13 +4,13 @@ What Triton's interpreter does not show is here: which products and sums are fus
 what, and where the compiler put barriers and shuffles. While a kernel runs, `Mistake` is raised:
 
 - outside: an access is not inside of a buffer, or not aligned.
-- divergent: a barrier is not reached by all threads at once, or what a warp does together not by all of it.
+- divergent: not all threads reach a barrier at once, or not all of a warp reach what it does together.
 - uninitialised: a thread loads bytes of shared memory that nobody wrote, or elements of global memory that still hold
   the poison, 0xFF in every byte, with which buffers begin.
 - race: between two barriers of a block, a thread writes what another thread reads or writes. Threads that write the
   value that is there already are let off, and so are threads of one warp that in one instruction write to one place:
-  which of them wins is not said, but the same each time. Or somebody touches what is copied to asynchronously, before
-  the thread that copies has waited for that.
+  which of them wins is unspecified, but the same each time. Or a thread touches what is being copied to asynchronously,
+  before the thread that copies has waited for that.
 
 What it is not: the machine code that ptxas makes of PTX, which may fuse products and sums that are still apart. A
 device, whose approximate instructions (ex2, div.full, sqrt.approx) err by an ulp or two; here they are rounded
@@ -60,7 +60,7 @@ class Launch:
             self.code = [self._bind(instruction) for instruction in program.instructions]
 
     def finish(self) -> None:
-        """Write to the buffers what the blocks changed, whichever others are the same memory."""
+        """Write to the buffers what the blocks changed, even where several buffers are the same memory."""
         left = [(buffer.view("u1"), self.memory.bytes[at : at + buffer.nbytes]) for at, buffer in self.places]
         for buffer, result in [(buffer, result) for buffer, result in left if not np.array_equal(buffer, result)]:
             buffer[:] = result
@@ -254,9 +254,9 @@ class Launch:
         return run
 
     def _matrices(self, i: Instruction, place: str) -> Callable[..., Array]:
-        """Of `ldmatrix` and `stmatrix`: where the two numbers of matrix n are that are each thread's, side by side.
+        """For `ldmatrix` and `stmatrix`: where each thread's two numbers of matrix n are, side by side.
 
-        Of a matrix that is turned over they are below each other: `half` 0 and 1.
+        In a transposed matrix they are one below the other: `half` 0 and 1.
         """
         check(re.fullmatch(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16", i.op), i)
         address = self.registers.address(place, "u32")

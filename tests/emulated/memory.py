@@ -1,4 +1,4 @@
-"""A GPU's memory, global or shared, and a check of every access: inside of a buffer, of what was written, no race."""
+"""A GPU's memory, global or shared; every access is checked: inside of a buffer, of what was written, no race."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Memory:
         self.written[grains] = True
 
     def begin_copy(self, addresses: Array, size: int, threads: Array, epoch: int, i: Instruction) -> None:
-        """From here on a copy may be written, by the time of `end_copy` it is."""
+        """From here on a copy may be written; at `end_copy` it is."""
         grains = self._grains(self._offsets(addresses, size, i), size)
         self._note_write(grains, np.zeros(grains.shape, bool), threads, epoch, i)
         self.copying[grains] = True
@@ -80,7 +80,7 @@ class Memory:
         self.store(addresses, values, threads, epoch, i)
 
     def _offsets(self, addresses: Array, size: int, what: Instruction) -> Array:
-        """Of accesses that are all right."""
+        """Offsets of the accesses, all of which must be allowed."""
         offsets = addresses.astype("i8") - self.base
         inside = (offsets >= 0) & (offsets + size <= self.size)
         if inside.all():

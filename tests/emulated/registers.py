@@ -94,7 +94,7 @@ class Registers:
         return lambda mask: np.copyto(target, function(*sources), where=True if mask is None else mask)
 
     def _computed(self, i: Instruction, function: Callable[..., Array], to: str, *of: str) -> Runner:
-        """A function of all operands but the first, into that; their types, the last of them that of all others."""
+        """A function of all operands but the first, into that; `of`: their types, the last one that of all the rest."""
         operands = zip_longest(i.operands[1:], of[: len(i.operands) - 1], fillvalue=of[-1])
         return self.assign(self.target(i.operands[0], to), function, *(self.source(x, kind) for x, kind in operands))
 

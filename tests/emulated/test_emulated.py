@@ -37,7 +37,7 @@ GOLDENS = [
     case for case in test_kernel_goldens.CASES if load_golden(case.values[0]).meta["config"]["memory_size"] <= 16
 ]
 RANKED = [Case(1, slots, 3, 1, layout="spread", interface="oneplus") for slots in (140, 257)]
-# Of each dtype and layout the smallest, which comes last and stays.
+# Of each dtype and layout the smallest case: it comes last, and so stays.
 PARITY = {
     (case.dtype, case.layout): case
     for case in sorted(test_kernel_parity.CASES, key=lambda case: case.slots * case.word, reverse=True)
@@ -57,7 +57,7 @@ def test_parity(case: Case, device: torch.device) -> None:
 
 @pytest.mark.parametrize("case", RANKED, ids=str)
 def test_ranks_by_several_programs(case: Case, device: torch.device) -> None:
-    """Of which each holds its slots against those of several turns."""
+    """Each of which compares its slots with the others in several turns."""
     test_kernel_parity.test_parity(case, device)
 
 

@@ -48,7 +48,7 @@ class Words(Memory):
 )
 @pytest.mark.parametrize("at_once", [True, False])
 def test_who_may_write_what_was_read(readers: list[int], writer: int, wrong: bool, at_once: bool) -> None:
-    """Only who alone has read it, until there is a barrier."""
+    """Only a thread that alone has read it, until there is a barrier."""
     for barrier in (False, True):
         words = Words()
         for threads in [readers] if at_once else [[reader] for reader in readers]:

@@ -61,8 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 class InLittleTime:
     """Runs the important tests first, begins none after the time is up, and keeps a record.
 
-    A run that has left out a test does not succeed. With claims, one in which the device stops working ends, and leaves
-    the tests that come to the others.
+    A run that has left out a test does not succeed. With claims, a process in which the device stops working ends, and
+    leaves the remaining tests to the others.
     """
 
     def __init__(self, seconds: float | None, claims: Path | None, record: Path | None) -> None:
@@ -83,13 +83,13 @@ class InLittleTime:
         self.claims.mkdir(parents=True, exist_ok=True)
         for item in session.items:
             try:
-                # With its name in it, by which what never ended can be told.
+                # With the test's name in it, which tells what never ended.
                 with (self.claims / sha256(item.nodeid.encode()).hexdigest()).open("x", encoding="utf-8") as claim:
                     claim.write(item.nodeid)
             except FileExistsError:
                 continue
             failed = session.testsfailed
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)  # which comes next nobody knows yet
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)  # nobody knows yet which comes next
             if session.testsfailed > failed and not device_works():
                 raise session.Interrupted("the device has stopped working in this process")
         return True
@@ -121,7 +121,7 @@ class InLittleTime:
 
 
 def device_works() -> bool:
-    """Whether it does what it is told; after an access out of bounds, say, it does nothing more in a process."""
+    """Whether the device still works in this process; after an access out of bounds, say, it does nothing any more."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -132,7 +132,7 @@ def device_works() -> bool:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tested depends neither on what is the fastest here nor on the tests before: nothing is remembered."""
+    """A test depends neither on what is fastest here nor on the tests before it: nothing is remembered."""
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     monkeypatch.setenv("DNC_TRITON_CACHE", "/dev/null/nowhere")
     monkeypatch.setattr(dispatch, "_settled", {})  # some have layouts of their own, for problems that others have too
@@ -141,7 +141,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _full_precision() -> Iterator[None]:
-    """Of products outside of the kernels, also where the environment asks for TF32."""
+    """Products outside of the kernels are in full precision, even where the environment asks for TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield

@@ -141,7 +141,7 @@ def test_many_programs_same_bits(layout: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_full_precision_whatever_is_allowed(precision: str, device: torch.device) -> None:
-    """Who lets PyTorch round the factors of its products says nothing about ours."""
+    """Letting PyTorch round the factors of its products does not affect ours."""
     case = Case(2, 128, 64, 4, "float32", "split", "oneplus")
     problem = draw(case)
     before = torch.get_float32_matmul_precision()

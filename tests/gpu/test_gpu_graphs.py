@@ -185,7 +185,7 @@ def test_random_programs(seed: int, device: torch.device, without: Any) -> None:
 
 
 def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:
-    """Neither their rehearsal on another stream nor their capture has anything to do with ours, which is there."""
+    """Neither their rehearsal on another stream nor their capture affects our graph, which exists already."""
     dnc = make(device)
     train(dnc, 3)
     replays = engine().replays
@@ -213,7 +213,7 @@ def test_a_capture_of_the_users(device: torch.device, without: Any) -> None:
 
 
 def test_a_capture_of_a_whole_training_step(device: torch.device, without: Any) -> None:
-    """As docs/own_data.md has it: loss and optimizer too. The weights are those of a loop to the bit."""
+    """As docs/own_data.md has it: loss and optimizer too. To the bit, the weights are those of a loop."""
 
     def trained(captured: bool) -> list[Tensor]:
         dnc = make(device, dtype=torch.float32)
@@ -308,7 +308,7 @@ def test_within_a_pool_of_the_users(device: torch.device, without: Any) -> None:
         others = [torch.full((2**size,), torch.nan, device=device) for size in (8, 12, 16, 20)]
         assert_same_bits(train(dnc, 6), expected)
         assert all(other.isnan().all() for other in others)
-    graphs._graphs.clear()  # whose copies of what they are given are in that pool
+    graphs._graphs.clear()  # their copies of what they are given are in that pool
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
@@ -335,7 +335,7 @@ def test_a_thread_that_measures_ends_no_capture_of_another(
     def measure() -> None:
         while not ended.is_set():
             torch.ones(1000, device=device).sum()
-            tuning._wait(device)  # no more of it: what others capture meanwhile is given up after a measurement
+            tuning._wait(device)  # nothing more: after a measurement, what others captured meanwhile would be given up
 
     thread = threading.Thread(target=measure)
     thread.start()
@@ -350,7 +350,7 @@ def test_a_thread_that_measures_ends_no_capture_of_another(
 
 
 def test_who_forbids_to_wait_for_the_device_is_not_refused(device: torch.device, without: Any) -> None:
-    """A capture waits, and so does who gives a graph up: once, and not in a training's own steps."""
+    """A capture waits, and so does giving a graph up: once, and not in a training's own steps."""
     dnc = make(device, "torch_sequence")
     expected = without(train, dnc, 3)
     torch.cuda.set_sync_debug_mode("error")
@@ -380,7 +380,7 @@ def test_more_than_the_bound(
 
 
 def test_memory_stays_within_the_bound(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what the allocator holds, which has given up what was given up."""
+    """So does what the allocator holds, which has released what was given up."""
     monkeypatch.setenv(environment.GRAPH_MEMORY, "160")  # of some 250 that all would take
     dnc = make(device, memory_size=128, word_size=32, num_reads=4, dtype=torch.float32)
     for seed in range(2):
@@ -398,7 +398,7 @@ def test_memory_stays_within_the_bound(device: torch.device, monkeypatch: pytest
 
 
 def test_what_a_library_keeps_for_its_products_may_be_forgotten(device: torch.device, without: Any) -> None:
-    """As PyTorch's compiler does, and since 2.12 the end of a graph: those that are there go on, without the first."""
+    """As PyTorch's compiler does, and since 2.12 a graph's end: graphs that are there go on, even without the first."""
     first, second = make(device, dtype=torch.float32), make(device, "torch_sequence", dtype=torch.float32)
     expected = without(train, second, 6, steps=100)
     train(first, 3)
@@ -428,7 +428,7 @@ def test_a_capture_that_the_device_refuses(
     caplog: pytest.LogCaptureFixture,
     without: Any,
 ) -> None:
-    """It asks for a number, which is not there yet. Nothing is left of it, not even for a graph of the user's."""
+    """Its call asks for a number that is not there yet. It leaves no trace, not even in a graph of the user's."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         drawn = torch.rand(4, device=device)

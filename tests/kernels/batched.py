@@ -34,7 +34,7 @@ def batched_interpreter() -> Iterator[None]:
 
 
 class Kernel:
-    """What takes the place of a kernel: `kernel[grid](...)` runs it."""
+    """Takes the place of a kernel: `kernel[grid](...)` runs it."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
@@ -193,7 +193,7 @@ class Language:
 
     @staticmethod
     def maximum(a: Value, b: Any) -> Value:
-        """Of a number and NaN the number, as compiled; so in `max`."""
+        """Of a number and a NaN, the number, as when compiled; likewise in `max`."""
         return Value(torch.fmax(*(torch.as_tensor(x, dtype=a.dtype) for x in _aligned(a, b))))
 
     @staticmethod

@@ -25,9 +25,9 @@ from dnc_triton.sequence import one_launch
 
 
 class Margins(TorchFunctionMode):
-    """Inside of the launching code, what `new_empty` and `empty_like` return holds NaN and lies in a buffer of NaN.
+    """In the launching code, what `new_empty` and `empty_like` return holds NaN and lies in a larger buffer of NaN.
 
-    So a number that a kernel does not write, or takes from beside a tensor, is a NaN in the result, and one that it
+    So a number that a kernel does not write, or reads from beside a tensor, is a NaN in the result, and one that it
     writes beside a tensor shows in `check`. Integers are −1: an index that leads from a tensor into its margin.
     """
 
@@ -96,11 +96,11 @@ def margins() -> Iterator[Margins]:
 
 
 class LaunchesInMargins:
-    """In the place of `launch_or_compile`: what a kernel is given lies in larger buffers while it runs.
+    """Takes the place of `launch_or_compile`: what a kernel is given lies in larger buffers while it runs.
 
     For launches into buffers that the caller has made. Arguments that share storage share a buffer, and lie in it as
     they did. What surrounds them, or lies between them, is 0xFF in every byte: NaN, or −1. A kernel that writes there
-    fails at once; of what it reads there its results tell.
+    fails at once; what it reads there shows in its results.
     """
 
     SIZE = 1024  # bytes on either side
@@ -141,8 +141,8 @@ class LaunchesInMargins:
 
 @contextmanager
 def launches_of_aligned() -> Iterator[None]:
-    """All that kernels are given begins at a multiple of 16 bytes, as Triton has compiled. Not what those of a step of
-    the controller alone are, nor the features after each step, which begin with the second entry of a buffer.
+    """All that kernels are given begins at a multiple of 16 bytes, as they are compiled for. Not what those of the
+    controller's step are given, nor the features after each step, which begin with the second entry of a buffer.
     """
 
     def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -158,7 +158,7 @@ def launches_of_aligned() -> Iterator[None]:
 
 
 def beside_16_bytes(tensor: Tensor) -> Tensor:
-    """A copy that is contiguous and begins a number later than at a multiple of 16 bytes."""
+    """A contiguous copy that begins one number past a multiple of 16 bytes."""
     wide = tensor.new_empty(tensor.numel() + 16 // tensor.itemsize)
     first = (16 - wide.data_ptr() % 16) // tensor.itemsize % (16 // tensor.itemsize) + 1
     copy = wide[first : first + tensor.numel()].view(tensor.shape).copy_(tensor.detach())
@@ -167,7 +167,7 @@ def beside_16_bytes(tensor: Tensor) -> Tensor:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """The same memory. To write to it is none of autograd's business."""
+    """The same memory, as bytes that can be written to without autograd noticing."""
     size, offset = tensor.nbytes, tensor.storage_offset() * tensor.itemsize
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), offset, (size,))
 
@@ -220,7 +220,7 @@ class Case(NamedTuple):
 
 
 def pick_layout(name: str, slots: int, word: int) -> Layout:
-    """The first layout that may be taken for this size, of those that are "fused" or "split"; or "spread"."""
+    """The first layout for this size of those that are "fused" or "split"; or a "spread" one."""
     layout = next(layout for layout in layouts(slots) if layout.fused == (name == "fused"))
     # At any size, and with several tiles beside each other.
     return layout._replace(columns=16, spread=True, ranks=True) if name == "spread" else layout
@@ -386,7 +386,7 @@ def rounded_to(nest: Any, dtype: torch.dtype) -> Any:
 
 # --- what error is allowed --------------------------------------------------------------------------------------------
 
-# Twice what the reference makes in the same dtype: it is one draw of rounding errors, the kernel another.
+# Twice the reference's error in the same dtype: it is one draw of rounding errors, the kernel another.
 FACTOR = 2
 # What counts as no error, in ulps of the dtype at the largest magnitude of a tensor: one of few elements, as a gate's
 # gradient may be, is now and then right by luck.
@@ -449,7 +449,7 @@ def _complaint(name: str, actual: Tensor, exact: Tensor, same_dtype: Tensor, rto
 
 
 def pairwise(factors: dict[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """Few combinations in which every two values of two factors meet, by taking each time what meets the most."""
+    """A few combinations in which every two values of two factors meet, chosen greedily."""
     names = list(factors)
     missing = {
         ((first, a), (second, b))

@@ -1,7 +1,7 @@
 """Triton's interpreter in less than half the time, to the same bits.
 
-What it computes takes little of its time. Most goes into what it does over again: for a launch, for a call of a device
-function, for every single operation.
+Little of its time goes into what it computes, most into what it repeats: at each launch, at each call of a device
+function, at every single operation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def make_quick() -> None:
 
 
 def _prepare_once_per_launch() -> None:
-    """It replaces the functions of `tl` at each launch, and again at each call of a device function.
+    """The interpreter replaces the functions of `tl` at each launch, and again at each call of a device function.
 
     But those of one module share one `tl`: once per launch and module is enough.
     """
@@ -46,7 +46,7 @@ def _prepare_once_per_launch() -> None:
 
 
 def _remember_numpy_dtypes() -> None:
-    """It looks each up in a table that it makes first."""
+    """The interpreter looks each up in a table that it makes anew each time."""
     look_up = interpreter._get_np_dtype
     known: dict[str, Any] = {}
 
@@ -60,9 +60,9 @@ def _remember_numpy_dtypes() -> None:
 
 
 def _remember_shapes() -> None:
-    """A shape is a tuple of Triton's, of constants of Triton's for a tensor, made anew and compared at each operation.
+    """A shape is one of Triton's tuples (for a tensor, of its constants), made anew and compared at each operation.
 
-    Here types of one shape share one tuple, by which two can be told to be the same without a look inside.
+    Here types of one shape share one tuple, so that two can be seen to be the same without looking inside.
     """
     of_types: dict[tuple[int, ...], tuple[Any, int, str]] = {}
     of_tensors: dict[tuple[int, ...], tuple[Any, Any]] = {}

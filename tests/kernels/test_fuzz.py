@@ -1,4 +1,4 @@
-"""Random problems: some of them here, a million with `python -m tests.fuzz`. And that it would see a mistake."""
+"""Random problems: some of them here, a million with `python -m tests.fuzz`; and that a mistake would be seen."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_every_result_of_every_row_is_compared(dtype: torch.dtype, monkeypatch: 
 
 
 def test_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each row, and there of its largest number: twice the error of the same dtype, and 16 ulps by a condition."""
+    """Per row, at its largest number: twice the error in the same dtype, plus 16 ulps times a condition."""
     want, error = torch.tensor([[0.5, 0.1], [4.0, -2.0]]).double(), torch.tensor([[0.0, 1e-3], [1e-2, 0.0]]).double()
     exact, theirs = Outcome({"x": want}, {"d_x": want}), Outcome({"x": want + error}, {"d_x": want - error})
     monkeypatch.setattr(fuzz, "outcome", lambda _, given, **__: exact if given.dtype == torch.float64 else theirs)

@@ -1,4 +1,4 @@
-"""What the sequences of the kernels allocate: nothing in a step. Nothing is launched: it is no matter of numbers."""
+"""What the sequences of the kernels allocate: nothing in a step. Nothing is launched: numbers do not matter here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHOICES = {
 
 
 class Allocations(TorchDispatchMode):
-    """Counts what returns a tensor of a storage that it was not given, by operator."""
+    """Counts, by operator, the calls that return a tensor with a storage that they were not given."""
 
     def __init__(self, made: Counter[str]) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     + [(backend, name) for backend in ("triton_fused", "triton_split") for name in CHOICES],
 )
 def test_no_step_allocates(backend, name, small, masked, allocated, monkeypatch):
-    """But for what autocast rounds."""
+    """Except for what autocast rounds."""
     monkeypatch.setattr(small_product, "MOST_WORK", {"cpu": 2**20 * small})
     choice, batch = CHOICES[name], 2
 

@@ -1,4 +1,4 @@
-"""How what a sequence by kernels is given lies in memory, and that nothing beside it is touched."""
+"""How the arguments of a sequence by kernels may lie in memory, and that nothing beside them is touched."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dnc_triton.sequence.triton_memory import TritonMemory
 def test_zeros_of_one_element_for_all(
     backend: str, options: dict[str, Any], call: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bits that zeros of every element make. The kernels of a step read them as they are; others have copies."""
+    """To the same bits as zeros for every element. The kernels of a step read them as they are; others get copies."""
     dnc = make(device, **options)
     inputs, _ = draw(dnc, 3, batch=3)
     forwards: list[tuple[bool, bool]] = []  # of each step, whether memory and link before it are shared
@@ -78,7 +78,7 @@ def test_zeros_of_one_element_for_all(
         with use_backend(backend):
             outputs, last = dnc(inputs, **call)
         loss = outputs.square().sum()
-        if not shared:  # a gradient by the last state that is zeros, and there
+        if not shared:  # a gradient of the last state that is zeros, but exists
             loss = loss + sum((0 * x).sum() for x in tree_leaves(last))
         return outputs, torch.autograd.grad(loss, [inputs, *dnc.parameters()])
 
@@ -88,7 +88,7 @@ def test_zeros_of_one_element_for_all(
         assert forwards[0] == (True, True)
         assert not any(map(any, forwards[1:3]))
         assert backwards[-1] == (True, True, False)
-        # Rows that have ended keep the gradient by their last state, for which it must be there.
+        # Rows that have ended keep the gradient of their last state, so it must exist in full.
         assert [d_shared for *_, d_shared in backwards] == ["lengths" not in call, False, False]
     assert_same_bits(actual, gradients(shared=False))
     assert not any(map(any, forwards + backwards))
@@ -113,7 +113,7 @@ def test_a_state_of_one_element_for_all(device: torch.device) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 16, 17])
 def test_marks_are_aligned_at_each_step(batch: int) -> None:
-    """Else the kernels would be compiled twice."""
+    """Otherwise the kernels would be compiled twice."""
     vectors, memory = torch.zeros(3, batch, 30), torch.zeros(batch, 5, 4)
     kept = [vectors.new_empty(3, *shape) for shape in kept_shapes(batch, 5, 2)]
     options: dict[str, Any] = dict(reads=2, strength_offset=1.0, stop_usage_gradient=False)
@@ -139,7 +139,7 @@ STRIDES = ["transposed", "gaps", "expanded"]
 @each_backend
 @pytest.mark.parametrize("turn", range(3))
 def test_strided_inputs_and_nothing_is_written_to(turn: int, backend: str, device: torch.device) -> None:
-    """Inputs and each part of the state lie one way or another, among NaN; in three turns every way."""
+    """Inputs and each part of the state lie in one way or another, among NaN; in three turns, in every way."""
     dnc = make(device)
     around, strides = Margins(), cycle(STRIDES[turn:] + STRIDES[:turn])
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_strided_inputs_and_nothing_is_written_to(turn: int, backend: str, devic
 
 @each_backend
 def test_what_is_negated_when_it_is_read(backend: str, device: torch.device) -> None:
-    """As the imaginary part of a conjugate is: in memory it has the other sign."""
+    """Like the imaginary part of a conjugate, which has the other sign in memory."""
     dnc = make(device)
     inputs, state = draw(dnc, 2)
     expected = run(dnc, inputs, state, "reference")
@@ -169,7 +169,7 @@ def test_what_is_negated_when_it_is_read(backend: str, device: torch.device) -> 
 
 @each_backend
 def test_what_does_not_begin_at_16_bytes(backend: str, device: torch.device) -> None:
-    """Parts of one buffer, for example: as kernels are compiled for others, it is copied. Weights too.
+    """Parts of one buffer, for example: kernels are compiled for aligned ones, so these are copied. Weights too.
 
     For them the backward of one launch adds up in another order, and a replayed graph has copies elsewhere.
     """
@@ -183,7 +183,7 @@ def test_what_does_not_begin_at_16_bytes(backend: str, device: torch.device) -> 
 
 
 def test_a_gradient_that_does_not_begin_at_16_bytes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor inputs, of which the kernel for gradients by weights takes the place where they lie."""
+    """Nor inputs, which the kernel for the weights' gradients reads where they lie."""
     monkeypatch.setattr(one_launch, "MOST_ROWS", {device.type: 2**10})
     dnc = make(device, dtype=torch.float32, batch_first=False)
     inputs = torch.randn(2, 3, INPUTS, device=device)
@@ -201,7 +201,7 @@ def test_a_gradient_that_does_not_begin_at_16_bytes(device: torch.device, monkey
 
 @pytest.mark.parametrize(("backend", "small"), [(BACKEND, False), ("triton_fused", True), ("triton_split", False)])
 def test_strided_parameters(backend: str, small: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which the kernels take the places where they lie."""
+    """Of which the kernels take the addresses alone."""
     monkeypatch.setattr(small_product, "MOST_WORK", {device.type: 2**20 * small})
     dnc = make(device)
     inputs, state = draw(dnc, 2)
@@ -235,7 +235,7 @@ def test_nothing_beside_a_buffer_is_touched(
 ) -> None:
     """In float32 with a row that ends, and rows that begin anew. Of two layers only the highest has the interface.
 
-    The kernel for gradients by weights sums in float32, and leaves others to the library.
+    The kernel for the weights' gradients sums in float32, and leaves other dtypes to the library.
     """
     dnc = make(device, dtype=dtype, clip=0.4, num_layers=1 if backend == BACKEND else 2)
     inputs, state = draw(dnc, 2)
@@ -252,7 +252,7 @@ def test_nothing_beside_a_buffer_is_touched(
 
 
 def test_one_launch_with_other_tiles_backward(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For which its work space is made; no layout of one launch has them yet."""
+    """The work space is made for these; no layout of one launch has them yet."""
     layout = Layout(True, 2, 16, 1, whole_sequence=True, backward_rows=16)
     monkeypatch.setattr(dispatch, "sequence_layouts", lambda slots, word: [layout])
     dnc = make(device, sizes=(16, 1, 2))

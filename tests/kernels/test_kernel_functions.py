@@ -52,21 +52,21 @@ def bounds_kernel(x_ptr, out_ptr):
 
 
 def run(name: str, x: Tensor) -> Tensor:
-    """Decided here, in a test, whether that is interpreted, as for the functions it calls."""
+    """Whether the kernel is interpreted is decided here, in a test, as for the functions it calls."""
     out = torch.full_like(x, torch.nan)
     triton.jit(function_kernel)[(triton.cdiv(len(x), BLOCK),)](x, out, len(x), NAME=name, BLOCK=BLOCK)
     return out
 
 
 def test_a_nan_is_lost_in_a_maximum_and_a_minimum(device: torch.device) -> None:
-    """In the interpreter as on a device: else it would not show where a kernel loses one."""
+    """In the interpreter as on a device: otherwise it would not show that a kernel loses one."""
     out = torch.zeros(4, device=device)
     triton.jit(bounds_kernel)[(1,)](torch.tensor([torch.nan, 3.0], device=device), out)
     assert out.tolist() == [1, 3, 2, 2]
 
 
 def test_the_table_of_equations_names_functions_that_are_there():
-    """At the top of `step`, each by its module, or behind another of the same."""
+    """At the top of `step`, each behind its module's name, or behind another function of that module."""
     table = step.__doc__.partition("    equation ")[2]
     assert "update_usage" in table
     for names in re.findall(r"[a-z]+\.[a-z_]+(?:, \.[a-z_]+)*", table):
@@ -78,7 +78,7 @@ def test_the_table_of_equations_names_functions_that_are_there():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """A few units in the last place, however large or small the argument: what is left over is relative."""
+    """A few units in the last place, however large or small the argument: the error is relative."""
     generator = torch.Generator().manual_seed(0)
     size = torch.logspace(-6, 1.9, 4000, dtype=torch.float64)  # up to 79: e⁻ˣ is no subnormal
     x = (size * (torch.randint(0, 2, size.shape, generator=generator) * 2 - 1)).to(dtype)
@@ -98,7 +98,7 @@ def test_where_there_is_no_number(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [1.0, 2.0, 3.0, -1.0]), (0, [-1.0] * 4)])
 def test_a_mask_of_what_holds_for_all_of_a_block(count: int, expected: list[float], monkeypatch) -> None:
-    """Interpreted, it is one of truth values: Triton takes no other from 3.9 on."""
+    """Interpreted, it is a mask of booleans: from 3.9 on Triton takes no other."""
     load, masks = InterpreterBuilder.create_masked_load, []
 
     def load_and_look(self, pointers, mask, *others):
@@ -115,7 +115,7 @@ def test_a_mask_of_what_holds_for_all_of_a_block(count: int, expected: list[floa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_ranks_are_the_order_of_a_sort(dtype: torch.dtype, device: torch.device) -> None:
-    """Of many that are equal, far from each other too, the lower slot first; and NaN before all others."""
+    """Of many that are equal, even far apart, the lower slot comes first; and NaN before all others."""
     slots = 300
     levels = torch.randint(0, 5, (1, slots), generator=torch.Generator().manual_seed(0)) / 4
     levels[0, [3, 140, 299]] = torch.nan
@@ -144,14 +144,14 @@ def test_what_lies_far_behind() -> None:
 
 
 def _gradient_of_a_step(row: int) -> StepGradient:
-    """With the link three steps behind, and so many numbers from what one step has to that of the next."""
+    """With the link three steps behind, and `row` numbers between the entries of one step and the next."""
     slots, word, behind, layout = 16, 4, 3, Layout(False, 8, 16, 1)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator) / slots
 
-    # Addresses, with memory behind those that are written to alone.
+    # Address space, backed by memory only where it is written to.
     addresses = mmap.mmap(-1, 4 * row * (behind + 2), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     entries = torch.frombuffer(addresses, dtype=torch.float32).unflatten(0, (behind + 2, row))
     entries[:, : 2 * slots] = draw(behind + 2, 2 * slots)

@@ -47,7 +47,7 @@ def test_zeros_of_one_element_for_all(without: Callable[..., Any], monkeypatch: 
 
 
 def test_a_state_that_a_hook_makes_whole(without: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between a forward that was replayed and the capture of its backward, as one may that moves what is large."""
+    """Between a forward that was replayed and the capture of its backward, as a hook that moves large tensors may."""
     monkeypatch.setattr(layer, "SHARED", {"cpu": [5]})
     dnc = make(backend="triton_split")
     shared: list[bool] = []

@@ -1,4 +1,4 @@
-"""What a sequence by kernels keeps for its backward, what it makes again, and what it does without one."""
+"""What a sequence by kernels keeps for its backward, what it recomputes, and what it does without a backward."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_memory_without_gradients_does_not_grow_with_the_sequence(backend: str, 
     dnc = make(device, sizes=(32, 4, 2), backend=backend)
 
     def most(steps: int, *, keep: bool = False) -> int:
-        """But for the outputs: the pieces, and the whole."""
+        """Without the outputs, in pieces and as a whole."""
         inputs, state = draw(dnc, steps)
         with torch.set_grad_enabled(keep):
             return most_allocated(lambda: dnc(inputs, state)) - 2 * inputs.numel() // INPUTS * OUTPUTS * 8
@@ -69,7 +69,7 @@ def test_memory_without_gradients_does_not_grow_with_the_sequence(backend: str, 
 def test_checkpoints_are_for_the_kernels_of_a_step(
     slots: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the layout that they have where nothing was measured, for what was is one launch for all steps."""
+    """In their default layout, for what was measured is one launch for all steps."""
     dnc = make(device, sizes=(slots, 3, 1), checkpoint=2, backend=BACKEND)
     inputs, state = draw(dnc, 2, batch=1)
     asked = []
@@ -95,7 +95,7 @@ def test_checkpoints_are_for_the_kernels_of_a_step(
     ],
 )
 def test_lean_is_full_to_the_last_bit(backend: str, checkpoint: int, dtype: torch.dtype, device: torch.device) -> None:
-    """In three launches links are made again in registers, a few steps of them or, lean, other steps."""
+    """In three launches links are recomputed in registers, over a few steps, which are other ones if lean."""
     full, lean = (make(device, checkpoint=every, dtype=dtype) for every in (None, checkpoint))
     inputs, state = draw(full, 6)
     reset = torch.tensor([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool, device=device)
@@ -127,7 +127,7 @@ def test_lean_is_full_in_float64(backend: str, checkpoint: int, device: torch.de
 def test_steps_made_again_have_room_for_their_tiles(
     forward: int, backward: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of which there may be more than the backward has, and fewer."""
+    """There may be more of these than the backward has, or fewer."""
     layout = Layout(False, forward, 16, 1, backward_rows=backward)
     monkeypatch.setattr(dispatch, "layouts", lambda slots: [layout])
     dnc = make(device, sizes=(16, 1, 2), checkpoint=2)

@@ -1,4 +1,4 @@
-"""While kernels compile ahead nothing runs, of this thread's launches alone, and nothing of it is left behind.
+"""While kernels compile ahead, none of this thread's launches run, other threads' do, and nothing is left behind.
 
 That what compiles is what will be launched is in tests/test_compiling_ahead.py, where nothing is interpreted.
 """
@@ -34,7 +34,7 @@ def add(out: torch.Tensor) -> torch.Tensor:
 
 
 def test_this_threads_launches_alone_run_nothing() -> None:
-    """Not those of a thread that it starts, which without Python's global lock has its context."""
+    """Those of a thread that it starts do run, though without Python's global lock that inherits its context."""
     elsewhere = []
     with launcher.compiling_ahead(CPU):
         assert launcher.is_compiling_ahead()
@@ -53,7 +53,7 @@ def test_this_threads_launches_alone_run_nothing() -> None:
 
 
 def test_kernels_are_launched_one_at_a_time() -> None:
-    """A second thread must not find one that is only half loaded. Each is asked for with fused products and sums."""
+    """A second thread must not find one that is only half loaded. Each is launched with fused products and sums."""
     inside, seen, given = [], [], []
 
     class Kernel:
@@ -91,7 +91,7 @@ def test_kernels_are_launched_one_at_a_time() -> None:
 def test_launches_overlap_in_a_block_where_the_layout_says_so_and_the_device_can(
     overlaps: bool | None, device: str, capability: tuple[int, int], hip: str | None, expected: bool, monkeypatch
 ) -> None:
-    """The kernel is told of it, which else would not wait. After the block, however it ends, none does."""
+    """The kernel is told, as otherwise it would not wait. After the block, however it ends, none overlaps."""
     monkeypatch.setattr(launcher, "can_overlap", launcher.can_overlap.__wrapped__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -116,7 +116,7 @@ def test_an_error_in_the_block_ends_it() -> None:
 
 
 def test_what_compiles_alike_is_begun_once() -> None:
-    """Dtypes tell launches apart, and options, and whether there is a tensor at all; no number does, and no size."""
+    """Dtypes, options, and whether there is a tensor at all, tell launches apart; numbers and sizes do not."""
     begun: list[tuple[Any, ...]] = []
 
     class Kernel:
@@ -133,7 +133,7 @@ def test_what_compiles_alike_is_begun_once() -> None:
 
 @pytest.mark.parametrize(("device", "number"), [("cuda:0", 0), ("cuda:1", 1), ("cuda", 3)])
 def test_threads_compile_for_a_device_with_a_number(device: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch sets no other one; where that raised nothing was compiled, and nobody was told."""
+    """PyTorch sets no device without one; where that raised, nothing was compiled, and nobody was told."""
     prepared: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_device", prepared.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
@@ -150,7 +150,7 @@ def test_threads_compile_for_a_device_with_a_number(device: str, number: int, mo
 def test_as_many_threads_as_there_are_processors_for_them_and_no_more_than_pay(
     allowed: set[int] | None, there: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of those that the process may use, where a system tells, which Windows does not."""
+    """As many as the process may use, where the system tells, which Windows does not."""
     monkeypatch.setattr(os, "cpu_count", lambda: there)
     if allowed is None:
         monkeypatch.delattr(os, "sched_getaffinity", raising=False)

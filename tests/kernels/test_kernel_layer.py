@@ -45,11 +45,11 @@ def make_inputs(dnc: DNC, batch: int = BATCH) -> Tensor:
 
 
 def run(dnc: DNC, inputs: Tensor, state: DNCState | None, backend: str, *, module: Any = None, **call: Any) -> Any:
-    """Outputs, final state, and the gradients by parameters, inputs and initial state."""
+    """Outputs, final state, and the gradients of parameters, inputs and initial state."""
     with use_backend(backend):
         outputs, final = (dnc if module is None else module)(inputs, state, **call)
-    # Slots that have not been touched since all were empty differ by a rounding, which decides their order. What has
-    # no slots does not see it.
+    # Slots that have not been touched since all were empty differ by a rounding, which decides their order. Outputs,
+    # which have no slots, do not depend on it.
     seen = outputs if state is None or "reset" in call else (outputs, final)
     named = {**dict(dnc.named_parameters()), "inputs": inputs}
     named |= {} if state is None else {f"state[{index}]": leaf for index, leaf in enumerate(tree_leaves(state))}
@@ -130,7 +130,7 @@ def test_compile(backend: str, compiler: str, device: torch.device) -> None:
 
 @each_backend
 def test_autocast(backend: str, device: torch.device) -> None:
-    """The controller's products are rounded, the memory is not: on either backend the same."""
+    """The controller's products are rounded, the memory is not: the same on either backend."""
     dnc = make(device, dtype=torch.float32)
     inputs, state = make_inputs(dnc), start(dnc)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -143,8 +143,8 @@ def test_autocast(backend: str, device: torch.device) -> None:
     assert_close(actual, expected, rtol=2e-2, atol=1e-3, name="")
     if backend == "triton_sequence":  # which has no steps to go by
         return
-    # Not so before anything went through it, where the layer goes step by step, and so rounds the same products. As one
-    # operation it adds their parts in float32.
+    # Not so after a single step, if the layer runs step by step and so rounds the same products: as one operation it
+    # adds their parts in float32.
     dnc.interface.register_forward_hook(lambda *_: None)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         steps = [run_one_step(dnc, inputs, state, name) for name in (backend, "reference")]
@@ -158,7 +158,7 @@ def run_one_step(dnc: DNC, inputs: Tensor, state: DNCState, backend: str) -> DNC
 
 @each_backend
 def test_checkpoint(backend: str, device: torch.device) -> None:
-    """Steps are computed again in the backward, on whatever backend is in use then."""
+    """The backward recomputes steps, on whatever backend is in use then."""
     dnc = make(device)
     inputs, state = make_inputs(dnc), start(dnc)
 

@@ -33,7 +33,7 @@ def leaves(device: torch.device, batch: int = 2, **changes: Any) -> tuple[Interf
 
 
 def gradients(outputs: Any, inputs: Any, **options: Any) -> list[Tensor]:
-    """Of a sum in which every number has a weight of its own, by all inputs."""
+    """With respect to all inputs, of a sum in which every number has a weight of its own."""
     return list(torch.autograd.grad(total(outputs), tree_leaves(inputs), materialize_grads=True, **options))
 
 
@@ -217,7 +217,7 @@ def test_nothing_is_aliased(device: torch.device) -> None:
 
 @each_backend
 def test_what_does_not_begin_at_16_bytes(backend: str, device: torch.device) -> None:
-    """Parts of one buffer, for example: as kernels are compiled for others, it is copied. Gradients too."""
+    """Parts of one buffer, for example: kernels are compiled for aligned ones, so these are copied. Gradients too."""
     given = leaves(device)
     read_words, new = memory_step(*given, backend="reference")
     expected = gradients((read_words, new), given)

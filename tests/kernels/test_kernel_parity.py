@@ -142,7 +142,7 @@ def test_every_layout(slots: int, word: int, layout: Layout, device: torch.devic
 @pytest.mark.parametrize("layout", ["fused", "split"])
 @pytest.mark.parametrize("output", ["read_words", *MemoryState._fields])
 def test_gradients_of_each_output(output: str, layout: str, device: torch.device) -> None:
-    """Sent back alone: nothing else hides what is missing."""
+    """Each sent back by itself, so that no other hides what is missing."""
     case = Case(1, 18, 3, 2, "float64", layout, "activated" if layout == "fused" else "oneplus")
     problem = draw(case)
     read_words, state = problem.gradients
@@ -163,7 +163,7 @@ def all_gradients(layout: str, interface: str, device: torch.device) -> tuple[Ou
 @pytest.mark.parametrize("layout", ["fused", "split"])
 @pytest.mark.parametrize("field", [*Interface._fields, *MemoryState._fields])
 def test_each_gradient(field: str, layout: str, interface: str, device: torch.device) -> None:
-    """By name, so that a failure says which one it is, and that none is missing or zero."""
+    """By name, so that a failure says which one it is; and none is missing or zero."""
     result, problem, case = all_gradients(layout, interface, device)
     assert result.backward[f"d_{field}"].abs().max() > 1e-3
     assert_parity(result, problem, only=f"d_{field}", **case.options)
@@ -178,7 +178,7 @@ def test_stopped_usage_gradient(device: torch.device) -> None:
 
 @pytest.mark.parametrize("layout", ["fused", "split"])
 def test_products_are_not_rounded(layout: str, device: torch.device) -> None:
-    """Where one slot alone is read, what is read is what stands in it: no tensor core cuts it to ten bits."""
+    """Where a single slot is read, what is read is what it holds: no tensor core cuts it to ten bits."""
     slots, word = 33, 5
     problem = draw(Case(1, slots, word, 2, "float32", layout))
     one_by_one = torch.roll(torch.eye(slots), 1, 0)  # slot i was written after slot i − 1

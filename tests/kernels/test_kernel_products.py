@@ -1,4 +1,4 @@
-"""The products of a controller's step at a small batch: by themselves against plain PyTorch, and within the layer."""
+"""The products of a controller's step for a small batch: by themselves against plain PyTorch, and in the layer."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def outcome(
     max_gradient: float | None = None,
     tiles: tuple[Tiles, Tiles, Tiles] = (LSTM_FORWARD, PRODUCT, LSTM_BACKWARD),
 ) -> dict[str, Tensor]:
-    """The same by the kernels. What they write to holds NaN before."""
+    """The same by the kernels. What they write to holds NaN beforehand."""
     forward, general, backward = tiles
     gates, d_cell = given.pre.clone(), given.d_cell.clone()
     hidden, cell, unclipped, d_before = (torch.full_like(given.cell, torch.nan) for _ in range(4))
@@ -143,7 +143,7 @@ def test_nothing_beside_a_tensor_is_touched(dtype: torch.dtype, device: torch.de
 
 
 def test_what_is_touched_beside_a_tensor_is_seen(device: torch.device) -> None:
-    """Were one given that is too small, or a part of another: a write fails, a read makes NaN."""
+    """As if a kernel were given a tensor that is too small, or part of another: a write fails, a read makes NaN."""
     gates, cell, d_gates = (torch.ones(2, columns, device=device) for columns in (16, 4, 16))
     for hidden in (torch.ones(1, 4, device=device), torch.ones(2, 5, device=device)[:1, :4]):
         with launches_in_margins(), pytest.raises(AssertionError, match="lstm_forward_kernel wrote beside a tensor"):
@@ -171,7 +171,7 @@ def test_a_row_alone_is_the_row_in_a_batch(sizes: tuple[int, int, int, int], dev
 
 
 def test_the_cut_changes_no_sum(device: torch.device) -> None:
-    """But for its blocks."""
+    """Except for its blocks."""
     given = draw((6, 5, 4, 3), torch.float32, device)
     smallest = Tiles(1, 256, 1, 1), Tiles(1, 1024, 2, 1), Tiles(1, 512, 1, 1)
     largest = Tiles(2, 256, 8, 8), Tiles(8, 1024, 4, 4), Tiles(4, 512, 8, 2)
@@ -181,7 +181,7 @@ def test_the_cut_changes_no_sum(device: torch.device) -> None:
 
 @pytest.mark.parametrize("columns", [4, 7])
 def test_what_is_added(columns: int, device: torch.device) -> None:
-    """As `Product` has it."""
+    """The same as by `Product`."""
     generator = torch.Generator().manual_seed(0)
     weight, x, d, base = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
@@ -247,7 +247,7 @@ def test_the_layer(name: str, device: torch.device, monkeypatch: pytest.MonkeyPa
 def test_weight_gradients(
     steps: int, batch: int, size: int, hidden: int, words: int, vector: int, out: int, device: torch.device
 ) -> None:
-    """Of sums of part of a block and of several, tiles as well; inputs with the batch first, as a user has them."""
+    """Sums over part of a block and over several, and likewise tiles; inputs batch first, as a user has them."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
@@ -300,7 +300,7 @@ def test_what_is_small() -> None:
 def test_products_are_small_where_those_of_every_layer_are(
     given: list[int], small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a feedforward controller; what the first layer is given of the network's input is no product of a step."""
+    """In a feedforward controller. The first layer's product with the network's input is none of a step's products."""
     monkeypatch.setattr(small_product, "MOST_WORK", {"cpu": 3 * 4 * 16})
     sequence: Any = Sequence.__new__(Sequence)
     sequence.batch = 3

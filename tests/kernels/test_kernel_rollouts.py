@@ -24,7 +24,7 @@ Problem = tuple[DNC, Tensor, DNCState]
 
 
 def problem(device: torch.device, sizes: tuple[int, int, int], steps: int, seed: int) -> Problem:
-    """Of one row: the fewer usages there are, the farther they are apart."""
+    """With one row: the fewer usages there are, the farther apart they are."""
     dnc = make(device, hidden=32, sizes=sizes)
     drawn = torch.randn(1, steps, INPUTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return dnc, drawn.to(device), start(dnc, 1)

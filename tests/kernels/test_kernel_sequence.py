@@ -42,7 +42,7 @@ def draw(dnc: DNC, steps: int, batch: int = 2) -> tuple[Tensor, DNCState]:
 
 
 def run(dnc: DNC, inputs: Tensor, state: DNCState, backend: str, **call: Any) -> dict[str, Any]:
-    """Outputs, final state, and the gradients by parameters, inputs and initial state."""
+    """Outputs, final state, and the gradients of parameters, inputs and initial state."""
     with use_backend(backend):
         outputs, final = dnc(inputs, state, **call)
     named = dict(dnc.named_parameters()) | {f"state[{i}]": leaf for i, leaf in enumerate(tree_leaves(state))}
@@ -101,7 +101,7 @@ def test_lengths_and_resets_leave_nothing_unwritten(
 ) -> None:
     """Rows that end early, or never run, and rows that begin anew, one of them with a spoilt state; NaN for padding.
 
-    And NaN around the zeros that stand for the state of those that begin anew, behind which lies no earlier step.
+    And NaN around the zeros that stand for the state of rows that begin anew: no earlier step lies before these zeros.
     """
 
     def surrounded(launch: Any) -> Any:
@@ -135,7 +135,7 @@ def test_lengths_and_resets_leave_nothing_unwritten(
 def test_small_products_where_rows_are_put_back(
     put_back: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those rows keep the gradient by the words that the output layer was given, which a product may add ahead."""
+    """Those rows keep the output layer's gradient of the words, which a product may otherwise add ahead."""
     monkeypatch.setattr(small_product, "MOST_WORK", {device.type: 2**20})
     dnc = make(device)
     inputs, state = draw(dnc, 3)
@@ -159,7 +159,7 @@ def test_a_clip_lets_through_what_is_at_its_bound(backend: str, device: torch.de
 
 @pytest.mark.parametrize("backend", ["triton_fused", "triton_split"])
 def test_a_row_that_has_ended_does_not_grow(backend: str, device: torch.device) -> None:
-    """Whatever its link is: the gradients by the weights are those of the steps that run alone."""
+    """Whatever its link is: the weights' gradients are those of the steps that run, and nothing else."""
     dnc = make(device)
     inputs, state = draw(dnc, 12)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_every_length(steps: int, backend: str, device: torch.device) -> None:
 
 @each_backend
 def test_a_reset_to_an_initial_state_of_ones_own(backend: str, device: torch.device) -> None:
-    """The kernels know of zeros only: those of a step go step by step, and one launch declines."""
+    """The kernels know only zeros: with those of a step the layer runs step by step; one launch declines."""
     dnc = make(device)
     inputs, state = draw(dnc, 2)
     begin = dnc.initial_state
@@ -307,7 +307,7 @@ def test_deepminds_rollouts(name: str) -> None:
     ],
 )
 def test_deepminds_memory_rollouts(name: str, layout: str) -> None:
-    """The kernels of a step as a sequence strings them together, without the controller.
+    """The kernels of a step, one after another as in a sequence, without the controller.
 
     Of the empty memory's rollout only what has no slots is compared, also if each step began from the file's state: its
     usages come as close as 2e-15, and in float64 the kernels tell them apart down to 6e-14 (`sort_key`).

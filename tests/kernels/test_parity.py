@@ -1,4 +1,4 @@
-"""That parity.py sees a mistake: in what a step computes, beside a buffer, in what is not aligned. Without kernels."""
+"""That parity.py sees mistakes: in what a step computes, beside a buffer, in what is not aligned. Without kernels."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_an_infinite_error_of_the_reference_allows_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_what_is_drawn(dtype: str) -> None:
-    """Usages that are equal in each row, and no others that a rounding might turn round."""
+    """Usages that are equal in each row, and no others whose order a rounding might change."""
     problem = draw(Case(3, 18, 3, 2, dtype))
     assert problem.state.memory.dtype == getattr(torch, dtype)
     usage, own = (run_reference(*rounded_to(problem[:2], x))[1].usage for x in (torch.float64, getattr(torch, dtype)))
@@ -200,7 +200,7 @@ def test_copies_lie_as_they_are_asked_to(strides: str) -> None:
 
 @pytest.mark.parametrize("name", ["step_forward", "step_backward"])
 def test_buffers_of_launches_are_in_margins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked in the end, by whoever has written beside them."""
+    """And are checked in the end for what has been written beside them."""
 
     def step(like: Tensor, by: int) -> list[Tensor]:
         results = [like.new_empty(3), torch.empty_like(like)]
@@ -223,7 +223,7 @@ def test_buffers_of_launches_are_in_margins(name: str, monkeypatch: pytest.Monke
 
 
 class Kernel:
-    """Stands in for a kernel: what it does to its two tensors is a function."""
+    """Stands in for a kernel: a function says what it does to its two tensors."""
 
     __name__ = "kernel"
     arg_names = ("first_ptr", "second_ptr")
@@ -269,7 +269,7 @@ def test_every_launch_is_in_margins(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAUNCHING)
 def test_every_launch_of_what_is_not_aligned_is_seen(name: str) -> None:
-    """But for those of a controller's step alone, which take them as they come."""
+    """Except those of a controller's step, whose kernels take tensors as they come."""
     module: Any = sys.modules[name]
     x, y = parity.beside_16_bytes(torch.ones(3)), torch.zeros(8)
     assert x.data_ptr() % 16 == 4
