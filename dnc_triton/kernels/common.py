@@ -18,7 +18,7 @@ USAGE_EPSILON = tl.constexpr(addressing.USAGE_EPSILON)
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """The first statement of a kernel. A launch that OVERLAPS the one before it waits here until that one has ended.
+    """The first statement of a kernel that may overlap the launch before it: if so, it waits here for that one's end.
 
     The next launch may begin from here on, and not before: so at most two run at once, and none of them writes what one
     further back might still read.
@@ -50,7 +50,7 @@ def tile_term(a, b, sizes: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """eˣ to about two units in the last place, as PyTorch has it.
+    """eˣ to about two units in the last place, as PyTorch has it; infinite above x = 88.3 in float32.
 
     The hardware computes 2ʸ for y = x / log 2; rounding y alone costs |x| units in float32.
     """

@@ -74,9 +74,9 @@ def layouts(memory_size: int, *, hip: bool = torch.version.hip is not None) -> l
     Choice and order come from times on an H200, at B = 16 and 64. In three launches one warp, which needs no shared
     memory, was the fastest; how many rows were the best depends on B: more rows leave fewer partial sums for the last
     launch to add up, but make fewer programs. One launch was faster than three at N = 16 and slower at N = 128;
-    overlapping, where it was tried, gained it nothing at N = 64, and a tenth at N = 16. Above 1024 slots 64 rows were
-    faster than 32 at B = 8; 128 were not tried. Spread layouts have not been measured yet: the phases around the link
-    took 89 of 313 µs at B = 8, N = 2048, in a few programs per element.
+    overlapping gained it a tenth at N = 16, and lost as much at N = 64. Above 1024 slots 64 rows were faster than 32 at
+    B = 8; 128 were not tried. Spread layouts have not been measured yet: the phases around the link took 89 of 313 µs
+    at B = 8, N = 2048, in a few programs per element.
     """
     block = _block(memory_size)
     split = Layout(False, 16, min(block, 128), 1, overlaps=True)

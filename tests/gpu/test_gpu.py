@@ -132,7 +132,7 @@ def test_many_programs_same_bits(layout: str, device: torch.device) -> None:
     case = Case(512, 64, 32, 4, "float32", layout, "oneplus")
     problem = on(device, draw(case._replace(batch=4)))
     problem = tree_map(lambda x: x.repeat(128, *[1] * (x.dim() - 1)), problem)
-    chosen = pick_layout(layout, case.slots, case.word)
+    chosen = pick_layout(layout, case.slots)
     first = outcome(run_kernels, problem, layout=chosen)
     assert_same_bits(tree_map(lambda x: x[:4].repeat(128, *[1] * (x.dim() - 1)), first), first, name="all rows alike")
     for _ in range(5):
@@ -147,7 +147,7 @@ def test_full_precision_whatever_is_allowed(precision: str, device: torch.device
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        actual = outcome(run_kernels, on(device, problem), layout=pick_layout("split", 128, 64))
+        actual = outcome(run_kernels, on(device, problem), layout=pick_layout("split", 128))
     finally:
         torch.set_float32_matmul_precision(before)
     assert_parity(actual, problem)
@@ -188,7 +188,7 @@ def test_cuda_graph(backend: str, device: torch.device) -> None:
 @each_layout
 def test_two_streams(layout: str, device: torch.device) -> None:
     """Launches go to the current stream, and each has its own scratch."""
-    chosen = pick_layout(layout, 64, 32)
+    chosen = pick_layout(layout, 64)
     problems = [on(device, draw(Case(16, 64, 32, 4, "float32", layout, kind))) for kind in ("oneplus", "activated")]
     expected = [outcome(run_kernels, problem, layout=chosen) for problem in problems]
     torch.cuda.synchronize()
@@ -246,7 +246,7 @@ def test_python_is_no_part_of_what_a_replay_takes(device: torch.device) -> None:
 def test_on_a_device_that_is_not_the_current_one(layout: str) -> None:
     case = Case(2, 20, 8, 2, "float32", layout, "oneplus")
     problem = draw(case)
-    chosen = pick_layout(layout, case.slots, case.word)
+    chosen = pick_layout(layout, case.slots)
     with torch.cuda.device(0):
         actual = outcome(run_kernels, on(torch.device("cuda", 1), problem), layout=chosen)
     assert {tensor.device.index for tensor in tree_leaves(actual)} == {1}

@@ -219,7 +219,7 @@ class Case(NamedTuple):
         return "-".join([sizes, self.dtype, self.layout, self.interface, stop, self.strides])
 
 
-def pick_layout(name: str, slots: int, word: int) -> Layout:
+def pick_layout(name: str, slots: int) -> Layout:
     """The first layout for this size of those that are "fused" or "split"; or a "spread" one."""
     layout = next(layout for layout in layouts(slots) if layout.fused == (name == "fused"))
     # At any size, and with several tiles beside each other.

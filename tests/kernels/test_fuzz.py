@@ -210,7 +210,7 @@ def test_a_mistake_ends_it_and_can_be_repeated(
 )
 def test_batched_is_as_tritons(case: Case) -> None:
     problem = draw(case)
-    layout = pick_layout(case.layout, case.slots, case.word)
+    layout = pick_layout(case.layout, case.slots)
     expected = outcome(run_kernels, problem, layout=layout, **case.options)
     with batched_interpreter():
         assert isinstance(step_launch.step_forward_kernel, Kernel)

@@ -50,7 +50,7 @@ def test_memory_step(name: str, dtype: torch.dtype, backend: str, device: torch.
             read_strengths=softplus(raw.read_strengths), write_strengths=softplus(raw.write_strengths)
         )
         if backend == "spread":
-            layout = pick_layout("spread", golden.meta["config"]["memory_size"], 0)
+            layout = pick_layout("spread", golden.meta["config"]["memory_size"])
             read_words, new = kernel_memory_step(interface, prev, stop_usage_gradient=True, layout=layout)
         else:
             read_words, new = memory_step(interface, prev, stop_usage_gradient=True, backend=backend)

@@ -47,7 +47,7 @@ def test_opcheck(layout: str, interface: str, device: torch.device) -> None:
     vector, state = given[0], given.state
     if isinstance(vector, Interface):
         vector = torch.cat([x.flatten(1) for x in vector], dim=1)  # in any order: nothing is compared here
-    arguments = (interface != "activated", 1.0, False, [int(x) for x in pick_layout(layout, 5, 3)])
+    arguments = (interface != "activated", 1.0, False, [int(x) for x in pick_layout(layout, 5)])
     torch.library.opcheck(_step, (vector.requires_grad_(), *as_leaves(state), *arguments))
     torch.library.opcheck(_step, (vector.detach(), *state, *arguments))
     words, memory, usage, link, precedence, read_weights, write_weights, kept, free_list = _step(
@@ -72,7 +72,7 @@ def test_opcheck(layout: str, interface: str, device: torch.device) -> None:
 )
 def test_gradcheck(case: Case, fast: bool, device: torch.device) -> None:
     inputs = tree_map(lambda x: x.to(device).requires_grad_(), draw(case, tie=False)[:2])
-    flat, layout = tree_leaves(inputs), pick_layout(case.layout, case.slots, case.word)
+    flat, layout = tree_leaves(inputs), pick_layout(case.layout, case.slots)
 
     def step(*tensors: Tensor) -> list[Tensor]:
         fields, state = tensors[:-6], MemoryState(*tensors[-6:])

@@ -50,7 +50,7 @@ CASES = [
 
 def run(case: Case, problem: Problem, device: torch.device, layout: Layout | None = None) -> Outcome:
     """What the kernels make of a problem."""
-    layout = layout or pick_layout(case.layout, case.slots, case.word)
+    layout = layout or pick_layout(case.layout, case.slots)
     with margins() as around:
         given = tree_map(lambda x: around.copy(x.to(device), case.strides), problem)
         inputs = len(around.buffers)
@@ -186,9 +186,7 @@ def test_products_are_not_rounded(layout: str, device: torch.device) -> None:
     inputs = problem.inputs._replace(read_modes=modes, write_gates=torch.zeros(1, 1))
     read_weights = torch.eye(slots)[[7, 32]].unsqueeze(0)
     state = problem.state._replace(link=one_by_one.expand(1, 1, -1, -1), read_weights=read_weights)
-    read_words, new = run_kernels(
-        *tree_map(lambda x: x.to(device), (inputs, state)), layout=pick_layout(layout, slots, word)
-    )
+    read_words, new = run_kernels(*tree_map(lambda x: x.to(device), (inputs, state)), layout=pick_layout(layout, slots))
     # The first head goes back from slot 7, the second on from the last one.
     assert_same_bits(new.read_weights.cpu(), torch.eye(slots)[[6, 0]].unsqueeze(0))
     assert_same_bits(read_words.cpu(), state.memory[:, [6, 0]])
@@ -203,7 +201,7 @@ def test_sixteen_bits_are_for_storage(dtype: str, layout: str, device: torch.dev
     """
     interface, state = random_problem(4, 40, 6, 3, dtype=getattr(torch, dtype))
     given = interface, state._replace(usage=torch.full_like(state.usage, 0.1))  # which reads and writes hardly change
-    results = run_kernels(*tree_map(lambda x: x.to(device), given), layout=pick_layout(layout, 40, 6))
+    results = run_kernels(*tree_map(lambda x: x.to(device), given), layout=pick_layout(layout, 40))
     (asked, prev), (read_words, new) = rounded_to(given, torch.float64), rounded_to(results, torch.float64)
     write_content = addressing.content_weights(prev.memory, asked.write_keys, asked.write_strengths)
     gates = asked.allocation_gates, asked.write_gates

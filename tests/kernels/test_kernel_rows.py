@@ -20,7 +20,7 @@ quietly = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of wh
 
 
 def run(case: Case, problem: Problem, device: torch.device) -> Outcome:
-    layout = pick_layout(case.layout, case.slots, case.word)
+    layout = pick_layout(case.layout, case.slots)
     with margins() as around:
         given = tree_map(lambda x: around.copy(x.to(device)), problem)
         return outcome(run_kernels, given, layout=layout, **case.options)

@@ -116,7 +116,7 @@ def test_lengths_and_resets_leave_nothing_unwritten(
     monkeypatch.setattr(triton_memory, "launch_forward", surrounded(launch_forward))
     monkeypatch.setattr(triton_memory, "launch_backward", surrounded(launch_backward))
     if spread:
-        monkeypatch.setattr(dispatch, "layouts", lambda slots: [pick_layout("spread", slots, 0)])
+        monkeypatch.setattr(dispatch, "layouts", lambda slots: [pick_layout("spread", slots)])
     dnc = make(device, clip=0.4, checkpoint=checkpoint)
     inputs, state = draw(dnc, 4, batch=4)
     reset = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0]], dtype=torch.bool, device=device)
@@ -314,11 +314,11 @@ def test_deepminds_memory_rollouts(name: str, layout: str) -> None:
     """
 
     def triton_memory(vectors: Tensor, state: MemoryState) -> TritonMemory:
-        batch, slots, word = state.memory.shape
+        batch, slots, _ = state.memory.shape
         reads = state.read_weights.shape[1]
         shapes = zip(kept_shapes(batch, slots, reads), (torch.float64, torch.int32), strict=True)
         kept = [vectors.new_empty((len(vectors), *shape), dtype=dtype) for shape, dtype in shapes]
         options = dict(reads=reads, strength_offset=0.0, stop_usage_gradient=True)
-        return TritonMemory(vectors, kept, state.memory, **options, layout=pick_layout(layout, slots, word))
+        return TritonMemory(vectors, kept, state.memory, **options, layout=pick_layout(layout, slots))
 
     test_sequence_goldens.check_memory_rollout(triton_memory, name, forced=False)

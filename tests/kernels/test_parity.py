@@ -142,7 +142,7 @@ def test_an_order_of_slots_that_is_open_is_told() -> None:
 
 
 def test_layouts_and_options_are_those_that_are_asked_for() -> None:
-    fused, split, spread = (pick_layout(name, 18, 3) for name in ("fused", "split", "spread"))
+    fused, split, spread = (pick_layout(name, 18) for name in ("fused", "split", "spread"))
     assert (fused.fused, fused.spread) == (True, False)
     assert (split.fused, split.spread) == (False, False)
     assert (spread.fused, spread.spread, spread.ranks, spread.columns) == (False, True, True, 16)
