@@ -1,4 +1,4 @@
-"""The Differentiable Neural Computer in plain PyTorch: the text to read, the oracle that `dnc_triton` answers to."""
+"""The Differentiable Neural Computer in plain PyTorch, to be read, and the oracle that `dnc_triton` answers to."""
 
 from dnc_reference.dnc import DNCCell, interface_step, unroll
 from dnc_reference.memory import Addressing, memory_step, memory_step_with_addressing

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# The paper leaves open what becomes of a zero vector and an empty slot. These three are DeepMind's published choices.
+# The paper does not say how to treat a zero vector or an empty slot. These three are DeepMind's published choices.
 NORM_EPSILON = 1e-6  # inside the root of every norm: a zero word has a gradient
 SIMILARITY_EPSILON = 1e-6  # added to the product of two norms: a zero word has a similarity, 0
-USAGE_EPSILON = 1e-6  # least usage in the allocation: its product can be divided by usage in the backward
+USAGE_EPSILON = 1e-6  # least usage in the allocation: the backward can divide its product by usage
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -106,9 +106,9 @@ def allocation_weights(usage: Tensor) -> Tensor:
 def sort_usage(usage: Tensor) -> tuple[Tensor, Tensor]:
     """The free list φ, and ε + (1 − ε)u in its order.
 
-    What is sorted is 1 − u, descending: usages too close for 1 − u to tell them apart count as equal, and the lower
-    slot comes first. So it is in DeepMind's code, and so slots whose usages differ from 0 by a rounding error are not
-    shuffled. Larger usages are not protected: where two differ by a rounding error alone, it decides their order.
+    As in DeepMind's code, 1 − u is sorted, descending: usages too close for 1 − u to tell them apart count as equal,
+    and the lower slot comes first, so slots whose usages differ from 0 by a rounding error are not shuffled. Larger
+    usages are not protected: where two differ by a rounding error alone, it decides their order.
 
     Args:
         usage: [B, N], in [0, 1].
@@ -136,7 +136,7 @@ def exclusive_product(x: Tensor) -> Tensor:
 
 
 def write_allocation_weights(usage: Tensor, allocation_gates: Tensor, write_gates: Tensor) -> Tensor:
-    """Allocation for several write heads, one after the other, each seeing what those before it will take.
+    """Allocation for several write heads, one after the other, each aware of what the heads before it will take.
 
     v_0 = u;  a_k = allocation_weights(v_k);  v_{k+1} = v_k + (1 − v_k) gᵃ_k gʷ_k a_k.
     v is simulated: it is not the usage that the next step starts from.
@@ -172,7 +172,7 @@ def cosine_similarity(memory: Tensor, keys: Tensor) -> Tensor:
     Source: "Content-based addressing"; ε: DeepMind's published code, addressing.py.
     """
     dtype = memory.dtype
-    if dtype.itemsize < 4:  # in which a square may be infinite, or lose its ε: then so would what comes back
+    if dtype.itemsize < 4:  # where a square may be infinite, or lose its ε, and spoil what is returned
         memory, keys = memory.float(), keys.float()
     norms = norm(keys).unsqueeze(-1) * norm(memory).unsqueeze(-2)
     return ((keys @ memory.mT) / (norms + SIMILARITY_EPSILON)).to(dtype)
@@ -257,10 +257,10 @@ def update_link(prev_link: Tensor, prev_precedence: Tensor, write_weights: Tenso
     rows, columns = write_weights.unsqueeze(-1), write_weights.unsqueeze(-2)
     link = torch.addcmul((1 - rows - columns) * prev_link, rows, prev_precedence.unsqueeze(-2))
     if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
-        # The exporter to ONNX follows nothing that is done in place to a view, and `torch.func.linearize` takes what is
-        # done in place for done once and for all (PyTorch 2.13).
+        # The ONNX exporter does not follow in-place changes of a view, and `torch.func.linearize` takes an in-place
+        # change as done once and for all (PyTorch 2.13).
         return link.masked_fill(torch.eye(link.shape[-1], dtype=torch.bool, device=link.device), 0)
-    # In place, on a tensor that was made here: a mask would read and write all N² once more.
+    # In place, on a tensor that was created here: a mask would read and write all N² elements once more.
     link.diagonal(dim1=-2, dim2=-1).zero_()
     return link
 
@@ -344,7 +344,7 @@ def read_words(memory: Tensor, read_weights: Tensor) -> Tensor:
 
 
 def _product(factors: Tensor) -> Tensor:
-    """∏ over axis 1, multiplied out: a gradient that divides by a factor would not be finite where it is 0."""
+    """∏ over axis 1, factor by factor: a gradient that divides by a factor would not be finite where that is 0."""
     product = factors[:, 0]
     for head in range(1, factors.shape[1]):
         product = product * factors[:, head]

@@ -1,8 +1,9 @@
 """The adjoint of every equation in `addressing`, derived by hand: same order, same names, plain PyTorch.
 
-The text that the backward kernels are written from. For each y = f(x…) there is `f_backward(d_y, x…, saved…)` that
-returns d_x…, where d_z is the gradient of the loss by z. (oneplus has softplus's, a sort none; those of helpers are
-within their callers'.) None of it uses autograd or divides by what can be 0. The tests hold each against autograd.
+The backward kernels are written from this. For each y = f(x…) there is `f_backward(d_y, x…, saved…)`, which returns
+d_x…, where d_z is the gradient of the loss with respect to z. (oneplus shares softplus's, a sort has none, and those of
+helpers are part of their callers'.) None of it uses autograd or divides by anything that can be 0. The tests compare
+each with autograd.
 
 Letters in every shape: B batch, N memory slots, W word size, R read heads, K write heads, H heads of either kind.
 """
@@ -30,15 +31,15 @@ def memory_step_backward(
 
     Args:
         interface, state: what `memory_step` was called with.
-        d_read_words: [B, R, W], gradient by the words read.
-        d_state: gradient by the state after the step.
+        d_read_words: [B, R, W], gradient with respect to the words read.
+        d_state: gradient with respect to the state after the step.
         stop_usage_gradient: as in `memory_step`.
 
     Returns:
-        gradient by the interface and by the state before the step, in the same shapes.
+        gradients with respect to the interface and to the state before the step, in the same shapes.
     """
     prev = state
-    # What a kernel keeps from its forward, or computes again; here it is computed again.
+    # A kernel keeps these from its forward or computes them again; here they are computed again.
     with torch.no_grad():
         _, new, way = memory_step_with_addressing(interface, state)
 
@@ -201,8 +202,8 @@ def allocation_weights_backward(d_allocation: Tensor, usage: Tensor) -> Tensor:
 
     dx_j = −d_j P_j + (Σ_{i>j} d_i a_i) / x_j;  du = (1 − ε) dx.
 
-    The division is safe: x ≥ ε. The sum is taken over the later slots alone: the whole sum less its own part would
-    lose every digit where a slot's own part is the largest.
+    The division is safe: x ≥ ε. The sum runs over the later slots alone: subtracting from the total would lose every
+    digit where a slot's own part is the largest.
 
     Args:
         d_allocation: [B, N].

@@ -1,4 +1,4 @@
-"""What an argument must be, and the errors that name the one that is not."""
+"""Checks of arguments, whose errors name the argument."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_size(name: str, value: Any) -> None:
 
 
 def check_open_size(name: str, value: Any, least: int = 0) -> None:
-    """Raise TypeError or ValueError, naming it, unless it is an integer of at least `least`, or one of a program's."""
+    """Raise TypeError or ValueError, naming it, unless it is an integer of at least `least`, or a traced one."""
     if isinstance(value, torch.SymInt) or torch.jit.is_tracing():  # of a program for any size; a tensor in a trace
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -49,7 +49,7 @@ def check_bound(name: str, value: Any) -> None:
 
 
 def check_floating(name: str, dtype: Any) -> None:
-    """Raise TypeError, naming it, unless it is a dtype that PyTorch computes in; to those of 8 bits it but rounds."""
+    """Raise TypeError, naming it, unless it is a dtype that PyTorch computes in; to 8-bit ones it only rounds."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise TypeError(f"{name}: expected a floating dtype of 16 bits or more, got {dtype!r}")
 
@@ -58,7 +58,7 @@ def check_dense(name: str, tensor: Any, expected: str = "a tensor") -> None:
     """Raise TypeError, naming it and what was expected, unless it is a tensor that is neither sparse nor nested."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(tensor).__name__}")
-    if tensor.is_nested or tensor.layout != torch.strided:  # whose shape may not be asked for
+    if tensor.is_nested or tensor.layout != torch.strided:  # asking such a tensor for its shape may fail
         came = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name}: expected a dense tensor, got {came}")
 

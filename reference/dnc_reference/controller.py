@@ -1,4 +1,4 @@
-"""Controllers: what decides, from the input and from what was read last, what to ask of the memory next.
+"""Controllers: they decide, from the input and from what was read last, what to ask of the memory next.
 
 A controller is an `nn.Module` with
     initial_state(batch_size, *, device, dtype) -> a nest of tensors, batch first;
@@ -23,7 +23,7 @@ class LSTMCell(RNNCellBase):
 
     i, f, g, o = W_ih x + b_ih + W_hh h + b_hh;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
 
-    Unlike torch's it carries h and c in the dtype of the state under autocast, where only the products are rounded.
+    Unlike torch's, it keeps h and c in the dtype of the state under autocast; only the products are rounded.
     """
 
     states = 2
@@ -112,7 +112,7 @@ class _LimitGradient(torch.autograd.Function):
 
 
 class _LimitGradientForwardMode(_LimitGradient):
-    """With the forward-mode derivative, for which `torch.compile` refuses to trace a function."""
+    """With a forward-mode derivative; `torch.compile` refuses to trace a function that has one."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -121,7 +121,7 @@ class _LimitGradientForwardMode(_LimitGradient):
 
 @torch.library.custom_op("dnc_reference::limit_gradient", mutates_args=())
 def _limit_exported(x: Tensor, bound: float) -> Tensor:
-    """The same in a program that is exported, for `torch.export` leaves the backward of a function out."""
+    """The same for an exported program, as `torch.export` drops the backward of an autograd function."""
     return x.clone()
 
 
@@ -150,8 +150,8 @@ class Controller(nn.Module):
         hidden_size: H, of every layer.
         num_layers: at least 1.
         dropout: probability with which a number passed from one layer to the next is dropped, as in `nn.LSTM`.
-        max_activation_gradient: bound on the absolute value of each element of the gradient by each layer's hidden
-            vector, which bounds what goes back through time; None for none.
+        max_activation_gradient: bound on the absolute value of each element of the gradient with respect to each
+            layer's hidden vector, which bounds what flows back through time; None for none.
     """
 
     def __init__(

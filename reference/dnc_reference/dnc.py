@@ -16,8 +16,8 @@ from dnc_reference.interface import activate_interface, check_strength, interfac
 from dnc_reference.memory import memory_step, without_autocast
 from dnc_reference.types import DNCState, MemoryState
 
-# How many steps share one copy of a weight that autocast has rounded. Their gradients by it are added up in its narrow
-# dtype, which over all of a long sequence would lose the last terms; a copy for every step would take much memory.
+# How many steps share one copy of a weight that autocast has rounded. Gradients with respect to it are summed in its
+# narrow dtype, which over a long sequence would lose the last terms; a copy for every step would take much memory.
 ROUNDED_FOR = 16
 InterfaceStep = Callable[..., tuple[Tensor, MemoryState]]
 
@@ -31,7 +31,7 @@ def interface_step(
     strength: str,
     stop_usage_gradient: bool,
 ) -> tuple[Tensor, MemoryState]:
-    """The memory's part of a step from the interface vector as the controller gives it: activate, then `memory_step`.
+    """The memory's part of a step, from the raw interface vector: activate it, then `memory_step`.
 
     Args:
         vector: [B, S], S the sum of `interface_sizes`.
@@ -67,8 +67,8 @@ class DNCCell(nn.Module):
         strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
         stop_usage_gradient: as in `memory_step`.
         max_activation_gradient: bound on each element of the gradient with respect to the hidden vectors of a built-in
-            controller, at every step; None for none. The paper has 10. Of a loss that is scaled, as by a
-            `GradScaler`, it bounds the scaled gradient: scale it as well, in ``controller.max_activation_gradient``.
+            controller, at every step; None for none. The paper has 10. If the loss is scaled, as by a `GradScaler`,
+            the scaled gradient is bounded: scale ``controller.max_activation_gradient`` by the same factor.
         device, dtype: of the parameters and the state; None for torch's defaults.
 
     Raises:
@@ -136,22 +136,22 @@ class DNCCell(nn.Module):
 
     @property
     def dropout(self) -> float:
-        """That of the controller, which is changed by `controller.dropout.p`; 0 for a controller of your own."""
+        """That of the controller, to be changed in `controller.dropout.p`; 0 for a controller of your own."""
         return float(getattr(self.controller.dropout, "p", 0)) if isinstance(self.controller, Controller) else 0.0
 
     @property
     def max_activation_gradient(self) -> float | None:
-        """That of the controller, on which it is changed; None for a controller of your own."""
+        """That of the controller, to be changed there; None for a controller of your own."""
         return self.controller.max_activation_gradient if isinstance(self.controller, Controller) else None
 
     @property
     def interface_size(self) -> int:
-        """S, what the interface layer gives."""
+        """S, the length of the interface vector."""
         return sum(interface_sizes(self.num_reads, self.num_writes, self.word_size).values())
 
     @property
     def feature_size(self) -> int:
-        """H + R·W, what the output layer is given."""
+        """H + R·W, the input size of the output layer."""
         return self.hidden_size + self.num_reads * self.word_size
 
     def like(self) -> Tensor:
@@ -160,7 +160,7 @@ class DNCCell(nn.Module):
         Raises:
             TypeError: no parameter is floating point.
         """
-        # Not `self.output.weight`: a parametrization may compute it, or it may not have been converted with its parts.
+        # Not `self.output.weight`: a parametrization may compute it, or not have been converted along with its parts.
         weight = self.output._parameters.get("weight")
         if weight is not None and weight.is_floating_point():
             return weight
@@ -198,19 +198,19 @@ class DNCCell(nn.Module):
     def advance(
         self, inputs: Tensor, state: DNCState, *, interface_step: InterfaceStep = interface_step
     ) -> tuple[Tensor, DNCState]:
-        """One step without the output layer, which nothing in the recurrence waits for.
+        """One step without the output layer, on which nothing in the recurrence depends.
 
         Args:
             inputs: [B, input_size].
             state: of the step before.
-            interface_step: what computes the memory's part, with the signature of `interface_step`.
+            interface_step: computes the memory's part; has the signature of `interface_step`.
 
         Returns:
             features [B, H + R·W], the controller's output and the words read; the state after the step.
 
         Raises:
-            TypeError, ValueError: the controller returned something else than an output [B, H] and a state, or the
-                interface layer than [B, S]; and as `interface_step`.
+            TypeError, ValueError: the controller did not return an output [B, H] and a state, or the interface layer
+                did not return [B, S]; and as `interface_step`.
         """
         hidden, controller_state, vector = self.control(inputs, state)
         # Under autocast the controller's products are rounded; the memory is not.
@@ -230,7 +230,7 @@ class DNCCell(nn.Module):
         """The controller's part of a step: its output [B, H], its new state, and the interface vector [B, S]."""
         dtype = state.read_words.dtype
 
-        def carried(x: Any) -> Any:  # as it goes on to the next step, whatever autocast made of it
+        def carried(x: Any) -> Any:  # in the dtype of the state, whatever autocast made of it
             return self._clip(x.to(dtype)) if isinstance(x, Tensor) and x.is_floating_point() else x
 
         returned = self.controller(torch.cat([inputs, state.read_words.flatten(1)], dim=-1), state.controller)
@@ -263,9 +263,9 @@ class DNCCell(nn.Module):
         return self._clip(self.output(features))
 
     def _clip(self, x: Tensor) -> Tensor:
-        """x within the bound. What stands at it lets its gradient through, as by TensorFlow's `clip_by_value`.
+        """x within the bound. Exactly at the bound the gradient passes, as by TensorFlow's `clip_by_value`.
 
-        PyTorch's `clamp` did so too until 2.14, which lets nothing through there.
+        PyTorch's `clamp` did the same before 2.14; in 2.14 it passes none there.
         """
         return x if self.clip is None else torch.where(x.abs() <= self.clip, x, x.clamp(-self.clip, self.clip))
 
@@ -303,7 +303,7 @@ def unroll(
         outputs [T, B, output_size] and the state after each row's last step.
 
     Raises:
-        as `DNCCell.advance`. Lengths and resets are not checked: `dnc_triton.DNC` does.
+        as `DNCCell.advance`. Lengths and resets are not checked here, but by `dnc_triton.DNC`.
 
     Source: Graves et al. 2016, Methods.
     """
@@ -326,7 +326,7 @@ def unroll(
         step_features, new_state = cell.advance(inputs[step], state, interface_step=interface_step)
         state = new_state if running is None else new_state.where(running[step], state)
         features.append(step_features)
-    # Like every other part it is given the batch first, which hooks on it may count by: per-sample gradients, say.
+    # Batch first, as for every other part: hooks on it may rely on that, for per-sample gradients, say.
     outputs = cell.project(torch.stack(features, 1)).transpose(0, 1)
     if running is not None:
         outputs = torch.where(running.unsqueeze(-1), outputs, 0)

@@ -1,4 +1,4 @@
-"""From the controller's output to what it asks of the memory: how the interface vector is laid out and activated."""
+"""The interface vector, by which the controller addresses the memory: its layout and its activation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STRENGTHS: dict[str, Callable[[Tensor], Tensor]] = {"oneplus": oneplus, "softplu
 
 
 def check_strength(strength: Any) -> None:
-    """Raise ValueError unless it is the name of what makes strengths."""
+    """Raise ValueError unless it is a key of `STRENGTHS`."""
     if not isinstance(strength, str) or strength not in STRENGTHS:
         raise ValueError(f"strength: expected one of {', '.join(map(repr, STRENGTHS))}, got {strength!r}")
 
@@ -24,8 +24,8 @@ def check_strength(strength: Any) -> None:
 def interface_sizes(num_reads: int, num_writes: int, word_size: int) -> dict[str, int]:
     """How many numbers of the interface vector each field of `Interface` takes, in the order of the vector.
 
-    The paper does not care for the order. Here fields with the same activation stand together, so that each
-    activation is applied once.
+    The paper prescribes no order. Here fields with the same activation are adjacent, so that each activation is
+    applied once.
 
     Returns:
         field → size; the sizes sum to the length of the interface vector.
@@ -49,8 +49,8 @@ def activate_interface(
 ) -> Interface:
     """Split the interface vector and bring each part into its range.
 
-    Keys and write vectors stay as they are; strengths pass `oneplus` or `softplus`; the erase vectors and the gates
-    the logistic sigmoid; the read modes a softmax per head.
+    Keys and write vectors stay as they are; strengths pass through `oneplus` or `softplus`, the erase vectors and the
+    gates through the logistic sigmoid, the read modes through a softmax per head.
 
     Args:
         vector: [B, S], S the sum of `interface_sizes`.

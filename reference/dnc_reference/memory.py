@@ -14,7 +14,7 @@ from dnc_reference.types import Interface, MemoryState
 
 
 class Addressing(NamedTuple):
-    """How a step came to its weights: what it computes on the way and does not carry on.
+    """How a step arrived at its weights: intermediate results, which it does not pass on.
 
     Attributes:
         retention: [B, N], ψ.
@@ -49,7 +49,7 @@ def memory_step(
 
     Raises:
         TypeError: a field is not a floating tensor of the dtype of `state.memory`; `stop_usage_gradient` is no bool.
-        ValueError: a field has another shape than the other fields ask for, or another device.
+        ValueError: a field does not fit the shapes of the others, or is on another device.
 
     Source: Graves et al. 2016, Methods.
     """
@@ -60,13 +60,13 @@ def memory_step(
 def memory_step_with_addressing(
     interface: Interface, state: MemoryState, *, stop_usage_gradient: bool = False
 ) -> tuple[Tensor, MemoryState, Addressing]:
-    """`memory_step`, and how it came to its weights.
+    """`memory_step`, which also returns how it arrived at its weights.
 
     Args:
         interface, state, stop_usage_gradient: as in `memory_step`.
 
     Returns:
-        read words [B, R, W], the memory after the step, and the `Addressing` between.
+        read words [B, R, W], the memory after the step, and the step's `Addressing`.
 
     Raises:
         as `memory_step`.
@@ -108,8 +108,8 @@ def _memory_step(
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off: what adds up over the steps of a sequence is not rounded in each of them."""
-    if device.type == "meta":  # which knows no autocast
+    """Autocast off: what accumulates over the steps of a sequence must not be rounded at each of them."""
+    if device.type == "meta":  # which has no autocast
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -120,7 +120,7 @@ def check_memory_step(interface: Interface, state: MemoryState) -> None:
         raise TypeError(f"interface: expected an Interface, got {type(interface).__name__}")
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
-    # The sizes are read off these three, and all else is held against them.
+    # The sizes are taken from these three; everything else is checked against them.
     for name, tensor, letters in (
         ("state.memory", state.memory, "[B, N, W]"),
         ("interface.read_keys", interface.read_keys, "[B, R, W]"),

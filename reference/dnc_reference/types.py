@@ -1,4 +1,4 @@
-"""The data that flow through a DNC: what the controller asks, what the memory holds, what one step hands to the next.
+"""The data in a DNC: what the controller asks for, what the memory holds, what one step passes on to the next.
 
 Letters in every shape: B batch, N memory slots, W word size, R read heads, K write heads.
 Every tensor in a state has the batch as its first axis.
@@ -66,8 +66,8 @@ class Interface(NamedTuple):
 class MemoryState(NamedTuple):
     """What the memory carries from one step to the next.
 
-    Of several slots that are alike, empty ones above all, a rounding error decides which is written to: computed in
-    another way, in another batch for example, they may have changed places. What is read does not show it.
+    Which of several identical slots, empty ones above all, is written to depends on rounding. Computed differently, in
+    another batch for example, they may have swapped places; what is read does not show it.
 
     Attributes:
         memory: [B, N, W], the words.
@@ -115,7 +115,7 @@ class MemoryState(NamedTuple):
 
         Args:
             batch_size, memory_size, word_size, num_reads, num_writes: B, N, W, R, K.
-            device, dtype: of the tensors; by default PyTorch's.
+            device, dtype: of the tensors; PyTorch's defaults if not given.
 
         Raises:
             ValueError: a batch size below 0, another size below 1.
@@ -156,8 +156,8 @@ class DNCState(NamedTuple):
         """This state in the batch rows where `rows` ([B], bool) is True, `other` in the rest.
 
         Raises:
-            ValueError: `rows` are not as many as the batch has, or on another device; or the states are not of one
-                shape, as those of a controller that grows its state are not, or not of one structure.
+            ValueError: `rows` has another length than the batch, or is on another device; or the states differ in
+                structure or in shape, as those of a controller that grows its state do.
             TypeError: `rows` is no tensor of bools, `other` no `DNCState`.
         """
         if not isinstance(other, DNCState):
