@@ -1,8 +1,8 @@
 """Differentiable Neural Computers for PyTorch, used like `nn.LSTM`.
 
-`DNC` is the layer: ``outputs, state = dnc(inputs)``. `DNCState` is what it carries from call to call, the `MemoryState`
-of its memory included, and `Trace` what its steps did. `memory_step` is one step of that memory by itself, from an
-`Interface`. `explain` says which backend runs a layer and why, `use_backend` chooses one. `from_deepmind` and
+`DNC` is the layer: ``outputs, state = dnc(inputs)``. `DNCState` is what it carries from call to call, including the
+`MemoryState` of its memory, and `Trace` records what its steps did. `memory_step` is one step of that memory by itself,
+from an `Interface`. `explain` says which backend runs a layer and why; `use_backend` chooses one. `from_deepmind` and
 `from_pytorch_dnc` build a layer from the weights of other implementations.
 """
 

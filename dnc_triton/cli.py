@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dnc_triton.training.settings import Settings
 
 NEEDED = ("lightning_fabric", "matplotlib", "plotly", "tensorboard", "tqdm")
-INTERRUPTED, UNREAD = 130, 141  # what a shell expects of a program that SIGINT, or SIGPIPE, ended
+INTERRUPTED, UNREAD = 130, 141  # the statuses that shells give programs ended by SIGINT, SIGPIPE
 OWN = ("command", "task", "act", "run", "resume", "config", "device", "workers")  # options, not settings
 
 EPILOG = """\
@@ -49,17 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that cannot be encoded is no reason to fail
     try:
-        # What is printed is written here, where it is known what to do if nobody reads it.
+        # Flush here, where a closed pipe is handled.
         try:
             options = _parser().parse_args(arguments)
         finally:  # --help ends the process
             print(end="", flush=True)
         status: int = options.act(options)
         print(end="", flush=True)
-    except KeyboardInterrupt:  # the first one in training ends the step and saves the run, and does not come by here
+    except KeyboardInterrupt:  # not the first one in training: that ends the step and saves the run
         print("dnc_triton: interrupted", file=sys.stderr)
         status = INTERRUPTED
-    except BrokenPipeError:  # whoever reads what is printed has seen enough
+    except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         status = UNREAD
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dnc_triton: no room for these sizes: {_reason(error).splitlines()[0]}", file=sys.stderr)
         status = 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Without the interpreter's own end: in it, a thread of gloo now and then aborts the process.
+        # Skip the interpreter's shutdown, in which a thread of gloo now and then aborts the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -79,16 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """An error's text, or its type; of a worker process's, which has the whole traceback in it, the end."""
+    """An error's text, or its type if that is empty; of a worker's, which is a whole traceback, the end."""
     return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip() or type(error).__name__
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """On a GPU, or on a CPU, which has no type of error for it; or more than there are numbers for."""
+    """Whether memory ran out, on a GPU or on a CPU, where no error type says so; or a size overflowed."""
     import torch
 
     texts = ("can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking long")
-    integers = ("too large to convert to C", "cannot fit 'int'")  # Python's; another overflow is a mistake of ours
+    integers = ("too large to convert to C", "cannot fit 'int'")  # Python's; any other overflow is a bug of ours
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in texts + integers)
 
 
@@ -108,16 +108,16 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(act=act)
         return command
 
-    train = add("train", _train, "train a DNC on a task, an LSTM of the same hidden size beside it")
+    train = add("train", _train, "train a DNC on a task, and an LSTM of the same hidden size beside it")
     tasks = train.add_subparsers(dest="task", required=True, metavar="TASK")
     for task in TASKS.values():
         _add_settings(_add_training(tasks, task), task)
 
     evaluate = add(
-        "evaluate", _evaluate, "say how many sequences a run's models solve, drawn apart from those of its training"
+        "evaluate", _evaluate, "say how many sequences a run's models solve, drawn separately from its training"
     )
     _add_run(evaluate)
-    text = "at least so many per row of the table, as many of each size (default: 1000)"
+    text = "at least this many per row of the table, equally many of each size (default: 1000)"
     evaluate.add_argument("--sequences", type=int, default=1000, help=text)
 
     trace = add("trace", _trace, "draw what a run's DNC does with its memory: memory.png, and memory.html to play with")
@@ -125,13 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument(
         "--size",
         type=int,
-        help="of the sequence, as the task counts: vectors, items; the number "
+        help="size of the sequence, as the task counts it: vectors or items, or the number "
         "of a lesson, kind or style (default: the last of those trained on)",
     )
     trace.add_argument("--index", type=int, default=0, help="which sequence of that size (default: 0)")
     trace.add_argument("--output", type=_path, help="folder for the pictures (default: the run's)")
 
-    bench = add("bench", _bench, "time a task's DNC on this machine, the LSTM of the same hidden size beside it")
+    bench = add("bench", _bench, "time a task's DNC on this machine, and an LSTM of the same hidden size beside it")
     tasks = bench.add_subparsers(dest="task", required=True, metavar="TASK")
     for task in TASKS.values():
         command = tasks.add_parser(
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_device(command)
         _add_settings(command, task)
 
-    info = add("info", _info, "show versions, devices, where things are, and which backend runs for a task's DNC")
+    info = add("info", _info, "show versions, devices, paths, and which backend runs for a task's DNC")
     info.add_argument("task", nargs="?", choices=TASKS, default="copy", help="whose DNC (default: copy)")
     _add_device(info)
     return parser
@@ -151,7 +151,7 @@ def _add_training(tasks: Any, task: type[Task]) -> argparse.ArgumentParser:
         task.name, help=task.summary, description=task.summary, argument_default=argparse.SUPPRESS
     )
     folder = parser.add_mutually_exclusive_group()
-    # torchrun takes --run for a short form of its own --run-path, wherever it stands.
+    # torchrun takes --run for an abbreviation of its own --run-path, wherever it stands: hence --folder.
     folder.add_argument(
         "--run", "--folder", type=_path, help=f"folder for the run (default: runs/{task.name}-DATE-TIME)"
     )
@@ -168,30 +168,30 @@ def _add_training(tasks: Any, task: type[Task]) -> argparse.ArgumentParser:
         "--workers",
         type=int,
         default=0,
-        help="processes that draw batches ahead; worth it where that takes long (default: 0, training draws them)",
+        help="processes that draw batches ahead; worth it where drawing takes long (default: 0, training draws them)",
     )
     return parser
 
 
 def _add_settings(parser: argparse.ArgumentParser, task: type[Task]) -> None:
-    """The settings that all tasks share, and the task's own; what is not given keeps the task's default."""
+    """Flags for the settings that all tasks share and for the task's own arguments, with the task's defaults."""
     from dnc_triton.training.settings import CHOICES, Settings
 
     defaults = Settings.read(task.name)
     parser.add_argument("--config", type=_path, metavar="FILE", help="TOML file of settings, such as a run's "
                         "settings.toml (default: the one that comes with the task)")  # fmt: skip
-    group = parser.add_argument_group("settings of a new run; they take the place of those in the file")
+    group = parser.add_argument_group("settings of a new run; they override those in the file")
     for setting in fields(Settings):
         if "meaning" in setting.metadata:
             default = getattr(defaults, setting.name)
             _add_flag(group, setting.name, setting.metadata["meaning"], default, CHOICES.get(setting.name))
-    group = parser.add_argument_group("the task; these too")
+    group = parser.add_argument_group("arguments of the task; they override the file, too")
     for name, parameter in inspect.signature(task).parameters.items():
         _add_flag(group, name, task.arguments.get(name, ""), defaults.task_arguments.get(name, parameter.default))
 
 
 def _add_flag(group: Any, name: str, meaning: str, default: Any, choices: tuple[str, ...] | None = None) -> None:
-    """--name, or --name and --no-name, of the type that the default has."""
+    """--name, or --name and --no-name, of the default's type."""
     flag = "--" + name.replace("_", "-")
     text = f"{meaning} (default: {default})".lstrip().replace("%", "%%")
     if isinstance(default, bool):
@@ -217,7 +217,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _path(text: str) -> Path:
-    """A path of the command line; of "", which a variable that is not set leaves, pathlib would make this folder."""
+    """A path from the command line. For "", left by an unset variable, pathlib would take the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got ''")
     return Path(text)
@@ -262,7 +262,7 @@ def _train(options: argparse.Namespace) -> int:
         raise
     if not finished:
         again = ["python", "-m", "dnc_triton", "train", task, "--resume", str(run.folder)]
-        for name, default in (("device", "cpu"), ("workers", 0)):  # which are no settings
+        for name, default in (("device", "cpu"), ("workers", 0)):  # these are not settings
             again += [f"--{name}", str(where[name])] if where[name] != default else []
         say(f"Stopped at step {run.step} of {run.settings.steps}. To go on: {shlex.join(again)}")
         return INTERRUPTED
@@ -271,10 +271,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _claim(run: Run, *, named: bool) -> None:
-    """Make the run's folder its own, or, if it was not named, one in it that is not there yet; all processes' the same.
+    """Claim the run's folder, or, if it was not named, a new one in it; the same one in all processes.
 
     Raises:
-        ValueError: it has what a run writes, or cannot be made; in every process.
+        ValueError: it holds files that a run writes, or cannot be made; in every process.
     """
     refused = ""
     if run.fabric.is_global_zero:

@@ -41,23 +41,23 @@ def from_deepmind(
 ) -> DNC:
     """A `DNC` with the weights and the semantics of one built with DeepMind's published code.
 
-    As there, strengths pass softplus and no gradient flows from usage to earlier writes.
+    As in that code, strengths pass through softplus and no gradient flows from usage to earlier writes.
 
     Args:
         variables: name → array, named as in a checkpoint of DeepMind's code: ``dnc/lstm/w_gates`` and so on, with any
             scope in front and with or without ``:0`` behind. Weights are [in, out]. Other names, such as an
-            optimiser's, are ignored. The sizes of input, controller and output are those of the arrays.
+            optimiser's, are ignored. The sizes of input, controller and output follow from the arrays.
         memory_size, word_size, num_reads, num_writes: N, W, R, K of the original.
         clip: the `clip_value` of the original (20 in DeepMind's training script); None if it had none.
-        batch_first: of the layer that is made. DeepMind's is time first.
-        dtype: of the layer that is made; None for torch's default.
+        batch_first: of the new layer. DeepMind's is time first.
+        dtype: of the new layer; None for torch's default.
 
     Returns:
         the layer, on the CPU.
 
     Raises:
-        ValueError: a variable is missing, is there twice, or has a shape that does not fit the sizes given; a size or
-            clip as `DNC` refuses it.
+        ValueError: a variable is missing, occurs twice, or has a shape that does not fit the sizes given; a size or
+            clip that `DNC` refuses.
         TypeError: variables is no mapping of names to floating arrays; a size, clip, batch_first or dtype of the wrong
             type.
     """
@@ -107,8 +107,8 @@ def from_deepmind(
         dtype=dtype,
     )
     gates_bias = take("lstm/b_gates", (4 * hidden_size,)).clone()
-    # Sonnet adds 1 to the forget gate when it runs; torch does not, so the bias carries it. Sonnet's gates come as
-    # i, g, f, o, torch's as i, f, g, o.
+    # Sonnet adds 1 to the forget gate when it runs; torch does not, so it goes into the bias. Sonnet's gates are in the
+    # order i, g, f, o, torch's in the order i, f, g, o.
     gates_bias[2 * hidden_size : 3 * hidden_size] += 1
     gates, gates_bias = (torch.cat([x.chunk(4, -1)[gate] for gate in (0, 2, 1, 3)], -1) for x in (gates, gates_bias))
     fields = interface_sizes(num_reads, num_writes, word_size)
@@ -129,7 +129,7 @@ def from_deepmind(
 
 
 def _scope(arrays: Mapping[str, Any]) -> str:
-    """What stands before ``lstm/w_gates``: the name of the module and of what it is in."""
+    """What precedes ``lstm/w_gates``: the names of the module and of the scopes around it."""
     name = "lstm/w_gates"
     scopes = [key.removesuffix(name) for key in arrays if key == name or key.endswith("/" + name)]
     if len(scopes) != 1:

@@ -1,10 +1,10 @@
-"""Which backend serves a call: one table, what each entry can do, and how one is chosen.
+"""Which backend serves a call: a table of backends, what each can do, and how one is chosen.
 
 The `backend` argument of the call or layer decides first, then `use_backend`, then the environment variable
-DNC_TRITON_BACKEND, then "auto". "auto" is plain PyTorch on a CPU: the sequence operation where it serves, else, and
-for a single step without gradients that is traced, the reference. On a GPU it is what was the fastest when measured,
-which happens on the first call of a kind (`tuning`). While a graph is captured nothing is measured: what is remembered
-is taken, or else the first in rank; while one is traced, or with deterministic algorithms, always the first in rank.
+DNC_TRITON_BACKEND, then "auto". On a CPU "auto" is plain PyTorch: the sequence operation where it serves, otherwise,
+and for a traced single step without gradients, the reference. On a GPU it is what measured fastest, on the first call
+of a kind (`tuning`). While a CUDA graph is captured, nothing is measured: what is remembered is taken, or else the
+first in rank. While a graph is traced, or with deterministic algorithms, it is always the first in rank.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from dnc_triton.sequence.unroll import unroll_sequence
 
 SETTLED_BY = (environment.GRAPHS, environment.MEASURE)  # variables that a choice depends on
 LEAST_CAPABILITY = (8, 0)
-# Looked up once: while a graph is traced it cannot be.
+# Looked up once, since it cannot be looked up while a graph is traced.
 HAS_TRITON = find_spec("triton") is not None
-# What PyTorch's compiler asks for, and no other.
+# The one C++ compiler that PyTorch's compiler looks for.
 COMPILER = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
 HAS_COMPILER = shutil.which(COMPILER) is not None
 
@@ -55,10 +55,10 @@ class Backend:
     Attributes:
         supports: problem → (whether this backend serves it, why or why not).
         unroll: with the signature of `dnc_reference.unroll`, and `checkpoint` as `DNC` has it.
-        memory_step: with the signature of `dnc_reference.memory_step`; not asked for where `supports` declines it.
-        rank: problem → the lower, the sooner it is taken where nothing was measured.
-        layouts: problem → how the work may be cut up, the default first. If there is any, `memory_step` and `unroll`
-            take one of them as `layout`.
+        memory_step: with the signature of `dnc_reference.memory_step`; not used where `supports` declines it.
+        rank: problem → a number; the lowest is taken where nothing was measured.
+        layouts: problem → how the work may be split up, the default first. If there are any, `memory_step` and
+            `unroll` take one of them as `layout`.
     """
 
     supports: Callable[[Problem], tuple[bool, str]]
@@ -68,7 +68,7 @@ class Backend:
     layouts: Callable[[Problem], list[Layout]] = lambda problem: []
 
     def with_layout(self, layout: Layout | None, *, stepwise: bool = False) -> Backend:
-        """This backend with one layout settled, and whether kernels go step by step, as a layer's own parts want it."""
+        """This backend with a fixed layout; `stepwise` for a layer with parts of the user's own."""
         if layout is None:
             return self
         unroll = partial(self.unroll, layout=layout)
@@ -90,7 +90,7 @@ def _sequence_supports(problem: Problem) -> tuple[bool, str]:
         return False, f"dtype is {problem.dtype}, it takes float32 and float64"
     if is_transformed():
         return False, "a transform of torch.func, or torch.jit.trace, is at work"
-    return True, "plain PyTorch, a backward written by hand, which is not differentiable again"
+    return True, "plain PyTorch, with a hand-written backward, which cannot be differentiated again"
 
 
 def _compiled_supports(problem: Problem) -> tuple[bool, str]:
@@ -101,11 +101,11 @@ def _compiled_supports(problem: Problem) -> tuple[bool, str]:
         return False, f"device is {problem.device.type}, it is made for the CPU"
     if not HAS_COMPILER:
         return False, f"PyTorch's compiler needs a C++ compiler, and there is no {COMPILER!r} (CXX names another)"
-    return True, "as torch_sequence, a step compiled for its sizes, which takes half a minute the first time"
+    return True, "as torch_sequence, with a step compiled for its sizes, which takes half a minute the first time"
 
 
 def _kernels_support(problem: Problem) -> tuple[bool, str]:
-    """What the kernels of the step can do, in one launch or three, or four forward."""
+    """Limits of the kernels of a step, whether it takes one launch or three (or four, forward)."""
     if problem.trace:
         return False, "a trace is asked for, which the reference keeps step by step"
     limits = (
@@ -129,7 +129,7 @@ def _kernels_support(problem: Problem) -> tuple[bool, str]:
         return True, "interpreted, which is slow: for tests"
     if problem.device.type != "cuda":
         return False, f"device is {problem.device.type}, the kernels run on CUDA and ROCm"
-    # Not while a graph is traced, which could not follow.
+    # Not while a graph is traced: tracing cannot follow this.
     if not torch.compiler.is_compiling() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(problem.device)
         if capability < LEAST_CAPABILITY:
@@ -150,8 +150,8 @@ def _one_launch_supports(problem: Problem) -> tuple[bool, str]:
         return supported, reason
     if problem.controller != "lstm":
         return False, f"the controller is {problem.controller!r}, the kernel has an LSTM in it"
-    # As far as it was compiled for Hopper without spilling, in float32. With W = 256 it spilled up to 2.6 KB a thread,
-    # at every step.
+    # The sizes up to which it compiled for Hopper without spilling, in float32. With W = 256 it spilled up to 2.6 KB a
+    # thread, at every step.
     limits = (("num_layers", 1), ("hidden_size", 128), ("memory_size", MOST_IN_ONE_LAUNCH), ("word_size", 64))
     for name, limit in limits:
         if getattr(problem, name) > limit:
@@ -160,7 +160,7 @@ def _one_launch_supports(problem: Problem) -> tuple[bool, str]:
 
 
 def _kernels_rank(problem: Problem, rank: int) -> int:
-    """On a CPU the kernels are interpreted: for those who ask for them by name."""
+    """On a CPU the kernels are interpreted: last in rank, for those who ask for them by name."""
     return 9 if problem.device.type == "cpu" else rank
 
 
@@ -190,7 +190,7 @@ BACKENDS: dict[str, Backend] = {
     "torch_sequence": Backend(
         supports=_sequence_supports,
         unroll=unroll_sequence,
-        # Of a single step without a backward a compiler makes more where it can look into what is called.
+        # A compiler makes more of a single step without a backward where it can see inside what is called.
         rank=lambda problem: (
             6 if torch.compiler.is_compiling() and problem.steps == 1 and not problem.needs_gradient else 4
         ),
@@ -198,7 +198,7 @@ BACKENDS: dict[str, Backend] = {
     "torch_compiled": Backend(
         supports=_compiled_supports,
         unroll=partial(unroll_sequence, compiled=True),
-        # It compiles for half a minute: only for those who ask for it.
+        # It compiles for half a minute: only on request.
         rank=lambda problem: 8,
     ),
     "reference": Backend(
@@ -209,14 +209,14 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-@dataclass(eq=False)  # to be told apart
+@dataclass(eq=False)  # blocks of the same name must be told apart
 class _InUse:
     """A block of `use_backend`."""
 
     name: str
 
 
-_in_use: list[_InUse] = []  # of all threads: what is done to it is one atomic step at a time
+_in_use: list[_InUse] = []  # shared by all threads: each change to it is one atomic step
 _settled: dict[tuple[Any, ...] | None, Backend] = {}
 
 
@@ -224,11 +224,11 @@ _settled: dict[tuple[Any, ...] | None, Backend] = {}
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, layers and calls that do not name a backend themselves use this one.
 
-    The setting is the process's, as torch's own backend flags are: other threads see it too. Which backends there are,
-    and which of them serve a layer, `explain` says.
+    The setting applies to the whole process, as torch's own backend flags do: other threads see it too. `explain` lists
+    the backends, and says which of them serve a layer.
 
     Args:
-        name: a backend's name, or "auto", whatever the environment names.
+        name: a backend's name, or "auto", whatever the environment variable says.
 
     Raises:
         ValueError: no backend has that name.
@@ -239,11 +239,11 @@ def use_backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _in_use.remove(block)  # which need not be the last: blocks of several threads may overlap
+        _in_use.remove(block)  # not always the last: blocks of several threads may overlap
 
 
 def choose(problem: Problem, backend: str = "auto") -> Backend:
-    """The backend for a problem, its layout settled.
+    """The backend for a problem, with its layout.
 
     Args:
         problem: the call.
@@ -254,7 +254,7 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         RuntimeError: the backend asked for by name does not serve this problem; its reason is in the message.
     """
     asked, asked_by = _asked(backend)
-    # Every call comes by here, on a GPU even every step: what is settled is not worked out again.
+    # Every call passes here, on a GPU even every step: a settled choice is not worked out again.
     if (known := _settled.get(_key(problem, asked))) is not None:
         return known
     if asked == "auto":
@@ -265,20 +265,20 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
             raise RuntimeError(f"backend {asked!r}, asked for by {asked_by}, does not serve this call: {reason}")
         serving = [asked]
     (name, layout), settled = _best(problem, serving)
-    key = _key(problem, asked)  # by now more may have been measured, by other threads too
+    key = _key(problem, asked)  # more may have been measured meanwhile, by other threads too
     settled = settled and key is not None
-    if settled:  # of all that the key stands for
+    if settled:  # the choice among all that the key stands for
         (name, layout), _ = _best(problem, serving, measure=False)
     chosen = BACKENDS[name].with_layout(layout, stepwise=problem.controller == "custom")
     if settled:
-        if len(_settled) >= 1000:  # of a new batch or length each time
+        if len(_settled) >= 1000:  # when each call has a new batch size or length
             _settled.clear()
         _settled[key] = chosen
     return chosen
 
 
 def explain_problem(problem: Problem, backend: str = "auto") -> str:
-    """The table of backends for a problem, a line each, with what was measured; the chosen one is starred."""
+    """The table of backends for a problem, a line each, with measured times; the chosen one is starred."""
     asked, asked_by = _asked(backend)
     answers = {name: BACKENDS[name].supports(problem) for name in BACKENDS}
     serving = [name for name in _ranked(problem) if answers[name][0] and asked in ("auto", name)]
@@ -296,7 +296,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
             + (f"; measured per step: {'; '.join(measured)}" if measured else "")
         )
     if chosen is None:
-        lines.append("nothing runs: what is asked for by name does not serve, and the call raises")
+        lines.append("nothing runs: the backend asked for by name does not serve this call, which would raise")
     return "\n".join(lines)
 
 
@@ -319,13 +319,13 @@ def _asked(backend: str) -> tuple[str, str]:
 
 
 def _settles(problem: Problem) -> bool:
-    """Whether a choice may be one for all calls of its kind."""
-    # Tracing comes first: a traced function may look neither at a file nor at a clock.
+    """Whether one choice may be made for all calls of a kind."""
+    # Tracing is checked first: a traced function may look at neither a file nor a clock.
     return not torch.compiler.is_compiling() and problem.device.type == "cuda" and not is_transformed()
 
 
 def _key(problem: Problem, asked: str) -> tuple[Any, ...] | None:
-    """All that a choice depends on; None where it must be made for each call."""
+    """All that a choice depends on; None where each call must be decided anew."""
     if not _settles(problem):
         return None
     deterministic, measured = torch.are_deterministic_algorithms_enabled(), tuning.measurements()
@@ -333,17 +333,17 @@ def _key(problem: Problem, asked: str) -> tuple[Any, ...] | None:
 
 
 def _clock_decides(problem: Problem) -> bool:
-    """Whether what is chosen is what was measured."""
+    """Whether measured times decide the choice."""
     return _settles(problem) and not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
 
 
 def _ranked(problem: Problem) -> list[str]:
-    """All backends, those first that are taken where nothing was measured."""
+    """All backends by rank: the first that serves is taken where nothing was measured."""
     return sorted(BACKENDS, key=lambda name: BACKENDS[name].rank(problem))
 
 
 def _serving(problem: Problem) -> list[str]:
-    """The backends that serve, by rank; where no clock decides the first alone, and those behind it are not asked."""
+    """The backends that serve, by rank; where no clock decides, only the first: those behind it are not asked."""
     clock_decides, serving = _clock_decides(problem), []
     for name in _ranked(problem):
         if BACKENDS[name].supports(problem)[0]:
@@ -354,7 +354,7 @@ def _serving(problem: Problem) -> list[str]:
 
 
 def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tuple[tuning.Candidate, bool]:
-    """Of those that serve, by rank, the fastest, with its layout; and whether nothing is left to be measured."""
+    """The fastest of those that serve, given by rank, with its layout; and whether nothing is left to measure."""
     candidates: list[tuning.Candidate] = []
     for name in serving:
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]

@@ -1,18 +1,18 @@
-"""The environment variables that are looked at, and what they say."""
+"""The environment variables that are read, and their values."""
 
 from __future__ import annotations
 
 import os
 
-BACKEND = "DNC_TRITON_BACKEND"  # for calls that name none themselves
+BACKEND = "DNC_TRITON_BACKEND"  # the backend of calls that name none themselves
 MEASURE = "DNC_TRITON_MEASURE"  # 0: no backend is measured
-CACHE = "DNC_TRITON_CACHE"  # the directory of what was measured
+CACHE = "DNC_TRITON_CACHE"  # the directory for measurements
 GRAPHS = "DNC_TRITON_GRAPHS"  # 0: nothing is replayed as a CUDA graph
-GRAPH_MEMORY = "DNC_TRITON_GRAPH_MEMORY"  # what CUDA graphs may keep on each device, in MiB
+GRAPH_MEMORY = "DNC_TRITON_GRAPH_MEMORY"  # how much CUDA graphs may keep on each device, in MiB
 
 
 def is_on(variable: str) -> bool:
-    """Whether what a variable switches off with 0 is on, as it is without the variable.
+    """Whether the feature that a variable switches off with 0 is on, as it is without the variable.
 
     Raises:
         ValueError: it is neither 0 nor 1.

@@ -13,12 +13,12 @@ from typing import Any
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that takes the place of the old one when all of it is on the disk: half a file is never seen.
+    """Write a file that replaces the old one once all of it is on the disk: half a file is never seen.
 
     Raises:
         OSError: it could not be written; the old file is as it was.
     """
-    # A name of this call's own, for where others are not kept out. (Others could not read tempfile's files.)
+    # A name of this call's own, in case others write here too. (Other users could not read tempfile's files.)
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """CSV by `write`: rows with the same keys, which stand in the first line."""
+    """Write rows with the same keys as CSV by `write`; the first line holds the keys."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -45,11 +45,11 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room, on the disk or within the user's quota."""
-    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota's
+    """Whether a write failed because the disk, or the user's quota, is full."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no EDQUOT
 
 
 def remove(path: Path) -> None:
-    """Remove a file if that can be done; what went wrong before is what the caller has to hear of."""
+    """Remove a file if possible. An error here is dropped: the caller has to hear of the one before it."""
     with suppress(OSError):
         path.unlink()

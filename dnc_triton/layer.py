@@ -25,8 +25,8 @@ from dnc_triton.sequence.parts import zeros
 from dnc_triton.sequence.unroll import begins_with_zeros, is_plain
 from dnc_triton.trace import Trace, traced_unroll
 
-# Memory sizes N at which memory and link begin as zeros for one batch element, expanded over the batch. Smaller ones
-# may be served by one launch for the sequence, larger ones by plain PyTorch, which need zeros for each element.
+# Memory sizes N for which memory and link begin as zeros of one batch element, expanded over the batch. Smaller ones
+# may be served by one launch for the sequence, larger ones by plain PyTorch; both need zeros for each element.
 SHARED = {"cuda": range(MOST_IN_ONE_LAUNCH + 1, MOST_SLOTS + 1)}
 
 
@@ -40,7 +40,7 @@ class DNC(DNCCell):
         num_reads: R, read heads.
         num_writes: K, write heads; the paper has 1.
         controller: "lstm", "gru", "rnn", "feedforward", or a factory ``(input_size, hidden_size) -> nn.Module`` of
-            your own. The module that it makes has ``initial_state(batch_size, *, device, dtype)``, which returns a nest
+            your own. The module it returns needs ``initial_state(batch_size, *, device, dtype)``, which returns a nest
             of tensors, batch first, and ``forward(inputs [B, I], state) -> (hidden [B, H], state)``. I is the size of
             the step's input plus R·W, for the words read in the step before.
         num_layers, dropout: of a built-in controller, as in `nn.LSTM`: dropout acts between layers.
@@ -49,18 +49,18 @@ class DNC(DNCCell):
         strength: "oneplus", as in the paper, or "softplus", as in DeepMind's published code.
         stop_usage_gradient: no gradient from usage to earlier writes, as in DeepMind's published code.
         max_activation_gradient: bound on each element of the gradient with respect to the hidden vectors of a built-in
-            controller, at every step, which bounds what goes back through time; None for none. The paper has 10.
-            Of a loss that is scaled, as by a `GradScaler`, it bounds the scaled gradient: scale it as well, in
-            ``controller.max_activation_gradient``.
+            controller, at every step, which bounds what flows back through time; None for none. The paper has 10.
+            If the loss is scaled, as by a `GradScaler`, the scaled gradient is bounded: scale
+            ``controller.max_activation_gradient`` by the same factor.
         checkpoint: at which steps memory and link, by far the largest tensors, are kept for the backward. None: at
             every step (the backend "triton_split" keeps every fourth link). An integer k: at every k-th; the backward
-            computes the others again, to the same bits, which takes time; parts of your own are called again for it,
-            hooks too, and what these change on the way is changed twice; where the layer runs step by step parameters,
-            the given state and the mode, train or eval, must stay as they are until then. "auto": at every step while
-            that takes at most 256 MiB on a CPU or a quarter of a GPU's memory, else at every √T-th; at every step
-            wherever the layer runs step by step, as with several write heads or parts of your own, and in a program
-            that is exported for a batch or T left open.
-        backend: "auto", or the name of the one to use; see `explain`.
+            computes the others again, to the same bits, which takes time. It calls parts of your own and hooks again,
+            so whatever these change is changed twice; where the layer runs step by step, parameters, the given state
+            and the mode, train or eval, must stay as they are until then. "auto": at every step while that takes at
+            most 256 MiB on a CPU or a quarter of a GPU's memory, else at every √T-th; always at every step where the
+            layer runs step by step, as with several write heads or parts of your own, and in a program that is
+            exported with the batch size or T left open.
+        backend: "auto", or the name of the backend to use; see `explain`.
         device, dtype: of the parameters and the state; None for torch's defaults.
 
     Parameters are initialised as torch initialises its own recurrent cells and linear layers.
@@ -144,7 +144,7 @@ class DNC(DNCCell):
             state: what an earlier call returned, or None for the initial state. Gradients flow into it; call
                 `state.detach()` to truncate them.
             lengths: [B] integers in 0…T: row b runs for lengths[b] steps. After that its outputs are 0 and its state
-                stays the same, whatever the inputs there are, even NaN.
+                stays the same, whatever the inputs hold there, even NaN.
             reset: bool, [B, T] ([T, B] if not batch_first): True puts that row's state back to the initial one before
                 that step.
             trace: return the `Trace` as well: where every step wrote and read, its gates, usage and link. The backend
@@ -158,11 +158,11 @@ class DNC(DNCCell):
 
         Raises:
             ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T (not
-                looked at while anything traces, a CUDA graph is captured or a transform of `torch.func` is at work)
-                or beside a `PackedSequence`, which has its own; an unknown backend, by the environment's variable say.
+                checked while anything traces, a CUDA graph is captured or a transform of `torch.func` is at work) or
+                given with a `PackedSequence`, which has its own; an unknown backend, in the environment variable say.
             TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
                 state that is no `DNCState`, a trace that is no bool.
-            Both: an attribute that was set since to what the constructor refuses, unless it is a size of the weights.
+            Both: an attribute since set to a value that the constructor refuses, unless it is a size of the weights.
             RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.
         """
         check_bool("trace", trace)
@@ -177,8 +177,8 @@ class DNC(DNCCell):
     def step(self, inputs: Tensor, state: DNCState | None = None) -> tuple[Tensor, DNCState]:
         """One step, for streams: what `forward` does with a sequence of one step.
 
-        Hooks on the layer itself are not called, as they are around `dnc(...)`. Under PyTorch's FSDP2 it has to be made
-        known: `torch.distributed.fsdp.register_fsdp_forward_method(dnc, "step")`.
+        Unlike `dnc(...)`, it does not call hooks on the layer itself. Under PyTorch's FSDP2 it has to be registered:
+        `torch.distributed.fsdp.register_fsdp_forward_method(dnc, "step")`.
 
         Args:
             inputs: [B, input_size].
@@ -209,7 +209,7 @@ class DNC(DNCCell):
         reset: Tensor | None,
         trace: bool,
     ) -> Any:
-        _check_checkpoint(self.checkpoint)  # they may have been set since
+        _check_checkpoint(self.checkpoint)  # attributes may have been changed since
         check_bool("batch_first", self.batch_first)
         check_size("memory_size", self.memory_size)
         check_strength(self.strength)
@@ -220,7 +220,7 @@ class DNC(DNCCell):
         batch, steps = problem.batch, problem.steps
         if state is None:
             state = self._begin(problem)
-            if self.controller_kind == "custom":  # whose initial state may be anything
+            if self.controller_kind == "custom":  # its initial state may be anything
                 self._check_controller_state(state.controller, batch)
         else:
             self._check_state(state, batch)
@@ -229,12 +229,12 @@ class DNC(DNCCell):
         if reset is not None:
             shape = (batch, steps) if self.batch_first else (steps, batch)
             check_tensor("reset", reset, shape, dtype=torch.bool, device=inputs.device)
-            if problem.controller != "custom" and not begins_with_zeros(self):  # which is asked for on the way
+            if problem.controller != "custom" and not begins_with_zeros(self):  # a reset asks for it on the way
                 problem = replace(problem, controller="custom")
         if self.batch_first:
             inputs, reset = inputs.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
         if trace:
-            choose(replace(problem, trace=True), self.backend)  # a backend asked for by name has its say
+            choose(replace(problem, trace=True), self.backend)  # raises if a backend asked for by name does not serve
             outputs, *rest = traced_unroll(self, inputs, state, lengths=lengths, reset=reset)
         else:
             outputs, *rest = choose(problem, self.backend).unroll(
@@ -243,7 +243,7 @@ class DNC(DNCCell):
         return outputs.transpose(0, 1) if self.batch_first else outputs, *rest
 
     def problem(self, inputs: Tensor | PackedSequence) -> Problem:
-        """What the dispatcher is asked for this input. Raises the errors that `forward` documents for `inputs`."""
+        """The `Problem` that this input poses. Raises the errors that `forward` documents for `inputs`."""
         if isinstance(inputs, PackedSequence):
             inputs, _ = pad_packed_sequence(inputs, batch_first=self.batch_first)
         order = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
@@ -279,7 +279,7 @@ class DNC(DNCCell):
         )
 
     def _begin(self, problem: Problem) -> DNCState:
-        """`initial_state` in one buffer, for a call that does not hand it out; memory and link may be shared."""
+        """`initial_state` in one buffer, for a call that does not return it; rows may share memory and link."""
         weight, batch = self.like(), problem.batch
         ours = problem.controller != "custom" and begins_with_zeros(self)
         if not ours or problem.steps == 0 or not is_eager([weight]):
@@ -318,7 +318,7 @@ class DNC(DNCCell):
             return
         tensors, structure = tree_flatten(state)
         weight = self.like()
-        if self.controller_kind == "custom":  # which may grow its state as it goes: only the batch is known of it
+        if self.controller_kind == "custom":  # may grow its state as it goes: only the batch is known
             for tensor in tensors:
                 if not isinstance(tensor, Tensor):
                     raise TypeError(f"state.controller: expected a nest of tensors, got {type(tensor).__name__} in it")
@@ -339,7 +339,7 @@ class DNC(DNCCell):
             check_tensor("state.controller", tensor, like.shape, dtype=like.dtype, device=like.device)
 
     def _is_state_of_layers(self, state: Any, batch: int) -> bool:
-        """Whether this is the state of a built-in controller, without making one to compare it with."""
+        """Whether this is the state of a built-in controller, without creating one to compare it with."""
         if self.controller_kind == "custom" or type(state) is not tuple or len(state) != self.num_layers:
             return False
         count, weight = CONTROLLERS[self.controller_kind].states, self.like()
@@ -367,19 +367,19 @@ class DNC(DNCCell):
 
 
 def explain(dnc: DNC, inputs: Tensor | PackedSequence) -> str:
-    """Which backend would run `dnc(inputs)`, and for each of them whether it serves that call and why or why not.
+    """Which backend would run `dnc(inputs)`, and whether each backend serves that call, with the reason.
 
     Args:
         dnc: the layer.
         inputs: as for `DNC.forward`.
 
     Returns:
-        a table to print, a line for each backend; the one that would run has a star in front.
+        a table to print, with a line for each backend; a star marks the one that would run.
 
     Raises:
-        ValueError, TypeError: as `DNC.forward` for `inputs` and backends; a TypeError for what is no `DNC`.
+        ValueError, TypeError: as `DNC.forward` for `inputs` and backends; TypeError if `dnc` is no `DNC`.
     """
-    # One that is compiled is no DNC, and hands on what it is asked.
+    # A compiled layer is no `DNC`, but forwards attributes to the one it wraps.
     if isinstance(dnc, type) or not callable(getattr(dnc, "problem", None)):
         raise TypeError(f"dnc: expected a DNC, got {type(dnc).__name__}")
     return explain_problem(dnc.problem(inputs), dnc.backend)
@@ -404,9 +404,9 @@ def _outline(nest: Any) -> str:
 
 
 def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tensor:
-    # In a compiler `as_tensor` of a list makes its numbers part of the program, and `tensor` of an array warns.
+    # While a compiler traces, `as_tensor` of a list makes its numbers part of the program; `tensor` of an array warns.
     convert: Any = torch.tensor if isinstance(lengths, (list, tuple)) else torch.as_tensor
-    try:  # a tensor stays on its device, whatever the default one is
+    try:  # a tensor stays on its device, whatever the default device is
         lengths = lengths if isinstance(lengths, Tensor) else convert(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         came = f"a {type(lengths).__name__} ({error})"
@@ -415,12 +415,12 @@ def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tenso
     if lengths.is_meta:
         raise ValueError("lengths: expected a tensor with values, got one on the meta device")
     integers = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-    if not integers and lengths.numel() > 0:  # an empty list has no integers to tell its dtype from
+    if not integers and lengths.numel() > 0:  # an empty list has no integers to infer a dtype from
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
-    lengths = lengths.to(torch.long, copy=True)  # which a backward wants as they are now
+    lengths = lengths.to(torch.long, copy=True)  # a copy: the backward needs the values as they are now
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape [{batch}], one per row of the batch, got {list(lengths.shape)}")
-    # While a graph is captured, or a transform is at work, values cannot be looked at; and fake tensors have none.
+    # Values cannot be read while a graph is captured or a transform is at work, and fake tensors have none.
     hidden = torch.compiler.is_compiling() or is_transformed() or type(lengths) is not Tensor
     hidden = hidden or (lengths.is_cuda and torch.cuda.is_current_stream_capturing())
     if batch > 0 and not hidden:
@@ -432,7 +432,7 @@ def _check_lengths(lengths: Tensor | list[int], batch: int, steps: int) -> Tenso
 
 
 def _pack_like(packed: PackedSequence, outputs: Tensor, lengths: Tensor, batch_first: bool) -> PackedSequence:
-    """Outputs in the order of the batch, packed as the inputs were, equal lengths in the same order."""
+    """Outputs, given in the order of the batch, packed as the inputs were, with ties of length in the same order."""
     order = packed.sorted_indices
     if order is not None:
         outputs, lengths = outputs.index_select(0 if batch_first else 1, order), lengths[order.cpu()]

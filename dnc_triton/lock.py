@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 
 class ForkSafeLock:
-    """Can be taken twice by a thread: `with lock.held(): ...`.
+    """A thread can take it again while it holds it: `with lock.held(): ...`.
 
-    In a forked process a thread that held it does not go on, and would never give it back; so it is a new one there.
+    A forked process gets a new lock: another thread that held the old one does not exist there to release it.
     """
 
     def __init__(self) -> None:
         self._renew()
-        if hasattr(os, "register_at_fork"):  # as not on Windows
+        if hasattr(os, "register_at_fork"):  # not on Windows
             os.register_at_fork(after_in_child=self._renew)
 
     def _renew(self) -> None:
@@ -24,6 +24,6 @@ class ForkSafeLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While the block runs, by this thread alone."""
-        with self._lock:  # given back even where it is another one by then
+        """Held by this thread alone while the block runs."""
+        with self._lock:  # released even if `_lock` is another one by then
             yield

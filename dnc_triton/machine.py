@@ -1,4 +1,4 @@
-"""This machine: what is on it, and how fast a task's networks run there."""
+"""This machine: what is installed on it, and how fast a task's networks run there."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PACKAGES = ("numpy", "lightning-fabric", "tensorboard", "matplotlib")
 
 
 def bench(settings: Settings, device: str) -> str:
-    """Time a batch of the last size of a task's last lesson, most often its longest: medians, in words.
+    """Time a batch of the last size of a task's last lesson, usually the longest; medians, as text.
 
     Args:
         settings: of the run to time; nothing is written.
         device: as `make_fabric` takes it.
 
     Raises:
-        ValueError: no such device, or the backend that the environment asks for does not serve.
+        ValueError: no such device, or the backend that the environment asks for does not serve the DNC.
     """
     run = Run(settings, Path(), device=device)
     run.check_backend()
@@ -56,7 +56,7 @@ def bench(settings: Settings, device: str) -> str:
         times = []
         for work in (partial(learner.outputs, batch), partial(train, learner)):
             timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            timer.timeit(2)  # what is compiled or measured once is
+            timer.timeit(2)  # so that what is compiled or measured once is done
             times.append(1000 * timer.blocked_autorange(min_run_time=SECONDS).median)
         forward, training = times
         lines.append(f"{LABELS[name]:<6}{'':>14}{forward:>10.2f}{training:>10.2f}{'':>16}"
@@ -65,7 +65,7 @@ def bench(settings: Settings, device: str) -> str:
 
 
 def info(task: str, device: str) -> str:
-    """Versions, devices, where things are kept, and which backend runs for a task's DNC, in words.
+    """Versions, devices, paths, and which backend runs for a task's DNC, as text.
 
     Raises:
         ValueError: no such device.
@@ -77,7 +77,7 @@ def info(task: str, device: str) -> str:
     rows = {
         "dnc_triton": f"{dnc_triton.__version__} in {Path(dnc_triton.__file__).parent}",
         "python": f"{platform.python_version()} in {sys.prefix}, {platform.platform()}",
-        "torch": torch.__version__,  # which says for what it was built
+        "torch": torch.__version__,  # it says what it was built for
         "triton": triton_version() or "not installed",
         **{name: _version(name) for name in PACKAGES},
         "cpu": _threads(),

@@ -24,14 +24,14 @@ def memory_step(
         state: the memory before the step; the shapes are those of `MemoryState`.
         stop_usage_gradient: let no gradient flow from usage to the previous write weights, as DeepMind's published
             code has it. The values are the same.
-        backend: "auto", or the name of the one to use.
+        backend: "auto", or the name of the backend to use.
 
     Returns:
         read words [B, R, W] and the memory after the step.
 
     Raises:
         TypeError: a field is not a floating tensor of the dtype of `state.memory`; `stop_usage_gradient` is no bool.
-        ValueError: a field has another shape than the other fields ask for, or another device; an unknown backend.
+        ValueError: a field does not fit the shapes of the others, or is on another device; an unknown backend.
         RuntimeError: the backend asked for does not serve this call.
 
     Source: Graves et al. 2016, Methods. The oracle is `dnc_reference.memory_step`.

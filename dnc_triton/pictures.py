@@ -20,8 +20,8 @@ from dnc_triton.trace import Trace, check_trace
 COLORS = {"dnc": "#1f6f8b", "lstm": "#e08e45"}
 LABELS = {"dnc": "DNC", "lstm": "LSTM"}
 DPI = 150
-LEAST_INCHES = 6.5  # the narrowest picture, where the title of the gates and their legend stand beside each other
-MOST_INCHES = 100  # the widest picture, five pixels for each of 3000 steps: more take long, and from 2^16 on an error
+LEAST_INCHES = 6.5  # the narrowest picture, in which the gates' title and their legend fit side by side
+MOST_INCHES = 100  # the widest picture, 5 pixels for each of 3000 steps: wider ones take long; 2^16 pixels are an error
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -37,8 +37,8 @@ def draw_learning_curve(
     """Loss and error over the steps, and what was right in validation, every model of the run in one picture.
 
     Args:
-        rows: of metrics.csv.
-        validations: of validation.csv.
+        rows: those of metrics.csv.
+        validations: the rows of validation.csv.
         unit: what the error counts, "bit" say.
         path: of the PNG.
     """
@@ -68,17 +68,17 @@ def draw_learning_curve(
 
 
 def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str) -> None:
-    """The memory at work on one sequence: what came in and what was asked for, where it wrote and read, when.
+    """The memory at work on one sequence: input and target, and where and when the memory was written and read.
 
     Args:
-        trace: whose first row is that sequence.
+        trace: its first row is that sequence.
         inputs, targets: of the sequence, [T, channels].
         path: of the PNG.
 
     Raises:
         ValueError: a trace without a row or a step; inputs or targets of another number of axes or steps.
         TypeError: no `Trace`; inputs or targets that are no tensors.
-        OSError: it could not be written; one that was there is as it was.
+        OSError: it could not be written; an old one is left as it was.
     """
     check_trace(trace)
     first = {name: tensor[0].detach().float().cpu().numpy() for name, tensor in trace._asdict().items()}
@@ -104,7 +104,7 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(panels) + 1, sharex=True, height_ratios=heights)
         for panel, (name, values, _) in zip(axes, panels, strict=False):
-            # From 0 to 1, as weights are; inputs and targets may go further.
+            # From 0 to 1, as for weights; inputs and targets may exceed that.
             low, high = np.nanmin(values, initial=0.0), np.nanmax(values, initial=1.0)
             image = panel.imshow(values, aspect="auto", cmap="magma", vmin=low, vmax=high, interpolation="nearest")
             panel.set_title(name if (low, high) == (0, 1) else f"{name}, from {low:.3g} to {high:.3g}")
@@ -124,7 +124,7 @@ def draw_memory(trace: Trace, inputs: Tensor, targets: Tensor, path: Path | str)
 
 
 def _save(figure: Figure, path: Path | str) -> None:
-    """As a PNG, which is whole or not there."""
+    """Write it as a PNG, whole or not at all."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DPI, format="png")
     write(Path(path), picture.getvalue())

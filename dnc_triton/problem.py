@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that may decide whether a backend can serve a call, and which does it best.
+    """Everything that may decide whether a backend can serve a call, and which one is the best for it.
 
     Attributes:
         device, dtype: of the state.
         batch, steps: B, and T, which is 1 for a single memory step.
         memory_size, word_size, num_reads, num_writes: N, W, R, K.
-        controller: "lstm", "gru", "rnn", "feedforward"; "custom" for a controller or a part of the user's own, or one
-            with hooks, which must be called step by step; None for a memory step by itself.
+        controller: "lstm", "gru", "rnn", "feedforward"; "custom" where a controller or part is the user's own or has
+            hooks, so that it must be called step by step; None for a memory step by itself.
         needs_gradient: whether a backward pass may follow.
         hidden_size, num_layers: of the controller, 0 for a memory step by itself.
         trace: whether a `Trace` is asked for.

@@ -32,10 +32,10 @@ _SIZES = {"memory_size": "nr_cells", "word_size": "cell_size", "num_reads": "rea
 
 
 class BoundedKeys(nn.Module):
-    """tanh of the keys and write vectors, which stand first in the interface vector: [..., S] → [..., S].
+    """tanh of the keys and write vectors, which come first in the interface vector: [..., S] → [..., S].
 
     Args:
-        size: how many numbers of the vector they are.
+        size: how many numbers they take up in the vector.
     """
 
     def __init__(self, size: int) -> None:
@@ -65,7 +65,7 @@ def from_pytorch_dnc(
 
     The layer computes what the package's network does, except for the differences listed below. It passes keys and
     write vectors through tanh, as the package does and the paper does not: its `interface` is
-    `nn.Sequential(linear, BoundedKeys)`, so that it runs step by step, not as one operation. Strengths pass softplus.
+    `nn.Sequential(linear, BoundedKeys)`, so it runs step by step, not as one operation. Strengths use softplus.
 
     Args:
         model: a `dnc.DNC` of 2.0.0b1, or the state_dict of one of 2.0.0b1 or 1.1.0, with any prefix before its names.
@@ -73,21 +73,21 @@ def from_pytorch_dnc(
         memory_size, word_size, num_reads: N, W, R: the package's nr_cells, cell_size, read_heads. Required with a
             state_dict, which does not hold them; a module has its own.
         read_feedback: whether the controller sees what was read in the step before. The package's does not: in every
-            step of a call it gets what the call before read last, zeros in a first call. Hence False sets the weights
-            of the read words to 0: over a sequence the outputs are the package's, and training may find a use for the
+            step of a call it gets what the previous call read last, zeros in a first call. Hence False sets the weights
+            of the read words to 0: over a sequence the outputs equal the package's, and training may find a use for the
             weights. True keeps them, for a model that was called one step at a time with the state of the step before.
         dropout: between the controller's layers; None for the module's own, or 0 with a state_dict, which has none.
-        batch_first: of the layer that is made.
-        dtype: of the layer that is made; None for torch's default.
+        batch_first: of the new layer.
+        dtype: of the new layer; None for torch's default.
 
     Returns:
-        the layer, on the CPU, and training or not as a module is. Its state_dict does not fit a plain `DNC`: to load
-        one, make the layer by this function.
+        the layer, on the CPU, in the module's mode, train or eval, if one was given. Its state_dict does not fit a
+        plain `DNC`: to load one, create the layer with this function.
 
-    A state_dict cannot be checked for this, so the caller must know it: that clip was 0 or at least 1; that an "rnn"
+    What the caller must make sure of, as a state_dict does not show it: that clip was 0 or at least 1; that an "rnn"
     had nonlinearity "tanh"; that the release was 1.1.0 or later. In those up to 1.0.3 names and shapes are the same,
-    but the cosine is divided by the word size, and up to 1.0.1 the softmax of the read modes goes over the heads, which
-    this layer cannot do.
+    but the cosine is divided by the word size, and up to 1.0.1 the softmax of the read modes is taken over the heads,
+    which this layer cannot do.
 
     Equal: the controllers; the layout of the interface, head by head; strengths, gates, read modes; usage, retention,
     the allocation and its ε; erase, write, link, precedence, both directions, read; the output layer; the initial
@@ -96,22 +96,23 @@ def from_pytorch_dnc(
     Not equal:
         - The norms of the content lookup: |x| = √(Σx² + ε) here, √Σx² there, ε = 1e-6. A word much longer than 0.001
           is looked up nearly the same, a shorter one is not. This alone keeps outputs from being the same to rounding.
-        - Equally used slots: the lower comes first here; there the order is open (`topk`). Slots that are alike in all
-          else may thus be swapped, which no output shows. Usages whose 1 − u is the same count as equal here only.
-        - softplus(x) above x = 20, where the package's leaves out log(1 + e⁻ˣ) ≤ 2e-9.
+        - Equally used slots: the lower comes first here; there the order is unspecified (`topk`). Slots that are the
+          same otherwise may thus be swapped, which no output shows. Only here do usages with the same 1 − u count as
+          equal.
+        - softplus(x) above x = 20, where the package's omits log(1 + e⁻ˣ) ≤ 2e-9.
         - The controller's initial state: zeros here; random there in each call without a state, hidden and cell alike.
         - Outputs are [B, T, ·] with batch_first here; in 2.0.0b1 [T, B, ·] with it and [B, T, ·] without.
         - Padding: `lengths=` and packed batches work here; in 2.0.0b1 a packed batch raises an UnboundLocalError.
-        - A state handed to the next sequence: its read words are seen by the first step here, by all steps there.
+        - A state passed to the next sequence: its read words are seen by the first step here, by all steps there.
         - `bias=False` becomes biases of 0, which training may move.
         - clip: there only the controller's output is clipped. A bound of 1 or more does nothing to an LSTM, a GRU or a
           tanh, and the layer has none.
 
     Raises:
-        ValueError: what has no counterpart here: num_layers above 1 (each reads once more within a step; the package's
-            num_hidden_layers are what is called num_layers here), nonlinearity "relu", clip between 0 and 1, the
-            sparse memories of SAM and SDNC; a weight that is missing, unknown, or of a shape that does not fit the
-            sizes; sizes that are not the module's own, or below 1; dropout out of range.
+        ValueError: what has no counterpart here: num_layers above 1 (each reads once more within a step; num_layers
+            here is the package's num_hidden_layers), nonlinearity "relu", clip between 0 and 1, the sparse memories of
+            SAM and SDNC; a weight that is missing, unknown, or of a shape that does not fit the sizes; sizes that are
+            not the module's own, or below 1; dropout out of range.
         TypeError: model is neither a `dnc.DNC` of 2.0.0b1 nor a mapping; a size or weight, or another argument, of the
             wrong type.
 
@@ -130,7 +131,7 @@ def from_pytorch_dnc(
         raise TypeError(f"model: expected a dnc.DNC or its state_dict, got {type(model).__name__}")
     for name, size in sizes.items():
         if size is None:
-            raise TypeError(f"{name}: expected an integer, which a state_dict does not tell, got None")
+            raise TypeError(f"{name}: expected an integer, which a state_dict does not contain, got None")
         check_size(name, size)
 
     weights = Weights("model", arrays, sizes)
@@ -145,7 +146,7 @@ def from_pytorch_dnc(
     dnc = DNC(
         input_size,
         hidden_size,
-        input_size,  # the package's outputs are as wide as its inputs
+        input_size,  # the package's outputs have the size of its inputs
         **sizes,
         controller=kind,
         num_layers=num_layers,
@@ -175,7 +176,7 @@ def from_pytorch_dnc(
 
 
 def _sizes_of_controller(weights: Weights, layer: str) -> tuple[int, int, int]:
-    """The input's, that of the hidden vector, and how many layers there are."""
+    """Input size, hidden size and number of layers."""
     first, recurrent = (weights.take(layer + name) for name in ("weight_ih_l0", "weight_hh_l0"))
     for name, matrix in (("weight_ih_l0", first), ("weight_hh_l0", recurrent)):
         if matrix.dim() != 2:
@@ -194,7 +195,7 @@ def _sizes_of_controller(weights: Weights, layer: str) -> tuple[int, int, int]:
 def _controller(
     weights: Weights, layer: str, rows: int, columns: int, hidden_size: int, num_layers: int
 ) -> dict[str, Tensor]:
-    """A controller of so many layers, the first of so many columns, with as many rows each, by our names."""
+    """The weights of a controller by our names; `columns` are those of its first layer, `rows` those of every layer."""
     ours, has_bias = {}, layer + "bias_ih_l0" in weights.arrays
     for index in range(num_layers):
         shapes = {"ih": (rows, hidden_size if index else columns), "hh": (rows, hidden_size)}
@@ -207,7 +208,7 @@ def _controller(
 
 
 def _interface(weights: Weights, memory: str, fields: dict[str, int], hidden_size: int) -> dict[str, Tensor]:
-    """The interface layer, which there is one or one for each field, by our names and in our order."""
+    """The interface layer by our names and in our order; the package has one layer for all fields or one for each."""
     ours = {}
     for part, columns in (("weight", (hidden_size,)), ("bias", ())):
         if f"{memory}interface_weights.{part}" in weights.arrays:
@@ -222,7 +223,7 @@ def _interface(weights: Weights, memory: str, fields: dict[str, int], hidden_siz
 
 
 def _sizes_of(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """The sizes of a `dnc.DNC`, which must be one that has a counterpart here."""
+    """The sizes of a `dnc.DNC`, which must have a counterpart here."""
     others = ("num_layers", "dropout", "clip", "rnn_type", "nonlinearity", "share_memory_between_layers")
     if not all(hasattr(model, name) for name in (*_SIZES.values(), *others)):
         raise TypeError(
@@ -252,7 +253,7 @@ def _sizes_of(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scope(weights: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands before the controller's name, and its kind."""
+    """The prefix of the controller's name, and its kind."""
     found = [re.fullmatch(r"(|.*\.)(lstm|gru|rnn)_layer_0\.weight_ih_l0", name) for name in weights]
     scopes = [(match[1], match[2]) for match in found if match]
     if len(scopes) != 1:

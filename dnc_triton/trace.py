@@ -16,10 +16,10 @@ from dnc_triton.ops.eager import all_savable
 class Trace(NamedTuple):
     """What a DNC did with its memory, step by step: ``outputs, state, trace = dnc(inputs, trace=True)``.
 
-    The first two axes are batch and time, whatever `batch_first` is. Index [b, t] is what step t asked for (gates,
+    The first two axes are batch and time, whatever `batch_first` is. Index [b, t] holds what step t asked for (gates,
     modes) and what it left behind (weights, usage, link) in row b; past the row's length all is 0, as the outputs are.
-    Gradients flow through it. It is the reference's: slots that are alike may stand in other places than in the state
-    of a call without a trace, see `MemoryState`.
+    Gradients flow through it. The reference computes it: identical slots may be in other places than in the state of a
+    call without a trace, see `MemoryState`.
 
     Attributes:
         write_weights: [B, T, K, N].
@@ -59,7 +59,7 @@ _register_namedtuple(Trace, serialized_type_name="dnc_triton.Trace")
 def traced_unroll(
     cell: DNCCell, inputs: Tensor, state: DNCState, *, lengths: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, DNCState, Trace]:
-    """`dnc_reference.unroll`, and the `Trace` of what it did. Takes what that takes, time first."""
+    """`dnc_reference.unroll`, and the `Trace` of what it did. Takes the same arguments, time first."""
     seen: list[dict[str, Tensor]] = []
 
     def interface_step(

@@ -1,20 +1,20 @@
 """Which candidate is the fastest, measured once and remembered: in the process, and in the user's cache directory.
 
-A sequence is measured as a sequence, of `STEPS` steps at most, with a controller of its kind; a memory step, or what
-must go step by step, as a step. Where a sequence is replayed as a CUDA graph, only the time that the device works
-counts: what Python does is the same for every candidate, and takes longer than a small network's kernels. In a graph of
-the user's the device takes as long. Where a sequence is launched, the time of the whole call counts.
+A sequence is measured as a sequence of at most `STEPS` steps, with a controller of its kind; a memory step, or what
+must run step by step, as a step. Where a sequence is replayed as a CUDA graph, only the time that the device works
+counts: Python's part is the same for every candidate, and longer than a small network's kernels. In a graph that the
+user captures, the device takes just as long. Where a sequence is launched, the time of the whole call counts.
 
 A problem is remembered by its bucket: the device's model, the versions of this package and of what generates code,
 dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of two; for a sequence
 also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not at all, so that any number of
-processes may measure at once; what is in a file that cannot be understood is measured again. What a bucket lacks, not
-asked for before or left when time was up, is measured when it is asked for next; what failed for want of something that
-there may be another time, in the next process. Most of the time goes into compiling kernels, so those of several
-candidates compile at once, before they are measured.
+processes may measure at once; what a file that cannot be understood held is measured again. What a bucket lacks,
+because it was not asked for before or time ran out, is measured when it is next asked for; what failed for want of
+something that may be there another time, memory say, in the next process. Most of the time goes into compiling kernels,
+so those of several candidates compile at once, before they are measured.
 
-Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless what it takes
-is remembered), DNC_TRITON_CACHE names another directory.
+Environment variables: DNC_TRITON_MEASURE=0 switches measuring off (the first candidate is taken, unless its time is
+remembered), DNC_TRITON_CACHE names another directory.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from dnc_triton.version import __version__
 Candidate = tuple[str, Layout | None]
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-FORMAT = 10  # of what is remembered; another one where old times mislead, as when kernels have changed much
+FORMAT = 10  # of what is remembered; to be changed when old times mislead, as after large changes to kernels
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
 SECONDS = 1.0  # per candidate, compilation not counted
-# For how long the device sleeps before a replay is timed: CYCLES clock cycles for each second that Python takes to say
-# what is to be done (at 2 GHz twice as long as it takes), and as if it took LONGEST_WAIT seconds at most.
+# How long the device sleeps before a replay is timed: CYCLES clock cycles for each second that Python takes to enqueue
+# the work (at 2 GHz twice that time), of which at most LONGEST_WAIT seconds count.
 CYCLES, LONGEST_WAIT = 4e9, 0.02
-# Per call, compilation counted; candidates that are not reached wait for the next call. None waits where hooks are at
-# work on what is saved for a backward.
+# Per call, compilation included; candidates that are not reached wait for the next call. None waits where hooks act on
+# what is saved for a backward.
 TOTAL_SECONDS = 60.0
 
 logger = logging.getLogger("dnc_triton")
@@ -73,33 +73,33 @@ def measures_sequence(problem: Problem) -> bool:
 
 
 def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, measure: bool = True) -> Candidate:
-    """The fastest candidate for a problem of those that were measured, now or before; the first if it was not.
+    """The fastest of the candidates measured for a problem, now or before; the first one if it was not measured.
 
     Args:
         problem: the call.
         operations: candidate → its `unroll` if `measures_sequence`, else its `memory_step`; in the order of preference.
-        measure: whether to measure what is not remembered. It is not done while a CUDA graph is captured or a mode or
-            tracer sees each operator, nor with DNC_TRITON_MEASURE=0.
+        measure: whether to measure what is not remembered. Nothing is measured while a CUDA graph is captured or a
+            mode or tracer sees each operator, nor with DNC_TRITON_MEASURE=0.
 
     Returns:
-        one of the candidates; the first of those that failed for want of memory, say, where none of the others works:
-        the call itself may find some, or says what is wrong.
+        one of the candidates. If none works, the first that failed for want of memory, say: the call itself may find
+        enough, or raises an error that says what is wrong.
 
     Raises:
         ValueError: DNC_TRITON_MEASURE or DNC_TRITON_GRAPHS is neither 0 nor 1.
-        Exception: every candidate failed for good, and this one the last; or CUDA can no longer be used.
+        Exception: every candidate failed for good, and this is the last one's error; or CUDA can no longer be used.
     """
     times, measured = remembered(problem), _measured(problem)
     missing = {candidate: operation for candidate, operation in operations.items() if candidate not in measured}
     if environment.is_on(environment.MEASURE) and measure and missing and not _captures():
         works = any(times.get(candidate, math.inf) < math.inf for candidate in operations)
-        # On the stream where sequences are replayed as graphs: this one may be about to be captured, by the user.
+        # On the stream where sequences are replayed as graphs: the user may be about to capture the current one.
         with torch.cuda.stream(torch.cuda.default_stream(problem.device)):
             if new := _measure_all(problem, missing, works):
                 _remember(problem, new)
         times, measured = remembered(problem), _measured(problem)
     first = next(iter(operations))
-    if first not in measured:  # it may well be faster than what is remembered
+    if first not in measured:  # it may be faster than what is remembered
         return first
     working = [candidate for candidate in operations if times.get(candidate, math.inf) < math.inf]
     if working:
@@ -108,19 +108,19 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
 
 
 def _captures() -> bool:
-    """Whether what is measured would be recorded: by a CUDA graph, a mode or a tracer."""
-    if is_in_torch_dispatch_mode() or torch.jit.is_tracing():  # which would see it, or fake it
+    """Whether measurements would be recorded by a CUDA graph, a mode or a tracer."""
+    if is_in_torch_dispatch_mode() or torch.jit.is_tracing():  # they would see each operator, or fake it
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def is_settled(problem: Problem, operations: Mapping[Candidate, Operation]) -> bool:
-    """Whether `fastest` has nothing left to measure of these in this process, or is not to measure."""
+    """Whether `fastest` has none of these left to measure in this process, or must not measure."""
     return not environment.is_on(environment.MEASURE) or _measured(problem) >= operations.keys()
 
 
 def measurements() -> int:
-    """How often something was measured in this process; what was chosen before may not be what is chosen now."""
+    """How often something was measured in this process; each time the choice may change."""
     return _measurements
 
 
@@ -148,7 +148,7 @@ def cache_directory() -> Path:
     try:
         if named:
             return Path(named).expanduser()  # a variable is not always set by a shell
-        # A relative one its specification asks to ignore.
+        # The XDG specification asks to ignore a relative path.
         return (caches if caches.is_absolute() else Path.home() / ".cache") / "dnc_triton"
     except RuntimeError:  # a user without a home, as in some containers
         return Path(tempfile.gettempdir()) / "dnc_triton"
@@ -178,7 +178,7 @@ def _bucket(problem: Problem) -> str:
 
 
 def triton_version() -> str:
-    """As it says itself, whatever its package is called, which is another for ROCm. Empty where there is no Triton."""
+    """Triton's own version, whatever its package is called (it differs for ROCm). Empty where there is no Triton."""
     try:
         import triton
     except ImportError:
@@ -201,13 +201,13 @@ def _read(path: Path, bucket: str) -> dict[Candidate, float]:
         }
         whole = all(type(x) in (bool, int) for _, layout in times for x in layout or ())
         return times if whole and all(microseconds > 0 for microseconds in times.values()) else {}
-    # Not there, or damaged: measure again.
+    # Missing or damaged: measure again.
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}
 
 
 def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
-    """Add to what is known, here and in the file, where another process may have added something too."""
+    """Add to what is known, here and in the file, to which another process may have added something too."""
     global _measurements
     _measurements += 1
     bucket = _bucket(problem)
@@ -221,7 +221,7 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
 
 
 def _are_replayed(problem: Problem) -> bool:
-    """Whether calls are replayed as CUDA graphs once they have come twice, if there is room for these."""
+    """Whether calls are replayed as CUDA graphs once they have come twice, if there is room for the graphs."""
     asked = environment.is_on(environment.GRAPHS)
     return asked and measures_sequence(problem) and problem.steps <= graphs.LONGEST and engine.has_pools()
 
@@ -235,10 +235,10 @@ def _measured_steps(problem: Problem) -> int:
 
 
 def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], works: bool) -> dict[Candidate, float]:
-    """µs per step of each candidate that is reached: infinite for one that fails for good, none for now.
+    """µs per step of each candidate that is reached: infinite if it fails for good, missing if it fails for now.
 
-    If none of them works the last one's error is raised, unless `works` says that a candidate that is not among them
-    does, or one failed for now.
+    If none of them works, the last one's error is raised, unless `works` says that a candidate outside `operations`
+    works, or one failed for now.
     """
     started = time.perf_counter()
     failed_for_now = _failed_for_now.setdefault(_bucket(problem), set())
@@ -250,25 +250,25 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         failed_for_now.update(operations)
         return {}
     times: dict[Candidate, float] = {}
-    # An activation checkpoint, whose hooks they may be, runs the call again later, and has to be given the same choice.
+    # The hooks may be an activation checkpoint's, which runs the call again later and must get the same choice.
     most = math.inf if _are_hooks_at_work() else TOTAL_SECONDS
-    at_once = launcher.threads()  # enough to keep them busy, and no more lest measuring begin late
+    at_once = launcher.threads()  # enough to keep them busy; more would delay measuring
     for index, ((name, layout), operation) in enumerate(operations.items()):
-        # Until one works there is nothing to take, however late it is.
+        # Until one works there is nothing to choose, however late it is.
         if min(times.values(), default=math.inf) < math.inf and time.perf_counter() - started > most:
             break
         if index % at_once == 0:
             _compile_ahead(problem, run, list(operations.items())[index : index + at_once])
         try:
             microseconds = _measure(problem, partial(run, operation))
-        except torch.AcceleratorError:  # CUDA may be of no more use
+        except torch.AcceleratorError:  # CUDA may be unusable
             raise
-        except Exception as error:  # it does not compile, or does not fit: into memory, a block into a multiprocessor
-            _wait(problem.device)  # raises if CUDA is of no more use
-            # As a string: with the error a handler that keeps records would keep all that its frames hold.
+        except Exception as error:  # it does not compile, or does not fit into memory, or a block into a multiprocessor
+            _wait(problem.device)  # raises if CUDA is unusable
+            # As a string: a handler that keeps records would keep all that the error's frames hold.
             logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, str(error))
-            # What Triton says of a kernel is so for good; memory, a compiler, room on a disk there may be another time,
-            # for want of which NVIDIA's assembler ends, too.
+            # Triton's own errors are for good. Memory, a compiler or disk space may be there another time; NVIDIA's
+            # assembler also fails for want of these.
             if not type(error).__module__.startswith("triton.") or type(error).__name__ == "PTXASError":
                 failed_for_now.add((name, layout))
                 continue
@@ -294,21 +294,21 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
 def _compile_ahead(
     problem: Problem, run: Callable[[Operation], None], operations: list[tuple[Candidate, Operation]]
 ) -> None:
-    """Compile what the candidates launch, several kernels at once, where each would compile when it is launched."""
+    """Compile what the candidates launch, several kernels at once instead of each when it is launched."""
     with (
         _as_measured(problem),
         torch.autograd.set_multithreading_enabled(False),
         launcher.compiling_ahead(problem.device),
     ):
         for (_, layout), operation in operations:
-            if layout is not None:  # without one there are no kernels of ours
-                with suppress(Exception):  # it comes again when that candidate is measured
+            if layout is not None:  # without a layout there are no kernels of ours
+                with suppress(Exception):  # it is raised again when that candidate is measured
                     run(operation)
 
 
 @contextmanager
 def _as_measured(problem: Problem) -> Iterator[None]:
-    """How a candidate runs, whatever is in force where a call comes from."""
+    """The settings under which a candidate is measured, whatever is in force at the caller."""
     with (
         torch.cuda.device(problem.device),
         torch.inference_mode(False),
@@ -320,11 +320,11 @@ def _as_measured(problem: Problem) -> Iterator[None]:
 
 
 def _without_hooks() -> AbstractContextManager[Any]:
-    """What is saved for a backward is saved as it is, not by hooks: an activation checkpoint's would run the call again
-    from within it, and count what is saved here as the call's."""
+    """Tensors are saved for a backward as they are, without hooks: an activation checkpoint's would run the call again
+    from within it, and count what is saved here as part of the call."""
     if not _are_hooks_at_work():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved)  # of which the latest alone act
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved)  # only the innermost act
 
 
 def _are_hooks_at_work() -> bool:
@@ -332,7 +332,7 @@ def _are_hooks_at_work() -> bool:
 
 
 def _random_step(problem: Problem) -> Callable[[Operation], None]:
-    """What runs a `memory_step` of this size, and its backward if that is needed."""
+    """A function that runs a `memory_step` of this size, and its backward if needed."""
     interface, state = _random_interface(problem), _random_state(problem)
     given = [*interface, *state]
     for tensor in given:
@@ -347,9 +347,9 @@ def _random_step(problem: Problem) -> Callable[[Operation], None]:
 
 
 def _random_sequence(problem: Problem) -> Callable[[Operation], None]:
-    """What runs an `unroll` of this size, and its backward if that is needed.
+    """A function that runs an `unroll` of this size, and its backward if needed.
 
-    Inputs and outputs are of the controller's size: they decide nothing, as any backend multiplies them in one product.
+    Inputs and outputs have the controller's size: any backend multiplies them in one product, so that decides nothing.
     """
     size, state = problem.hidden_size, _random_state(problem)
     assert problem.controller is not None
@@ -366,7 +366,7 @@ def _random_sequence(problem: Problem) -> Callable[[Operation], None]:
         device="meta",
         dtype=problem.dtype,
     ).to_empty(device=problem.device)
-    with torch.no_grad():  # a parameter's own initialisation would draw from generators that other threads draw from
+    with torch.no_grad():  # a parameter's own initialisation would use generators that other threads use
         for parameter in cell.parameters():
             parameter.copy_((2 * _draw(problem, parameter.shape) - 1) / math.sqrt(size))
     given: list[Tensor] = list(cell.parameters())
@@ -391,7 +391,7 @@ def _random_interface(problem: Problem) -> Interface:
 
 
 def _random_state(problem: Problem) -> MemoryState:
-    """Random numbers, never the caller's; over N, so that weights sum to less than 1 and the state stays in range."""
+    """Random numbers, never the caller's; divided by N, so that weights sum to less than 1 and all stays in range."""
     sizes = (problem.memory_size, problem.word_size, problem.num_reads, problem.num_writes)
     shapes = MemoryState.shapes(_power_of_two(problem.batch), *sizes)
     return MemoryState(**{name: _draw(problem, shape) / problem.memory_size for name, shape in shapes.items()})
@@ -423,8 +423,8 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    """For what is measured. Whoever waits for the whole device ends what another thread captures; and to wait for a
-    stream may be forbidden (`torch.cuda.set_sync_debug_mode`), where for an event it is not."""
+    """Wait for what is measured. Waiting for the whole device would end another thread's capture, and waiting for a
+    stream may be forbidden (`torch.cuda.set_sync_debug_mode`); waiting for an event is not."""
     torch.cuda.current_stream(device).record_event().synchronize()
 
 
@@ -433,8 +433,8 @@ def device_time(run: Callable[[], Any], wait: int = 0) -> float:
 
     Args:
         run: what is timed, on the current stream.
-        wait: clock cycles for which the device sleeps before. While it does, Python says what is to be done; else the
-            time of what is short would be Python's.
+        wait: clock cycles for which the device sleeps first. Meanwhile Python enqueues the work; otherwise the time of
+            a short run would be Python's.
     """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if wait:

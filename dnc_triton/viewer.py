@@ -1,4 +1,4 @@
-"""An interactive look into the memory: one HTML page that holds all it needs and opens without a network."""
+"""An interactive look into the memory: one HTML page that contains all it needs and opens without a network."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ KEEPING = ["#ffffff", "#cfd6d9", "#7b8a92", "#2b363c"]
 WRONG = "#b23a2e"
 INK, GRID = "#22313a", "#e3e8ea"
 
-WRITTEN = 0.1  # the write weight from which on a slot counts as written
+WRITTEN = 0.1  # the least write weight at which a slot counts as written
 STEP_PIXELS = 9  # the least width of a step; with more steps than the window has room for, the panels scroll
-LETTER = (7, 14)  # width and height of one in the rows of symbols
+LETTER = (7, 14)  # width and height of a letter in the rows of symbols
 TITLE_PIXELS = 30
 
 
@@ -46,25 +46,24 @@ def write_page(
 ) -> None:
     """Write the page that shows a sequence's memory at work: time to the right, slots down, the link beside.
 
-    Above one another, on one time axis that zooms as one: the symbols, write weights, read weights of each head, usage,
-    gates, read modes. Beside them the link of the step under the pointer; a click holds it, the arrow keys move it.
-    Slots stand in the order in which they were first written (a write weight of 0.1 or more), those that were not in
-    the end, or by number.
+    Stacked, on one shared time axis: the symbols, write weights, read weights of each head, usage, gates, read modes.
+    Beside them the link of the step under the pointer; a click holds that step, the arrow keys move it. Slots are
+    ordered by when they were first written (a write weight of 0.1 or more), those never written last, or by number.
 
     The page takes the size of Plotly, 4.8 MB, plus T·(K+R+1)·N numbers in float32, plus the link: T·K·N² numbers of 8
-    bits, right to 1/510, compressed. With T = 100, N = 128, K = 1, R = 4 that is at most 8 MB in all.
+    bits, accurate to 1/510, compressed. With T = 100, N = 128, K = 1, R = 4 that is at most 8 MB in all.
 
     Args:
-        trace: whose first row is the sequence.
+        trace: its first row is the sequence.
         path: of the page.
-        inputs, targets, outputs: one string per step, as `bit_symbols` makes them from bits; line breaks in it are
+        inputs, targets, outputs: one string per step, as `bit_symbols` makes them from bits; line breaks in them are
             kept. A target of "" asks for nothing.
         title: of the page.
         wrong: which outputs are marked as wrong, one per step; None: those that differ from a target.
 
     Raises:
         ValueError: no row, no step, or not as many strings or marks as steps; numbers in the trace that are not finite.
-        OSError: the page could not be written; one that was there is as it was.
+        OSError: the page could not be written; an old one is left as it was.
         TypeError: no `Trace`; symbols or a title that are no strings; marks that are no list.
     """
     check_trace(trace)
@@ -110,7 +109,7 @@ def write_page(
         "panels": over_time.to_plotly_json(),
         "link": link.to_plotly_json(),
     }
-    # No "<" in a script: whatever the symbols say, it does not end there.
+    # No "<" in the script, so that no symbol can end it.
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     values = {
         "title": html.escape(title),
@@ -129,7 +128,7 @@ def write_page(
 
 
 def bit_symbols(bits: Tensor) -> list[str]:
-    """Vectors of bits as symbols: a column of squares, full for what is above one half.
+    """Vectors of bits as symbols: a column of squares and dots, a square for each number above one half.
 
     Args:
         bits: [T, channels].
@@ -156,7 +155,7 @@ class Panel(NamedTuple):
         names: of the rows, the first one on top.
         values: [rows, T].
         colors: from 0 to 1.
-        of_slots: whether the rows are slots, which are put in order and zoom with those of the other panels.
+        of_slots: whether the rows are slots, which are ordered, and zoom together with those of the other panels.
     """
 
     title: str
@@ -200,13 +199,13 @@ def _panels(row: dict[str, np.ndarray]) -> list[Panel]:
 def _over_time(
     panels: list[Panel], symbols: dict[str, list[str]], wrong: list[bool], order: list[str]
 ) -> tuple[go.Figure, list[str]]:
-    """All that has a time axis, symbols above panels, and which of its y axes are slots, in this order at first."""
+    """All that has a time axis, symbols above panels, and which of its y axes are slots; `order` is theirs at first."""
     steps = len(wrong)
     width = max(STEP_PIXELS, 900 / steps)
     rotated = {name: _rotated(strings, width) for name, strings in symbols.items()}
     heights = [_symbol_height(strings, rotated[name]) for name, strings in symbols.items()]
     heights += [panel.height for panel in panels]
-    # Between two rows lies the title of the lower one; those of symbols have none.
+    # The title of a panel takes the space above it; rows of symbols have none.
     spacing = [4.0] * (len(symbols) - 1) + [float(TITLE_PIXELS)] * len(panels)
     figure, total = _stack(heights, spacing)
 
@@ -226,7 +225,7 @@ def _over_time(
     figure.update_xaxes(range=[-0.5, steps - 0.5], showticklabels=False)
     figure.update_xaxes(title="step", showticklabels=True, row=len(heights), col=1)
     _frame(figure)
-    # All at once: one by one, each of them is checked again with every other.
+    # All at once: added one by one, each would be checked again with every other.
     figure.update_layout(_style(), annotations=annotations, height=total + 84, dragmode="zoom", hovermode="closest")
     figure.update_layout(margin={"l": 110, "r": 16, "t": 34, "b": 50})
     return figure, slot_axes
@@ -235,7 +234,7 @@ def _over_time(
 def _add_symbols(
     figure: go.Figure, index: int, name: str, strings: list[str], marked: list[bool], *, rotated: bool
 ) -> list[dict[str, Any]]:
-    """A row of symbols, those that are marked on red; returns its annotations, which are the symbols."""
+    """Add a row of symbols, the marked ones on red; returns the symbols, as annotations."""
     figure.add_trace(
         go.Heatmap(
             z=[[int(mark) for mark in marked]],
@@ -261,7 +260,7 @@ def _add_symbols(
 
 
 def _add_panel(figure: go.Figure, index: int, panel: Panel) -> dict[str, Any]:
-    """A panel; returns its annotation, which is the title."""
+    """Add a panel; returns its title, as an annotation."""
     text = f"step %{{x}}, {'slot ' if panel.of_slots else ''}%{{y}}: %{{z:.3f}}"
     figure.add_trace(_heatmap(panel.values, panel.names, panel.colors, text), row=index, col=1)
     figure.update_yaxes(fixedrange=True, row=index, col=1)
@@ -270,7 +269,7 @@ def _add_panel(figure: go.Figure, index: int, panel: Panel) -> dict[str, Any]:
 
 
 def _link(writes: int, order: list[str]) -> tuple[go.Figure, list[str]]:
-    """The link of one step, which the page fills in, and its axes of slots."""
+    """The link of one step, which the page fills in, and its slot axes."""
     height = 400 * writes
     titles = [f"Link{_of(head, writes)}" for head in range(writes)]
     figure = make_subplots(rows=writes, cols=1, vertical_spacing=80 / height, subplot_titles=titles)
@@ -288,7 +287,7 @@ def _link(writes: int, order: list[str]) -> tuple[go.Figure, list[str]]:
 
 
 def _stack(heights: list[float], spacing: list[float]) -> tuple[go.Figure, float]:
-    """Subplots above one another that share their time axis, with these heights and spaces in pixels."""
+    """Stacked subplots with a shared time axis, with these heights and spaces in pixels."""
     total = sum(heights) + sum(spacing)
     figure = make_subplots(rows=len(heights), cols=1, shared_xaxes=True, vertical_spacing=0)
     top = total
@@ -336,7 +335,7 @@ def _gradient(colors: list[str]) -> str:
 
 
 def _plotly_text(string: str) -> str:
-    """The string as Plotly shows it letter by letter: it knows a few tags."""
+    """The string escaped, so that Plotly, which knows a few tags, shows it letter by letter."""
     return html.escape(string, quote=False).replace("\n", "<br>")
 
 
@@ -347,7 +346,7 @@ def _longest(strings: list[str]) -> tuple[int, int]:
 
 
 def _rotated(strings: list[str], width: float) -> bool:
-    """Whether symbols are written upwards, since they are wider than a step."""
+    """Whether symbols must be rotated, since they are wider than a step."""
     letters, lines = _longest(strings)
     return lines == 1 and letters > 1 and letters * LETTER[0] > width
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class Weights:
-    """Arrays that are taken one by one, and whose names the errors have.
+    """Arrays that are taken one by one; errors name the array.
 
     Args:
-        argument: the one they came with.
-        arrays: name → what holds one: a tensor, a NumPy array, or what NumPy makes one of.
-        sizes: what their shapes follow from, for the errors: name → size.
+        argument: the name of the argument that they were passed in.
+        arrays: name → a tensor, a NumPy array, or what NumPy makes one of.
+        sizes: name → size, from which their shapes follow; shown in errors.
 
     Attributes:
         unused: names of those that were not taken.
@@ -27,7 +27,7 @@ class Weights:
         self.unused = set(arrays)
 
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """One of them, in float64 on the CPU, whatever holds it. A tensor may share its memory.
+        """One of them, in float64 on the CPU, whatever its type. The result may share the memory of a tensor.
 
         Raises:
             ValueError: there is none of that name, or it has another shape, or no values.
@@ -53,7 +53,7 @@ class Weights:
             if value.is_meta:
                 raise ValueError(f"{wanted} with values, got one on the meta device")
             array = value.detach().cpu()
-        else:  # in this machine's order of bytes, whatever another has written
+        else:  # in this machine's byte order, whichever machine wrote it
             try:
                 held = np.array(value)
                 array = torch.from_numpy(held.astype(held.dtype.newbyteorder("=")))

@@ -377,7 +377,7 @@ def test_a_compiler_that_pytorch_does_not_ask_for_is_none(named, tmp_path, monke
 
 def test_explain_says_where_nothing_runs():
     dnc, inputs = DNC(3, 6, 2, memory_size=5, word_size=4, num_writes=2, backend="torch_sequence"), torch.randn(1, 2, 3)
-    assert explain(dnc, inputs).endswith("does not serve, and the call raises")
+    assert explain(dnc, inputs).endswith("the backend asked for by name does not serve this call, which would raise")
     with pytest.raises(RuntimeError, match="num_writes"):
         dnc(inputs)
     dnc.backend = "auto"
