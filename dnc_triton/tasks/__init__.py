@@ -1,6 +1,6 @@
 """Tasks to train on: what a sequence is and what counts as right.
 
-`configurations/NAME.toml` holds the training settings of a task; docs/tasks.md says what came of them.
+`configurations/NAME.toml` holds the training settings of a task; docs/tasks.md has the results.
 """
 
 from dnc_triton.tasks.babi import BabiTask

@@ -15,31 +15,31 @@ from dnc_triton.tasks.stories import ANSWER, KINDS, VOCABULARY, Line, generate_s
 FAILED = 0.05  # a kind with more wrong words counts as failed
 PUBLISHED_KINDS = range(1, 21)
 ENCODINGS = ("words", "sentences")
-NOTHING = -1  # where a step has no (more) words, or asks for none
+NOTHING = -1  # where a step has no (more) words, or none is asked for
 
 
 class BabiTask(SymbolTask):
     """Answer questions about stories, word by word, the 20 kinds of bAbI jointly.
 
-    Input: the words of a story, a channel for each word of the vocabulary, one word per step, or a sentence per step:
-    which words it has, neither their order nor how often they come. Lower case; full stop and question mark are words
-    of their own; line numbers are left out. A question stands where it stands in the story, and after it come as many
-    ``-`` as its answer has words, one per step. Target: at each ``-`` a word of the answer, over the same vocabulary;
-    at the other steps the output does not count. A size is a kind, 1 to 20: a batch has stories of one kind, padded at
-    the end.
+    Input: the words of a story, a channel for each word of the vocabulary; a step is one word, or a sentence: which
+    words occur in it, neither in what order nor how often. Lower case; full stop and question mark are words of their
+    own; line numbers are left out. Questions keep their places in the story, and each is followed by as many ``-`` as
+    its answer has words, one per step. Target: at each ``-`` a word of the answer, over the same vocabulary; at the
+    other steps the output does not count. A size is a kind, 1 to 20: a batch has stories of one kind, padded at the
+    end.
 
-    Without `path`, stories of the kinds 1 to 3 are generated, each batch anew; the vocabulary is the generator's. They
-    have one to three people, places and things to keep apart like the published ones, and are shorter. With `path`,
-    the stories in that folder are read; the vocabulary is every word in its files. Of the training file, every tenth
-    story is kept for validation; the test is the test file: where more sequences are drawn than it has, each comes
-    equally often, give or take one.
+    Without `path`, stories of the kinds 1 to 3 are generated, anew for each batch; the vocabulary is the generator's.
+    They have one to three people, places and things to keep apart like the published ones, and are shorter. With
+    `path`, the stories in that folder are read; the vocabulary is every word in its files. Every tenth story of the
+    training file is kept for validation. The test draws from the test file; when more sequences are drawn than it has,
+    each comes equally often, give or take one.
 
     Args:
         path: the folder en-10k of bAbI, with qa1_single-supporting-fact_train.txt and so on; None: generate.
-        kinds: the numbers of the kinds, with commas between them; None: all there are.
+        kinds: the numbers of the kinds, separated by commas; None: all there are.
         max_words: longer stories of the training file are left out of training.
-        min_facts, max_facts: statements in a generated story. Training begins with fewer: lesson by lesson the longest
-            stories become one statement longer.
+        min_facts, max_facts: statements in a generated story. Training begins with fewer: in each lesson the longest
+            stories are one statement longer.
         questions: questions in a generated story; one of kind k has at least k statements for each.
         encoding: what a step holds: with "words" a word, with "sentences" the words of a sentence. Then a story takes a
             fifth of the steps, but what depends on the order of words is lost: who gave something to whom, or what
@@ -58,11 +58,11 @@ class BabiTask(SymbolTask):
     unit: ClassVar[str] = "word"
     arguments: ClassVar[dict[str, str]] = {
         "path": "the folder en-10k of bAbI; without it stories of the kinds 1 to 3 are generated",
-        "kinds": "numbers of the kinds, with commas between them; without it all",
-        "max_words": "longer stories are left out of training; with a path",
-        "min_facts": "statements in the shortest generated story; without a path",
-        "max_facts": "statements in the longest generated story; without a path",
-        "questions": "questions in a generated story, fewer where it has too few statements; without a path",
+        "kinds": "numbers of the kinds, separated by commas; all if omitted",
+        "max_words": "longer stories are left out of training; only with --path",
+        "min_facts": "statements in the shortest generated story; only without --path",
+        "max_facts": "statements in the longest generated story; only without --path",
+        "questions": "questions in a generated story, fewer if it has too few statements; only without --path",
         "encoding": "words: a step is a word; sentences: a step is all words of a sentence, without their order",
     }
 
@@ -124,7 +124,7 @@ class BabiTask(SymbolTask):
         return {"train": training, "validation": validation, "test": test}
 
     def encode(self, story: list[Line]) -> tuple[Tensor, Tensor]:
-        """The numbers of the words that go in [T, words of a step] and that are to come out [T], int16; or NOTHING."""
+        """Indices of the input words [T, words of a step] and of the target words [T], int16; else NOTHING."""
         given: list[list[int]] = []
         wanted: list[int] = []
         for line in story:
@@ -179,7 +179,7 @@ class BabiTask(SymbolTask):
         return Batch(inputs, targets.clamp(min=0).unsqueeze(-1), scored, lengths)
 
     def table(self, errors: dict[str, dict[str, float]]) -> str:
-        """The table of the papers: wrong words for each kind, their mean, how many kinds failed."""
+        """The papers' table: wrong words for each kind, their mean, and how many kinds failed."""
         models = list(next(iter(errors.values())))
         width = max(map(len, [*errors, "failed kinds (above 5 %)"]))
         rows = [f"{'wrong words, %':<{width}}" + "".join(f"{model.upper():>10}" for model in models)]
@@ -199,7 +199,7 @@ class BabiTask(SymbolTask):
 
 
 def _count(story: tuple[Tensor, Tensor]) -> int:
-    """How many words go in."""
+    """The number of input words."""
     return int((story[0] != NOTHING).sum())
 
 

@@ -1,4 +1,4 @@
-"""What the training loop asks of a task."""
+"""What the training loop needs of a task."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
-    """Sequences, and what is asked of the network. U is how many units an output step has: bits, or symbols.
+    """Sequences, and what the network is to answer. U is the number of units of an output step: bits, or symbols.
 
     Attributes:
         inputs: [B, T, input_size].
         targets: [B, T, U]: bits, 0 or 1 in the dtype of the inputs, or symbols, int64.
         scored: [B, T] bool: the steps at which the output counts.
-        lengths: [B] int64, the steps that each sequence has, or None: T. What comes after them is padding.
+        lengths: [B] int64, the number of steps of each sequence; None means T for all. Later steps are padding.
     """
 
     inputs: Tensor
@@ -31,14 +31,14 @@ class Batch(NamedTuple):
         return Batch._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
 
     def rows(self, rows: slice) -> Batch:
-        """Some of the sequences, as the processes of a distributed run share them out."""
+        """Some of the sequences: the share of one process in a distributed run."""
         return Batch._make(None if tensor is None else tensor[rows] for tensor in self)
 
 
 class Task(ABC):
     """A task: sequences drawn at random, their loss, and which of the outputs are wrong.
 
-    What is drawn depends on the arguments and the generator alone, so any worker may draw any batch.
+    What is drawn depends only on the arguments and the generator, so any worker may draw any batch.
 
     Attributes:
         name: on the command line.
@@ -46,10 +46,10 @@ class Task(ABC):
         arguments: help for the constructor's arguments, name → text; each becomes a flag.
         unit: what an output is right or wrong about, "bit" say.
         input_size, output_size: of the network.
-        lessons: the curriculum, from easy to hard: the sizes that a training batch is drawn from in each lesson.
+        lessons: the curriculum, from easy to hard: the sizes from which a training batch is drawn in each lesson.
         evaluations: what to report at the end, name → sizes.
 
-    A size says how hard a sequence is; what it counts is the task's own matter (vectors to copy, say).
+    A size says how hard a sequence is; what it counts is up to the task (vectors to copy, say).
     """
 
     name: ClassVar[str]
@@ -79,27 +79,27 @@ class Task(ABC):
         return self.sample(batch_size, sizes[pick], generator)
 
     def run(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The outputs [B, T, output_size] of a model, which is called as a `DNC`, for a batch.
+        """The outputs [B, T, output_size] of a model, which is called like a `DNC`, for a batch.
 
-        A task in which the network sees its own answers does that here.
+        A task in which the network sees its own answers overrides this.
         """
         outputs: Tensor = model(batch.inputs, lengths=batch.lengths)[0]
         return outputs
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss, summed over the scored units, of outputs [B, T, output_size]."""
+        """The loss of outputs [B, T, output_size], summed over the scored units."""
 
     @abstractmethod
     def wrong(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """[B, T, U] bool: which of the scored units the outputs have wrong; False where nothing is scored."""
+        """[B, T, U] bool: which of the scored units are wrong in the outputs; False where nothing is scored."""
 
     @abstractmethod
     def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
         """The first sequence in words: "input", "target" and "output", one short text per step, "" for nothing."""
 
     def units(self, batch: Batch) -> Tensor:
-        """How many units of a batch are scored, a scalar."""
+        """The number of scored units in a batch, a scalar."""
         return batch.scored.sum() * batch.targets.shape[-1]
 
     def right(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -107,7 +107,7 @@ class Task(ABC):
         return ~self.wrong(outputs, batch).flatten(1).any(1)
 
     def table(self, errors: dict[str, dict[str, float]]) -> str:
-        """What a report says besides the sequences right, of the shares of units wrong, evaluation → model → share."""
+        """What a report adds to the sequences right. `errors`: evaluation → model → share of units wrong."""
         return ""
 
     def show(self, outputs: Tensor, batch: Batch) -> str:
@@ -155,7 +155,7 @@ class BitTask(Task):
 
 
 def _shades(values: Tensor) -> str:
-    """A character for each of the values: "·" for 0 and below, "█" for 1 and above."""
+    """A character for each value: "·" for 0 and below, "█" for 1 and above."""
     return "".join("·░▒▓█"[shade] for shade in (4 * values.float().clamp(0, 1)).ceil().int().tolist())
 
 
@@ -164,7 +164,7 @@ class SymbolTask(Task):
 
     Attributes:
         vocabulary: the symbols of the targets.
-        input_vocabulary: what each input channel stands for; a step is shown as those that are on.
+        input_vocabulary: what each input channel stands for; a step is shown by the channels that are on.
     """
 
     unit: ClassVar[str] = "symbol"
@@ -197,7 +197,7 @@ class SymbolTask(Task):
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise a ValueError unless a task's argument is an integer that is large enough."""
+    """Raise a ValueError unless a task's argument is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer, at least {least}, got {value!r}")
 

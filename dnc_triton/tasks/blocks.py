@@ -1,4 +1,4 @@
-"""Blocks on a board, to be moved until what was asked for holds."""
+"""Blocks on a board, to be moved until a goal is reached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dnc_triton.tasks.base import Batch, check_at_least
 from dnc_triton.tasks.curriculum import Span, describe, integers, lesson_of, read_curriculum, with_earlier
 from dnc_triton.tasks.planning import FAR, TRIES, Judged, PlanningTask, first_answer, log_sum
 
-MOST_BOARDS = 1_000_000  # whose moves are all made ahead, in under a minute
+MOST_BOARDS = 1_000_000  # all their moves are computed in advance, in under a minute
 RELATIONS = ("above", "below", "left of", "right of")  # in which two blocks touch
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -28,7 +28,7 @@ MINI_SHRDLU = (
 
 
 class Lesson(NamedTuple):
-    """Ranges, both ends included, that a puzzle is drawn from; depth is how many moves away a goal is looked for."""
+    """Ranges, both ends included, from which a puzzle is drawn; depth is how many moves away a goal is looked for."""
 
     goals: Span
     blocks: Span
@@ -42,8 +42,8 @@ class World(NamedTuple):
     Attributes:
         boards: [S, size * size] int64: the block on each square, 0 for none; rows from the bottom up.
         num_blocks: [S].
-        after: [S, M] int64: the state after a move; the same state for the last move, to pass, and for one that cannot
-            be made.
+        after: [S, M] int64: the state after a move; unchanged after the last move, which is to pass, and after one that
+            cannot be made.
         possible: [S, M] bool: the move can be made.
         holds: [S, C] bool; the constraints in the order of `constraints`.
         constraints: (first, relation, second): block, index into RELATIONS, block.
@@ -96,7 +96,7 @@ def make_world(size: int, blocks: tuple[int, int]) -> World:
                 possible[number, move] = True
 
     grid = F.pad(boards.unflatten(1, (size, size)), (0, 1, 0, 1))  # an empty row on top, an empty column at the right
-    touching = {  # relation → block and the one that it is above, left of
+    touching = {  # relation (above, left of) → first block, second block
         0: (grid[:, 1:, :-1], grid[:, :-1, :-1]),
         2: (grid[:, :-1, :-1], grid[:, :-1, 1:]),
     }
@@ -114,7 +114,7 @@ class _Puzzle(NamedTuple):
     """Where the moves have led.
 
     Attributes:
-        moves: [B, S], from each state to the nearest one in which the goal's constraints hold; FAR where there is none.
+        moves: [B, S], their number from each state to the nearest one in which the goal holds; FAR where there is none.
         here: [B] state.
     """
 
@@ -125,20 +125,20 @@ class _Puzzle(NamedTuple):
 class BlockPuzzleTask(PlanningTask):
     """Move blocks on a board until the constraints of one of several goals hold (the paper's Mini-SHRDLU).
 
-    A board has `board_size` columns that hold as many blocks each; a move takes the top block of a column onto
-    another column. A goal is a letter with constraints: a block touches another from above, below, left, right. It is
-    made from a board at a depth of moves from the first one; what holds there and not yet on the first board, said
-    either way round, is what it may ask for.
+    A board has `board_size` columns that hold as many blocks each; a move puts the top block of a column onto another
+    column. A goal is a letter with constraints: a block touches another from above, below, left, right. It is made from
+    a board that is `depth` moves away from the first one: it may ask for what holds there and not yet on the first
+    board, stated either way round.
 
     Input: at every step the board, one-hot for each square, rows from the bottom. The goals one after the other, a
     constraint per step: letter, first block, relation, second block, each one-hot. Then a step with the letter of one
-    goal, each as likely, and 1 on the last channel, which stays 1 while the network moves, one move per step; the board
-    then is what its moves have made of it. Target: as many moves as the lesson is deep, the last one of the list to
-    pass.
+    goal, all equally likely, and 1 on the last channel, which stays 1 while the network moves, one move per step; the
+    board then shows the result of its moves. Target: as many moves as the lesson is deep; the last move of the list is
+    to pass.
 
-    Answers are right if the constraints hold after the last move. The loss of a move is −log of the probability of all
-    moves together that are on a shortest way from the board reached; once the constraints hold, of those that keep
-    them. A move that cannot be made is wrong and changes nothing.
+    Answers are right if the constraints hold after the last move. The loss of a move is −log of the total probability
+    of the moves on a shortest way from the board reached or, once the constraints hold, of those that keep them. A move
+    that cannot be made is wrong and changes nothing.
 
     Args:
         curriculum: the lessons, separated by commas: goals, blocks, constraints of a goal, depth, each a range.
@@ -148,13 +148,13 @@ class BlockPuzzleTask(PlanningTask):
     A tenth of the training batches is from earlier lessons.
 
     Source: Graves et al. 2016, Methods, "Mini-SHRDLU" and "Curriculum learning", Extended Data Table 6. There the
-    network learns by reinforcement, from the number of constraints that hold; here from the shortest ways themselves.
+    network learns by reinforcement, from the number of constraints that hold; here, from the shortest ways themselves.
     """
 
     name: ClassVar[str] = "block_puzzle"
-    summary: ClassVar[str] = "move blocks on a board until what was asked for holds"
+    summary: ClassVar[str] = "move blocks on a board until a goal is reached"
     arguments: ClassVar[dict[str, str]] = {
-        "curriculum": "the lessons, goals/blocks/constraints of a goal/depth each, as 1-2/3/1/1; separated by commas",
+        "curriculum": "lessons separated by commas, each goals/blocks/constraints of a goal/depth, as 1-2/3/1/1",
         "board_size": "columns and rows of the board",
         "num_letters": "how many letters name goals",
     }
@@ -192,12 +192,12 @@ class BlockPuzzleTask(PlanningTask):
 
     @property
     def world(self) -> World:
-        """Every board there can be, made when it is first asked for."""
+        """All possible boards, computed at the first use."""
         return make_world(self.board_size, (self.least_blocks, self.num_blocks))
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator, *, split: str = "train") -> Batch:
         lesson = lesson_of(self.curriculum, size)
-        drawn: list[tuple[int, list[tuple[int, int]]]] = []  # with goals in the order in which they are said
+        drawn: list[tuple[int, list[tuple[int, int]]]] = []  # with goals in the order in which they are stated
         for _ in range(TRIES):
             drawn += self._draw(batch_size, lesson, generator)
             if len(drawn) >= batch_size:
@@ -222,7 +222,7 @@ class BlockPuzzleTask(PlanningTask):
         targets = torch.zeros(batch_size, steps, 1, dtype=torch.int64)
         scored = (torch.arange(steps) >= first).expand(batch_size, -1)
         batch = Batch(torch.cat([said, boards], -1), targets, scored)
-        # The target is one of the shortest ways, and to pass at its end; the inputs show the boards on that way.
+        # The target is one of the shortest ways, then to pass; the inputs show the boards on that way.
         puzzle = self.begin(batch)
         for step in range(first, steps):
             right = self._right_moves(puzzle)  # of several, the last in the list is the target
@@ -233,15 +233,15 @@ class BlockPuzzleTask(PlanningTask):
         return batch
 
     def _draw(self, count: int, lesson: Lesson, generator: torch.Generator) -> list[tuple[int, list[tuple[int, int]]]]:
-        """First boards with their goals, (letter, constraint) each; fewer than `count` where there is none so deep."""
+        """First boards with their goals, each (letter, constraint); fewer than `count` where no goal is that deep."""
         world = self.world
         blocks = integers(lesson.blocks, [count], generator).unsqueeze(1)
         start = (world.num_blocks == blocks).float().multinomial(1, generator=generator).squeeze(1)
         away = F.one_hot(start, len(world.boards)).bool()
-        # On arrays: what follows are hundreds of small things a batch, which take a tensor several times as long.
+        # On arrays: what follows is hundreds of small operations a batch, which take several times as long on tensors.
         distance = _moves_to(away, world, lesson.depth[1]).numpy()
         holds, held = world.holds.numpy(), world.holds.float()
-        num_new = ((held.sum(1) - held[start] @ held.T) / 2).numpy()  # each is said in two ways
+        num_new = ((held.sum(1) - held[start] @ held.T) / 2).numpy()  # each is stated in two ways
         puzzles = []
         number = integers(lesson.goals, [count], generator).tolist()
         for row, here in enumerate(start.tolist()):
@@ -279,7 +279,7 @@ class BlockPuzzleTask(PlanningTask):
         return (squares * numbers).sum(-1).long()
 
     def _said(self, channels: Tensor) -> tuple[Tensor, Tensor]:
-        """Letter [...] and constraint [...] of input steps; −1 where nothing is said."""
+        """Letter [...] and constraint [...] of input steps; −1 where there is none."""
         sizes = [self.num_letters, self.num_blocks, len(RELATIONS), self.num_blocks]
         letter, first, relation, second = channels[..., : self.said_size].split(sizes, -1)
         numbers = first.argmax(-1), relation.argmax(-1), second.argmax(-1)
@@ -351,9 +351,9 @@ class BlockPuzzleTask(PlanningTask):
 
 
 def _moves_to(goal: Tensor, world: World, most: int) -> Tensor:
-    """Moves [B, S] from each state to the nearest of the goal's [B, S] bool, up to a number; FAR where it is more.
+    """How many moves [B, S] it is from each state to the nearest in goal [B, S] bool; FAR if more than `most`.
 
-    A move can always be taken back, so the same table leads both ways.
+    A move can always be undone, so the same table serves both directions.
     """
     moves = torch.full(goal.shape, FAR, device=goal.device)
     level = goal
@@ -366,8 +366,8 @@ def _moves_to(goal: Tensor, world: World, most: int) -> Tensor:
 
 
 def _count_boards(size: int, least: int, most: int) -> int:
-    """How many boards a world has, or heights of columns to look through, if those are more."""
-    ways = [1] + [0] * most  # to have so many blocks in the columns so far
+    """The number of boards in a world, or of column heights to go through, whichever is larger."""
+    ways = [1] + [0] * most  # by number of blocks, to place them in the columns so far
     for _ in range(size):
         ways = [sum(ways[max(0, blocks - size) : blocks + 1]) for blocks in range(most + 1)]
     boards = sum(ways[blocks] * math.factorial(blocks) for blocks in range(least, most + 1))

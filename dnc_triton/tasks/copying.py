@@ -1,4 +1,4 @@
-"""Tasks that ask for what came in, later."""
+"""Tasks that ask to repeat the input later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dnc_triton.tasks.base import Batch, BitTask, SymbolTask, check_at_least, ch
 class CopyTask(BitTask):
     """Repeat a sequence of random bit vectors after its end.
 
-    Input: `size` vectors of bits, then one step on whose extra channel a 1 says "now you", then zeros.
+    Input: `size` vectors of bits, then one step with a 1 on an extra channel, which says "now you", then zeros.
     Target: the same vectors in the same order, right after that step; before it, the output does not count.
 
     Args:
@@ -59,10 +59,10 @@ class CopyTask(BitTask):
 class RepeatCopyTask(BitTask):
     """Repeat a sequence of random bit vectors as often as asked, then say that it is over.
 
-    Input, channels num_bits + 2: a step with 1 on channel num_bits, "here it begins"; `length` steps of bits; a step
-    with repeats / norm_max on the last channel; zeros. Target, channels num_bits + 1, from the step after that one: the
-    vectors, `repeats` times over, then a step with 1 on the last channel alone, "the end". What comes out before does
-    not count.
+    Input, num_bits + 2 channels: a step with 1 on channel num_bits, "here it begins"; `length` steps of bits; a step
+    with repeats / norm_max on the last channel; zeros. Target, num_bits + 1 channels, from the step after that one on:
+    the vectors, `repeats` times over, then a step with 1 on the last channel alone, "the end". Earlier outputs do not
+    count.
 
     A size is 1000 · length + repeats: 3004 is three vectors, four times.
 
@@ -70,10 +70,10 @@ class RepeatCopyTask(BitTask):
         min_length, max_length: how many vectors a training sequence has.
         min_repeats, max_repeats: how often they are asked for in training.
         num_bits: bits in a vector.
-        norm_max: the number of repetitions that is shown as 1.
+        norm_max: the number of repetitions that is encoded as 1.
 
     Source: `RepeatCopy` in DeepMind's published code, which draws length and repetitions anew for each sequence of a
-    batch and pads; here a batch has one of each, which leaves nothing to pad.
+    batch and pads; here all sequences of a batch share both, which leaves nothing to pad.
     """
 
     name: ClassVar[str] = "repeat_copy"
@@ -84,7 +84,7 @@ class RepeatCopyTask(BitTask):
         "min_repeats": "fewest repetitions in training",
         "max_repeats": "most repetitions in training",
         "num_bits": "bits in a vector",
-        "norm_max": "number of repetitions that is shown to the network as 1",
+        "norm_max": "number of repetitions that is encoded as 1",
     }
 
     def __init__(

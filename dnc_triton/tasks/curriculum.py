@@ -1,4 +1,4 @@
-"""Lessons made of ranges, as the paper's tables give them, and the command line."""
+"""Lessons made of ranges, as in the paper's tables and on the command line."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def read_curriculum(text: str, example: str, least: Sequence[int], most: Sequenc
 
     Args:
         text: the lessons, separated by commas.
-        example: of a lesson, for the error.
-        least, most: what each range may hold.
+        example: of a lesson, for the error message.
+        least, most: the bounds of each range.
 
     Raises:
-        ValueError: the text is not of that form, or a range holds what it may not.
+        ValueError: the text is not of that form, or a range exceeds its bounds.
     """
     lessons = []
     for lesson in text.split(","):
@@ -42,7 +42,7 @@ def read_curriculum(text: str, example: str, least: Sequence[int], most: Sequenc
 
 
 def lesson_of(curriculum: Sequence[Lesson], size: int) -> Lesson:
-    """The lesson that a size, its number from 1, names; a ValueError if there is none."""
+    """The lesson with the number `size`, counted from 1. Raises ValueError if there is none."""
     if not 1 <= size <= len(curriculum):
         raise ValueError(f"size: expected the number of a lesson, 1 to {len(curriculum)}, got {size}")
     return curriculum[size - 1]
@@ -59,10 +59,10 @@ def describe(spans: Sequence[Span], names: Sequence[str]) -> str:
 
 
 def with_earlier(count: int) -> list[list[int]]:
-    """Lessons 1 to `count`, a tenth of each drawn evenly from those before it."""
+    """The sizes of lessons 1 to `count`; a tenth of each lesson is drawn evenly from the earlier ones."""
     return [[*range(1, size), *[size] * max(1, 9 * (size - 1))] for size in range(1, count + 1)]
 
 
 def integers(span: Span, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random numbers of a range."""
+    """Random integers in a range."""
     return torch.randint(span[0], span[1] + 1, shape, generator=generator)

@@ -12,14 +12,14 @@ SPLITS = ("train", "validation", "test")
 
 
 def generator(seed: int, split: str, number: int) -> torch.Generator:
-    """A generator for one batch: the same numbers in whatever process and order it is drawn."""
+    """A generator for one batch: the same numbers in every process and in every order."""
     return torch.Generator().manual_seed(mixed(seed, SPLITS.index(split), number))
 
 
 def mixed(*numbers: int) -> int:
-    """One seed of several numbers.
+    """One seed made of several numbers.
 
-    PyTorch's generator on a CPU heeds 32 bits of its seed; NumPy's seed sequence mixes all that is given into them.
+    PyTorch's CPU generator uses 32 bits of its seed; NumPy's seed sequence mixes all the numbers into these.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -28,8 +28,8 @@ class TrainingBatches(Dataset[Batch]):
     """The batches of one lesson of a task: batch i is the same in every process and every order.
 
     Args:
-        task: that draws them.
-        batch_size: sequences in one.
+        task: draws the batches.
+        batch_size: sequences in a batch.
         seed: of the run.
         lesson: of the task's curriculum.
     """

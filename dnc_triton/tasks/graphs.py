@@ -1,4 +1,4 @@
-"""Tasks on random graphs: follow a route, find a shortest one."""
+"""Tasks on random graphs: follow a route, or find a shortest path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORTEST_PATH = (
 
 
 class Lesson(NamedTuple):
-    """Ranges, both ends included, that a graph and its path are drawn from."""
+    """Ranges, both ends included, from which a graph and its path are drawn."""
 
     nodes: Span
     degree: Span
@@ -35,14 +35,14 @@ class Lesson(NamedTuple):
 
 
 class Graphs(NamedTuple):
-    """Random directed graphs. N is how many nodes the largest has.
+    """Random directed graphs. N is the number of nodes of the largest.
 
     Attributes:
-        points: [B, N, 2], where the nodes lie in the unit square.
-        present: [B, N] bool: the nodes that a graph has, the first ones.
+        points: [B, N, 2], the nodes' places in the unit square.
+        present: [B, N] bool: the nodes that a graph has; they come first.
         edges: [B, N, N] bool: from the first node to the second.
         node_labels: [B, N] int64, unique in a graph.
-        edge_labels: [B, N, N] int64, unique among the edges out of a node; without meaning where there is no edge.
+        edge_labels: [B, N, N] int64, unique among the edges out of a node; meaningless where there is no edge.
     """
 
     points: Tensor
@@ -55,7 +55,7 @@ class Graphs(NamedTuple):
 def draw_graphs(count: int, lesson: Lesson, num_labels: int, generator: torch.Generator) -> Graphs:
     """Graphs whose nodes are points of the unit square, each with edges to its K nearest neighbours.
 
-    K is drawn for each node; a graph of n nodes takes its edges' labels from n numbers of its own.
+    K is drawn for each node; a graph of n nodes takes the labels of its edges from n numbers drawn for it.
 
     Source: Graves et al. 2016, Methods, "Random graph generation".
     """
@@ -65,7 +65,7 @@ def draw_graphs(count: int, lesson: Lesson, num_labels: int, generator: torch.Ge
     points = torch.rand(count, most, 2, generator=generator)
     distances = torch.cdist(points, points)
     distances[~(present.unsqueeze(1) & ~torch.eye(most, dtype=torch.bool)).expand_as(distances)] = torch.inf
-    nearness = distances.argsort(-1).argsort(-1)  # each node's place among the others
+    nearness = distances.argsort(-1).argsort(-1)  # each node's rank among the others, by distance
     degrees = integers(lesson.degree, (count, most, 1), generator)
     edges = (nearness < degrees) & distances.isfinite() & present.unsqueeze(2)
     labels = [torch.rand(count, num_labels, generator=generator).argsort(1)[:, :most] for _ in range(2)]
@@ -79,16 +79,16 @@ def draw_graphs(count: int, lesson: Lesson, num_labels: int, generator: torch.Ge
 class GraphTask(SymbolTask):
     """What the tasks on graphs share: labels, their encoding, the curriculum.
 
-    A label is a number below base ** num_digits, given as `num_digits` digits, each one-hot in `base` channels; no
-    label is all zeros. A triple is three labels: source, edge, destination. An input step is a triple and two more
-    channels: 1 at the first step of a new phase; 1 at every step that wants an answer. An output step has logits for
-    each digit of a triple.
+    A label is a number below base ** num_digits, given as `num_digits` digits, each one-hot in `base` channels; a label
+    that is missing is all zeros. A triple is three labels: source, edge, destination. An input step is a triple and two
+    more channels: 1 at the first step of a new phase; 1 at every step that asks for an answer. An output step has
+    logits for each digit of a triple.
 
     Source: Graves et al. 2016, Methods, "Graph task descriptions".
     """
 
     arguments: ClassVar[dict[str, str]] = {
-        "curriculum": "the lessons, nodes/out-degree/path length each, as 3-5/1-2/1-3; separated by commas",
+        "curriculum": "lessons separated by commas, each nodes/out-degree/path length, as 3-5/1-2/1-3",
         "base": "values of a digit of a label",
         "num_digits": "digits of a label",
     }
@@ -141,7 +141,7 @@ class GraphTask(SymbolTask):
         return (digits * powers).sum(-1)
 
     def _digits(self, channels: Tensor) -> Tensor:
-        """The most likely or given digits [..., 3 num_digits]."""
+        """The most likely digits of logits, or those of one-hot channels [..., 3 num_digits]."""
         return channels[..., : self.output_size].unflatten(-1, (-1, self.base)).argmax(-1)
 
     def symbols(self, outputs: Tensor, batch: Batch) -> dict[str, list[str]]:
@@ -168,7 +168,7 @@ class GraphTraversalTask(GraphTask):
     A tenth of the training batches is from earlier lessons.
 
     Source: Graves et al. 2016, Methods, "Traversal" and "Curriculum learning", Extended Data Table 3. There the network
-    ends its answer itself, with a pattern of its own; here the channel that wants an answer falls with the last step.
+    ends its answer itself, with a pattern of its own; here the channel that asks for an answer ends with the last step.
     """
 
     name: ClassVar[str] = "graph_traversal"
@@ -212,14 +212,14 @@ class GraphTraversalTask(GraphTask):
 
 
 class _Walk(NamedTuple):
-    """Where the answer has led. E is how many triples the largest graph has.
+    """Where the answer has led so far. E is the number of triples of the largest graph.
 
     Attributes:
         triples: [B, E, output_size], the graph as it was described.
         source: [B, E] label.
         destination: [B, E] label.
-        moves: [B, E], from an edge's source over it to the goal; FAR where that cannot be.
-        here: [B] label of the node that was reached.
+        moves: [B, E], the number of moves from an edge's source along it to the goal; FAR if the goal is out of reach.
+        here: [B] label of the node reached.
     """
 
     triples: Tensor
@@ -236,21 +236,21 @@ class ShortestPathTask(PlanningTask, GraphTask):
     answer, whose first input has no triple and each later one the triple of the move before. Target: the triples of a
     path, one step each; any shortest path counts.
 
-    The move is the likeliest of the edges out of the node reached, each as likely as all its digits together. The node
-    reached is where the network's own moves led, in training as in evaluation. At each step the loss is −log of the
-    probability of all edges together that lead on along a shortest path, among all triples: a network that only has to
-    be better than the other edges learns to guess, and never looks the edges up.
+    The move is the likeliest of the edges out of the node reached; an edge's probability is that of all its digits
+    together. The node reached is where the network's own moves led, in training as in evaluation. At each step the loss
+    is −log of the total probability, among all triples, of the edges that lead on along a shortest path: a network that
+    only has to rank these above the other edges learns to guess, and never looks the edges up.
 
     Args:
         curriculum: the lessons, separated by commas: nodes, out-degree and length of the shortest path, each a range.
         base, num_digits: of the labels. With 10 and 3, as in the paper, they are 0 to 999.
         planning_steps: between query and answer.
-        one_way: how many lessons, the first ones, have graphs in which of two edges between the same nodes one is left
-            out. Nearest neighbours are mostly mutual: from the paper's graphs alone a network learns to look up the
-            edges out of the goal, which often is enough, and never those into it.
+        one_way: in this many of the first lessons, only one of two edges between the same nodes is kept. Nearest
+            neighbours are mostly mutual: from the paper's graphs alone a network learns to look up the edges out of the
+            goal, which is often enough, and never those into it.
 
-    Source: Graves et al. 2016, Methods, "Shortest path" and "Structured prediction", Extended Data Table 5. There
-    the loss too is among the edges out of the node reached.
+    Source: Graves et al. 2016, Methods, "Shortest path" and "Structured prediction", Extended Data Table 5. There the
+    loss, too, compares only the edges out of the node reached.
     """
 
     name: ClassVar[str] = "shortest_path"
@@ -258,7 +258,7 @@ class ShortestPathTask(PlanningTask, GraphTask):
     arguments: ClassVar[dict[str, str]] = {
         **GraphTask.arguments,
         "planning_steps": "steps between query and answer",
-        "one_way": "how many lessons, the first ones, have graphs without edges both ways between two nodes",
+        "one_way": "in this many of the first lessons, no two nodes have edges both ways",
     }
 
     def __init__(
@@ -296,7 +296,7 @@ class ShortestPathTask(PlanningTask, GraphTask):
         flags[:, first:, 1] = 1
         targets = torch.zeros(batch_size, steps, 3 * self.num_digits, dtype=torch.int64)
         batch = Batch(torch.cat([self._encode(labels), flags], -1), targets, scored)
-        # The target is one of the shortest paths: of several edges that are right, the one described first.
+        # The target is one of the shortest paths: of several right edges, it takes the one described first.
         walk = self.begin(batch)
         for step in range(first, steps):
             edge = _right_edges(walk).float().argmax(1)
@@ -368,7 +368,7 @@ class ShortestPathTask(PlanningTask, GraphTask):
         return super().symbols(moves, batch)
 
     def read(self, model: nn.Module, inputs: Tensor) -> tuple[Tensor, object]:
-        # Graphs of a batch differ in their edges: what fills up the description is passed over.
+        # Graphs of a batch differ in their number of edges: the padding of the description is skipped.
         described = inputs.shape[1] - 2 - self.planning_steps
         counts = inputs[:, :described].any(-1).sum(1)
         before, state = model(inputs[:, :described], lengths=counts)
@@ -383,7 +383,7 @@ def _right_edges(walk: _Walk) -> Tensor:
 
 
 def _leave_one_way(edges: Tensor, generator: torch.Generator) -> None:
-    """Of two edges between the same nodes, in edges [B, N, N], leave one, in place."""
+    """Of two opposite edges in edges [B, N, N], keep one, in place."""
     one = torch.rand(edges.shape, generator=generator) < 0.5
     above = torch.ones(edges.shape[1:], dtype=torch.bool).triu(1)
     one = (one & above) | (~one & above).transpose(1, 2)
@@ -391,7 +391,7 @@ def _leave_one_way(edges: Tensor, generator: torch.Generator) -> None:
 
 
 def _hops(edges: Tensor, most: int) -> Tensor:
-    """Lengths [B, N, N] of the shortest paths up to a length; −1 where there is none, 0 from a node to itself."""
+    """Lengths [B, N, N] of the shortest paths of up to `most` edges; −1 where there is none, 0 to a node itself."""
     hops = torch.full(edges.shape, -1)
     reached = torch.eye(edges.shape[-1], dtype=torch.bool).expand_as(edges)
     hops[reached] = 0
@@ -402,7 +402,7 @@ def _hops(edges: Tensor, most: int) -> Tensor:
 
 
 def _description(graphs: Graphs, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The triples [B, E, 3] of graphs in random order, filled up with −1, and how many [B] each has."""
+    """The triples [B, E, 3] of graphs in random order, padded with −1, and how many [B] each has."""
     edges = graphs.edges.flatten(1)
     counts = edges.sum(1)
     order = torch.rand(edges.shape, generator=generator).masked_fill(~edges, torch.inf)

@@ -1,4 +1,4 @@
-"""Tasks in which the network acts, sees what became of it, and acts again."""
+"""Tasks in which the network acts, sees the result, and acts again."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from dnc_triton.tasks.base import Batch, Task
 
-TRIES = 100  # rounds in which problems of a lesson are drawn before there are none
-FAR = 2**31  # moves to a goal that cannot be reached
+TRIES = 100  # rounds in which problems of a lesson are drawn before giving up
+FAR = 2**31  # stands for the moves to a goal that cannot be reached
 
 
 class Judged(NamedTuple):
-    """What became of one answer, in every row.
+    """The result of one answer, in every row.
 
     Attributes:
-        log_likelihood: [B], of answering with any of the moves that are right here; 0 where none is left.
+        log_likelihood: [B], of answering with any of the moves that are right here; 0 where there is none.
         wrong: [B] bool: the answer is none of them.
         feedback: [B, input_size], the next step's input.
         situation: after it.
@@ -32,15 +32,15 @@ class Judged(NamedTuple):
 
 
 class PlanningTask(Task):
-    """A task answered by moves, each of which may be any on a shortest way from where the moves before it led.
+    """A task answered by moves: right is every move on a shortest way from where the earlier moves led.
 
-    The loss of a move is −log of the probability of all that are right there together, so a network that decides for
-    one of several shortest ways pays nothing. The steps are one after the other because the input of each shows what
-    the answer before did, the network's own in training as in evaluation; this is DAGGER with β = 0, where the expert
-    answers for the states that the network itself comes to.
+    The loss of a move is −log of the total probability of all moves that are right there, so a network may decide for
+    one of several shortest ways at no cost. The steps run one after the other because each one's input shows what the
+    previous answer did, the network's own in training as in evaluation; this is DAGGER with β = 0, where the expert
+    answers for the states that the network itself reaches.
 
-    The answer begins at the same step in every row, the first one that is scored. From there on the inputs of a batch
-    show the target's moves; `run` puts the network's own in their place.
+    The answer begins at the same step in every row, the first that is scored. From there on the inputs of a batch show
+    the target's moves; `run` replaces them by the network's own.
     """
 
     unit: ClassVar[str] = "move"
@@ -65,7 +65,7 @@ class PlanningTask(Task):
         situation = self.begin(batch)
         for _ in range(first + 1, steps):
             answer = answers[-1][:, -1].detach()
-            # As the loss is going to judge it: under autocast the likeliest move may come out as another one.
+            # Judged as the loss will judge it: under autocast the likeliest move might be a different one.
             with torch.autocast(answer.device.type, enabled=False):
                 judged = self.judge(situation, answer.to(torch.promote_types(answer.dtype, torch.float32)))
             situation = judged.situation
@@ -74,7 +74,7 @@ class PlanningTask(Task):
         return torch.cat(answers, 1)
 
     def judged(self, outputs: Tensor, batch: Batch) -> Iterator[tuple[int, Judged]]:
-        """What became of each answer, with its step."""
+        """The result of each answer, with its step."""
         situation = self.begin(batch)
         for step in range(first_answer(batch), batch.inputs.shape[1]):
             judged = self.judge(situation, outputs[:, step])
@@ -106,7 +106,7 @@ def first_answer(batch: Batch) -> int:
 
 
 def log_sum(values: Tensor, chosen: Tensor) -> Tensor:
-    """log Σ exp of the chosen ones of values [B, E]; 0 in rows where none is, and no gradient there."""
+    """log Σ exp of the chosen values [B, E]; 0, without a gradient, in rows where none is chosen."""
     some = chosen.any(1)
     kept = torch.where(chosen | ~some.unsqueeze(1), values, -torch.inf)
     return torch.where(some, kept.logsumexp(1), 0)

@@ -1,4 +1,4 @@
-"""Tasks that ask for what came in by what it belongs to: the next item, a value by its key, the highest priority."""
+"""Tasks that ask for a part of the input by its relation to another: the next item, a key's value, priorities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dnc_triton.tasks.base import Batch, BitTask, Task, check_at_least, check_ra
 class AssociativeRecallTask(BitTask):
     """Show a list of items, then one of them again; the answer is the item that came after it.
 
-    Input, channels num_bits + 2: for each item a step with 1 on channel num_bits, then its `item_length` vectors of
+    Input, num_bits + 2 channels: for each item a step with 1 on channel num_bits, then its `item_length` vectors of
     bits; a step with 1 on the last channel, the vectors of the item that is asked for, the same step again; zeros.
     Target: the vectors of the item after the one asked for, right after that step; before it, the output does not
     count. Any item but the last may be asked for. The items of a list are all different.
@@ -21,7 +21,7 @@ class AssociativeRecallTask(BitTask):
     A size is how many items are shown.
 
     Args:
-        min_items, max_items: how many a training sequence shows.
+        min_items, max_items: how many items a training sequence shows.
         item_length: vectors in an item.
         num_bits: bits in a vector.
 
@@ -45,7 +45,7 @@ class AssociativeRecallTask(BitTask):
         _check_enough("max_items", max_items, num_bits * item_length)
         self.item_length, self.num_bits = item_length, num_bits
         self.input_size, self.output_size = num_bits + 2, num_bits
-        # No lesson with two items alone: there the second is the answer, whatever is asked.
+        # No lesson with only two items: there the second one is always the answer.
         self.lessons = [range(min_items, max_items + 1)]
         self.evaluations = {f"{min_items} to {max_items} items, as trained": self.lessons[-1]}
         if 2 * max_items <= 2 ** (num_bits * item_length):
@@ -72,14 +72,14 @@ class AssociativeRecallTask(BitTask):
 class KeyValueTask(BitTask):
     """Show pairs of a key and a value, then the keys in another order; the answer to each is its value.
 
-    Input, channels 2 · num_bits + 1: for each pair a step with the key's bits, then the value's; a step with 1 on the
+    Input, 2 · num_bits + 1 channels: for each pair one step with the key's bits and the value's; a step with 1 on the
     last channel; for each key, in random order, a step with its bits alone. Target: at that step, its value. The keys
     of a sequence are all different.
 
     A size is how many pairs there are.
 
     Args:
-        min_pairs, max_pairs: how many a training sequence has.
+        min_pairs, max_pairs: how many pairs a training sequence has.
         num_bits: bits in a key, and in a value.
 
     Source: the key-value retrieval of Csordás & Schmidhuber 2019, whose published code shows the pairs sorted by key
@@ -121,17 +121,17 @@ class KeyValueTask(BitTask):
 
 
 class PrioritySortTask(BitTask):
-    """Show vectors with priorities; the answer is those of the highest priority, the highest first.
+    """Show vectors with priorities; the answer is those with the highest priorities, the highest first.
 
-    Input, channels num_bits + 2: for each vector a step with its bits, and its priority on channel num_bits, drawn
-    evenly from [-1, 1); a step with 1 on the last channel; zeros. Target: the `num_highest` vectors of the highest
-    priorities in falling order, all of them if there are no more, right after that step; of equal priorities the one
-    shown first. Before it, the output does not count.
+    Input, num_bits + 2 channels: for each vector a step with its bits, and its priority on channel num_bits, drawn
+    uniformly from [-1, 1); a step with 1 on the last channel; zeros. Target: the `num_highest` vectors with the highest
+    priorities in descending order, or all if there are no more, right after that step; of equal priorities, the one
+    shown first comes first. Before it, the output does not count.
 
     A size is how many vectors are shown.
 
     Args:
-        num_vectors: how many are shown; in the first lessons fewer.
+        num_vectors: how many are shown; fewer in the first lessons.
         num_highest: how many are asked for.
         num_bits: bits in a vector.
 
@@ -139,7 +139,7 @@ class PrioritySortTask(BitTask):
     """
 
     name: ClassVar[str] = "priority_sort"
-    summary: ClassVar[str] = "show vectors with priorities; answer with those of the highest, in order"
+    summary: ClassVar[str] = "show vectors with priorities; answer with those of the highest priorities, in order"
     arguments: ClassVar[dict[str, str]] = {
         "num_vectors": "vectors that are shown",
         "num_highest": "how many of them are asked for",
@@ -175,14 +175,14 @@ class PrioritySortTask(BitTask):
             texts["input"][step] = f"{texts['input'][step][: self.num_bits]} {priority:+.2f}"
         return texts
 
-    show = Task.show  # priorities are numbers, which a picture does not tell apart
+    show = Task.show  # as text: a picture would not tell priorities apart
 
 
 def _different_bits(batch_size: int, count: int, num_bits: int, generator: torch.Generator) -> Tensor:
-    """[batch_size, count, num_bits] of 0 and 1: every set of different vectors in every order is as likely."""
+    """[batch_size, count, num_bits] of 0 and 1: different vectors, every set in every order equally likely."""
     coded = min(num_bits, 62)  # what an int64 holds; further bits need not differ
     _check_enough("size", count, coded)
-    # Floyd's algorithm draws a set without drawing twice. The set is even, its order is not.
+    # Floyd's algorithm draws a set without drawing twice. The set is uniform, its order is not.
     codes = torch.empty(batch_size, 0, dtype=torch.int64)
     for highest in range(2**coded - count, 2**coded):
         code = torch.randint(highest + 1, (batch_size, 1), generator=generator)
@@ -195,6 +195,6 @@ def _different_bits(batch_size: int, count: int, num_bits: int, generator: torch
 
 
 def _check_enough(name: str, count: int, num_bits: int) -> None:
-    """Raise a ValueError unless there are as many different words of so many bits."""
+    """Raise a ValueError unless there are `count` different words of `num_bits` bits."""
     if count > 2**num_bits:
         raise ValueError(f"{name}: expected at most {2**num_bits}, the different words of {num_bits} bits, got {count}")

@@ -1,4 +1,4 @@
-"""Stories with questions, in the format in which bAbI is published; a generator of the first three of its kinds."""
+"""Stories with questions, in the format in which bAbI is published; a generator for the first three of its kinds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Line(NamedTuple):
 
     Attributes:
         text: with its full stop or question mark.
-        answers: the words of the answer to a question; none: a statement.
+        answers: the words of the answer to a question; empty for a statement.
         supporting: the numbers, from 1, of the lines from which the answer follows.
     """
 
@@ -97,15 +97,15 @@ class _Person:
 class _Thing:
     visits: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # place, lines that say it came there
     place_known_by: tuple[int, ...] = ()  # the lines from which its place follows
-    taken: int = 0  # line in which it was taken last
+    taken: int = 0  # the line in which it was last taken
     carried: bool = False
 
 
 def generate_story(kind: int, facts: int, questions: int, draw: random.Random) -> list[Line]:
     """A story of people who walk from place to place, take things and put them down.
 
-    Whoever takes a thing has been told to be somewhere before. The last question ends the story, the others come at
-    equal distances.
+    Before somebody takes a thing, the story has said where that person is. The last question ends the story, the others
+    come at equal distances.
 
     Args:
         kind: 1 asks where a person is ("Where is Mary?"), in a story in which nobody carries anything; 2 where a thing
@@ -130,7 +130,7 @@ def generate_story(kind: int, facts: int, questions: int, draw: random.Random) -
     if facts < kind * questions:
         raise ValueError(f"facts: expected at least {kind * questions} for {questions} question(s), got {facts}")
     ends = {-(-facts * (question + 1) // questions) for question in range(questions)}
-    while True:  # until there is something to ask at each of these ends
+    while True:  # until there is something to ask at each of `ends`
         world = _World(draw)
         for fact in range(1, facts + 1):
             world.happen(things=kind > 1)
@@ -176,7 +176,7 @@ class _World:
                 thing.visits.append((person.place, (person.line,)))
             self._say(name, draw.choice(TAKES), label, draw.choice(("", " there")))
         else:
-            # Half of the time somebody who carries something moves: else there would be little to ask.
+            # Half of the time somebody who carries something moves; otherwise there would be little to ask.
             carriers = [name for name, person in self.people.items() if person.carries]
             name = draw.choice(carriers if carriers and draw.random() < 0.5 else PEOPLE)
             person = self.people[name]

@@ -28,31 +28,31 @@ class DatesTask(SymbolTask):
     differ in length: a batch is padded at the end.
 
     The formats are the four styles (short, medium, long, full) of each locale in Unicode's CLDR, from babel. All
-    sequences of one batch have the same style, each its own locale. A style that writes two digits of the year is left
-    out: the century does not follow from it. The locale is not given to the network, hence no text may stand for two
-    dates: 01/02/2003 must not be in January for one locale and in February for another. This is checked for all formats
-    on every day of a leap year, leaving out the names of weekdays, and locales that contradict each other are refused.
-    (One year is enough, since the year is written out.)
+    sequences of one batch have the same style; each has its own locale. A style that writes only two digits of the year
+    is left out: the century does not follow from them. The network is not told the locale, hence no text may stand for
+    two dates: 01/02/2003 must not be in January for one locale and in February for another. This is checked for all
+    formats on every day of a leap year, without the names of weekdays, and locales that contradict each other are
+    refused. (One year is enough, since the year is written out.)
 
-    A day belongs to one split only, by the proleptic Gregorian ordinal of `datetime.date.toordinal`: remainder 8 modulo
-    10 to validation, 9 to test, the rest to training. No date of the test was seen in training, in any language.
+    A day belongs to one split only, by its proleptic Gregorian ordinal (`datetime.date.toordinal`) modulo 10: 8 is
+    validation, 9 is test, the rest training. No date of the test was seen in training, in any language.
 
     Args:
-        locales: their identifiers, with commas between them.
+        locales: their identifiers, separated by commas.
         first_year, last_year: of the dates, both included; 1000 to 9999, so that years have four digits.
 
     Raises:
         ModuleNotFoundError: babel is not installed.
-        ValueError: a locale that babel does not know, no format with the whole year in it, two formats in which one
-            text stands for two dates, a year out of range.
+        ValueError: a locale that babel does not know, no format that has the whole year, two formats in which one text
+            stands for two dates, a year out of range.
     """
 
     name: ClassVar[str] = "translation"
     summary: ClassVar[str] = "translate dates from the formats of several languages into ISO 8601"
     arguments: ClassVar[dict[str, str]] = {
-        "locales": "identifiers of Unicode's CLDR, with commas between them",
-        "first_year": "of the dates",
-        "last_year": "of the dates",
+        "locales": "identifiers of Unicode's CLDR, separated by commas",
+        "first_year": "first year of the dates",
+        "last_year": "last year of the dates",
     }
 
     def __init__(
@@ -97,7 +97,7 @@ class DatesTask(SymbolTask):
         return self.encode(texts, dates)
 
     def encode(self, texts: list[str], dates: list[datetime.date]) -> Batch:
-        """The batch in which these texts are to be translated into these dates."""
+        """The batch that asks to translate these texts into these dates."""
         read = torch.tensor([len(text) for text in texts])  # steps before the end marker
         steps = int(read.max()) + 1 + ANSWER
         inputs = torch.zeros(len(texts), steps, self.input_size)
@@ -134,7 +134,7 @@ def _formats(locales: str) -> dict[int, list[tuple[str, Locale]]]:
     formats: dict[int, list[tuple[str, Locale]]] = {}
     for size, style in enumerate(STYLES, start=1):
         for locale in known:
-            letters = re.sub("'[^']*'", "", locale.date_formats[style].pattern)  # without what is quoted
+            letters = re.sub("'[^']*'", "", locale.date_formats[style].pattern)  # without quoted text
             if not re.search("(?<!y)yy(?!y)", letters):
                 formats.setdefault(size, []).append((style, locale))
     if not formats:
@@ -148,7 +148,7 @@ def _refuse_contradictions(formats: dict[int, list[tuple[str, Locale]]]) -> None
 
     dates: dict[str, tuple[datetime.date, str]] = {}
     for style, locale in (each for of_size in formats.values() for each in of_size):
-        # Without the weekday, which tells two dates apart in some years only.
+        # Without the weekday, which distinguishes two dates only in some years.
         pattern = re.sub("('[^']*')|[Ece]+", lambda match: match[1] or "", locale.date_formats[style].pattern)
         for date in _days_of_a_year():
             text = format_date(date, pattern, locale)
@@ -161,7 +161,7 @@ def _refuse_contradictions(formats: dict[int, list[tuple[str, Locale]]]) -> None
 
 
 def _characters(formats: dict[int, list[tuple[str, Locale]]]) -> list[str]:
-    """All that may occur in a text: a year has each month and weekday, and a few digits."""
+    """All characters that may occur in a text: a year has every month and weekday; digits are added."""
     each = [written for of_size in formats.values() for written in of_size]
     return sorted({*"0123456789"}.union(*(_write(date, *written) for date in _days_of_a_year() for written in each)))
 

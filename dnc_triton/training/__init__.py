@@ -1,1 +1,1 @@
-"""A run of the command line: its settings, its loop, what learns, what is kept and shown."""
+"""A training run of the command line: its settings, its loop, its learners, what it saves and reports."""

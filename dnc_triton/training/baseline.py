@@ -1,4 +1,4 @@
-"""The network to measure a DNC against."""
+"""The network to compare a DNC with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 class LSTMBaseline(nn.Module):
-    """What a user would take without a DNC: an `nn.LSTM` and a linear layer on top."""
+    """What a user would take instead of a DNC: an `nn.LSTM` and a linear layer on top."""
 
     def __init__(
         self, input_size: int, hidden_size: int, output_size: int, num_layers: int = 1, dropout: float = 0.0
@@ -20,7 +20,7 @@ class LSTMBaseline(nn.Module):
         self.output = nn.Linear(hidden_size, output_size)
 
     def forward(self, inputs: Tensor, state: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """inputs [B, T, input_size] → outputs [B, T, output_size], state; called as a `DNC`."""
+        """inputs [B, T, input_size] → outputs [B, T, output_size], state; called like a `DNC`."""
         if lengths is None:
             hidden, state = self.lstm(inputs, state)
         else:

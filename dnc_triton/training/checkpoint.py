@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, and read without executing anything in them."""
+"""Checkpoints of a run: written whole or not at all, and read without executing anything in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from dnc_triton.files import is_full, write
 
 FORMAT = 3
-# What a checkpoint holds besides its format, and of which type.
+# What a checkpoint holds besides its format: name → type.
 CONTENTS: dict[str, type] = {
     "settings": dict,
     "step": int,
@@ -34,14 +34,14 @@ CONTENTS: dict[str, type] = {
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save` by `write`, in the present format."""
-    buffer = io.BytesIO()  # torch.save reports a full disk as an internal error of its writer
+    """Save as by `torch.save`, whole or not at all, in the present format."""
+    buffer = io.BytesIO()  # torch.save would report a full disk as an internal error of its writer
     torch.save({"format": FORMAT, **content}, buffer)
     write(path, buffer.getvalue())
 
 
 def rescue(folder: Path, content: dict[str, Any], error: OSError) -> NoReturn:
-    """Save the end of a run, which its own folder could not take, among the system's temporary files.
+    """Save the end of a run, which could not be saved in its own folder, among the system's temporary files.
 
     Args:
         folder: of the run.
@@ -49,10 +49,10 @@ def rescue(folder: Path, content: dict[str, Any], error: OSError) -> NoReturn:
         error: why it could not be saved in the folder.
 
     Raises:
-        OSError: always: it says where the run is now, or what is lost, and how to go on.
+        OSError: always; its message says where the run is now, or what is lost, and how to go on.
     """
-    name = "-".join(re.findall(r"\w+", str(folder.resolve())))[-60:]  # a file's name has 255 bytes
-    own = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]  # others may have the same words
+    name = "-".join(re.findall(r"\w+", str(folder.resolve())))[-60:]  # a file name may have at most 255 bytes
+    own = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]  # other paths may have the same words
     rescued = Path(tempfile.gettempdir()) / f"{name}-{own}-{content['step']}.pt"
     resume = f"--resume {shlex.quote(str(folder))}"
     try:
@@ -81,7 +81,7 @@ def load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent}: expected the folder of a run, with a {path.name}, got none")
     content = path.read_bytes()
     try:
-        # PyTorch does not look whether what is stored is what was stored.
+        # PyTorch does not check that what it reads is what was written.
         if zipfile.is_zipfile(io.BytesIO(content)) and (record := zipfile.ZipFile(io.BytesIO(content)).testzip()):
             raise ValueError(f"{record} in it is damaged; if there is a copy of it, take that, or start anew")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Whose the folder of a run is: one run's, and while that is trained one process's."""
+"""Who owns a run's folder: one run, and while that is trained, one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from dnc_triton.files import remove
 
 SAVED = ("checkpoint.pt", "best.pt", "failure.pt")
-# What a run writes: a folder that has any of it is a run's, or somebody's who wants to keep it.
+# What a run writes: a folder with any of these belongs to a run, or to somebody who wants to keep it.
 WRITTEN = (
     *SAVED,
     "settings.toml",
@@ -28,23 +28,23 @@ _HELD: set[int] = set()  # the descriptors of the folders that this process hold
 
 
 def written(folder: Path) -> str:
-    """The first of what a run writes that is in a folder, or ""."""
+    """The first of the files in `WRITTEN` that is in a folder, or ""."""
     return next((name for name in WRITTEN if (folder / name).exists()), "")
 
 
 def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
-    """Make a folder that of one run, however many ask for it at once: by its settings.toml, which only one can create.
+    """Claim a folder for one run, however many ask for it at once: only one can create its settings.toml.
 
     Args:
         folder: of the run; made if it is not there.
         settings: what settings.toml holds.
-        new: whether the folder must not be there already, not even empty.
+        new: whether the folder must not exist yet, not even empty.
 
     Returns:
-        whether the folder is the caller's; False: it has what a run writes, or, if it has to be new, is there already.
+        whether the folder is the caller's now; False if it holds files that a run writes, or must be new but exists.
 
     Raises:
-        OSError: it cannot be made or written to.
+        OSError: the folder cannot be made or written to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -52,7 +52,7 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
     except FileExistsError:
         if new or written(folder):
             return False
-        folder.mkdir(exist_ok=True)  # raises where it is a file
+        folder.mkdir(exist_ok=True)  # raises if it is a file
     path = folder / "settings.toml"
     try:
         file = path.open("xb")
@@ -70,18 +70,18 @@ def claim(folder: Path, settings: str, *, new: bool = False) -> bool:
 
 
 def give_up(folder: Path) -> None:
-    """The inverse of `claim`, for a run that ended before it left anything: another may have the folder."""
+    """The inverse of `claim`, for a run that ended before it saved anything: another may have the folder."""
     if any((folder / name).exists() for name in SAVED):
         return
     remove(folder / "settings.toml")
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    with suppress(OSError):  # unless there is something else in it
+    with suppress(OSError):  # it stays if there is something else in it
         folder.rmdir()
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """In the block no other process may hold a folder. Where the system has no such locks, others are not kept out.
+    """In the block no other process can hold the folder. On systems without such locks, others are not kept out.
 
     Raises:
         ValueError: another process holds it.
@@ -94,7 +94,7 @@ def held(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.glob("*.pt.*.part"):  # by a process that was killed
+        for left in folder.glob("*.pt.*.part"):  # left by a process that was killed
             remove(left)
     except BlockingIOError as error:
         os.close(descriptor)
@@ -110,6 +110,6 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def let_go() -> None:
-    """In a process that was forked: leave the folders to the one that holds them, or they are held until both end."""
+    """In a forked process: leave the folders to the parent, or they would be held until both processes end."""
     while _HELD:
         os.close(_HELD.pop())

@@ -1,4 +1,4 @@
-"""What a run tells on its way: the rows of its metrics for TensorBoard, and a word where something is amiss."""
+"""What a run reports on its way: the rows of its metrics for TensorBoard, and a line when something is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Journal:
 
     Args:
         folder: where they go; None: nowhere, as in all processes but the first.
-        step: that the run goes on from.
+        step: the step from which the run goes on.
     """
 
     def __init__(self, folder: Path | None, step: int) -> None:
@@ -29,26 +29,26 @@ class Journal:
 
         with self._harmless():
             folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):  # a thread of the writer's would tell of it, at length
+            if not os.access(folder, os.W_OK):  # otherwise a thread of the writer reports it, at length
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-            # What an interrupted run wrote after its last checkpoint comes again.
+            # What an interrupted run wrote after its last checkpoint will be written again.
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, row: dict[str, float], kind: str) -> None:
-        """The numbers of a row, at its step: each as "kind/name"."""
+        """Add the numbers of a row, at its step, each as "kind/name"."""
         with self._harmless():
             for name, value in row.items():
                 if self._writer and name not in ("step", "seconds"):
                     self._writer.add_scalar(f"{kind}/{name}", value, int(row["step"]))
 
     def flush(self) -> None:
-        """All that was added, to the disk."""
+        """Write everything added so far to disk."""
         with self._harmless():
             if self._writer:
                 self._writer.flush()
 
     def close(self) -> None:
-        """The same, for good."""
+        """Write everything added so far to disk, and close the writer."""
         with self._harmless():
             if self._writer:
                 self._writer.close()
@@ -57,11 +57,11 @@ class Journal:
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # the latter of a name that it cannot encode
+        except (OSError, ValueError) as error:  # ValueError: a name that it cannot encode
             self._writer = None
             say(f"TensorBoard gets no more of this run: {error}")
 
 
 def say(text: str) -> None:
-    """A line on stderr, above the progress bar."""
+    """Print a line on stderr, above the progress bar."""
     tqdm.write(f"dnc_triton: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What learns in a run: a model with its optimizer and its learning rate, on the devices that Fabric gives it."""
+"""What learns in a run: a model with its optimizer and learning rate, on the devices that Fabric gives it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
     """Fabric on a device of this machine, or on one for each process that torchrun started.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", "mps"; a number only without torchrun, which numbers them itself.
+        device: "cpu", "cuda", "cuda:1", "mps"; with a number only without torchrun, which assigns numbers itself.
         precision: of `Settings`.
 
     Raises:
@@ -51,7 +51,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
 
 
 class _Solver(nn.Module):
-    """All that a task does with a model, as one call: what Fabric wraps, however often the task calls the model."""
+    """All that a task does with a model, as one call for Fabric to wrap, however often the task calls the model."""
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class Learner:
     """A model, its optimizer and its learning rate's schedule.
 
     Args:
-        task: to learn.
-        model: which is moved to the device.
+        task: the task to learn.
+        model: the model, which is moved to the device.
         settings: of the run.
         fabric: device, precision and the other processes.
     """
@@ -83,15 +83,15 @@ class Learner:
         self._solver, self._fabric_optimizer = fabric.setup(_Solver(task, model), self.optimizer)
 
     def backward(self, batch: Batch, units: Tensor, sequences: int) -> dict[str, Tensor]:
-        """Leave the clipped gradient of the loss per scored unit in the parameters, the same in every process.
+        """Leave the clipped gradient of the loss per scored unit in the parameters' `grad`, equal in every process.
 
         Args:
             batch: the sequences of this process.
-            units, sequences: how many all processes have together.
+            units, sequences: their numbers over all processes.
 
         Returns:
-            what this process adds to the loss, to the shares of units wrong and of sequences right, and to the
-            gradient's norm before it was clipped.
+            this process's part of the loss, of the shares of units wrong and of sequences right, and of the gradient's
+            norm before clipping; the parts add up.
         """
         outputs, loss = self._backward(batch, units)
         norm = self.fabric.clip_gradients(
@@ -110,23 +110,23 @@ class Learner:
         outputs = self._solver(batch)
         loss = self.task.loss(outputs, batch) / units
         self.optimizer.zero_grad(set_to_none=True)
-        # The gradients of the processes are averaged, and each has its part of the sum.
+        # Gradients are averaged over the processes, each of which has a part of the sum.
         self.fabric.backward(loss * self.fabric.world_size)
         return outputs.detach(), loss.detach()
 
     def update(self) -> None:
-        """One step of the optimizer and of the learning rate, by the gradient that is there."""
+        """One step of the optimizer and of the learning rate, with the present gradient."""
         self._fabric_optimizer.step()
         self.schedule.step()
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> Tensor:
-        """What the model, not in training, answers."""
+        """The outputs of the model in evaluation mode."""
         outputs: Tensor = self._solver.eval()(batch)
         return outputs
 
     def examine(self, batch: Batch, units: Tensor) -> dict[str, Tensor]:
-        """All tensors of a step in the order in which they arise, with the gradient as it is before it is clipped."""
+        """All tensors of a step in the order in which they arise, with the gradient before clipping."""
         parameters = dict(self.model.named_parameters())
         tensors = {
             "inputs": batch.inputs,
@@ -140,7 +140,7 @@ class Learner:
         return tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint keeps: what `load_state_dict` takes."""
+        """What a checkpoint keeps, to be given to `load_state_dict`."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -148,10 +148,10 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: it is of a model with other parameters.
+            ValueError: it is from a model with other parameters.
         """
         here = {name: list(value.shape) for name, value in self.model.state_dict().items()}
         there = {name: list(value.shape) for name, value in state["model"].items()}

@@ -1,4 +1,4 @@
-"""What a run has come to: its evaluations as a table, its pictures, `result.json`."""
+"""The results of a run: its evaluations as a table, its pictures, `result.json`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from dnc_triton.viewer import write_page
 
 EVALUATION_SEQUENCES = 1000  # per row of the table, in batches of one length
 
-Scores = dict[str, dict[str, dict[str, float]]]  # evaluation → model → what `Run.score` says of it
+Scores = dict[str, dict[str, dict[str, float]]]  # evaluation → model → what `Run.score` returns for it
 
 
 def evaluate(run: Run, sequences: int) -> Scores:
-    """How each model does in each evaluation of the task, on sequences drawn apart from those of training."""
+    """How each model does in each evaluation of the task, on sequences drawn separately from those of training."""
     return {name: run.score(list(sizes), sequences, "test") for name, sizes in run.task.evaluations.items()}
 
 
 def table(run: Run, scores: Scores) -> str:
-    """The evaluations in words: the sequences right, and what the task has to add of the units wrong."""
+    """The evaluations as text: the sequences right, and what the task adds about the units wrong."""
     shares, errors = (_one_of(scores, key) for key in ("right", f"{run.task.unit}_error"))
     width = max(map(len, shares))
     models = next(iter(shares.values()))
@@ -53,13 +53,13 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
     """Show what the DNC of a run does with its memory on one sequence that it was not trained on.
 
     Args:
-        run: whose DNC it is.
+        run: the run.
         folder: where memory.png and memory.html go.
         size: of the sequence; None: the last of those trained on.
-        index: which sequence.
+        index: which sequence of that size.
 
     Returns:
-        the sequence in words.
+        the sequence as text.
 
     Raises:
         ValueError: the task has no sequence of this size, or the index is negative.
@@ -73,10 +73,10 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
     batch = task.sample(1, size, generator(run.settings.seed, "validation", index), split="validation")
     batch = batch._replace(inputs=batch.inputs.to(dnc.output.weight.dtype)).to(run.fabric.device)
     given: list[Tensor] = []
-    with torch.no_grad(), use_backend("reference"):  # which alone keeps a trace, whatever the environment asks for
+    with torch.no_grad(), use_backend("reference"):  # only it keeps a trace, whatever the environment asks for
         with dnc.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0])):
             outputs = task.run(dnc, batch)
-        # What the network's own moves led to, where it sees that, in the place of what the target's would have.
+        # Where the network sees the results of its moves, these replace the results of the target's moves.
         batch = batch._replace(inputs=torch.cat(given, 1))
         _, _, trace = dnc(batch.inputs, lengths=batch.lengths, trace=True)
     try:
@@ -84,7 +84,7 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
     except OSError as error:
         raise OSError(f"folder: expected one that can be made, got {folder}: {error}") from error
     targets = batch.targets[0]
-    if not targets.is_floating_point():  # numbers of symbols, which mean nothing on a scale from 0 to 1
+    if not targets.is_floating_point():  # indices of symbols, which mean nothing on a scale from 0 to 1
         targets = F.one_hot(targets, task.output_size // targets.shape[-1]).flatten(1) * batch.scored[0].unsqueeze(1)
     draw_memory(trace, batch.inputs[0], targets, folder / "memory.png")
     words = task.symbols(outputs, batch)
@@ -96,14 +96,14 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
 
 
 def report(run: Run) -> str:
-    """Evaluate, draw the pictures, write `result.json`, and say it all in words; of the first process alone."""
+    """Evaluate, write `result.json`, draw the pictures and return a text; processes but the first only evaluate."""
     scores = evaluate(run, EVALUATION_SEQUENCES)
     if not run.fabric.is_global_zero:
         return ""
     try:
         example = _write(run, scores)
     except OSError:
-        print(table(run, scores))  # which takes longer than all the rest
+        print(table(run, scores))  # it took longer than all the rest
         raise
     parts = ", ".join(f"{part} {run.seconds[part] / run.seconds['all']:.1%}" for part in PARTS)
     seconds = f"{run.seconds['all']:.0f} s of training, of which {parts}; see {run.folder}/"
@@ -111,7 +111,7 @@ def report(run: Run) -> str:
 
 
 def _write(run: Run, scores: Scores) -> str:
-    """Write `result.json`, then the pictures, for which there may be no room left; return an example in words."""
+    """Write `result.json`, then the pictures, for which there may be no room left; return an example as text."""
     device = run.fabric.device
     result = {
         "sequences_right": _one_of(scores, "right"),

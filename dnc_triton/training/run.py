@@ -1,18 +1,18 @@
-"""Train a DNC on a task, an LSTM of the same hidden size beside it, so that nothing is lost whatever happens.
+"""Train a DNC on a task, and an LSTM of the same hidden size beside it, so that nothing is lost whatever happens.
 
 A run lives in a folder:
 
-    checkpoint.pt     all that the run is, as it was last written; it goes on from this file alone
-    best.pt           the same at the step with the most sequences right in validation
-    settings.toml     what it was started with; its first file, by which the folder is this run's and no other's
+    checkpoint.pt     the whole state of the run when it was last saved; the run goes on from this file alone
+    best.pt           the same, of the step with the most sequences right in validation
+    settings.toml     what it was started with; its first file, which claims the folder for this run alone
     metrics.csv       means over each 50 steps of training; validation.csv, tensorboard/
-    failure.pt        if a number was not finite: the batch and all that the run was before it
+    failure.pt        if a number was not finite: the batch, and the state of the run before it
 
-Whatever is random in a step comes from the step's number: batches, dropout. So a run that was interrupted, at whatever
-step, ends on a CPU with the bits of one that never was, and nothing random has to be kept.
+All randomness in a step, of batches and dropout, follows from the step's number. So a run that was interrupted at any
+step ends, on a CPU, with the same bits as one that never was, and no random state has to be saved.
 
-On many devices `torchrun` starts the same command several times. Every process makes the same batch and takes its rows
-of it; what they learn is what one process would. The first one alone writes and speaks.
+On several devices `torchrun` starts the same command several times. Every process makes the same batch and takes its
+rows of it; together they learn what one process would. Only the first one writes files and prints.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from dnc_triton.training.settings import Settings
 
 LOG_EVERY = 50  # steps between two rows of metrics.csv, and between two checkpoints unless the clock says otherwise
 CHECKPOINT_SECONDS = 60.0  # a checkpoint is no older than that
-CHECKPOINT_SHARE = 0.05  # of the time goes into checkpoints at most
+CHECKPOINT_SHARE = 0.05  # at most this share of the time goes into checkpoints
 VALIDATION_SEQUENCES = 200
 VALIDATION_SIZES = 8  # of the last lesson at most, evenly spread
-KEPT = ("step", "lesson", "seconds", "rows", "validations", "best")  # in a checkpoint as they are in a run
+KEPT = ("step", "lesson", "seconds", "rows", "validations", "best")  # attributes that a checkpoint keeps as they are
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 PARTS = ("data", "logging", "validation", "checkpoints")  # of the time, beside training itself
 
@@ -66,7 +66,7 @@ class Run:
 
     Args:
         settings: of the run.
-        folder: where it lives; made if it is not there.
+        folder: where it lives; made if it does not exist.
         device: where it trains, as `make_fabric` takes it.
         workers: processes that draw batches ahead of training; 0: the training process draws them itself.
 
@@ -116,10 +116,10 @@ class Run:
         """Become the run that a checkpoint holds.
 
         Raises:
-            ValueError: it is of a run with other settings; it names them.
+            ValueError: it is of a run with other settings; the message names them.
         """
         here, there = asdict(self.settings), content["settings"]
-        if others := sorted(here.keys() ^ there.keys()):  # another version's
+        if others := sorted(here.keys() ^ there.keys()):  # of another version
             raise ValueError(
                 f"checkpoint: expected the settings {', '.join(here)}; these are on one side alone: {', '.join(others)}"
             )
@@ -137,7 +137,7 @@ class Run:
             self.sums = {name: value.to(self.fabric.device) for name, value in content["sums"].items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run is: what `load` takes."""
+        """The whole state of the run, as `load` takes it."""
         return {
             "settings": asdict(self.settings),
             **{name: getattr(self, name) for name in KEPT},
@@ -146,7 +146,7 @@ class Run:
         }
 
     def check_backend(self) -> None:
-        """See that the DNC can run: on the backend that the environment asks for, if it does.
+        """Check that the DNC can run on the backend that the environment asks for, if it names one.
 
         Raises:
             ValueError: no backend has that name, or it does not serve this DNC on this device.
@@ -169,13 +169,13 @@ class Run:
             whether the last step was reached.
 
         Raises:
-            FloatingPointError: a number is not finite; `failure.pt` holds the batch and the run before it.
+            FloatingPointError: a number is not finite; `failure.pt` holds the batch, and the run before it.
             ValueError: another process is training in the folder.
-            OSError: the folder cannot be made, before the first step; or the end of the run could not be saved, for a
-                full disk say: it says where it was saved instead.
+            OSError: the folder cannot be made, before the first step; or the end of the run could not be saved, on a
+                full disk say: the message says where it was saved instead.
         """
         settings = self.settings
-        if self.step >= settings.steps and not os.access(self.folder, os.W_OK):  # nothing to add, and nowhere
+        if self.step >= settings.steps and not os.access(self.folder, os.W_OK):  # nothing to do, and nowhere to write
             return True
         with ExitStack() as stack:
             if self.fabric.is_global_zero:
@@ -188,7 +188,7 @@ class Run:
             started = time.perf_counter() - self.seconds["all"]
             saved, saving, stopped = time.perf_counter(), 0.0, False
             batches, lesson = self._batches(), self.lesson
-            # Else the worker processes would be waited for after an error.
+            # Otherwise this process would wait for its workers after an error.
             stack.callback(lambda: batches.close())
             while self.step < settings.steps and not stopped:
                 if self.lesson != lesson:
@@ -219,7 +219,7 @@ class Run:
         return self.step == settings.steps
 
     def _learn(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
-        """One step; whether any of the processes wants to stop, or to save."""
+        """Train for one step. Returns whether any process wants to stop, and whether any wants to save."""
         world, rank = self.fabric.world_size, self.fabric.global_rank
         seed = mixed(self.settings.seed, self.step, rank)
         torch.manual_seed(seed)
@@ -230,7 +230,7 @@ class Run:
             for name, learner in self.learners.items()
             for key, value in learner.backward(part, units, sequences).items()
         }
-        # The one moment of a step at which the processes and their devices wait for each other.
+        # The one point in a step at which the processes and their devices wait for each other.
         watched = [value for key, value in metrics.items() if key.endswith(("_loss", "_gradient_norm"))]
         failed = not bool(torch.stack(watched).isfinite().all())
         if world > 1:
@@ -246,13 +246,13 @@ class Run:
         return stop, due
 
     def _fail(self, batch: Batch, part: Batch, units: Tensor, seed: int) -> None:
-        """Say which tensor is not finite, and leave all that it takes to see it happen again."""
+        """Say which tensor is not finite, and save all that is needed to reproduce it."""
         torch.manual_seed(seed)
         where, found = "", {}
         for model, learner in self.learners.items():
             found = learner.examine(part, units)
             finite = torch.stack([tensor.isfinite().all() for tensor in found.values()]).int()
-            # The first tensor that is not finite in any of the processes, which have the same ones.
+            # The first tensor that is not finite in some process; all have the same tensors.
             counts = self._total(finite).tolist()
             names = [name for name, count in zip(found, counts, strict=True) if count < self.fabric.world_size]
             if names:
@@ -278,7 +278,7 @@ class Run:
         raise FloatingPointError(message + f"Try a lower --learning-rate or --max-gradient-norm, or {clip}")
 
     def _batches(self) -> Generator[Batch, None, None]:
-        """The batches of the present lesson, from the present step on, until it is closed."""
+        """The batches of the present lesson, from the present step on, until the generator is closed."""
         try:
             yield from _begin(
                 DataLoader(
@@ -291,12 +291,12 @@ class Run:
                 )
             )
         except Exception as error:
-            # What a worker raised would keep the loader, and so its workers, which no end of this process ends.
+            # A worker's error would keep the loader alive, and so its workers, which outlive this process.
             traceback.clear_frames(error.__traceback__)
             raise
 
     def _progress(self) -> Any:
-        # A log file gets a line now and then, a terminal a moving bar.
+        # A terminal gets a moving bar, a log file a line now and then.
         seconds = 0.1 if sys.stderr.isatty() else 10
         hidden = not self.fabric.is_global_zero
         return tqdm(total=self.settings.steps, initial=self.step, unit="step", mininterval=seconds, disable=hidden)
@@ -314,13 +314,13 @@ class Run:
         return total
 
     def _share_sums(self) -> None:
-        """Give the first process the sums of all, as it alone writes them."""
+        """Give the first process the sums of all processes, as only it writes them."""
         if self.fabric.world_size > 1 and self.sums:
             sums = self._total(torch.stack(list(self.sums.values())))
             self.sums = dict(zip(self.sums, sums if self.fabric.is_global_zero else 0 * sums, strict=True))
 
     def _close_row(self, journal: Journal, progress: Any) -> None:
-        """End a row of the metrics, show it, and go on to the next lesson if it says so."""
+        """End a row of the metrics, show it, and go on to the next lesson if the row says so."""
         with self._clock("logging"):
             row = self._log()
             self._advance(row)
@@ -348,11 +348,11 @@ class Run:
         self.lesson = self.fabric.broadcast(self.lesson)
 
     def _validate_and_keep(self, journal: Journal) -> None:
-        """Validate, and save the best run so far; if that fails, best.pt and `best` are of the one before."""
+        """Validate, and save the run if it is the best so far; if that fails, best.pt and `best` stay as they were."""
         with self._clock("validation"):
             row = self._validate()
             journal.add(row, "validation")
-        self._share_sums()  # in all processes, whether or not it is the best
+        self._share_sums()  # in all processes, whether or not this is the best
         if self._is_best(row):
             last, self.best = self.best, row
             with self._clock("checkpoints"):
@@ -361,7 +361,7 @@ class Run:
 
     def _validate(self) -> dict[str, float]:
         """A row of the validations, on the same sequences each time."""
-        sizes = sorted(set(self.task.lessons[-1]))  # one that comes again would bring the same sequences
+        sizes = sorted(set(self.task.lessons[-1]))  # a repeated size would bring the same sequences
         spread = np.linspace(0, len(sizes) - 1, min(len(sizes), VALIDATION_SIZES)).round().astype(int)
         row: dict[str, float] = {"step": self.step}
         for name, value in self.score([sizes[index] for index in spread], VALIDATION_SEQUENCES, "validation").items():
@@ -379,8 +379,8 @@ class Run:
         """How well the models do on sequences that they are not trained on, the same ones each time.
 
         Args:
-            sizes: of the sequences, each as often as the others.
-            sequences: how many there are at least.
+            sizes: of the sequences, all equally often.
+            sequences: how many to draw at least.
             split: "validation" or "test".
 
         Returns:
@@ -424,7 +424,7 @@ class Run:
                 write_table(self.folder / table, rows)
 
     def _try_to_save(self, name: str) -> bool:
-        """Save on the way: what cannot be written now, on a full disk say, may be next time.
+        """Save during training: what cannot be written now, on a full disk say, may succeed next time.
 
         Returns:
             whether the file of this name was written.
@@ -448,14 +448,14 @@ class Run:
 
 
 def _begin(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The loader's batches, by processes that begin with signals blocked.
+    """The loader's batches, from processes that start with signals blocked.
 
-    Those that are not forked, as on Linux from Python 3.14 on, import for some seconds before they can ignore them.
+    Those that are not forked, as on Linux from Python 3.14 on, import for some seconds before they can ignore signals.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
         return iter(loader)
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # up to Python 3.13 that unblocks them, and a process is begun with it
+        resource_tracker.ensure_running()  # now: up to Python 3.13 it unblocks signals, and a process starts it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         return iter(loader)
@@ -464,12 +464,12 @@ def _begin(loader: DataLoader[Batch]) -> Iterator[Batch]:
 
 
 def _leave_to_the_run(worker: int) -> None:
-    """What a worker process begins with: the run's folder and its signals are the training process's."""
+    """Called first in a worker process: the run's folder and signals are left to the training process."""
     let_go()
-    # A terminal sends SIGINT to all processes; the run still needs the batches of the step it is in.
+    # A terminal sends SIGINT to all processes, but the run still needs the batch of its present step.
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    # PyTorch takes whoever forked it for the training process: from Python 3.14 on a server, which ends after it.
+    # PyTorch watches the process that forked the worker: from Python 3.14 on a server, which outlives the training.
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
@@ -480,7 +480,7 @@ def _end_with(process: BaseProcess) -> None:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM arrives. A second signal does what it would have done."""
+    """A list that is empty until SIGINT or SIGTERM arrives. A second signal has its usual effect."""
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:

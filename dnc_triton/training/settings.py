@@ -1,4 +1,4 @@
-"""What a training run is made of: settings from a file and from flags."""
+"""The settings of a training run, from a file and from flags."""
 
 from __future__ import annotations
 
@@ -38,41 +38,41 @@ def _setting(default: Any, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of; the same settings give the same run on the same machine.
+    """The settings of a run; the same settings give the same run on the same machine.
 
-    Each field says what it means in its metadata, which the command line shows. `task` is a key of `TASKS`,
-    `task_arguments` what its class takes.
+    The metadata of each field says what it means, which the command line shows. `task` is a key of `TASKS`,
+    `task_arguments` are the arguments of its class.
 
     Raises:
-        ValueError: a task that is not there, an argument it does not have, a number out of range.
+        ValueError: an unknown task, an argument that it does not take, a number out of range.
     """
 
     task: str
     task_arguments: dict[str, Any] = field(default_factory=dict)
-    seed: int = _setting(0, "of the weights and of the data")
+    seed: int = _setting(0, "seed of the weights and of the data")
     steps: int = _setting(1000, "optimisation steps")
     batch_size: int = _setting(16, "sequences per step, over all processes")
     optimizer: str = _setting("adam", "adam (with decoupled weight decay) or rmsprop (momentum 0.9, as in the paper)")
-    learning_rate: float = _setting(1e-2, "of the optimizer, at its highest")
-    schedule: str = _setting("cosine", "of the learning rate: cosine (it falls to 0) or constant")
-    warmup: int = _setting(0, "steps in which the learning rate rises to its highest")
+    learning_rate: float = _setting(1e-2, "highest learning rate of the optimizer")
+    schedule: str = _setting("cosine", "course of the learning rate: cosine (it falls to 0) or constant")
+    warmup: int = _setting(0, "steps in which the learning rate rises to its highest value")
     weight_decay: float = _setting(0.0, "pull of the weights towards 0")
-    max_gradient_norm: float = _setting(1.0, "longer gradients are scaled down to it")
-    advance_at: float = _setting(0.95, "share of training sequences right at which the next lesson begins")
-    validate_every: int = _setting(200, "steps between two looks at sequences that are not trained on")
+    max_gradient_norm: float = _setting(1.0, "gradients with a larger norm are scaled down to it")
+    advance_at: float = _setting(0.95, "share of training sequences right at which training goes on to the next lesson")
+    validate_every: int = _setting(200, "steps between validations, on sequences that are not trained on")
     precision: str = _setting("32-true", "32-true, bf16-mixed (autocast) or 64-true")
     controller: str = _setting("feedforward", "lstm, gru, rnn or feedforward")
-    hidden_size: int = _setting(64, "of the controller, and of the LSTM beside it")
-    num_layers: int = _setting(1, "of the controller, and of the LSTM beside it")
+    hidden_size: int = _setting(64, "hidden size of the controller, and of the LSTM beside it")
+    num_layers: int = _setting(1, "layers of the controller, and of the LSTM beside it")
     dropout: float = _setting(0.0, "share of activations dropped between these layers")
     memory_size: int = _setting(32, "slots of the memory")
     word_size: int = _setting(16, "numbers in a slot")
     num_reads: int = _setting(1, "read heads")
     max_activation_gradient: float = _setting(
-        10.0, "bound on the gradient by each of the controller's activations, the paper's; 0: none"
+        10.0, "bound on the gradient with respect to each of the controller's activations, as in the paper; 0: none"
     )
     input_gain: float = _setting(
-        1.0, "what the first weights on the input are multiplied by: more where few channels of many are on"
+        1.0, "factor on the initial weights of the input: more where few channels of many are on"
     )
     clip: float = _setting(0.0, "bound on the controller's activations and on the output; 0: none")
     baseline: bool = _setting(True, "train an LSTM of the same hidden size on the same batches")
@@ -116,12 +116,12 @@ class Settings:
         Args:
             task: a key of `TASKS`.
             path: of the file, as `toml` writes it; None: the configuration that comes with the task.
-            changes: settings and arguments of the task, which take the place of those in the file.
+            changes: settings and arguments of the task, which override those in the file.
 
         Raises:
-            FileNotFoundError: no such file.
-            OSError: one that cannot be read.
-            ValueError: the file is no TOML, or holds what is no setting; what the settings themselves refuse.
+            FileNotFoundError: there is no such file.
+            OSError: the file cannot be read.
+            ValueError: the file is not TOML, or has an unknown setting; or as `Settings`.
         """
         if task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}, got {task!r}")
@@ -149,11 +149,11 @@ class Settings:
         return cls(task, with_whole_path(arguments), **settings)
 
     def toml(self) -> str:
-        """All settings as a file for `--config`."""
+        """All settings as the text of a file for `--config`."""
         lines = [f"# python -m dnc_triton train {self.task} --config THIS_FILE"]
         for setting in fields(self):
             if "meaning" in setting.metadata:
-                # JSON's numbers, strings, booleans and lists are TOML's.
+                # Numbers, strings, booleans and lists are written alike in JSON and TOML.
                 lines.append(f"{setting.name} = {json.dumps(getattr(self, setting.name))}")
         given = {"name": self.task}
         given |= {name: value for name, value in self.task_arguments.items() if value is not None}
@@ -183,19 +183,19 @@ class Settings:
         return dnc
 
     def make_lstm(self, task: Task) -> LSTMBaseline:
-        """The LSTM beside it."""
+        """The LSTM to compare it with, with fresh weights."""
         lstm = LSTMBaseline(task.input_size, self.hidden_size, task.output_size, self.num_layers, self.dropout)
         self._apply_input_gain(lstm.lstm, task)
         return lstm
 
     @torch.no_grad()
     def _apply_input_gain(self, network: nn.Module, task: Task) -> None:
-        # The first parameter of either network has the weights on the input in its first columns.
+        # The first parameter of either network has the weights of the input in its first columns.
         next(network.parameters())[:, : task.input_size] *= self.input_gain
 
 
 def with_whole_path(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, a path of data among them absolute: a run wants it wherever it is gone on with."""
+    """The arguments, with an absolute `path` of data: a run must find it wherever it is resumed from."""
     path = arguments.get("path")
     return {**arguments, "path": os.path.abspath(path)} if isinstance(path, str) else arguments
 
