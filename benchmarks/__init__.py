@@ -1,1 +1,1 @@
-"""How fast a DNC trains here and elsewhere, side by side: `python -m benchmarks --help`."""
+"""How fast a DNC trains with this project and with others, side by side: `python -m benchmarks --help`."""

@@ -28,7 +28,7 @@ from benchmarks.progress import Progress
 from dnc_triton.cli import INTERRUPTED
 
 HERE = Path(__file__).parent
-BUSY = 0.5  # processes running on average in the last minute; threads that wait for a core cost up to a hundredfold
+BUSY = 0.5  # average number of running processes in the last minute; waiting for a core costs up to a hundredfold
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _devices(asked: Sequence[str]) -> list[str]:
-    """Those that are here; a message about those that are not."""
+    """The devices asked for that exist here; a message about those that do not."""
     here = torch.cuda.is_available()
     devices = ["cuda" if here else "cpu"] if "auto" in asked else list(dict.fromkeys(asked))
     if "cuda" in devices and not here:
@@ -75,9 +75,9 @@ def _devices(asked: Sequence[str]) -> list[str]:
 def _run(device: torch.device, options: argparse.Namespace, command: str, started: float) -> int:
     """Measure on one device, write, report."""
     torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for another one by a variable
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers set another one by a variable
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # everybody computes in float32
+        torch.backends.cudnn.allow_tf32 = False  # all compute in float32
     machine = {"device": device.type, **describe_machine(command)}
     if device.type == "cpu" and machine["load"] > BUSY:
         print(f"Other programs are running (load {machine['load']:.1f}): expect times far too long", file=sys.stderr)
@@ -99,7 +99,7 @@ def _run(device: torch.device, options: argparse.Namespace, command: str, starte
         left_out=notes,
     )
     stem = options.output / f"{'gpu' if device.type == 'cuda' else 'cpu'}-{machine['date'][:10]}"
-    another = stem.with_suffix(".json").exists()  # run, whose results are worth more than none
+    another = stem.with_suffix(".json").exists()  # an earlier run's results are worth more than none
 
     def write(rows: list[dict[str, Any]]) -> None:
         if _tried(rows) or not another:
@@ -124,7 +124,7 @@ def _measure_all(
     session: Session,
     write: Callable[[list[dict[str, Any]]], None],
 ) -> tuple[list[dict[str, Any]], bool]:
-    """All rows, which are written whenever there are new ones, and whether it was interrupted."""
+    """Returns all rows, which are written whenever there are new ones, and whether it was interrupted."""
     on_gpu = session.device.type == "cuda"
     named = options.peers or [name for name, peer in PEERS.items() if on_gpu or not peer.gpu_only]
     alone = [name for name in named if on_gpu and len(named) > 1 and PEERS[name].apart]
@@ -147,7 +147,7 @@ def _measure_all(
 
         now, interrupted = "what is measured apart", False
         try:
-            for name in alone:  # first, so that the others have what it leaves of its time
+            for name in alone:  # first, so that the others can use what it leaves of its time
                 of_peer = [mode for mode in modes if mode != CAPTURED or PEERS[name].captured]
                 if of_peer != modes:
                     session.left_out.append(f"{name}: it is not captured")
@@ -170,12 +170,12 @@ def _tried(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def _broke(row: dict[str, Any]) -> bool:
-    """Whether the project's layer or a backend of it raised. Others may, and the eager reference for want of memory."""
+    """Whether the project's layer or a backend of it raised. Others may, the eager reference for lack of memory too."""
     return row["status"] == FAILED and is_ours(row["peer"])
 
 
 def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[str]]:
-    """What to measure, and what of it there is nothing for on this device."""
+    """What to measure, and notes on what cannot be measured on this device."""
     cases, notes = [], []
     for name in options.configurations:
         try:
@@ -188,9 +188,9 @@ def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[s
 
 
 def _jobs(cases: Sequence[Case], modes: list[str]) -> list[tuple[Case, list[str]]]:
-    """What is measured at a time: first what goals are set for, the training of every network, should time run out.
+    """What is measured together, in order, should time run out: first networks with goals, then the others' training.
 
-    A sweep shows how training scales, unless that was not asked for.
+    A sweep shows how training scales, or the modes asked for if training is not among them.
     """
     networks = [case for case in cases if not case.sweep]
     with_goals = [case for case in networks if case.configuration in MOST_MICROSECONDS]
@@ -263,12 +263,12 @@ def _parser() -> argparse.ArgumentParser:
         description="How long a DNC takes per time step: this project's layer and its backends beside the reference, "
         "eager and compiled, the package dnc of PyPI, and nn.LSTM, taking turns in one process, on a GPU if there is "
         "one; there torch.compile with CUDA graphs goes before them, in a process of its own. A network is timed only "
-        "if it agrees with the float64 oracle, but for dnc and nn.LSTM, which compute something else.",
-        epilog="Without a command: run. `python -m benchmarks run --help` says what it takes.",
+        "if it agrees with the float64 oracle, except dnc and nn.LSTM, which compute something else.",
+        epilog="Without a command: run. `python -m benchmarks run --help` lists its arguments.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands.add_parser("run", help="measure, write the results, print the tables", epilog=_epilog()))
-    told = commands.add_parser("report", help="tables and pictures of a result, beside it")
+    told = commands.add_parser("report", help="write the tables and pictures of a result beside it")
     told.add_argument("result", type=Path, metavar="RESULT", help="a JSON file that `run` has written")
     compared = commands.add_parser("compare", help="what became slower: status 1 if anything, 2 if nothing can be told")
     compared.add_argument("old", type=Path, metavar="OLD", help="a JSON file that `run` has written")
@@ -278,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_number,
         default=100 * compare.MARGIN,
         metavar="PERCENT",
-        help="slower is what has its 20th percentile above the old 80th by more than this (default: %(default)g)",
+        help="slower means: the 20th percentile exceeds the old 80th by more than this (default: %(default)g)",
     )
     return parser
 
@@ -300,22 +300,22 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     devices = {"auto": None, "cpu": None, "cuda": None}
     add("--device", _some("device", devices), "auto", "A,B", "auto, cpu, cuda (default: the GPU if there is one)")
     every = ",".join(CONFIGURATIONS)
-    add("--configurations", _some("configuration", CONFIGURATIONS), every, "A,B", "which, with commas (default: all)")
-    add("--sweeps", _some("sweep", SWEEPS), [], "A,B", "sizes to vary one at a time, B,N,T (default: none)")
-    add("--peers", _some("peer", PEERS), [], "A,B", "who (default: all that can run here)")
-    add("--modes", _some("mode", MODES), [], "A,B", "what is done with them (default: all that can be done here)")
-    add("--rounds", _positive, 30, "N", "how often each is timed at most (default: %(default)s)")
+    add("--configurations", _some("configuration", CONFIGURATIONS), every, "A,B", "networks to measure (default: all)")
+    add("--sweeps", _some("sweep", SWEEPS), [], "A,B", "sizes to vary, one at a time: B,N,T (default: none)")
+    add("--peers", _some("peer", PEERS), [], "A,B", "implementations to measure (default: all that can run here)")
+    add("--modes", _some("mode", MODES), [], "A,B", "what to time (default: all that can be done here)")
+    add("--rounds", _positive, 30, "N", "how often each is timed, at most (default: %(default)s)")
     add(
         "--case-seconds",
         _number,
         10.0,
         "S",
-        "shorter, but at least 5 rounds, 3 of slow peers, if they take longer (default: %(default)g)",
+        "limit for the rounds of a case; at least 5 are timed, 3 of slow peers (default: %(default)g)",
     )
-    add("--compile-seconds", _number, 150.0, "S", "start no torch.compile after so much of it (default: %(default)g)")
+    add("--compile-seconds", _number, 150.0, "S", "no torch.compile once it has taken this long (default: %(default)g)")
     add("--seconds", _number, None, "S", "start nothing after this time, and say what was left out (default: no limit)")
-    add("--threads", _positive, 2, "N", "of PyTorch's operations on the CPU (default: %(default)s)")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak of memory")
+    add("--threads", _positive, 2, "N", "threads of PyTorch's operations on the CPU (default: %(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--no-report", action="store_true", help="write .json and .csv only, no tables and pictures")
     add(
         "--output",

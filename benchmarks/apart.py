@@ -1,4 +1,4 @@
-"""Peers that are measured in a process of their own, which may crash at no one else's cost (`Peer.apart`)."""
+"""Peers that are measured in a process of their own, which may crash without harm to the others (`Peer.apart`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from benchmarks.measure import Session
 from benchmarks.peers import OURS
 
 Record = dict[str, Any]
-SHARE = 0.35  # of the time that is left, for one such peer
-LEAST_SECONDS = 20.0  # a process that begins with less is hardly done with importing and compiling
+SHARE = 0.35  # part of the remaining time for one such peer
+LEAST_SECONDS = 20.0  # with less a process would hardly get beyond importing and compiling
 NOTHING = "ended with status 2"  # nothing was measured
-OVERTIME = 15.0  # after which it is killed: seconds to import before its clock starts, and to end after its time is up
+OVERTIME = 15.0  # seconds beyond its time until it is killed: it imports before its clock starts, and needs to end
 
 
 def measure_apart(
@@ -32,11 +32,11 @@ def measure_apart(
         name: of the peer.
         cases: without those of sweeps.
         modes: in the order in which to measure.
-        options: of the run, as the command line has them.
-        session: the run's settings. Of its time `SHARE` is taken at most; what went wrong is noted in `left_out`.
+        options: of the run, as on the command line.
+        session: the run's settings. At most `SHARE` of its time is taken; what went wrong is noted in `left_out`.
 
     Yields:
-        after each mode its rows as they are written, without a ratio. A process that dies leaves what it had done.
+        after each mode its rows as they are written, without a ratio. A process that dies leaves what it has done.
     """
     now = time.monotonic()
     deadline = now + SHARE * (session.deadline - now)
@@ -57,13 +57,13 @@ def measure_apart(
             for path in Path(folder).glob("*.json"):
                 try:
                     results = files.read_results(path)
-                except ValueError as error:  # it was killed while it wrote
+                except ValueError as error:  # killed while it wrote the file
                     status = str(error)
                     continue
                 records += results["rows"]
                 notes = results.get("left_out", [])
                 session.left_out += [f"{where}: {note}" for note in notes]
-                if (notes or results["rows"]) and status.startswith(NOTHING):  # they say why
+                if (notes or results["rows"]) and status.startswith(NOTHING):  # these say why
                     status = ""
         if status:
             session.left_out.append(f"{where}: {status}")
@@ -77,7 +77,7 @@ def _command(
 ) -> list[str]:
     values = {
         "device": "cuda",
-        "peers": name,  # alone, so that it is measured in that process
+        "peers": name,  # the only one, so that it is measured in that process
         "modes": mode,
         "configurations": ",".join(case.configuration for case in cases),
         "rounds": options.rounds,
@@ -93,16 +93,16 @@ def _command(
 
 
 def _run(command: Sequence[str], seconds: float, log: Path) -> str:
-    """Run it, and say what went wrong; empty if nothing did."""
+    """Run the command, and return what went wrong; empty if nothing did."""
     limit = seconds + OVERTIME if seconds < float("inf") else None
-    with log.open("wb") as file:  # not a pipe, which what it has started may hold open after its end
+    with log.open("wb") as file:  # not a pipe: its children may hold that open after its end
         try:
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False)
         except subprocess.TimeoutExpired:
             return "killed, for it did not stop when its time was up"
     if not done.returncode:
         return ""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()  # a bar's end with \r
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()  # those of a progress bar end with \r
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return f"ended with status {done.returncode}: {last}"
 
@@ -114,7 +114,7 @@ def merge(
     modes: Sequence[str],
     peers: Sequence[str],
 ) -> list[Record]:
-    """The rows of a run and those measured apart, which get their ratio here, in the order of the three lists."""
+    """The rows of a run and those measured apart, which get their ratio here, sorted as the three lists."""
     ours = {(row["configuration"], row["mode"]): row["ms_per_step_p50"] for row in records if row["peer"] == OURS}
     rows = list(records)
     for row in apart:

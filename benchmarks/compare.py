@@ -1,4 +1,4 @@
-"""Two results of the benchmark beside each other: what became slower, beyond what the noise explains."""
+"""Compare two results of the benchmark: what became slower, beyond what noise explains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.peers import PEERS
 MARGIN = 0.05
 MACHINE = ("device", "cpu", "gpu", "threads", "python", "torch", "triton", "environment")
 
-# Whose code this project does not change: it tells whether the machine was the same.
+# Peers with code that this project does not change: their times tell whether the machine was the same.
 FOREIGN = [name for name, peer in PEERS.items() if not peer.checked]
 
 Key = tuple[str, str, str]
@@ -26,7 +26,7 @@ class Comparison:
         regressions: slower beyond the noise, or measured before and now wrong or failed.
         improvements: faster beyond the noise.
         incomparable: on one side only, not measured on one side, or of other sizes.
-        cautions: why the times may differ although the code does not.
+        cautions: why times may differ even where the code does not.
         compared: how many rows have times on both sides.
     """
 
@@ -40,9 +40,9 @@ class Comparison:
 def compare(old: dict[str, Any], new: dict[str, Any], margin: float = MARGIN) -> Comparison:
     """Compare two results, row by row.
 
-    A row has become slower if its new 20th percentile lies above the old 80th by more than the margin: the slow end of
-    what was is exceeded by the fast end of what is. Faster is the same the other way round. The noise within a run is
-    not that between two: where code of others differs as much, that is said.
+    A row has become slower if its new 20th percentile exceeds the old 80th by more than the margin: the fast end of the
+    new times is slower than the slow end of the old ones. Faster is the reverse. The noise within a run is not that
+    between two runs: where others' code differs as much, a caution says so.
 
     Args:
         old, new: as `read_results` gives them.

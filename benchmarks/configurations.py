@@ -17,7 +17,7 @@ class LeftOutError(Exception):
 class Configuration:
     """One network, and the batches it is measured on.
 
-    Where the source gives a range, or more than two cores take quickly, a CPU runs a smaller B and T of our choice.
+    Where the source gives a range, or more than two cores run quickly, a CPU runs a smaller B and T of our choice.
 
     Attributes:
         source: who published it.
@@ -47,8 +47,8 @@ class Case:
     """One network on one batch: what is timed.
 
     Attributes:
-        configuration: its name; of a sweep with what was changed, "base/N=64".
-        sweep: the letter that a sweep varies, or empty.
+        configuration: its name; in a sweep with what was changed, "base/N=64".
+        sweep: the letter of the size that is varied, or empty.
         source: who published the network.
         batch, steps, memory_size, word_size, num_reads, hidden_size: B, T, N, W, R, H.
         num_layers, input_size, output_size: of the network.
@@ -207,10 +207,10 @@ SWEPT = {"B": "batch", "N": "memory_size", "T": "steps"}
 
 
 def case_of(name: str, configuration: Configuration, device: str) -> Case:
-    """A configuration with the batch of a device.
+    """A configuration with its batch for a device.
 
     Raises:
-        LeftOutError: it is none for this device.
+        LeftOutError: it is not for this device.
     """
     batch, steps = (
         (configuration.cpu_batch, configuration.cpu_steps)

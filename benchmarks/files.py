@@ -1,4 +1,4 @@
-"""Results on disk: JSON with everything, and CSV whose rows can be read without the others."""
+"""Results on disk: JSON with everything, and CSV in which each row can be read by itself."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.configurations import Case
 from benchmarks.measure import MEASURED, Row
 from dnc_triton.files import write, write_table
 
-# What stands in every row of the CSV, that it may be read by itself.
+# What every row of the CSV repeats, so that it can be read by itself.
 MEANS = ("device", "cpu", "gpu", "threads", "load", "python", "torch", "triton", "commit", "date")
 NEEDED = ("configuration", "peer", "mode", "status", "ms_per_step_p20", "ms_per_step_p50", "ms_per_step_p80")
 
 
 def make_output(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """Make what `--output` names, with a word, and the program's end, where nothing could be written there."""
+    """Make the folder that `--output` names; end the program with a message if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -29,7 +29,7 @@ def make_output(parser: argparse.ArgumentParser, folder: Path) -> None:
 
 
 def record_of(row: Row) -> dict[str, Any]:
-    """A row as it is written: flat."""
+    """A row as it is written: a flat record."""
     record = asdict(row)
     return {**record.pop("case"), "dtype": "float32", **record}
 
@@ -47,7 +47,7 @@ def write_results(stem: Path, machine: dict[str, Any], rows: list[dict[str, Any]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """All of it, or the file is as it was."""
+    """Write all of it, or leave the file as it was."""
     write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -1,4 +1,4 @@
-"""The least a time step can take: the bytes that must move, at the speed of a copy; and what it computes."""
+"""The least time a time step can take: the bytes that must move, at the speed of a copy; and its operations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks.configurations import Case
 from benchmarks.modes import TRAINS
 from dnc_reference.interface import interface_sizes
 
-# Copying device memory, as measured; of other devices the copy's speed is measured in the run itself.
+# Measured speed of copying device memory; for other devices it is measured in the run itself.
 KNOWN_BYTES_PER_SECOND = {"NVIDIA H200": 4.3e12}
-L2_BYTES_PER_SECOND = {"NVIDIA H200": 6e12}  # about; the least for what fits into that cache
+L2_BYTES_PER_SECOND = {"NVIDIA H200": 6e12}  # about; gives the floor for what fits into that cache
 L2_BYTES = {"NVIDIA H200": 50 * 2**20}
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}  # larger than any cache
 MULTIPLIED = {"cpu": 2048, "cuda": 8192}  # rows and columns of square matrices
@@ -24,7 +24,7 @@ REPEATS = 7
 def step_bytes(batch: int, slots: int, word: int) -> tuple[int, int]:
     """The bytes of link and memory that a step in float32 must read and write, forward and backward.
 
-    Forward both are read and written: 8 N² + 8 N W. Backward the old ones are read, their adjoints read and written:
+    Forward, both are read and written: 8 N² + 8 N W. Backward, the old ones are read, their adjoints read and written:
     12 N² + 12 N W. What fits into a cache may be faster than memory.
     """
     numbers = batch * slots * (slots + word)
@@ -32,15 +32,16 @@ def step_bytes(batch: int, slots: int, word: int) -> tuple[int, int]:
 
 
 def floor_bytes(case: Case, mode: str) -> int:
-    """Those of a time step in a mode, for the whole batch."""
+    """The bytes of `step_bytes` for a time step in a mode, for the whole batch."""
     forward, backward = step_bytes(case.batch, case.memory_size, case.word_size)
     return forward + backward if mode in TRAINS else forward
 
 
 def products(case: Case) -> int:
-    """Additions and multiplications of a time step's products, for the whole batch: its adjoint has twice as many.
+    """Additions and multiplications in a time step's products, for the whole batch; its adjoint has twice as many.
 
-    Those with the weights of controller, interface and output; forward and backward weighting; lookups and reading.
+    The products: those with the weights of controller, interface and output; forward and backward weighting; lookups;
+    reading.
     """
     slots, words, reads, hidden = case.memory_size, case.word_size, case.num_reads, case.hidden_size
     read, interface = reads * words, sum(interface_sizes(reads, 1, words).values())
@@ -50,9 +51,9 @@ def products(case: Case) -> int:
 
 
 def operations(case: Case, mode: str) -> int:
-    """Those of a time step's products, and about those of its passes over link and memory.
+    """Operations in a time step's products and, approximately, in its passes over link and memory.
 
-    To update a link takes 4 for each number, memory 4 and the norms of its words 2; the adjoints 9, 8 and 4.
+    Per number, updating the link takes 4, memory 4 and the norms of its words 2; the adjoints 9, 8 and 4.
     """
     links, words = case.batch * case.memory_size**2, case.batch * case.memory_size * case.word_size
     forward, backward = products(case) + 4 * links + 6 * words, 2 * products(case) + 9 * links + 12 * words
@@ -60,14 +61,14 @@ def operations(case: Case, mode: str) -> int:
 
 
 def copy_speed(device: torch.device) -> float:
-    """Bytes per second, read and written, of one tensor copied onto another; the median of a few."""
+    """Bytes read and written per second when a tensor is copied onto another; the median of a few."""
     source = torch.zeros(COPIED_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES[device.type] / _seconds(lambda: target.copy_(source), device)
 
 
 def product_speed(device: torch.device) -> float:
-    """Additions and multiplications per second of a product of large matrices in float32; the median of a few."""
+    """Additions and multiplications per second in a product of large float32 matrices; the median of a few."""
     size = MULTIPLIED[device.type]
     a, b = torch.randn(2, size, size, device=device)
     product = torch.empty_like(a)
@@ -83,22 +84,22 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
         call()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])  # the first one maps the pages
+    return statistics.median(seconds[1:])  # the first one maps pages
 
 
 def bytes_per_second(device: torch.device) -> float:
-    """What the floor is reckoned with: the known speed of this GPU's memory, else the copy's."""
+    """The speed that the floor is computed with: the known one of this GPU's memory, else a copy's."""
     known = KNOWN_BYTES_PER_SECOND.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return known or copy_speed(device)
 
 
 def cache_bytes_per_second(device: torch.device, size: int) -> float | None:
-    """The same of its L2 cache; None where so many bytes do not fit, or it is not known."""
+    """The same for its L2 cache; None if `size` bytes do not fit, or its speed is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return L2_BYTES_PER_SECOND[name] if size <= L2_BYTES.get(name, 0) else None
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

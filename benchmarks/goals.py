@@ -1,6 +1,6 @@
-"""What the project wants to reach on an H200, and whether a result does. The limits stand here and nowhere else.
+"""The project's goals on an H200, and whether a result reaches them. The limits are stated here and nowhere else.
 
-A value is made from the rows of one kind of result as they are written: those of `python -m benchmarks`, of
+A value is computed from the rows of one kind of result as they are written: of `python -m benchmarks`, of
 `benchmarks.gpu`, or of `benchmarks.lean`. It is None where nothing was measured.
 """
 
@@ -28,9 +28,9 @@ class Goal:
     Attributes:
         what: in words, with the unit.
         limit: what is to be reached.
-        value: rows → what they say, and over how many configurations; None if they say nothing.
-        at_least: whether the limit is the least; else it is the most.
-        over: how many configurations it is set over.
+        value: rows → the measured value, and over how many configurations; None if there is none.
+        at_least: whether the limit is a minimum; else it is a maximum.
+        over: how many configurations the goal covers.
     """
 
     what: str
@@ -41,7 +41,7 @@ class Goal:
 
 
 def table(goals: Sequence[Goal], rows: Records) -> str:
-    """A line per goal: limit, what was measured, whether that is enough."""
+    """A line per goal: the limit, the measured value, whether that is enough."""
     lines = ["| goal | limit | measured | |", "|---|--:|--:|---|"]
     for goal in goals:
         sign = "≥" if goal.at_least else "≤"
@@ -61,7 +61,7 @@ def table(goals: Sequence[Goal], rows: Records) -> str:
 
 
 def trainings(rows: Records, mode: str = TRAINING) -> dict[tuple[str, str], dict[str, Any]]:
-    """What was measured in training, the sweeps aside, by configuration and peer."""
+    """The rows measured in a mode, training by default, without sweeps, by configuration and peer."""
     return {
         (row["configuration"], row["peer"]): row
         for row in rows
@@ -70,13 +70,13 @@ def trainings(rows: Records, mode: str = TRAINING) -> dict[tuple[str, str], dict
 
 
 def geometric_mean(ratios: Iterable[float]) -> tuple[float, int] | None:
-    """The mean, and of how many; None if there are none."""
+    """The mean, and the number of ratios; None if there are none."""
     logarithms = [math.log(ratio) for ratio in ratios]
     return (math.exp(sum(logarithms) / len(logarithms)), len(logarithms)) if logarithms else None
 
 
 def ratios(rows: Records, peer: str, ours: str, key: str = "ms_per_step_p50") -> dict[str, float]:
-    """By configuration how many times as much a peer takes as one of ours, where both were measured."""
+    """Configuration → how many times as much a peer takes as one of ours, where both were measured."""
     values = {(row["configuration"], row["peer"]): row.get(key) for row in rows if row["status"] == MEASURED}
     found = {}
     for configuration in dict.fromkeys(row["configuration"] for row in rows):
@@ -141,7 +141,7 @@ TIMES = [
 
 
 def _fastest(bucket: tuple[int, int, int, int], direction: str, rows: Records) -> tuple[float, int] | None:
-    """Of the layouts of a step; a direction each its own, as the limits are."""
+    """The time of the fastest layout of a step, for each direction by itself, as the limits are."""
     keys = ("batch", "memory_size", "word_size", "num_reads")
     times = [
         row[f"{direction}_us"]

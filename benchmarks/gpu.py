@@ -1,10 +1,10 @@
 """The memory step on a GPU: first parity, then the time of every layout beside the reference and the floors.
 
-``python -m benchmarks.gpu``, or ``make gpu``, which runs the parity tests on the device before. For each bucket the
-kernels are held against the float64 oracle on the same data; a layout that is wrong gets no time. Kernels are timed as
+``python -m benchmarks.gpu``, or ``make gpu``, which first runs the parity tests on the device. For each bucket the
+kernels are compared with the float64 oracle on the same data; a layout that is wrong is not timed. Kernels are timed as
 replayed in a CUDA graph, the reference as it is used: eager, and compiled. Data are random, and a graph holds several
-steps, each on a state of its own, so that they do not all sit in the cache. Where a whole sequence can go in one launch
-that is timed as well, controller and all, per time step. The results are written after each row.
+steps, each on a state of its own, so that they are not all in the cache. Where one launch can compute a whole sequence,
+controller included, that is timed as well, per time step. The results are written after each row.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from dnc_triton.kernels.layout import MOST_IN_ONE_LAUNCH, Layout, layouts, seque
 from dnc_triton.kernels.step_launch import step_backward, step_forward
 from dnc_triton.tuning import device_time
 
-# (B, N, W, R). The project's goals are set on the first two, so they come first; the last is for the layouts that only
-# a large memory and a small batch have use for.
+# (B, N, W, R). The first two come first because the project's goals are set on them; the last is for the layouts that
+# only a large memory and a small batch can use.
 BUCKETS = (
     (16, 16, 16, 4),
     (64, 256, 64, 4),
@@ -55,9 +55,9 @@ BUCKETS = (
 COMPILED = "reference, compiled"
 STATES = 4  # each with a step in the graph
 REPLAYS = 30
-WAIT = 1_000_000  # clocks, half a millisecond: longer than it takes to launch a graph, which is no part of its kernels
-# The kernels' float32 against the float64 oracle, largest error over largest number of a tensor. Rounding alone leaves
-# about 1e-6; tf32 would leave 1e-3.
+WAIT = 1_000_000  # clocks, half a millisecond: longer than launching a graph takes, which must not count
+# The kernels in float32 compared with the float64 oracle: largest error over largest number of a tensor. Rounding alone
+# causes about 1e-6; tf32 would cause 1e-3.
 ALLOWED_ERROR = 2e-5
 SEQUENCE_STEPS, SEQUENCE_HIDDEN = 32, 64  # of a whole sequence in one launch
 
@@ -70,10 +70,10 @@ class Row:
 
     Attributes:
         batch, memory_size, word_size, num_reads: B, N, W, R.
-        who: the layout, or the reference eager or compiled.
+        who: the layout, or the reference, eager or compiled.
         error: largest error over largest number, forward and backward; None for the reference.
         forward_us, backward_us: median µs of a step; None if it was wrong, or does not apply.
-        forward_floor_us, backward_floor_us: the bytes of link and memory that must move, as fast as the device copies.
+        forward_floor_us, backward_floor_us: to move the bytes of link and memory, as fast as the device copies.
         forward_l2_floor_us, backward_l2_floor_us: the same at the speed of its L2 cache; None if they do not fit, or
             that speed is not known.
         note: why something is missing.
@@ -95,7 +95,7 @@ class Row:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether it is a layout that raised, or is not what the oracle computes."""
+        """Whether it is a layout that raised, or differs from the oracle."""
         return self.forward_us is None and not self.who.startswith("reference")
 
 
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         for row, measure in jobs(BUCKETS, device, graph_time, call_time, compiled=not options.no_compiled):
-            # The compiler unrolls the backward of a product over slots, so that its time grows with them: an estimate.
+            # An estimate: the compiler unrolls the backward of a product over slots, so its time grows with them.
             needed = COMPILE_SECONDS * max(1, row.memory_size / 64) if row.who == COMPILED else 0
             if time.perf_counter() - started + needed > options.seconds:
                 left_out.append(f"{sizes_of(row)}, {row.who}: the time is up")
@@ -155,9 +155,9 @@ def jobs(
     *,
     compiled: bool = True,
 ) -> Iterator[tuple[Row, Callable[[Row], Row]]]:
-    """Rows without figures, each with what fills them in; what matters most first, what compiles for long last.
+    """Rows without figures, each with a function that fills them in; important ones first, long compilations last.
 
-    The clocks come as arguments: a graph's for kernels, an eager one for the reference.
+    The clocks are arguments: for kernels that of a graph, for the reference an eager one.
     """
     speed = bytes_per_second(device)
 
@@ -178,7 +178,7 @@ def jobs(
     for bucket in buckets:
         _, slots, word, _ = bucket
         of_step, of_sequence = layouts(slots), sequence_layouts(slots, word) if slots <= MOST_IN_ONE_LAUNCH else []
-        ahead = of_step + of_sequence  # of the first row: the others find it done
+        ahead = of_step + of_sequence  # by the first row, for all of them
         for layout in of_step:
             row = row_of(bucket, f"{'fused' if layout.fused else 'split'} {layout.describe()}")
             yield row, partial(step_row, device=device, layout=layout, clock=kernel_time, ahead=ahead)
@@ -197,22 +197,22 @@ def measure_one(row: Row, measure: Callable[[Row], Row]) -> Row:
     """A row with its figures, or with the reason why there are none."""
     try:
         return measure(row)
-    except Exception as error:  # one that breaks must not cost the others' figures
+    except Exception as error:  # one failure must not cost the others' figures
         return replace(row, note=f"not measured: {in_a_line(error)}")
 
 
 def states_of(row: Row, device: torch.device, count: int) -> list[tuple[Tensor, MemoryState, list[Tensor]]]:
-    """Random steps in the sizes of a row."""
+    """Random steps of a row's sizes."""
     sizes = row.batch, row.memory_size, row.word_size, row.num_reads
     return [random_step(*sizes, device, seed) for seed in range(count)]
 
 
 def compile_ahead(row: Row, device: torch.device, layouts: Sequence[Layout]) -> None:
-    """Compile what layouts launch in the sizes of a row, several kernels at once: each takes seconds, on one core."""
+    """Compile what layouts launch for a row's sizes, several kernels at once: each takes seconds on one core."""
     (step,) = states_of(row, device, 1)
     with torch.autograd.set_multithreading_enabled(False), launcher.compiling_ahead(device):
         for layout in layouts:
-            with suppress(Exception):  # it comes again in the layout's own row
+            with suppress(Exception):  # it is raised again in the layout's own row
                 if layout.whole_sequence:
                     network, inputs, _ = sequence_of(row, device, layout)
                     torch.autograd.grad(network.run(inputs, None)[0].sum(), list(network.module.parameters()))
@@ -221,7 +221,7 @@ def compile_ahead(row: Row, device: torch.device, layouts: Sequence[Layout]) -> 
 
 
 def step_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock, ahead: Sequence[Layout] = ()) -> Row:
-    """One layout of the memory step; before it what is in `ahead` is compiled."""
+    """One layout of the memory step, after the layouts in `ahead` have been compiled."""
     if ahead:
         compile_ahead(row, device, ahead)
     states = states_of(row, device, STATES)
@@ -233,7 +233,7 @@ def step_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock, ah
 
 
 def sequence_of(row: Row, device: torch.device, layout: Layout) -> tuple[Network, Tensor, Case]:
-    """A layer that is launched once for a whole sequence, inputs, and the case that these are of."""
+    """A layer that takes one launch for a whole sequence, its inputs, and their case."""
     case = replace(
         case_of("sequence", BASE, "cuda"),
         batch=row.batch,
@@ -256,7 +256,7 @@ def sequence_of(row: Row, device: torch.device, layout: Layout) -> tuple[Network
 
 
 def sequence_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock) -> Row:
-    """A whole sequence in one launch each way; what is allowed is what the benchmark allows a sequence."""
+    """A whole sequence in one launch each way; the error may be as large as the benchmark allows for a sequence."""
     network, inputs, case = sequence_of(row, device, layout)
     truth = verify.find_truth(case, inputs, [TRAINING])
     error = verify.error(network, TRAINING, truth)
@@ -269,8 +269,8 @@ def sequence_row(row: Row, *, device: torch.device, layout: Layout, clock: Clock
 
 
 def reference_row(row: Row, *, device: torch.device, compiled: bool, clock: Clock) -> Row:
-    """The reference, whose backward is what forward and backward take beyond the forward."""
-    torch.compiler.reset()  # what is compiled for a second size takes any size, and is slower than it need be
+    """The reference; its backward time is that of forward and backward less that of the forward."""
+    torch.compiler.reset()  # code compiled for a second size serves all sizes, and is slower
     step = compile_reference(oracle_step, row.memory_size) if compiled else oracle_step
     (state,) = states_of(row, device, 1)
     forward, both = (clock(reference_call(step, *state, row.num_reads, backward)) for backward in (False, True))
@@ -280,7 +280,7 @@ def reference_row(row: Row, *, device: torch.device, compiled: bool, clock: Cloc
 def random_step(
     batch: int, slots: int, word: int, reads: int, device: torch.device, seed: int
 ) -> tuple[Tensor, MemoryState, list[Tensor]]:
-    """A raw interface vector, a state in the middle of a sequence, and gradients by what the step returns."""
+    """A raw interface vector, a state in the middle of a sequence, and gradients with respect to what it returns."""
     generator = torch.Generator(device).manual_seed(seed)
     size = sum(interface_sizes(reads, 1, word).values())
 
@@ -292,7 +292,7 @@ def random_step(
     with torch.no_grad():
         for _ in range(4):
             _, state = oracle_step(draw(batch, size), state, reads)
-    # The order of the free list must not depend on a rounding: kernels and oracle are to take the same one.
+    # The order of the free list must not depend on rounding: kernels and oracle must use the same one.
     order = torch.stack([torch.randperm(slots, generator=generator, device=device) for _ in range(batch)])
     state = state._replace(usage=(order + 0.5) / slots)
     gradients = [draw(batch, reads, word), *(draw(*tensor.shape) for tensor in state)]
@@ -307,7 +307,7 @@ def oracle_step(vector: Tensor, state: MemoryState, reads: int) -> tuple[Tensor,
 def kernel_calls(
     steps: list[tuple[Tensor, MemoryState, list[Tensor]]], reads: int, layout: Layout
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """A step forward on every state, and a step backward."""
+    """Functions that compute a step forward on every state, and a step backward."""
     settings: dict[str, Any] = {"raw": True, "strength_offset": 1.0, "layout": layout}
 
     def forward() -> list[Any]:
@@ -332,7 +332,7 @@ def kernel_calls(
 
 
 def worst_error(vector: Tensor, state: MemoryState, gradients: list[Tensor], reads: int, layout: Layout) -> float:
-    """How far the kernels are from the float64 oracle: largest error over largest number, of a result or gradient."""
+    """How far the kernels are off the float64 oracle: largest error over largest number of any result or gradient."""
     forward, backward = kernel_calls([(vector, state, gradients)], reads, layout)
     wide = [tensor.double().requires_grad_() for tensor in (vector, *state)]
     read_words, new_state = oracle_step(wide[0], MemoryState(*wide[1:]), reads)
@@ -346,7 +346,7 @@ def worst_error(vector: Tensor, state: MemoryState, gradients: list[Tensor], rea
 def reference_call(
     step: Callable[..., Any], vector: Tensor, state: MemoryState, gradients: list[Tensor], reads: int, backward: bool
 ) -> Callable[[], Any]:
-    """The reference forward, or forward and backward."""
+    """A function that runs the reference forward, or forward and backward."""
     inputs = [tensor.detach().requires_grad_(backward) for tensor in (vector, *state)]
 
     def call() -> Any:
@@ -368,7 +368,7 @@ def graph_time(call: Callable[[], Any]) -> float:
 
 
 def call_time(call: Callable[[], Any], wait: int = 0) -> float:
-    """Median `device_time` of a call: launches are in it where they are what takes the time."""
+    """Median `device_time` of a call, including launches where these take longer than the device."""
     for _ in range(5):
         call()
     return statistics.median(device_time(call, wait) for _ in range(REPLAYS))

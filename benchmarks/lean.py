@@ -1,8 +1,8 @@
 """The memory that a training step takes: `python -m benchmarks.lean`, on a GPU with `--device cuda`.
 
-A large memory beside the eager reference, N = 512 on a CPU, N = 256 over 256 steps on a GPU; and on a CPU a long
-sequence, T = 1,000, which is to fit into 8 GB. It counts as `memory` does: on a CPU by how much the most memory that a
-process ever held has grown in forward and backward, on a GPU the tensors at their peak.
+A large memory compared with the eager reference, N = 512 on a CPU, N = 256 over 256 steps on a GPU; and on a CPU a long
+sequence, T = 1,000, which must fit into 8 GB. It counts as `memory` does: on a CPU the growth of the process's peak
+memory in forward and backward, on a GPU the tensors at their peak.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GPU_CASES: list[Case] = [
 def train_once(
     backend: str, steps: int, checkpoint: int | str | None, sizes: dict[str, int], device: str = "cpu"
 ) -> dict[str, Any]:
-    """Forward and backward over that many steps; on a CPU call it in a process that has done nothing yet."""
+    """Forward and backward over `steps` steps; on a CPU, call it in a process that has done nothing yet."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     features = sizes["features"]
@@ -58,7 +58,7 @@ def train_once(
     def train() -> None:
         dnc(inputs)[0].square().mean().backward()
 
-    if backend != "torch_compiled":  # of which the compiler counts, from its import on
+    if backend != "torch_compiled":  # where the compiler counts, from its import on
         dnc(inputs[:1, :1])[0].sum().backward()  # loads libraries
         dnc.zero_grad(set_to_none=True)
     started = time.process_time()
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                     rows.append(pool.submit(train_once, *case).result())
             result = f"{rows[-1]['grown_bytes'] / 1e6:,.0f} MB" + ", not finite" * (not rows[-1]["finite"])
-        except Exception as error:  # out of memory, for example, of which the next one may take less
+        except Exception as error:  # out of memory, for example; the next case may take less
             result = f"not measured: {in_a_line(error)}"
         print(f"{backend}, N = {sizes['memory_size']}, T = {steps}, checkpoint = {checkpoint}: {result}", flush=True)
         if rows:

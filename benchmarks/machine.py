@@ -1,4 +1,4 @@
-"""On what machine, with what versions, and from what commit something was measured."""
+"""The machine, the versions and the commit with which something was measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import dnc_triton
 from dnc_triton import environment
 from dnc_triton.tuning import triton_version
 
-VARIABLES = (  # of the environment, by which the same command measures something else
+VARIABLES = (  # environment variables that change what a command measures
     environment.BACKEND,
     environment.MEASURE,
     environment.GRAPHS,
@@ -29,7 +29,7 @@ VARIABLES = (  # of the environment, by which the same command measures somethin
 
 
 def describe_machine(command: str) -> dict[str, Any]:
-    """What a time means nothing without: date, commit, processor, versions, the command, and what changes it."""
+    """What gives a time its meaning: date, commit, processor, versions, the command, and what changes it."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,

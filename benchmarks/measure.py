@@ -1,4 +1,4 @@
-"""One case: first whether each network is right, then how long it and its peers take, in turns."""
+"""One case: first check whether each network is right, then time it and its peers in turns."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from benchmarks.peers import EAGER, OURS, PEERS, DeclinedError, MissingPeerError
 
 WARM_UP_ROUNDS = 2
 LEAST_ROUNDS = 5  # however long they take
-SLOW_SECONDS = 0.3  # of one call; a peer that takes longer is content with one round of warming up, and with
-SLOW_ROUNDS = 3  # that many of timing
-SHORT_SECONDS = 0.05  # of one call; one that takes less is made once more before it is timed
-# Of calls that a GPU computes while Python prepares the next one, as in a training: made in a row, and waited for once,
-# until they take that long together, or are so many.
+SLOW_SECONDS = 0.3  # of one call; a peer that takes longer gets one warm-up round, and at least
+SLOW_ROUNDS = 3  # rounds of timing
+SHORT_SECONDS = 0.05  # of one call; a shorter one is made once more before it is timed
+# Calls that a GPU computes while Python prepares the next one, as in a training, are made in a row and waited for once:
+# as many as take ROW_SECONDS together, but at most MOST_IN_A_ROW.
 ROW_SECONDS, MOST_IN_A_ROW = 0.05, 10
-# Checked, of what compiles, and of ours on a GPU: CUDA graphs are warmed up in the first, captured in the second,
-# replayed in the third.
+# How many calls are checked of peers that compile, and of ours on a GPU: CUDA graphs are warmed up in the first,
+# captured in the second, replayed in the third.
 GRAPH_CALLS = 3
-COMPILE_SECONDS = 45.0  # that compiling may take, so that none is begun shortly before the deadline
+COMPILE_SECONDS = 45.0  # that compiling may take: none is begun later than that before the deadline
 MISSING, DECLINED, LEFT_OUT, WRONG, FAILED, MEASURED = "missing", "declined", "left out", "wrong", "failed", "measured"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one peer in one mode on one case.
+    """The result of one peer in one mode on one case.
 
     Attributes:
         case: what was run.
@@ -45,15 +45,15 @@ class Row:
             backend does not serve the case, or the peer is not captured), "left out" (for want of time), "wrong",
             "failed" (it raised).
         backend: of ours, which one ran.
-        error, allowed_error: as `verify.error` has it; None for peers that compute something else.
+        error, allowed_error: as in `verify`; None for peers that compute something else.
         rounds: how often it was timed.
-        calls: that were made in a row each time.
+        calls: how many were made in a row each time.
         ms_per_step_p20, ms_per_step_p50, ms_per_step_p80: per time step of the whole batch, over the rounds.
         ratio: its median over that of this project's layer in the same rounds; above 1 it is slower. A slow peer has
             fewer rounds; one that is measured apart (`Peer.apart`) has its own, in another process some minutes before.
-        peak_bytes: as `benchmarks.memory` has it; None where that does not apply.
-        floor_bytes: that a step must move; None for networks without a memory.
-        bytes_per_second: those bytes over the median.
+        peak_bytes: as in `benchmarks.memory`; None where that does not apply.
+        floor_bytes: the bytes that a step must move; None for networks without a memory.
+        bytes_per_second: `floor_bytes` over the median.
         floor_share: the floor over the median, at most 1 unless caches serve it.
         note: why it, or its memory, was not measured; empty if it was.
     """
@@ -80,7 +80,7 @@ class Row:
 
 @dataclass
 class Session:
-    """What a whole run has in common.
+    """What all measurements of a run have in common.
 
     Attributes:
         device: where to measure.
@@ -88,12 +88,12 @@ class Session:
         rounds: how often each peer is timed at most.
         case_seconds: how long the rounds of a case in a mode may take, `LEAST_ROUNDS` and `SLOW_ROUNDS` aside.
         compile_seconds: once compiling has taken this long, no further peer is compiled.
-        deadline: of `time.monotonic`; nothing is started after it.
+        deadline: by `time.monotonic`; nothing is started after it.
         peak_memory: whether to measure it.
         report: called with what is being done, in a few words.
         left_out: what was not started, filled in as the run goes.
-        lost: when the device stopped working, in words, filled in if it does. An illegal access on a GPU,
-            for example, leaves the process without it; what was measured before is still good.
+        lost: when the device stopped working, in words; empty if it did not. After an illegal access on a GPU, for
+            example, the process can no longer use it; what was measured before is still valid.
     """
 
     device: torch.device
@@ -109,7 +109,7 @@ class Session:
 
     @property
     def over(self) -> str:
-        """Why nothing more is started; empty while there is no reason."""
+        """Why nothing more is started; empty otherwise."""
         return self.lost or ("the time is up" if time.monotonic() > self.deadline else "")
 
 
@@ -126,12 +126,12 @@ def measure(
         case: what to run.
         peers: names.
         modes: in the order in which to measure.
-        session: the run's settings, in which is noted what was left out, and whether the device was lost.
+        session: the run's settings; what was left out, and whether the device was lost, is noted in it.
         done: called after each mode, with its rows.
 
     Returns:
         a row per peer and mode that was begun. If this project's layer is among them and wrong in a mode, no row of
-        that has a time.
+        that mode has a time.
     """
     networks: dict[str, Network] = {}
     unmade: dict[str, Row] = {}
@@ -162,7 +162,7 @@ def measure(
                 session.report(f"{case.configuration}, {mode}: memory")
                 for name, call in runs.items():
                     checked[name] = _with_peak(checked[name], networks[name], call, session)
-        finally:  # whoever interrupts this, which on a CPU takes its time, has the times
+        finally:  # so that the times are kept if this is interrupted; on a CPU it takes long
             rows += checked.values()
             done(list(checked.values()))
     _clean_up(case, networks, session)
@@ -170,7 +170,7 @@ def measure(
 
 
 def _make_networks(case: Case, names: Sequence[str], session: Session) -> tuple[dict[str, Network], dict[str, Row]]:
-    """The networks that can be made, and rows, of no mode yet, for those that cannot."""
+    """The networks that can be made, and rows, without a mode yet, for those that cannot."""
     networks: dict[str, Network] = {}
     unmade: dict[str, Row] = {}
     for name in names:
@@ -194,7 +194,7 @@ def _check_all(
     inputs: torch.Tensor,
     session: Session,
 ) -> tuple[dict[str, Row], dict[str, Callable[[], Any]]]:
-    """A row of this mode for each peer, and what of them is to be timed: nothing if this project's layer is wrong."""
+    """A row of this mode for each peer, and the calls to be timed: none if this project's layer is wrong."""
     checked: dict[str, Row] = {}
     runs: dict[str, Callable[[], Any]] = {}
     for name in peers:
@@ -220,7 +220,7 @@ def _check(
     inputs: torch.Tensor,
     session: Session,
 ) -> tuple[Row, Callable[[], Any] | None]:
-    """A row without times, and what is to be timed if all is well. The calls here are the first ones of the network."""
+    """A row without times, and the call to be timed if all is well. The calls made here are the network's first."""
     peer = PEERS[name]
     row = Row(case, mode, name, MEASURED)
     started = time.monotonic()
@@ -230,7 +230,7 @@ def _check(
     if mode == CAPTURED and not peer.captured:
         return replace(row, status=DECLINED, note=f"{name}: it is not captured"), None
     if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < needed):
-        return replace(row, status=LEFT_OUT, note=f"{name}, where it has no time: that for compiling was spent"), None
+        return replace(row, status=LEFT_OUT, note=f"{name}: not timed where compile time was used up"), None
     try:
         with torch.set_grad_enabled(mode in TRAINS):
             backend = network.backend(inputs_of(mode, inputs))
@@ -263,16 +263,16 @@ def _check(
 
 
 def _what_happened(name: str, case: Case, error: Exception, session: Session) -> str:
-    """A failure in one line. If the device does not work after it, the session learns of that."""
+    """A failure in one line. If the device no longer works after it, that is noted in the session."""
     try:
         synchronize(session.device)
-    except Exception:  # an error that stays: every later call has it, too
+    except Exception:  # it persists: every later call raises it, too
         session.lost = session.lost or f"the device was lost when {name} failed on {case.configuration}"
     return f"{name} failed on {case.configuration}: {in_a_line(error)}"
 
 
 def in_a_line(error: Exception) -> str:
-    """Its kind, and the first line of what it says."""
+    """The error's type, and the first line of its text."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
 
@@ -284,12 +284,12 @@ def _time_all(
     runs: dict[str, Callable[[], Any]],
     session: Session,
 ) -> tuple[dict[str, Row], dict[str, Callable[[], Any]]]:
-    """The rows with their times, and what was timed: nothing if that failed."""
+    """The rows with their times, and the calls that were timed: none if that failed."""
     session.report(f"{case.configuration}, {mode}: timing")
     try:
         in_a_row = _calls_in_a_row(runs, mode, session)
         seconds = _time_in_turns(runs, session, in_a_row)
-    except Exception as error:  # whose fault it was is not known, and the next mode may do
+    except Exception as error:  # which peer caused it is not known, and the next mode may work
         note = _what_happened("timing", case, error, session)
         return checked | {name: replace(checked[name], status=FAILED, note=note) for name in runs}, {}
     rows = {name: replace(row, calls=in_a_row.get(name)) for name, row in checked.items()}
@@ -297,13 +297,13 @@ def _time_all(
 
 
 def _calls_in_a_row(runs: dict[str, Callable[[], Any]], mode: str, session: Session) -> dict[str, int]:
-    """How many calls each makes in a row: one on a CPU, and of a single step, where it counts when it is there."""
+    """How many calls each makes in a row: one on a CPU, and one of a single step, whose latency counts."""
     counts = dict.fromkeys(runs, 1)
     if session.device.type == "cpu" or mode == "step" or session.over:
         return counts
     for name, call in runs.items():
         fastest = float("inf")
-        for _ in range(3):  # one that is disturbed must not decide
+        for _ in range(3):  # one disturbed call must not decide
             start = time.perf_counter()
             call()
             synchronize(session.device)
@@ -317,15 +317,15 @@ def _calls_in_a_row(runs: dict[str, Callable[[], Any]], mode: str, session: Sess
 def _time_in_turns(
     runs: dict[str, Callable[[], Any]], session: Session, in_a_row: Mapping[str, int]
 ) -> dict[str, list[float]]:
-    """Seconds of a call, each the mean of so many in a row.
+    """Seconds of a call, each the mean of `in_a_row` calls.
 
-    A disturbance of the machine meets all peers, and each goes first as often as another.
+    A disturbance of the machine affects all peers, and all go first equally often.
 
-    A short call is made once more before it is timed: in a loop it finds its code and data in the processor's caches,
-    here it would where the one before it is of its kind.
+    A short call is made once more before it is timed: in a loop it finds its code and data in the processor's caches;
+    here it would only if the call before it were of the same kind.
 
-    Once the time for it is over, only those go on that have not had their share of it, or have had too few rounds:
-    `LEAST_ROUNDS`, a slow peer `SLOW_ROUNDS`, and one where all time is up.
+    Once the time for the case is over, only peers go on that have not had their share of it, or have had too few
+    rounds: fewer than `LEAST_ROUNDS`, or, for a slow peer, `SLOW_ROUNDS`, or 1 once all time is up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     spent = dict.fromkeys(runs, 0.0)
@@ -373,9 +373,9 @@ def _timed(row: Row, seconds: list[float] | None, ours: list[float] | None, sess
 
 
 def _with_peak(row: Row, network: Network, call: Callable[[], Any], session: Session) -> Row:
-    """A row with its peak of memory, where that can be told, or with the reason why there was none."""
+    """A row with its peak memory, where it can be measured, or with the reason why it was not."""
     peer, on_gpu = PEERS[row.peer], session.device.type == "cuda"
-    # On a CPU the compiler's memory would count; and a process takes its time.
+    # On a CPU the compiler's memory would count, and each process takes long.
     if peer.hides_memory or (not on_gpu and (peer.compiles or row.mode != TRAINING)):
         return row
     if reason := session.over:
@@ -384,13 +384,13 @@ def _with_peak(row: Row, network: Network, call: Callable[[], Any], session: Ses
         if on_gpu:
             return replace(row, peak_bytes=gpu_peak(call, network.module))
         return replace(row, peak_bytes=cpu_peak(row.case, row.peer, row.mode, torch.get_num_threads()))
-    except Exception as error:  # the process was killed, say; the time is known all the same
+    except Exception as error:  # the process was killed, say; the time is known nevertheless
         return replace(row, note=_what_happened(f"measuring the memory of {row.peer}", row.case, error, session))
 
 
 def _clean_up(case: Case, networks: dict[str, Network], session: Session) -> None:
-    """Give back what a case has compiled and allocated: the next one is another network."""
-    if session.lost:  # there is no next one, and nothing can be given back
+    """Release what a case has compiled and allocated: the next case is another network."""
+    if session.lost:  # there is no next case, and nothing can be released
         return
     try:
         networks.clear()
@@ -398,5 +398,5 @@ def _clean_up(case: Case, networks: dict[str, Network], session: Session) -> Non
         gc.collect()
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
-    except Exception as error:  # of an earlier call, which a device tells later
+    except Exception as error:  # of an earlier call, reported by the device only now
         session.left_out.append(_what_happened("cleaning up", case, error, session))

@@ -1,9 +1,9 @@
-"""The memory that a call takes at its peak, beyond what was there before it.
+"""The memory that a call takes at its peak, beyond what was held before it.
 
-On a GPU PyTorch counts the tensors. On a CPU it does not: a call runs in a process of its own, and what counts is by
-how much the most memory that the process ever held has grown. That includes what PyTorch's libraries set up for
-themselves and what the allocator rounds up, a few MB, so it says little of small networks. For peers that compile
-it is not measured: the compiler's own memory would count.
+On a GPU PyTorch counts the tensors. On a CPU it does not: a call runs in a process of its own, and the growth of that
+process's peak memory counts. That includes what PyTorch's libraries set up for themselves and what the allocator
+rounds up, a few MB, so it says little about small networks. For peers that compile it is not measured: the compiler's
+own memory would count.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from benchmarks.peers import PEERS
 def gpu_peak(call: Callable[[], Any], module: torch.nn.Module) -> int:
     """Bytes of tensors that a call allocates at its peak, the gradients of the parameters included.
 
-    Our layer launches step by step: what it keeps for its graphs was there before the call. A call before makes what
-    libraries keep for the stream.
+    Our layer launches step by step here: what it keeps for its graphs was there before the call. A first call allocates
+    what libraries keep for the stream.
     """
     with aside():
         call()
@@ -37,7 +37,7 @@ def gpu_peak(call: Callable[[], Any], module: torch.nn.Module) -> int:
 
 
 def cpu_peak(case: Case, peer: str, mode: str, threads: int) -> int | None:
-    """Bytes by which a process grows in a call; None where the system does not tell (Windows).
+    """Bytes by which a process grows in a call; None on systems that do not tell (Windows).
 
     The processes are forked from one that has loaded PyTorch and done nothing yet.
     """

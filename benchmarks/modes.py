@@ -1,4 +1,4 @@
-"""How a network is used: trained, by calls or all in one CUDA graph, run over a sequence, or run step by step."""
+"""How a network is used: trained, by calls or in one CUDA graph, run over a sequence, or run step by step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MODES = {
     "forward": "the sequence without gradients",
     "step": "one time step without gradients, from the state in the middle of a sequence",
 }
-TRAINS = TRAINING, CAPTURED  # of them with gradients
+TRAINS = TRAINING, CAPTURED  # the modes with gradients
 STEPS_BEFORE = 5  # of a sequence, before the step that is timed
 
 
 def modes_on(device: str) -> list[str]:
-    """Those that a kind of device has."""
+    """The modes of a kind of device."""
     return [mode for mode in MODES if mode != CAPTURED or device == "cuda"]
 
 
@@ -37,25 +37,25 @@ def draw_inputs(case: Case, device: torch.device) -> Tensor:
 
 
 def inputs_of(mode: str, inputs: Tensor) -> Tensor:
-    """What a call in a mode gets of the inputs of a case."""
+    """The part of a case's inputs that a call in a mode gets."""
     return inputs[:, :1] if mode == "step" else inputs
 
 
 def train(network: Network, inputs: Tensor) -> Tensor:
-    """Outputs; the gradients of the mean of their squares are those of the parameters from then on."""
+    """Run forward and backward: returns the outputs; parameters get the gradients of the mean of their squares."""
     network.module.zero_grad(set_to_none=True)
     outputs: Tensor = network.run(inputs, None)[0]
     outputs.square().mean().backward()
     return outputs.detach()
 
 
-_stream = cache(torch.cuda.Stream)  # one, for libraries keep work space for each
+_stream = cache(torch.cuda.Stream)  # only one, since libraries keep workspace for each
 _engine = cache(Engine)
 
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """On a stream of its own, where our layer launches plainly; what it chooses is as on the default one."""
+    """In the block work is on another stream, where our layer launches plainly, with the choices of the default one."""
     stream, other = torch.cuda.current_stream(), _stream()
     other.wait_stream(stream)
     try:
@@ -66,9 +66,9 @@ def aside() -> Iterator[None]:
 
 
 def capture(network: Network, inputs: Tensor) -> tuple[Callable[[], Any], Tensor]:
-    """`train` as a CUDA graph. Returns what replays it, and the outputs, which like the gradients it writes anew.
+    """`train` as a CUDA graph. Returns a function that replays it, and the outputs, rewritten as the gradients are.
 
-    Before that it launches plainly, as in the graph: what is not compiled yet is compiled then.
+    A plain launch comes first, as in the graph, to compile what is not compiled yet.
     """
     with aside():
         train(network, inputs)
@@ -77,7 +77,7 @@ def capture(network: Network, inputs: Tensor) -> tuple[Callable[[], Any], Tensor
 
 
 def call_of(mode: str, network: Network, inputs: Tensor) -> Callable[[], Any]:
-    """What is timed. The loss of training is the mean square of the outputs."""
+    """The call that is timed. The loss of training is the mean square of the outputs."""
     if mode == CAPTURED:
         return capture(network, inputs)[0]
 
@@ -89,7 +89,7 @@ def call_of(mode: str, network: Network, inputs: Tensor) -> Callable[[], Any]:
         return forward if mode == "forward" else partial(train, network, inputs)
     with torch.no_grad():
         state = None
-        for inputs_of_step in inputs[:, :STEPS_BEFORE].unbind(1):  # as below, so that nothing else is compiled
+        for inputs_of_step in inputs[:, :STEPS_BEFORE].unbind(1):  # called as below, so that nothing else is compiled
             _, state = network.step(inputs_of_step, state)
     first = inputs[:, 0]
 

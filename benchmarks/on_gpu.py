@@ -1,10 +1,10 @@
 """Everything that is done on a GPU, in under nine minutes: `make gpu`.
 
-First parity, in several processes at once, since what takes time there is compiling. Beside it the benchmarks run once
-for what they compile, which the compilers keep; their times are thrown away. Then one thing at a time: the memory step
-in every layout, the memory that training takes, and the benchmark with its report. Each part stops by itself when its
-time is up and has written what it has until then; one that does not stop is interrupted, and in the end killed. What it
-takes too long the last part has less, so that one test that hangs does not leave the memory step without any time.
+First parity, in several processes at once, since most of its time is compilation. Meanwhile the benchmarks run once
+just to fill the compilers' caches; their times are thrown away. Then one thing at a time: the memory step in every
+layout, the memory that training takes, and the benchmark with its report. Each part stops by itself when its time is
+up, and has written its results so far; one that does not stop is interrupted, and finally killed. The time that it
+overran is taken from the last part, so that one hanging test does not leave the memory step without any time.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from dnc_triton.cli import INTERRUPTED
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 480.0
-# By when a part stops by itself, as a part of all the time. What one does not need the later ones have.
+# When a part stops by itself, as a share of all the time. What one part does not need, the later ones have.
 PARITY = 0.5
-# Those that a goal is set against and that do not compile for minutes. `torch.compile` of the reference, and our
-# backends one by one, are for `make bench`, which has more time.
+# The peers that goals are set against, if they do not compile for minutes. `torch.compile` of the reference, and our
+# backends one by one, are left to `make bench`, which has more time.
 PEERS = "dnc_triton,reference,pypi_dnc,lstm"
 STEP = "benchmarks.gpu --no-compiled --seconds {seconds} --output {folder}"
 PARTS = [
@@ -57,18 +57,18 @@ ONCE = (
     f"benchmarks run --device cuda --peers {PEERS} --modes training --rounds 1 --case-seconds 0 --no-memory "
     "--no-report --configurations {names} --seconds {seconds} --output {folder}"
 )
-LEAST = 45.0  # seconds that a part has whatever those before it took, as long as there are so many
+LEAST = 45.0  # seconds that a part gets whatever those before it took, as long as so many are left
 OVERTIME, LAST_WORDS = 30.0, 15.0  # seconds until a part is interrupted; from then on until it is killed
-MANY_CORES, MOST_TESTS = 16, 12  # from that many cores on that many processes for parity; with fewer one for two cores
-MOST_COMPILERS = 4  # beside them, each with threads; they take what cores the tests leave
+MANY_CORES, MOST_TESTS = 16, 12  # with that many cores or more, that many parity processes; else one for two cores
+MOST_COMPILERS = 4  # beside them, each with threads; they use the cores that the tests leave
 NICE = 10  # their priority
-COMPILING = 0.75  # they begin nothing after this part of parity's time, for the tests are not to wait for them
+COMPILING = 0.75  # they begin nothing after this share of parity's time, so that the tests need not wait for them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit status: 0 if all of parity ran and nothing failed, 130 if interrupted.
 
-    Without a GPU what is left is the comparison on this CPU, and its status.
+    Without a GPU, only the comparison on this CPU is run; the status is its status.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing after this time (%(default)g)")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         seconds, output = str(options.seconds), str(options.output)
         return benchmark(["run", "--device", "cpu", "--seconds", seconds, "--output", output])
-    # What a shell runs in the background ignores interrupts, and so would the parts, which are to stop at one.
+    # A shell's background jobs ignore interrupts, and so would the parts, which must stop at one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
 
@@ -118,7 +118,7 @@ def word(status: int) -> str:
 
 
 def run_parity(output: Path, seconds: float) -> int:
-    """The tests in tests/gpu and, for the sake of the compilers' caches, the benchmarks; the status of the tests."""
+    """Run the tests in tests/gpu and, to fill the compilers' caches, the benchmarks. Returns the tests' status."""
     machine = describe_machine("make gpu")
     record = output / f"gpu-parity-{machine['date'][:10]}.txt"
     failures = record.with_name(f"{record.stem}-failures.txt")
@@ -127,7 +127,7 @@ def run_parity(output: Path, seconds: float) -> int:
     cores = os.cpu_count() or 2
     count = MOST_TESTS if cores >= MANY_CORES else max(1, cores // 2)
     print(f"--- parity: {count} processes, {seconds:.0f} s", flush=True)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # what follows matters more
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the rest matters more
         tests = [fill_in(TESTS, seconds, folder=folder, record=record)] * count
         compiling = min(count, MOST_COMPILERS)
         names = [",".join(list(CONFIGURATIONS)[part::compiling]) for part in range(compiling)]
@@ -140,16 +140,16 @@ def run_parity(output: Path, seconds: float) -> int:
             if status:
                 printed = log.read_text(encoding="utf-8", errors="replace")
                 print(printed[-6000:])
-                with failures.open("a", encoding="utf-8") as file:  # all of it: the folder of the logs goes
+                with failures.open("a", encoding="utf-8") as file:  # all of it: the logs' folder is deleted
                     file.write(printed)
         claimed = [claim.read_text(encoding="utf-8") for claim in Path(folder, "claims").glob("*")]
     lines = record.read_text(encoding="utf-8").splitlines()[1:]
     outcomes = {}
     for line in lines:
         outcome, _, test = line.partition(": ")
-        if test.startswith("tests/"):  # by its name without the seconds; what fails in its teardown has a second line
+        if test.startswith("tests/"):  # by name, without seconds; what fails in its teardown has a second line
             outcomes[test.rpartition(", ")[0]] = outcome
-    # What hung, or ended its process.
+    # Tests that hung, or ended their process.
     lost = [f"not ended: {test}" for test in sorted(claimed) if test and test not in outcomes]
     counts = Counter(outcomes.values())
     total = max((int(line.split()[0]) for line in lines if line.endswith(" tests")), default=0)
@@ -179,11 +179,11 @@ def run_all(
         commands: each a module and its arguments.
         seconds: after which they should have stopped. `OVERTIME` later they are interrupted.
         logs: a file each for what they print; without, they print here.
-        variables: of the environment, beside those that are there.
-        giving_way: how many of them, the last ones, take only the cores that the others do not want.
+        variables: of the environment, added to the present ones.
+        giving_way: how many of the commands, the last ones, use only cores that the others do not need.
 
     Returns:
-        the exit statuses, negative for what had to be killed.
+        the exit statuses, negative for those that had to be killed.
     """
     deadline = time.monotonic() + seconds + OVERTIME
     processes: list[subprocess.Popen[bytes]] = []
@@ -208,7 +208,7 @@ def run_all(
                     os.setpriority(os.PRIO_PROCESS, processes[-1].pid, nice)  # its threads, still to come, inherit it
         try:
             _stop(processes, deadline)
-        except KeyboardInterrupt:  # which a group of its own does not hear of
+        except KeyboardInterrupt:  # it does not reach processes in groups of their own
             _stop(processes, time.monotonic())
             raise
         return [process.wait() for process in processes]
@@ -219,7 +219,7 @@ def run_all(
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> None:
-    """Wait for all until then, interrupt those that go on, and kill those that still do `LAST_WORDS` later."""
+    """Wait for all until `deadline`, interrupt those still running, and kill the rest `LAST_WORDS` later."""
     for limit, number in ((deadline, signal.SIGINT), (deadline + LAST_WORDS, signal.SIGKILL)):
         for process in processes:
             try:

@@ -1,7 +1,7 @@
-"""What is measured side by side: a function for each peer, from a case and a device to a network that runs.
+"""What is measured side by side: for each peer a function from a case and a device to a network that runs.
 
-Every peer has the same sizes and inputs. Those that compute a DNC as the paper has it have the same parameters as well
-and are held against the oracle; PyPI's package and `nn.LSTM` compute something else, and are there for their speed.
+Every peer has the same sizes and inputs. Those that compute the paper's DNC have the same parameters as well and are
+checked against the oracle; PyPI's package and `nn.LSTM` compute something else, and are there to compare speed.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Network:
     """A peer in the sizes of a case.
 
     Attributes:
-        module: whose parameters are trained.
-        run: inputs [B, T, I], a state of an earlier call or None → outputs, state.
+        module: has the parameters that are trained.
+        run: inputs [B, T, I], the state of an earlier call or None → outputs, state.
         backend: inputs → which backend of ours will serve them, empty for the others. It answers for the present
             `torch.is_grad_enabled()` and raises DeclinedError if there is none.
-        single: inputs of one step [B, I], a state → outputs [B, O], state; None if `run` with T = 1 is how it is done.
+        single: inputs of one step [B, I], a state → outputs [B, O], state; None if a step is `run` with T = 1.
     """
 
     module: nn.Module
@@ -72,22 +72,22 @@ class Network:
 
 @dataclass(frozen=True)
 class Peer:
-    """One of those that are measured side by side.
+    """One of the implementations measured side by side.
 
     Attributes:
-        label: as tables and pictures call it.
+        label: its name in tables and pictures.
         make: case, device → its network. Raises MissingPeerError.
-        checked: whether it is held against the oracle.
-        compiles: whether its first call compiles for a minute or so, which has a budget of its own.
+        checked: whether it is checked against the oracle.
+        compiles: whether its first call compiles for a minute or so, which has a time budget of its own.
         gpu_only: whether it makes no sense on a CPU.
         sweeps: whether it takes part in the sweeps.
-        hides_memory: whether what is counted of a call is not what it takes: PyTorch does not see all of it, or a
+        hides_memory: whether the memory counted for a call is not what it takes: PyTorch does not see all of it, or a
             compiler's own memory counts.
         has_memory: whether it is a DNC, and so has a floor.
-        captured: whether it is trained in a CUDA graph of the user's as well. The eager reference cannot be: in the
+        captured: whether it is also trained in a CUDA graph of the user's. The eager reference cannot be: in the
             backward of `cumprod` PyTorch waits for the device.
-        apart: whether it has a process of its own on a GPU, where others are measured as well. It takes no part in
-            sweeps then.
+        apart: whether it has a process of its own on a GPU if others are measured too. It takes no part in sweeps
+            then.
     """
 
     label: str
@@ -117,7 +117,7 @@ def reference_cell(case: Case, device: torch.device, dtype: torch.dtype) -> DNCC
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    """Our layer launches step by step in the block; and later in the backward of what was computed in it."""
+    """In the block our layer launches step by step, and so does the later backward of what is computed in it."""
     before = os.environ.get(environment.GRAPHS)
     os.environ[environment.GRAPHS] = "0"
     try:
@@ -130,7 +130,7 @@ def without_graphs() -> Iterator[None]:
 
 
 def make_layer(case: Case, device: torch.device, *, backend: str, graphs: bool = True) -> Network:
-    """This project's layer on one backend, or on the one it chooses; with the CUDA graphs that it uses, or without."""
+    """This project's layer on one backend, or on the one it chooses; with its CUDA graphs, or without."""
     layer = dnc_layer(case, device, backend)
 
     def serving(inputs: Tensor) -> str:
@@ -152,9 +152,9 @@ def make_layer(case: Case, device: torch.device, *, backend: str, graphs: bool =
 
 
 def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
-    """The reference with `torch.compile`: its step, for a whole sequence would compile for many minutes.
+    """The reference with `torch.compile`: only its step, as a whole sequence would compile for many minutes.
 
-    Over a sequence the output layer follows once, as in our layer. A single step has it compiled with the step.
+    Over a sequence the output layer is called once at the end, as in our layer. For a single step it is compiled too.
 
     Args:
         case: the sizes.
@@ -162,7 +162,7 @@ def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
         mode: of `torch.compile`. "reduce-overhead" replays CUDA graphs.
 
     Raises:
-        MissingPeerError: what the compiler needs is not here.
+        MissingPeerError: something that the compiler needs is missing.
     """
     if mode == "reduce-overhead" and device.type != "cuda":
         raise MissingPeerError("CUDA graphs need a GPU")
@@ -171,12 +171,12 @@ def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
     step, whole_step = (compile_reference(call, case.memory_size, mode) for call in (cell.advance, cell.forward))
 
     def begin(inputs: Tensor, state: Any) -> Any:
-        if mode == "reduce-overhead":  # graphs may take back the memory of what the call before returned
+        if mode == "reduce-overhead":  # graphs may reuse the memory of what the previous call returned
             torch.compiler.cudagraph_mark_step_begin()
         return cell.initial_state(len(inputs)) if state is None else state
 
     def keep(results: Any) -> Any:
-        if mode == "reduce-overhead" and not torch.is_grad_enabled():  # they are to outlive the graphs' memory
+        if mode == "reduce-overhead" and not torch.is_grad_enabled():  # they must outlive the graphs' memory
             return tree_map(torch.clone, results)
         return results
 
@@ -196,10 +196,10 @@ def make_compiled(case: Case, device: torch.device, *, mode: str) -> Network:
 
 
 def compile_reference(call: Callable[..., Any], memory_size: int, mode: str = "default") -> Any:
-    """What computes steps of the reference, with `torch.compile`.
+    """A function that computes steps of the reference, with `torch.compile`.
 
-    On an H200 PyTorch 2.11 stopped at an assertion of its compiler's from N = 192 on ("190 v.s. 189"), about reductions
-    in different orders in the backward of `cumprod`. For more than 64 slots it is told not to fuse such ones.
+    On an H200, PyTorch 2.11's compiler failed an assertion from N = 192 on ("190 v.s. 189"), about reductions in
+    different orders in the backward of `cumprod`. For more than 64 slots it is told not to fuse those.
     """
     from torch._inductor import list_mode_options, list_options  # takes seconds
 
@@ -210,7 +210,7 @@ def compile_reference(call: Callable[..., Any], memory_size: int, mode: str = "d
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Say what is missing before the compiler says it in fifty lines."""
+    """Raise MissingPeerError with what is missing, before the compiler says it in fifty lines."""
     named = os.environ.get("CC")  # where Triton looks; on a CPU CXX, which is in `COMPILER`
     names = [COMPILER] if device.type == "cpu" else [named] if named else ["gcc", "cc", "clang"]
     if not any(map(shutil.which, names)):
@@ -222,8 +222,8 @@ def _check_compiler(device: torch.device) -> None:
 def make_pypi_dnc(case: Case, device: torch.device) -> Network:
     """The package `dnc` of PyPI, clipping at 20 as it does by default.
 
-    A peer in speed, not in numbers: its controller gets zeros where the words read last should be, and its outputs are
-    as wide as its inputs.
+    Comparable in speed, not in numbers: its controller gets zeros in place of the words read last, and its outputs have
+    the size of its inputs.
 
     Raises:
         MissingPeerError: it is not installed, or in another version.
@@ -258,7 +258,7 @@ def make_pypi_dnc(case: Case, device: torch.device) -> Network:
 
 
 def make_lstm(case: Case, device: torch.device) -> Network:
-    """`nn.LSTM` of the same hidden size with an output layer; on a GPU cuDNN runs it. What a user of it gives up."""
+    """`nn.LSTM` of the same hidden size with an output layer; on a GPU cuDNN runs it. What a user of a DNC gives up."""
     lstm = nn.LSTM(case.input_size, case.hidden_size, case.num_layers, batch_first=True)
     module = nn.ModuleDict({"lstm": lstm, "output": nn.Linear(case.hidden_size, case.output_size)}).to(device)
 
@@ -269,7 +269,7 @@ def make_lstm(case: Case, device: torch.device) -> Network:
     return Network(module, run)
 
 
-# Ours first. Which backends there are, the dispatcher's table says.
+# Ours first; the backends are those of the dispatcher's table.
 PEERS: dict[str, Peer] = {
     OURS: Peer("dnc_triton", partial(make_layer, backend="auto"), sweeps=True, captured=True),
     **{
@@ -299,8 +299,8 @@ PEERS: dict[str, Peer] = {
         gpu_only=True,
         hides_memory=True,
         # For a large memory it compiles for minutes, which only the end of its process cuts short. And with PyTorch
-        # 2.11 it was not at peace with our layer's own CUDA graphs while steps were timed, until those had workspaces
-        # of their own (`sequence.engine`); trainings of both have been timed in one process since, steps have not.
+        # 2.11 it conflicted with our layer's own CUDA graphs while steps were timed, until those had workspaces of
+        # their own (`sequence.engine`); since then trainings of both have been timed in one process, steps have not.
         apart=True,
     ),
     "pypi_dnc": Peer(f"PyPI dnc {PYPI_DNC_VERSION}", make_pypi_dnc, checked=False),

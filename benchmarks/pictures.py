@@ -20,8 +20,8 @@ from dnc_triton.pictures import STYLE
 
 COLORS = ["#1f6f8b", "#e08e45", "#7a9e7e", "#8c5e8a", "#c9525b", "#b8a24a", "#5f6b78", "#4a90c2", "#a0765b"]
 COLORS += ["#2f2f2f", "#d98cb3", "#3f7f4f", "#9fb8d0"]
-MOST_LINEAR = 10  # times as long: more, and what is as fast as we are cannot be seen beside it
-MARKERS = "osv^Dd<>PXh*p"  # as many: on a GPU all peers are told apart
+MOST_LINEAR = 10  # times as long; with more, the scale is logarithmic, so that bars as short as ours can be seen
+MARKERS = "osv^Dd<>PXh*p"  # as many, so that on a GPU all peers can be told apart
 
 
 def draw(results: dict[str, Any], stem: Path) -> list[Path]:
@@ -32,7 +32,7 @@ def draw(results: dict[str, Any], stem: Path) -> list[Path]:
         stem: of the PNGs, <stem>-bars.png and so on.
 
     Returns:
-        what was drawn.
+        the paths of the pictures.
     """
     rows = [row for row in results["rows"] if row["status"] == MEASURED]
     styles = {
@@ -119,10 +119,10 @@ def _draw_scaling(rows: list[Record], styles: dict[str, Any]) -> Figure | None:
 
 
 def _draw_roofline(rows: list[Record], styles: dict[str, Any], machine: Record) -> Figure | None:
-    """What a step computes per second, over how much of it there is to each byte of link and memory that must move.
+    """Operations of a step per second, over its operations per byte of link and memory that must move.
 
-    The roof is the speed of a copy, and that of a large product where it was measured. A panel of its own has the bytes
-    per second, over how many there are: how far small networks are from any roof.
+    The roof is the speed of a copy, and that of a large product where it was measured. A second panel shows the bytes
+    per second, over their number: how far small networks are from any roof.
     """
     rows = [row for row in rows if row.get("bytes_per_second")]
     rows = [{**row, "operations": operations(case_of_record(row), row["mode"])} for row in rows]
@@ -163,7 +163,7 @@ def _draw_roofline(rows: list[Record], styles: dict[str, Any], machine: Record) 
 
 
 def _logarithmic(axes: Axes) -> None:
-    """Logarithmic, with numbers as people write them."""
+    """Logarithmic axes, with plain decimal numbers."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -172,13 +172,13 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def _percentiles(rows: list[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The 50th, 20th and 80th."""
+    """The 50th, 20th and 80th percentiles."""
     middle, low, high = (np.array([row[f"ms_per_step_p{p}"] for row in rows]) for p in (50, 20, 80))
     return middle, low, high
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:
-    """One for all panels."""
+    """One legend for all panels."""
     entries: dict[str, Any] = {}
     for axes in panels:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

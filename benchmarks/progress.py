@@ -1,4 +1,4 @@
-"""How far a run is: tqdm's bar, or a line each without it."""
+"""The progress of a run: tqdm's bar or, without tqdm, a line for each thing done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Progress:
-    """A bar over the parts of a run, to be used with `with`."""
+    """A bar over the parts of a run, used as a context manager."""
 
     def __init__(self, total: int) -> None:
         self._bar: Any = None
@@ -33,6 +33,6 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def advance(self) -> None:
-        """One part is done."""
+        """Count one part as done."""
         if self._bar is not None:
             self._bar.update()

@@ -41,13 +41,13 @@ def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
 
 
 def describe_means(machine: Record) -> str:
-    """On what, with what and when it was measured."""
+    """On what machine, with which versions and when it was measured."""
     cpu = f"{machine.get('cpu')}, threads: {machine.get('threads')}"
     where = machine.get("gpu") if machine.get("device") == "cuda" else cpu
     triton = f", Triton {machine['triton']}" if machine.get("triton") and machine.get("device") == "cuda" else ""
     speed = machine.get("bytes_per_second")
     floor = f" The floor is reckoned with {speed / 1e9:.0f} GB/s." if speed else ""
-    commit, dash, dirty = str(machine.get("commit")).partition("-")  # what differs from a commit is not that commit
+    commit, dash, dirty = str(machine.get("commit")).partition("-")  # a dirty tree is not that commit
     return (
         f"{where}; Python {machine.get('python')}, PyTorch {machine.get('torch')}{triton}; {machine.get('date')}, "
         f"commit {commit[:10]}{dash}{dirty}; float32. Medians; in brackets how many times as long as dnc_triton "
@@ -56,7 +56,7 @@ def describe_means(machine: Record) -> str:
 
 
 def side_by_side(rows: list[Record]) -> str:
-    """A line per configuration, a column per peer: the median, and in brackets the ratio. Empty without any time."""
+    """A line per configuration, a column per peer: the median, and in brackets the ratio. Empty without any times."""
     times = {(row["configuration"], row["peer"]): row for row in rows if row["status"] == MEASURED}
     if not times:
         return ""
@@ -100,7 +100,7 @@ def geometric_means(rows: list[Record]) -> str:
 
 
 def every_figure(rows: list[Record]) -> str:
-    """A line per row that has a time, or would have if it were right. What is empty throughout has no column."""
+    """A line per row that has a time, or is wrong or failed. Columns that would be empty are left out."""
     titles = ["configuration (N, W, R, H; B, T)", "mode", "who", "ms per step", "20th to 80th percentile"]
     titles += ["calls in a row", "ratio", "peak MB", "GB/s", "of the floor's speed", "error"]
     lines = []
@@ -129,13 +129,13 @@ def every_figure(rows: list[Record]) -> str:
 
 
 def notes_of(results: dict[str, Any]) -> list[str]:
-    """Why something has no time, each reason once."""
+    """The reasons why something has no time, each once."""
     notes = [row["note"] for row in results["rows"] if row.get("note")]
     return list(dict.fromkeys([*notes, *results.get("left_out", [])]))
 
 
 def label_of(peer: str) -> str:
-    """A peer's name in a table; a result may know one that is no more."""
+    """A peer's name in a table; a result may have one that no longer exists."""
     return PEERS[peer].label if peer in PEERS else peer
 
 
@@ -148,7 +148,7 @@ def sizes_of(row: Record) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Three digits, or two behind the point: 0.0123, 1.23, 12.34."""
+    """With three significant digits, or from 1 on two decimals: 0.0123, 1.23, 12.34."""
     return f"{value:.3g}" if value < 1 else f"{value:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""Is a network right? Outputs, memory and gradients of parameters beside those of the float64 oracle."""
+"""Is a network right? Outputs, memory and gradients of parameters compared with those of the float64 oracle."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from benchmarks.peers import EAGER, Network, make_layer, reference_cell
 from dnc_reference import MemoryState, unroll
 from dnc_reference.interface import interface_sizes
 
-# What rounding to float32 leaves anywhere, on top of twice what the eager reference in float32 is off by.
+# Rounding to float32 may always cause this much, on top of twice the error of the eager reference in float32.
 ALLOWED_ERROR = 1e-5
-# What the eager reference may itself be off by; beyond that nothing can be said of the others.
+# The largest error of the eager reference itself that counts; beyond it nothing can be said about the others.
 REFERENCE_LIMIT = 1e-4
-# Of a longer sequence the beginning: sooner or later two slots are used so equally that float32 takes them in another
-# order than float64, after which no bound on rounding holds. `test_a_hundred_steps_in_float32` gives both its order.
+# Only the beginning of a longer sequence: sooner or later two slots are used so equally that float32 orders them unlike
+# float64, after which no bound on rounding holds. `test_a_hundred_steps_in_float32` gives both the same order.
 VERIFIED_STEPS = 50
 SINGLE_STEPS = 10  # taken one by one
-# How much an error counts that is measured by the largest number of one field of the interface alone. Of a network that
-# has learned nothing the gradients by free gates and write strengths are up to a hundred million times smaller than
-# those by write vectors, and outputs hardly tell whether such a field is used at all; but in float32 each field's
-# gradient is right to 2e-3 of itself. So a tenth of itself is beyond `ALLOWED_ERROR`.
+# Weight of the error in one interface field's gradient, relative to that gradient's largest number. In an untrained
+# network the gradients with respect to free gates and write strengths are up to a hundred million times smaller than
+# those with respect to write vectors, and outputs hardly show whether such a field is used at all; but in float32 each
+# field's gradient is right to 2e-3 of itself. With this weight a tenth of itself is beyond `ALLOWED_ERROR`.
 FIELD_WEIGHT = 1e-4
-# How much an error counts of what is in the memory at the end. Gates that never free a slot change the usage by 2e-4 of
-# itself and more, where outputs change by 1e-10; in float32 all of it is right to 2e-5 after `VERIFIED_STEPS`.
+# Weight of the error of the memory's final state. Gates that never free a slot change the usage by 2e-4 of itself and
+# more, while outputs change by 1e-10; in float32 all of it is right to 2e-5 after `VERIFIED_STEPS`.
 MEMORY_WEIGHT = 0.1
 
 
@@ -41,8 +41,8 @@ class Truth:
         inputs: [B, T, I] in float32, T at most `VERIFIED_STEPS`.
         outputs: [B, T, O] in float64.
         memories: mode without gradients → `of_any_order` of the memory's state at the end, in float64.
-        gradients: by parameter, of the mean square of the outputs.
-        fields: how many rows each field of the interface has in its parameters.
+        gradients: parameter → gradient of the mean square of the outputs.
+        fields: how many rows of the interface's parameters each of its fields takes.
         allowed: mode → the largest allowed `error`.
     """
 
@@ -55,12 +55,12 @@ class Truth:
 
 
 def find_truth(case: Case, inputs: Tensor, modes: list[str]) -> Truth:
-    """Ask the oracle, with the parameters that every checked network of this case has.
+    """Run the oracle, with the parameters that every checked network of this case has.
 
     Args:
         case: the sizes.
         inputs: [B, T, I] in float32.
-        modes: for which to find out how far the eager reference is off in float32.
+        modes: those for which to determine the eager reference's error in float32.
     """
     inputs = inputs[:, :VERIFIED_STEPS]
     oracle = reference_cell(case, inputs.device, torch.float64)
@@ -82,9 +82,9 @@ def find_truth(case: Case, inputs: Tensor, modes: list[str]) -> Truth:
 
 
 def of_any_order(memory: MemoryState) -> list[Tensor]:
-    """Each field in float64, sorted over the slots, for slots that hold the same may be filled in another order.
+    """Each field in float64, sorted over the slots, as identical slots may be filled in another order.
 
-    Of the link [B, K, N, N] the sums over what was written before.
+    For the link [B, K, N, N], the sums over the slots written before.
     """
     fields = {name: field.detach().double() for name, field in memory._asdict().items()}
     fields["link"] = fields["link"].sum(-1)
@@ -92,12 +92,12 @@ def of_any_order(memory: MemoryState) -> list[Tensor]:
 
 
 def error(network: Network, mode: str, truth: Truth) -> float:
-    """How far a network is off when it runs as in a mode.
+    """How far a network is off when it runs in a mode.
 
     Returns:
-        the largest of max |error| / max |truth|, over the outputs and, where it trains, every gradient; of
-        `FIELD_WEIGHT` times the same for the gradient by each field of the interface; and, where it does not train, of
-        `MEMORY_WEIGHT` times the same for what is in the memory at the end. NaN if any is.
+        the largest of max |error| / max |truth|, over the outputs and, if it trains, every gradient; of `FIELD_WEIGHT`
+        times the same for the gradient with respect to each field of the interface; and, if it does not train, of
+        `MEMORY_WEIGHT` times the same for the memory's final state. NaN if any is.
     """
     weighed: list[tuple[float, Tensor, Tensor]] = []
     if mode in TRAINS:
@@ -124,7 +124,7 @@ def error(network: Network, mode: str, truth: Truth) -> float:
     expected = truth.outputs[:, :SINGLE_STEPS] if mode == "step" else truth.outputs
     if outputs.shape != expected.shape:
         raise ValueError(f"outputs: expected {list(expected.shape)}, got {list(outputs.shape)}")
-    # Of one step the link is zero, and so may be the gradient by a field.
+    # After one step the link is zero, and so may be the gradient with respect to a field.
     weighed = [(1, outputs, expected), *((w, a, e) for w, a, e in weighed if w == 1 or e.any())]
     return float(torch.stack([weight * _off(actual, expected) for weight, actual, expected in weighed]).max())
 

@@ -65,7 +65,7 @@ def test_everything_that_is_found_is_a_problem(found: SimpleNamespace) -> None:
     found.races, found.uneven, found.early = ["a race"], ["a.py:3"], ["a.py:4"]
     assert LSTM.overlaps
     assert measure(LSTM).problems() == [
-        f"{LSTM}: a.py:3 adds to a product of its own, unrounded, what another thread has",
+        f"{LSTM}: a.py:3 adds another thread's value to an unrounded product of its own",
         f"{LSTM}: a.py:4 accesses memory that the launch before it may still write to",
         f"{LSTM}: a race",
     ]

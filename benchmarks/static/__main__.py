@@ -1,4 +1,4 @@
-"""The command line: compile, show what each kernel takes, and compare that with the record."""
+"""The command line: compile, show what each kernel uses, and compare that with the record."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     selected = [case for case in cases(options.complete) if options.select in str(case)]
-    if options.clocks:  # which there are tables of for NVIDIA's
+    if options.clocks:  # for which there are only NVIDIA's tables
         selected = [case for case in selected if case.target.startswith("sm_")]
-    if not selected:  # of which nothing is wrong
+    if not selected:  # nothing would be wrong with none
         parser.error(f"argument --select: no case that is looked at has {options.select!r} in its name")
     if options.clocks:
         print("| kernel | clocks, + for each further time through a loop |\n|---|---|")
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--complete", action="store_true", help="every target, dtype and layout; takes minutes")
     parser.add_argument("--select", default="", metavar="TEXT", help="only cases whose name contains this")
-    parser.add_argument("--clocks", action="store_true", help="estimate how long a lone program takes, and no more")
+    parser.add_argument("--clocks", action="store_true", help="only estimate how long a lone program takes")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at once (default: %(default)s)")
     parser.add_argument(
         "--update", action="store_true", help=f"record the numbers in {RECORD.name}, as those of this Triton version"

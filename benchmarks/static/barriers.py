@@ -1,20 +1,20 @@
-"""Is there a barrier wherever one thread of a kernel touches what another one wrote?
+"""Is there a barrier wherever one thread of a kernel accesses what another one wrote?
 
 The interpreter runs a program's operations one after the other and so does not notice a missing `tl.debug_barrier`; a
 GPU may, once in a million runs. This reads the compiler's intermediate code (TTGIR: after software pipelining has moved
-loads, and with a layout on every tensor, which says what thread holds what element) and walks through it as a program
+loads, and with a layout on every tensor, which says which thread holds which element) and walks through it as a program
 of the grid would. Integers are computed as they would be there: sizes, program ids and loop bounds are constants, so
 the places that each thread reads and writes are known exactly, down to the parts of a buffer and the slots that a mask
-lets through. Floating point is not computed, and what is loaded is known only from a buffer whose contents are given:
-the walk is then the one for these contents. An address that depends on anything else may be anywhere in its buffer.
+lets through. Floating point is not computed, and loaded values are known only from buffers whose contents are given:
+the walk is then that for these contents. An address that depends on anything else may be anywhere in its buffer.
 
 A race is a pair of accesses to one place, one of them a store, by different threads, with no barrier between. Barriers
-that the compiler puts in for its own shared memory do not count, for they come and go with the layouts. Threads of one
+that the compiler inserts for its own shared memory do not count, as they come and go with the layouts. Threads of one
 warp count as different threads. Where several threads hold an element, the first of them stores it, but all load it:
-the others may find there what the first has stored meanwhile. That does no harm if they would only store it.
+the others may load what the first has stored meanwhile. That does no harm if they would only store it.
 
-Buffers of different arguments are taken not to overlap. What cannot be followed raises `Unchecked`: there is no silent
-pass.
+Buffers of different arguments are assumed not to overlap. What cannot be followed raises `Unchecked`: nothing passes
+silently.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def races(
     """What is wrong with a kernel, in words; nothing if all is well.
 
     Walks through the first program, and along each axis of the grid through the second and the last, then compares the
-    places they touch: what one stores no other may touch, for programs run in any order and at the same time.
+    places they access: what one stores no other may access, as programs run in any order and at the same time.
 
     Args:
         ttgir: of one kernel, as in `triton.compile(...).asm["ttgir"]`.
         grid: how many programs there are along each axis.
-        arguments: what is known, by name: the kernel's integers; of a buffer the integers that it holds, or how many
-            numbers lie before the one that the argument points to.
+        arguments: what is known, by name: the kernel's integers; for a buffer the integers that it holds, or how many
+            numbers precede the one that the argument points to.
 
     Raises:
         Unchecked: the code has an operation, a loop bound or an access that cannot be followed.
@@ -71,7 +71,7 @@ class _Access:
 
 
 class _Touched:
-    """Where a buffer has been touched since the last barrier, by which threads (first to last), and from where."""
+    """The places of a buffer accessed since the last barrier, by which threads (first to last), and from which site."""
 
     def __init__(self) -> None:
         self.first = np.zeros(0, int)
@@ -93,7 +93,7 @@ class _Touched:
         self.site[access.offset] = site
 
     def conflicts(self, access: _Access) -> set[int | str]:
-        """Sites of earlier accesses, to the same places, by other threads."""
+        """Sites of earlier accesses to the same places by other threads."""
         sites: set[int | str] = {self.anywhere} if self.anywhere is not None else set()
         if access.offset is None:
             return sites | set(self.site[self.site >= 0].tolist())
@@ -105,17 +105,17 @@ class _Touched:
 
 
 class _Walk:
-    """One program's way through a kernel: its races, and all the places it loads from and stores to."""
+    """One program's way through a kernel: its races, and all places that it loads from and stores to."""
 
     def __init__(self, kernel: Kernel, program: tuple[int, ...], arguments: Mapping[str, int | Sequence[int]]) -> None:
         self.program = program
         self.races: list[str] = []
-        self.touched: dict[tuple[str, bool], _Touched] = {}  # by buffer and whether it is stores
+        self.touched: dict[tuple[str, bool], _Touched] = {}  # by buffer and whether by stores
         self.ever: dict[tuple[str, bool], _Touched] = {}
         self.sites: list[str] = []
-        self.copies: list[list[_Access]] = [[]]  # asynchronous copies under way, in groups, the last one still open
-        self.branches = 0  # how many branches deep it is whose condition depends on data
-        self.strangers = -1  # the next number for a thread that is not known
+        self.copies: list[list[_Access]] = [[]]  # asynchronous copies in flight, in groups; the last is open
+        self.branches = 0  # how many enclosing branches have a condition that depends on data
+        self.strangers = -1  # the next number for an unknown thread
         given = {name: np.array(arguments.get(name, 0)) for name in kernel.pointers}
         self.contents = {name: value for name, value in given.items() if value.ndim}
         self.values: dict[str, Any] = {f"%{name}": np.array(value) for name, value in arguments.items()}
@@ -133,7 +133,7 @@ class _Walk:
         return []
 
     def step(self, op: Op) -> list[Any] | None:
-        """Walk through an operation. Returns its results, or nothing if they are not known."""
+        """Walk through an operation. Returns its results, or None if they are not known."""
         operands = [self.values.get(name) for name in op.operands]
         if op.name == "scf.for":
             return self.loop(op)
@@ -191,7 +191,7 @@ class _Walk:
         if condition is not None:
             taken = op.regions[:1] if condition else op.regions[1:]
             return self.block(taken[0]) if taken else None
-        self.branches += 1  # either may be taken, so both are, and a barrier in one of them is none
+        self.branches += 1  # either may be taken, so both are; a barrier in them does not count
         for region in op.regions:
             self.block(region)
         self.branches -= 1
@@ -201,18 +201,18 @@ class _Walk:
         if self.branches:
             return
         self.touched.clear()
-        for access in itertools.chain(*self.copies):  # a copy under way may load now or later
+        for access in itertools.chain(*self.copies):  # a copy in flight may load now or later
             self.add(access)
 
     def access(self, op: Op, pointer: Any, mask: np.ndarray | None) -> _Access:
-        """Note an access, and what it races with."""
+        """Record an access, and the races it is part of."""
         if not isinstance(pointer, Pointer):
             raise Unchecked(f"an unknown pointer, {op.site}")
         is_store = "store" in op.name
         if is_store and pointer.buffer in self.contents:
             raise Unchecked(f"{op.site} stores to {pointer.buffer}, whose contents are given")
         held = holders(op.layout, op.shape)
-        if held is None or "async" in op.name:  # by strangers: an asynchronous copy keeps no thread's order
+        if held is None or "async" in op.name:  # unknown threads: an asynchronous copy keeps no thread's order
             size = int(np.prod(op.shape))
             self.strangers -= size
             first = last = np.arange(size) + self.strangers
@@ -261,7 +261,7 @@ class _Walk:
         return self.sites.index(name)
 
     def clashes(self, other: _Walk) -> Iterator[str]:
-        """Places that this program stores to and another one touches. Those that depend on data are left out."""
+        """Places that this program stores to and another one accesses. Those that depend on data are left out."""
         for (buffer, is_store), mine in self.ever.items():
             for its_is_store in (True, False) if is_store else ():
                 its = other.ever.get((buffer, its_is_store), _Touched())

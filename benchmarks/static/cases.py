@@ -1,4 +1,4 @@
-"""What kernels are compiled for: shapes, targets, dtypes and variants, and which of these together."""
+"""What kernels are compiled for: shapes, targets, dtypes and variants, and combinations of these."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TARGETS = {
 }
 WORKSTATIONS = ("sm_89", "sm_120", "gfx1100")  # GeForce RTX 40 and 50, Radeon RX 7900; the others are of data centres
 DATA_CENTERS = tuple(target for target in TARGETS if target not in WORKSTATIONS)
-FEATURES = 8  # of inputs and outputs, where they are in the kernel
+FEATURES = 8  # size of inputs and outputs, where the kernel depends on it
 DIRECTIONS = ("forward", "backward")
 LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4, overlaps=True)  # of which it takes these
 SMALL = LSTM._replace(num_warps=PRODUCT.num_warps)
@@ -45,12 +45,12 @@ PRODUCTS = [
     (64, 4, 256),
     (32, 4, 100),
     (16, 1, 101),
-]  # W, R, H: with whole vectors in all rows and without
+]  # W, R, H: with rows that are whole vectors, and others
 PRODUCTS_OF_A_STEP = ("lstm product", "product")
 CONTROLLER = ("lstm", *PRODUCTS_OF_A_STEP, "weights")  # phases that know no memory
 PHASES = {"rank": RANK, "first": FIRST, "middle": MIDDLE, "last": LAST, "whole": WHOLE}
-# What kernels are compiled as beside the plain ones: a step whose interface is activated already, one with rows that
-# have ended or are reset; and sequences with such rows, without a clip, with weights in bfloat16.
+# Variants of kernels besides the plain ones: a step whose interface is already activated, a step with rows that have
+# ended or are reset; and sequences with such rows, without a clip, with weights in bfloat16.
 STEP_VARIANTS = ("", "activated", "marked")
 SEQUENCE_VARIANTS = ("", "lengths reset", "lengths", "reset", "unclipped", "autocast")
 TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -58,7 +58,7 @@ TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as it is launched, and what for."""
+    """A kernel as it is launched, and its target."""
 
     direction: str
     phase: str
@@ -66,7 +66,7 @@ class Case:
     layout: Layout
     dtype: str
     target: str
-    hidden_size: int = 0  # of the controller, where it is in the kernel
+    hidden_size: int = 0  # of the controller, where the kernel has one
     variant: str = ""  # one of STEP_VARIANTS or SEQUENCE_VARIANTS
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def launch(self) -> Launch:
-        """As it is launched for two batch elements; not of the controller."""
+        """Its launch for two batch elements; not for kernels of the controller."""
         options = dict(raw=self.variant != "activated", compute=self.compute)
         if self.phase == "sequence":
             num_warps = self.layout.num_warps
@@ -91,17 +91,17 @@ class Case:
 
     @property
     def num_warps(self) -> int:
-        """Of a program."""
+        """The warps of a program."""
         return self.layout.num_warps if self.phase in CONTROLLER else self.launch.num_warps
 
     @property
     def overlaps(self) -> bool:
-        """Whether it begins while the launch before it ends."""
+        """Whether it begins while the previous launch ends."""
         return self.layout.overlaps and self.target in ("sm_90", "sm_100", "sm_120")
 
     @property
     def compute(self) -> torch.dtype:
-        """Of the arithmetic."""
+        """The dtype of the arithmetic."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
@@ -112,7 +112,7 @@ class Case:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Of two batch elements."""
+        """The grid for two batch elements."""
         if self.phase == "weights":
             return (weight_tiles(self)[-1],)
         if self.phase in PRODUCTS_OF_A_STEP:
@@ -121,10 +121,10 @@ class Case:
 
     @property
     def may_spill(self) -> bool:
-        """Held to spill nothing, on the target that they were chosen for, is every layout that may be taken.
+        """Every layout that may be taken must spill nothing on the target that it was chosen for.
 
-        Not in float64, which is there to check gradients with: what fits in registers in float32 needs twice as many.
-        The controller's kernels, which are small, spill nothing on any target of a data centre.
+        Not in float64, which serves to check gradients: it needs twice the registers of float32. The controller's
+        kernels, which are small, must spill nothing on any target of a data centre.
         """
         if self.phase in CONTROLLER:
             return self.target in WORKSTATIONS
@@ -132,9 +132,9 @@ class Case:
 
     @property
     def spilled_for_room(self) -> int:
-        """Bytes that the assembler spills though there are registers, so that a second program has room beside it.
+        """Bytes that the assembler spills although registers are left, to make room for a second program.
 
-        Where it is as little as here, more registers are not asked for.
+        For as few as here, it is not made to use more registers.
         """
         if triton.__version__.startswith("3.9.") and str(self) == "forward last 512x64x8 32x128/1 float32 sm_90":
             return 16
@@ -142,14 +142,14 @@ class Case:
 
 
 def weight_tiles(case: Case) -> tuple[int, ...]:
-    """Of the gradients by all weights; of inputs and outputs there are `FEATURES`."""
+    """Tiles of the gradients with respect to all weights, with `FEATURES` inputs and outputs."""
     _, word, reads = case.shape
     features = case.hidden_size + word * reads
     return tiles_of_products(FEATURES, case.hidden_size, features, case.interface_size, FEATURES)
 
 
 def rows_of(case: Case) -> int:
-    """Of the weights of a product at a small batch: how many numbers it makes."""
+    """Rows of the weights in a product for a small batch: how many numbers it computes."""
     if case.phase == "lstm product":
         return case.hidden_size
     if case.direction == "forward":
@@ -159,22 +159,23 @@ def rows_of(case: Case) -> int:
 
 
 def tiles_of(case: Case) -> Tiles:
-    """Of a product at a small batch."""
+    """Tiles of a product for a small batch."""
     return PRODUCT if case.phase == "product" else {"forward": LSTM_FORWARD, "backward": LSTM_BACKWARD}[case.direction]
 
 
 def cases(complete: bool = False) -> list[Case]:
-    """What to compile: every shape for data centres' targets, one at least of float64, bfloat16 and a step's variants.
+    """What to compile: every shape for the targets of data centres, at least one with each of float64, bfloat16 and the
+    variants of a step.
 
-    Or everything: what may be taken on sm_90, all layouts that are measured against each other, in every dtype and
-    variant; and every shape for every target, those of workstations too.
+    If `complete`, everything: all that may be taken on sm_90, that is, all layouts that are measured, in every dtype
+    and variant; and every shape for every target, those of workstations too.
     """
     found = []
     for shape in SHAPES:
         for target in DATA_CENTERS:
             found += step(shape, target)
     found += step(SHAPES[-1], "sm_90", layout=spread(SHAPES[-1]))
-    # More threads than entries: several hold the same one, and what is stored by one was loaded by others.
+    # More threads than entries: several hold the same one, and one stores what the others loaded.
     found += step(SHAPES[0], "gfx942", layout=Layout(fused=True, rows=16, columns=16, num_warps=8))
     for dtype in ("bfloat16", "float64"):  # float16 is loaded and stored as bfloat16 is
         found += step(SHAPES[0], "sm_90", dtype=dtype)
@@ -236,7 +237,7 @@ def step(
     dtype: str = "float32",
     variant: str = "",
 ) -> list[Case]:
-    """Every launch of a step and its backward."""
+    """All launches of a step and of its backward."""
     layout = layout or layouts(shape[0], hip=target.startswith("gfx"))[0]
     phases = ("whole",) if layout.fused else ("first", "middle", "last")
     before = ("rank",) if layout.ranks else ()
@@ -248,12 +249,12 @@ def step(
 
 
 def spread(shape: tuple[int, int, int]) -> Layout:
-    """The first layout of a size whose phases are spread."""
+    """The first layout for a shape whose phases are spread."""
     return next(layout for layout in layouts(shape[0]) if layout.spread)
 
 
 def layout_of(layout: Layout, direction: str) -> Layout:
-    """As `direction` has it."""
+    """The layout as used in a direction."""
     return layout.of_backward if direction == "backward" else layout._replace(backward_rows=0)
 
 
@@ -279,7 +280,7 @@ def _lstm(target: str) -> list[Case]:
 
 
 def _small_products(sizes: tuple[int, int, int], target: str) -> list[Case]:
-    """Every launch of a controller's step at a small batch."""
+    """All launches of a controller's step for a small batch."""
     word, reads, hidden_size = sizes
     return [
         Case(direction, phase, (1, word, reads), SMALL, "float32", target, hidden_size)
@@ -289,8 +290,8 @@ def _small_products(sizes: tuple[int, int, int], target: str) -> list[Case]:
 
 
 def _weights(sizes: tuple[int, int, int, int], target: str) -> list[Case]:
-    """The gradients by all weights of a network whose sequences take one launch."""
+    """The gradients with respect to all weights of a network whose sequences take one launch."""
     _, word, reads, hidden_size = sizes
     layout = LSTM._replace(num_warps=NUM_WARPS, overlaps=False)
-    # They are compiled for no number of slots: for memories that differ in that alone they are the same kernel.
+    # The kernel does not depend on the number of slots: memories that differ only in that share it.
     return [Case("backward", "weights", (1, word, reads), layout, "float32", target, hidden_size)]

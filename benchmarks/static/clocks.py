@@ -1,16 +1,16 @@
-"""How many clocks a lone program takes, by its machine code: to rank designs by where there is no GPU.
+"""How many clocks a lone program takes, from its machine code: to rank designs without a GPU.
 
-In NVIDIA's machine code, from Volta on, every instruction says for how long the next one has to wait, on which of six
-scoreboards it waits itself, and which one tells when its result is there. So a program that mostly waits for its own
-results, as those of a step with few slots do, can be timed by going through it in order. All of its warps are taken to
-do the same side by side.
+In NVIDIA's machine code, from Volta on, every instruction says how long the next one has to wait, which of six
+scoreboards it waits for itself, and which one signals that its result is ready. So a program that mostly waits for its
+own results, as those of a step with few slots do, can be timed by going through it in order. All of its warps are
+assumed to do the same side by side.
 
-What is not in it: caches (each load from global memory takes as long as one from the L2 cache), other programs,
-fetching instructions. It knows no branch that depends on numbers either: none but those back to the start of a loop,
-which is gone through once, and what each further time would take is given beside the sum.
+Not modelled: caches (each load from global memory takes as long as one from the L2 cache), other programs, fetching
+instructions. Nor are branches that depend on numbers: only those back to the start of a loop are known. A loop is gone
+through once, and what each further pass would take is given beside the sum.
 
-Of an H200's kernels (Triton 3.6.0) that took 4.9 to 12.5 µs a step at N = 16, their launch taken off, it makes 0.9 to
-1.5 times the measured clocks: more where there are several warps and many loads, less where there is one warp.
+For an H200's kernels (Triton 3.6.0) that took 4.9 to 12.5 µs a step at N = 16, without their launch, the estimate is
+0.9 to 1.5 times the measured clocks: more with several warps and many loads, less with one warp.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ import triton
 from benchmarks.static.cases import Case
 from benchmarks.static.compiling import compile_case
 
-# Clocks until a result is there, by operation, and of all others that set a scoreboard.
+# Clocks until a result is ready, by operation; `OTHER` for all others that set a scoreboard.
 LATENCY = {"LDG": 270, "LDS": 30, "LDSM": 33, "SHFL": 25, "MUFU": 22, "STS": 20, "STG": 20}
-OTHER, BARRIER, OPERANDS = 24, 30, 10  # and until all threads are through a barrier; until what was given has been read
-# Those that share the way to memory: an instruction of a warp after the other, a clock for each 128 bytes.
+OTHER, BARRIER, OPERANDS = 24, 30, 10  # and until all threads have passed a barrier; until operands have been read
+# Operations that share the path to memory: one instruction of one warp after another, a clock for each 128 bytes.
 MEMORY = ("LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL")
-SCHEDULERS = 4  # of a multiprocessor, each of which issues one instruction of one of its warps per clock
-NONE = 7  # stands for no scoreboard
+SCHEDULERS = 4  # per multiprocessor; each issues one instruction of one of its warps per clock
+NONE = 7  # no scoreboard
 
 
 class Instruction(NamedTuple):
-    """One of the machine code's.
+    """An instruction of the machine code.
 
     Attributes:
-        text: as the disassembler has it, with its predicate.
-        stall: clocks until the next one.
-        sets, frees: the scoreboard that waits for its result, and for its operands to be read; or `NONE`.
-        waits: those that it waits for.
+        text: as the disassembler prints it, with its predicate.
+        stall: clocks until the next instruction.
+        sets, frees: the scoreboards that signal its result, and that its operands have been read; or `NONE`.
+        waits: the scoreboards that it waits for.
     """
 
     text: str
@@ -58,12 +58,12 @@ class Instruction(NamedTuple):
 
 
 class Clocks(NamedTuple):
-    """What a program takes.
+    """How long a program takes.
 
     Attributes:
         once: clocks if every loop is gone through once.
-        loops: by where in the code each of them ends, what each further time takes; the longest, of a sequence that
-            over its steps, comes last.
+        loops: where in the code a loop ends → clocks of each further pass; the longest comes last, which in a sequence
+            is the loop over its steps.
     """
 
     once: int
@@ -74,13 +74,13 @@ class Clocks(NamedTuple):
 
 
 def estimate(case: Case) -> Clocks:
-    """Of a kernel for an NVIDIA GPU."""
+    """The clocks of a kernel for an NVIDIA GPU."""
     code, _ = compile_case(case)
     return count(*parse(disassemble(code["cubin"])), warps=case.num_warps)
 
 
 def disassemble(cubin: bytes) -> str:
-    """The machine code in words, each instruction's bits behind it."""
+    """The machine code as text, each instruction followed by its bits."""
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -90,7 +90,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions, and which of them each label stands before."""
+    """The instructions, and for each label the instruction that it precedes."""
     instructions: list[Instruction] = []
     labels = {}
     text, low = "", 0
@@ -108,7 +108,7 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def count(instructions: list[Instruction], labels: dict[str, int], *, warps: int) -> Clocks:
-    """Go through a program."""
+    """Go through a program and count its clocks."""
     backwards = {}
     for at, instruction in enumerate(instructions):
         label = re.search(r"\.L_x_\d+", instruction.text)
@@ -126,7 +126,7 @@ def _run(
     again: Mapping[int, int],
     warps: int,
 ) -> float:
-    """Clocks until the program ends, if the loops that end at `again` are gone through so many times more."""
+    """Clocks until the program ends; `again`: where a loop ends → how many further passes it takes."""
     now, memory, at = 0.0, 0.0, 0
     ready, left = [0.0] * 6, dict(again)
     while at < len(instructions):
@@ -150,7 +150,7 @@ def _run(
             at = backwards[at]
         elif instruction.operation == "BRA" and at not in backwards and not predicated:  # others have conditions
             target = labels[re.findall(r"\.L_x_\d+", instruction.text)[0]]
-            if target == at:  # what stands behind the end
+            if target == at:  # what follows the end of the program
                 break
             at = target
         else:

@@ -1,4 +1,4 @@
-"""From a case to its code: the kernel, its constants and types, and the processes where kernels compile."""
+"""From a case to its code: the kernel, its constants and types, and processes in which kernels compile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dnc_triton.kernels.step_launch import compile_options, is_capped
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Those that are not floating point.
+# Pointers to other than floating point numbers.
 POINTERS = {"free_list_ptr": "*i32", "lengths_ptr": "*i32", "reset_ptr": "*u8", "marks_ptr": "*u8"}
 WEIGHTS = ("recurrent_ptr", "interface_weight_ptr", "recurrent_t_ptr", "interface_weight_t_ptr")
 
@@ -54,7 +54,7 @@ def compile_case(case: Case) -> tuple[dict[str, Any], int]:
         if case.variant == "autocast" and name in WEIGHTS:
             dtype = TRITON_TYPES["bfloat16"]
         signature[name] = POINTERS.get(name, f"*{dtype}")
-        # At a launch tensors begin at multiples of 16 bytes, but for those of which the kernel says that they need not.
+        # At a launch tensors begin at multiples of 16 bytes, except where the kernel says that they need not.
         if not kernel.params[position].do_not_specialize_on_alignment:
             attributes[(position,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
@@ -111,7 +111,7 @@ def _weights(case: Case) -> dict[str, Any]:
 
 
 def _small_product(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
-    """The kernel, and all of its constants but those of its arithmetic."""
+    """The kernel, and its constants except those of its arithmetic."""
     _, word, reads = case.shape
     below, size, vector, tiles = word * reads, case.hidden_size, case.interface_size, tiles_of(case)
     constants: dict[str, Any]
@@ -130,9 +130,9 @@ def _small_product(case: Case) -> tuple[triton.JITFunction, dict[str, Any]]:
 
 
 def compiling_map(function: Callable[[Item], Result], items: Iterable[Item], *, jobs: int = 2) -> Generator[Result]:
-    """Map a function over items, in order, in processes where kernels compile.
+    """Map a function over items, in order, in processes in which kernels compile.
 
-    They do not in one that came up with TRITON_INTERPRET=1, as that of the tests does.
+    In one started with TRITON_INTERPRET=1, as that of the tests is, they do not.
     """
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes, and whether it has all its barriers."""
+"""What a compiled kernel uses, and whether it has all its barriers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.static.ptx import early_accesses, uneven_sums
 from benchmarks.static.ttgir import Unchecked, without_barriers
 from dnc_triton.kernels.buffers import ENDED, FRESH, LOST
 
-# Bytes a block may have. A kernel that wants more compiles, and fails when it is launched.
+# Bytes of shared memory that a block may have. A kernel that needs more compiles, but fails when it is launched.
 SHARED_LIMITS = {
     "sm_80": 166_912,
     "sm_89": 101_376,
@@ -31,9 +31,9 @@ SHARED_LIMITS = {
     "gfx942": 65_536,
     "gfx1100": 65_536,
 }
-# Of what takes them: each step meets the one before and the one after, and of two blocks one is full, one is not. The
-# row that runs to the end is reset before its first and its last step, the other one at both of its steps. Where a step
-# is marked one row is reset at it and at the next, the other has ended.
+# For kernels that take them: each step meets the one before and the one after, and of two blocks one is full, one is
+# not. The row that runs to the end is reset before its first and its last step, the other one at both of its steps.
+# Where a step has marks, one row is reset at it and at the next, the other has ended.
 ARGUMENTS = {
     "batch": 2,
     "steps": 3,
@@ -46,33 +46,33 @@ ARGUMENTS = {
     "marks_ptr": [FRESH.value | LOST.value, ENDED.value],
     "shared": 0,
 }
-# Of the kernel that makes links again: from two steps back.
+# For the kernel that computes links again: from two steps back.
 BEHIND = {"behind": 2, "row": 12, "precedence_ptr": 192, "write_weights_ptr": 96}
-# Places of barriers without which some kernel was found to be wrong, in this process: one is enough.
+# Places of barriers without which a kernel was found to be wrong in this process; one such kernel is enough.
 _needed: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a kernel takes."""
+    """What a kernel uses."""
 
-    registers: int  # of a thread
-    spilled: int  # bytes of a thread
-    shared: int  # bytes of a block
+    registers: int  # per thread
+    spilled: int  # bytes per thread
+    shared: int  # bytes per block
     instructions: int
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What became of a case."""
+    """The result of a case."""
 
     case: Case
     numbers: Numbers | None  # None if it does not compile
-    errors: list[str]  # of compiling it, and races
-    barriers: dict[str, bool]  # by place in the source, whether this kernel or one before would be wrong without it
+    errors: list[str]  # errors in compiling it, and races
+    barriers: dict[str, bool]  # place in the source → whether this kernel or an earlier one would be wrong without it
 
     def problems(self) -> list[str]:
-        """What must not be, in words."""
+        """What is wrong, in words."""
         return [f"{self.case}: {problem}" for problem in self.errors + self._excesses()]
 
     def _excesses(self) -> list[str]:
@@ -87,22 +87,22 @@ class Measurement:
 
 
 def measure(case: Case) -> Measurement:
-    """Compile a case, count what it takes and look for races."""
+    """Compile a case, count what it uses and look for races."""
     try:
         asm, shared = compile_case(case)
     except (TritonError, RuntimeError) as error:
-        while isinstance(error.__cause__, TritonError):  # from a call to what stands in the called function
+        while isinstance(error.__cause__, TritonError):  # from the call to the cause in the called function
             error = error.__cause__
         return Measurement(case, None, [f"does not compile: {error}"], {})
     counts = _count_amd(asm["amdgcn"]) if case.target.startswith("gfx") else _count_nvidia(asm["cubin"])
     numbers, ttgir = Numbers(shared=shared, **counts), asm["ttgir"]
     uneven = [] if case.target.startswith("gfx") else uneven_sums(asm["ptx"])
-    errors = [f"{site} adds to a product of its own, unrounded, what another thread has" for site in uneven]
+    errors = [f"{site} adds another thread's value to an unrounded product of its own" for site in uneven]
     if case.overlaps:
         early = early_accesses(asm["ptx"])
         errors += [f"{site} accesses memory that the launch before it may still write to" for site in early]
     try:
-        # Which barriers are needed does not depend on the target; to find out takes a walk for each of them.
+        # Which barriers are needed does not depend on the target; finding out takes a walk for each of them.
         without = list(without_barriers(ttgir)) if case.target == "sm_90" else []
         behind = (case.direction, case.phase) == ("backward", "middle")
         arguments = ARGUMENTS | BEHIND if behind else ARGUMENTS
@@ -128,9 +128,9 @@ def _count_nvidia(cubin: bytes) -> dict[str, int]:
 
 
 def _count_instructions(cubin: bytes) -> int:
-    """Instructions in the executable sections of an ELF file, no-operations aside, which fill them up.
+    """Instructions in the executable sections of an ELF file, without the no-operations that pad them.
 
-    An instruction has 16 bytes, its operation in the low 12 bits. nvdisasm counts the same, and takes half a second.
+    An instruction has 16 bytes, with its operation in the low 12 bits. nvdisasm counts the same in half a second.
     """
     (headers,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count = struct.unpack_from("<HH", cubin, 0x3A)

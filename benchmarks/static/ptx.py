@@ -1,12 +1,12 @@
 """What is wrong in a kernel's PTX: sums that differ between threads, and memory that is accessed too early.
 
-To add up across a warp a thread adds what another one has to what it has itself. If that is a product, the compiler
-fuses the thread's own with the addition, and rounds once where the other's was rounded as well: so the threads' sums
-differ in the last bit. Where several threads hold the same element, which sum is taken depends on which of them is
-the last to write it, and the same call might give other bits. `dnc_triton.kernels.common.term` is not fused.
+To sum across a warp, a thread adds another thread's value to its own. If these are products, the compiler fuses the
+thread's own product with the addition and does not round it, while the other thread's was rounded: so the threads'
+sums differ in the last bit. Where several threads hold the same element, which sum is stored depends on which of them
+writes last, and the same call might give other bits. `dnc_triton.kernels.common.term` is not fused.
 
-A launch that overlaps the one before it waits for that one's end before it touches memory. What the source says first a
-compiler may put behind something else, as Triton 3.7.1 does with loads in a loop that waits.
+A launch that overlaps the one before it waits for that one's end before it accesses memory. A compiler may move what
+the source says first behind something else, as Triton 3.7.1 does with loads in a loop that waits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _MOVES = ("mov.b", "cvt.u", "shl.b64", "or.b64")
 
 
 def uneven_sums(ptx: str) -> list[str]:
-    """Where a kernel adds to a product of its own what came from another thread, each place once."""
-    made: dict[str, tuple[str, list[str]]] = {}  # by what, and from which registers
+    """Where a kernel adds another thread's value to a product of its own, each place once."""
+    made: dict[str, tuple[str, list[str]]] = {}  # register → operation, and the registers it read
     additions: list[tuple[str, str]] = []
     site, callers, files = "an unknown place", dict[str, str](), dict(_FILE.findall(ptx))
     for line in ptx.splitlines():
@@ -41,7 +41,7 @@ def uneven_sums(ptx: str) -> list[str]:
 
 
 def early_accesses(ptx: str) -> list[str]:
-    """Where a kernel accesses memory before it waits for the launch before it, each place once."""
+    """Where a kernel accesses memory before it waits for the previous launch, each place once."""
     found, site, callers, files = set(), "an unknown place", dict[str, str](), dict(_FILE.findall(ptx))
     for line in _WAIT.split(ptx, maxsplit=1)[0].splitlines():
         if located := _SITE.match(line):
@@ -57,12 +57,12 @@ def _divide(operands: str) -> tuple[list[str], list[str]]:
         written, _, read = operands.partition("}")
     else:
         written, _, read = operands.partition(",")
-        written = written.partition("|")[0]  # of a shuffle's two results the one with the number
+        written = written.partition("|")[0]  # of a shuffle's two results, the number
     return _REGISTER.findall(written), _REGISTER.findall(read)
 
 
 def _comes_from_another_thread(register: str, made: dict[str, tuple[str, list[str]]]) -> bool:
-    """Through moves, and what puts the halves of a float64 together."""
+    """Looks through moves, and through what puts the halves of a float64 together."""
     seen = set()
     while register in made and register not in seen:
         seen.add(register)
@@ -76,14 +76,14 @@ def _comes_from_another_thread(register: str, made: dict[str, tuple[str, list[st
 
 
 def _ours(located: re.Match[str], callers: dict[str, str], files: dict[str, str]) -> str:
-    """Of a place and where it was inlined, the innermost that is ours.
+    """Of a place and the places where it was inlined, the innermost that is ours.
 
-    Up to Triton 3.7 all of these stand beside the place. From 3.8 on only the next one does, which is to be followed.
+    Up to Triton 3.7 all of them are given with the place; from 3.8 on only the next one, which must be followed.
 
     Args:
-        located: of `_SITE`.
-        callers: of those met so far where each was inlined last; this one is added.
-        files: their names, by number.
+        located: a match of `_SITE`.
+        callers: place → where it was last inlined, for those met so far; this one is added.
+        files: number → name.
     """
     place, caller, beside = located.groups()
     places = re.findall(r"(\w+\.py:\d+):\d+", beside)

@@ -1,4 +1,4 @@
-"""The recorded numbers of each Triton version: read, written anew, and compared with those of today."""
+"""The recorded numbers of each Triton version: read them, rewrite them, compare them with new ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ RECORD = Path(__file__).parent.parent / "results" / "static.json"
 
 
 def read_record(path: Path) -> dict[str, Numbers]:
-    """The numbers committed for this version of Triton, by case; empty for a version that has none."""
+    """The numbers recorded for this version of Triton, by case; empty if there are none."""
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {case: Numbers(**numbers) for case, numbers in recorded.get(triton.__version__, {}).items()}
 
 
 def update_record(measurements: Iterable[Measurement], path: Path) -> None:
-    """Record these numbers for this version of Triton; drop those of cases that are no more."""
+    """Record these numbers for this version of Triton; drop those of cases that no longer exist."""
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     now = {str(measured.case): asdict(measured.numbers) for measured in measurements if measured.numbers}
     before = recorded.get(triton.__version__, {})
@@ -40,7 +40,7 @@ def worse_than_recorded(measurements: Iterable[Measurement], record: dict[str, N
     """Numbers that grew, and cases that were never recorded."""
     found = []
     for measurement in measurements:
-        if measurement.numbers is None:  # a problem of its own
+        if measurement.numbers is None:  # reported as a problem of its own
             continue
         before = record.get(str(measurement.case))
         if before is None:

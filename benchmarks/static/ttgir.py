@@ -1,4 +1,4 @@
-"""The compiler's intermediate code (TTGIR) as it is printed: its operations, and what thread holds what element."""
+"""The compiler's intermediate code (TTGIR) as printed: its operations, and which thread holds which element."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def parse(ttgir: str) -> Kernel:
 
 
 def _parse_block(lines: Iterator[str], layouts: dict[str, str], places: dict[str, str]) -> tuple[list[Op], str]:
-    """The operations up to the brace that closes the block, and the line it stands in."""
+    """The operations up to the brace that closes the block, and the line of that brace."""
     ops: list[Op] = []
     for line in lines:
         line = line.strip()
@@ -97,13 +97,13 @@ def _parse_op(line: str, layouts: dict[str, str], places: dict[str, str]) -> Op:
 
 
 def _find_only_stored(body: list[Op]) -> None:
-    """Mark what is computed, element by element, only to be stored: no other thread will ever see it."""
+    """Mark values that are computed, element by element, only to be stored: no other thread ever sees them."""
     ops = list(_nested(body))
     users: dict[str, list[Op]] = {}
     for op in ops:
         for name in op.operands:
             users.setdefault(name, []).append(op)
-    for op in reversed(ops):  # users come after what they use, except for what a loop carries, and that is a yield
+    for op in reversed(ops):  # users come after what they use, except for what a loop carries, which a yield uses
         op.only_stored = bool(op.results) and all(
             (user.name == "tt.store" and user.operands[1] == result)
             or (user.name.endswith(".buffer_store") and user.operands[0] == result)
@@ -121,7 +121,7 @@ def _nested(ops: list[Op]) -> Iterator[Op]:
 
 
 def _tensor_type(text: str) -> tuple[tuple[int, ...], str]:
-    """Shape and layout of the last tensor type in the text; of a scalar () and nothing."""
+    """Shape and layout of the last tensor type in the text; () and "" for a scalar."""
     start = text.rfind("tensor<")
     if start < 0:
         return (), ""
@@ -157,7 +157,7 @@ def _site(place: str, places: dict[str, str]) -> str:
 
 @cache
 def holders(layout: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
-    """First and last thread that hold each element of a tensor, flat; they differ where several do. None: unknown."""
+    """First and last thread that hold each element of a flattened tensor, different if several do; None if unknown."""
     if not shape:
         return np.zeros(1, int), np.full(1, np.iinfo(int).max)
     if match := re.match(r"#ttg\.slice<\{dim = (\d+), parent = (.*)\}>$", layout):
@@ -180,7 +180,7 @@ def _blocked_holders(layout: str, shape: tuple[int, ...]) -> tuple[np.ndarray, n
     for dim in order:
         at = np.arange(shape[dim]).reshape([-1 if axis == dim else 1 for axis in range(len(shape))]) // registers[dim]
         for count, stride in ((lanes[dim], lane_stride), (warps[dim], warp_stride)):
-            # Where the tensor ends before the threads do, these hold it again.
+            # With more threads than elements, further threads hold the elements again.
             distinct = min(count, int(at.max()) + 1)
             first += at % count * stride
             last += (at % count + count - distinct) * stride
@@ -192,7 +192,7 @@ def _blocked_holders(layout: str, shape: tuple[int, ...]) -> tuple[np.ndarray, n
 
 def _linear_holders(layout: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     def flat(key: str) -> list[int]:
-        """Where each bit of a register, lane or warp number moves to in the flat tensor."""
+        """The place in the flat tensor to which each bit of a register, lane or warp number leads."""
         bases = re.search(rf"{key} = \[((?:\[[\d, ]*\](?:, )?)*)\]", layout)
         places = re.findall(r"\[([\d, ]+)\]", bases[1]) if bases else []
         return [int(np.ravel_multi_index([int(i) for i in place.split(",")], shape)) for place in places]

@@ -1,4 +1,4 @@
-"""Integers and pointers as an operation of the intermediate code computes them; None is what is not known."""
+"""Integers and pointers as operations of the intermediate code compute them; None if unknown."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _make_range(op: Op) -> np.ndarray:
 
 
 def _moved(move: Callable[[Op, np.ndarray], np.ndarray]) -> Callable[..., Any]:
-    """An operation that leaves values as they are but for where they stand, of integers or of pointers."""
+    """An operation on integers or pointers that only moves values to other places."""
 
     def value(op: Op, operand: Any) -> Any:
         if isinstance(operand, Pointer):
