@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         its exit status. 1: this project's layer or a backend was wrong or failed somewhere, the device stopped working,
-        or `compare` found a regression. 2: nothing was measured, or compared, or a file could not be read. 130: it was
-        interrupted.
+        or `compare` found a regression. 2: nothing was measured, or compared, or a file could not be read or written.
+        130: it was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):

@@ -230,7 +230,7 @@ def _check(
     if mode == CAPTURED and not peer.captured:
         return replace(row, status=DECLINED, note=f"{name}: it is not captured"), None
     if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < needed):
-        return replace(row, status=LEFT_OUT, note=f"{name}: not timed where compile time was used up"), None
+        return replace(row, status=LEFT_OUT, note=f"{name}: not timed where no time was left to compile"), None
     try:
         with torch.set_grad_enabled(mode in TRAINS):
             backend = network.backend(inputs_of(mode, inputs))

@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--size",
         type=int,
         help="size of the sequence, as the task counts it: vectors or items, or the number "
-        "of a lesson, kind or style (default: the last of those trained on)",
+        "of a lesson, kind or style (default: the last of the task's last lesson)",
     )
     trace.add_argument("--index", type=int, default=0, help="which sequence of that size (default: 0)")
     trace.add_argument("--output", type=_path, help="folder for the pictures (default: the run's)")

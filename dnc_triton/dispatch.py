@@ -2,9 +2,10 @@
 
 The `backend` argument of the call or layer decides first, then `use_backend`, then the environment variable
 DNC_TRITON_BACKEND, then "auto". On a CPU "auto" is plain PyTorch: the sequence operation where it serves, otherwise,
-and for a traced single step without gradients, the reference. On a GPU it is what measured fastest, on the first call
-of a kind (`tuning`). While a CUDA graph is captured, nothing is measured: what is remembered is taken, or else the
-first in rank. While a graph is traced, or with deterministic algorithms, it is always the first in rank.
+and for a traced single step without gradients, the reference. On CUDA and ROCm it is what measured fastest, on the
+first call of a kind (`tuning`). While a CUDA graph is captured, nothing is measured: the fastest that is remembered is
+taken, unless the first in rank is not remembered, which then is taken itself. While a graph is traced, or with
+deterministic algorithms, it is always the first in rank.
 """
 
 from __future__ import annotations

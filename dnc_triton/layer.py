@@ -70,7 +70,8 @@ class DNC(DNCCell):
             max_activation_gradient out of range; num_layers, dropout or max_activation_gradient with a controller of
             your own.
         TypeError: a size or checkpoint that is no integer, a flag that is no bool, dropout or a bound that is no
-            number, a dtype that PyTorch does not compute in; a factory that does not make a controller.
+            number, a dtype that PyTorch does not compute in; a controller that is no string and no factory that makes
+            one.
 
     Example:
         >>> dnc = DNC(input_size=8, hidden_size=64, output_size=8, memory_size=16, word_size=16)
@@ -158,8 +159,9 @@ class DNC(DNCCell):
 
         Raises:
             ValueError: a tensor of the wrong shape or on another device than the parameters, lengths outside 0…T (not
-                checked while anything traces, a CUDA graph is captured or a transform of `torch.func` is at work) or
-                given with a `PackedSequence`, which has its own; an unknown backend, in the environment variable say.
+                checked while anything traces or a transform of `torch.func` is at work, nor on a GPU while a CUDA graph
+                is captured) or given with a `PackedSequence`, which has its own; an unknown backend, in the environment
+                variable say.
             TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
                 state that is no `DNCState`, a trace that is no bool.
             Both: an attribute since set to a value that the constructor refuses, unless it is a size of the weights.

@@ -30,7 +30,8 @@ def memory_step(
         read words [B, R, W] and the memory after the step.
 
     Raises:
-        TypeError: a field is not a floating tensor of the dtype of `state.memory`; `stop_usage_gradient` is no bool.
+        TypeError: no `Interface` or `MemoryState`; a field that is no floating tensor of the dtype of `state.memory`;
+            `stop_usage_gradient` is no bool.
         ValueError: a field does not fit the shapes of the others, or is on another device; an unknown backend.
         RuntimeError: the backend asked for does not serve this call.
 

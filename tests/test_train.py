@@ -169,7 +169,7 @@ def test_delayed_copy_is_learned_and_everything_is_left_in_the_folder(
     folder = tmp_path / "run"
     assert main(["train", "delayed_copy", "--run", str(folder), "--seed", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "sequences without an error" in printed
+    assert "sequences right" in printed
     assert "DNC" in printed
     assert "LSTM" in printed
 

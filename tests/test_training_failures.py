@@ -446,7 +446,7 @@ def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(run, "_try_to_save", lambda name: False)
     monkeypatch.setattr("dnc_triton.training.report.EVALUATION_SEQUENCES", 10)
     assert run.train()
-    assert "sequences without an error" in report(run)
+    assert "sequences right" in report(run)
     assert json.loads((tmp_path / "result.json").read_text())["best_step"] is None
 
 

@@ -121,10 +121,10 @@ class Case:
 
     @property
     def may_spill(self) -> bool:
-        """Every layout that may be taken must spill nothing on the target that it was chosen for.
+        """Every layout that may be taken must spill nothing on the target that it was chosen for, the H200's.
 
-        Not in float64, which serves to check gradients: it needs twice the registers of float32. The controller's
-        kernels, which are small, must spill nothing on any target of a data centre.
+        Exceptions: float64, which serves to check gradients and needs twice the registers of float32, and the largest
+        shapes. The controller's kernels, which are small, must spill nothing on any target of a data centre.
         """
         if self.phase in CONTROLLER:
             return self.target in WORKSTATIONS

@@ -37,7 +37,7 @@ class Lesson(NamedTuple):
 
 
 class World(NamedTuple):
-    """Every arrangement of 1 up to some number of blocks on a board. S states, M moves, C constraints.
+    """Every arrangement of blocks on a board, for a range of their number. S states, M moves, C constraints.
 
     Attributes:
         boards: [S, size * size] int64: the block on each square, 0 for none; rows from the bottom up.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 class Journal:
-    """The rows of the metrics for TensorBoard. What it cannot write is lost without harm: metrics.csv has it all.
+    """The rows of the metrics for TensorBoard. What it cannot write is lost without harm: the run's tables have it all.
 
     Args:
         folder: where they go; None: nowhere, as in all processes but the first.

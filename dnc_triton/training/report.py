@@ -36,7 +36,7 @@ def table(run: Run, scores: Scores) -> str:
     shares, errors = (_one_of(scores, key) for key in ("right", f"{run.task.unit}_error"))
     width = max(map(len, shares))
     models = next(iter(shares.values()))
-    lines = [f"{'sequences without an error':<{width}}" + "".join(f"{LABELS[model]:>10}" for model in models)]
+    lines = [f"{'sequences right':<{width}}" + "".join(f"{LABELS[model]:>10}" for model in models)]
     for name, by_model in shares.items():
         lines.append(f"{name:<{width}}" + "".join(f"{share:>10.1%}" for share in by_model.values()))
     if more := run.task.table(errors):
@@ -55,7 +55,7 @@ def draw(run: Run, folder: Path, size: int | None = None, index: int = 0) -> str
     Args:
         run: the run.
         folder: where memory.png and memory.html go.
-        size: of the sequence; None: the last of those trained on.
+        size: of the sequence; None: the last size of the task's last lesson.
         index: which sequence of that size.
 
     Returns:

@@ -52,7 +52,7 @@ from dnc_triton.training.learner import Learner, make_fabric
 from dnc_triton.training.settings import Settings
 
 LOG_EVERY = 50  # steps between two rows of metrics.csv, and between two checkpoints unless the clock says otherwise
-CHECKPOINT_SECONDS = 60.0  # a checkpoint is no older than that
+CHECKPOINT_SECONDS = 60.0  # a checkpoint is no older than that, unless writing it takes too long:
 CHECKPOINT_SHARE = 0.05  # at most this share of the time goes into checkpoints
 VALIDATION_SEQUENCES = 200
 VALIDATION_SIZES = 8  # of the last lesson at most, evenly spread
@@ -411,7 +411,7 @@ class Run:
         }
 
     def save(self, name: str = "checkpoint.pt") -> None:
-        """Write the checkpoint, the settings and the tables, each whole or not at all.
+        """Write the checkpoint, the tables and, unless they are there, the settings, each whole or not at all.
 
         Raises:
             OSError: one could not be written; the old one is as it was.

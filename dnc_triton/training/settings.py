@@ -44,7 +44,7 @@ class Settings:
     `task_arguments` are the arguments of its class.
 
     Raises:
-        ValueError: an unknown task, an argument that it does not take, a number out of range.
+        ValueError: an unknown task, an argument that it does not take, a value of another type or out of range.
     """
 
     task: str

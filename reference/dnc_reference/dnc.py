@@ -75,7 +75,7 @@ class DNCCell(nn.Module):
         ValueError: a size below 1, an unknown controller or strength, dropout outside [0, 1), a bound not above 0;
             num_layers, dropout or max_activation_gradient with a controller of your own.
         TypeError: a size that is no integer, a flag that is no bool, dropout or a bound that is no number, a dtype that
-            PyTorch does not compute in; a factory that does not make a controller.
+            PyTorch does not compute in; a controller that is no string and no factory that makes one.
 
     Source: Graves et al. 2016, Methods, "Controller network", with the layers stacked as in `nn.LSTM`: the paper also
     feeds the input to every layer and every layer to the output. `clip`: DeepMind's published code, dnc.py.
