@@ -23,7 +23,7 @@ help:
 demo: .venv/.train
 	$(BIN)/python -m dnc_triton train copy $(ARGS)
 
-# A file of tests per process, each with one thread: two cores then take little more than half as long.
+# A file of tests per process, each with one thread: two cores then take little more than half the time.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.dev
@@ -40,7 +40,7 @@ test-newest: export OMP_NUM_THREADS ?= 1
 test-newest: .venv-newest/.dev
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(ARGS)
 
-# A process of its own: in that of the other tests the kernels are interpreted, and not compiled.
+# A process of its own: in that of the other tests the kernels are interpreted, not compiled.
 emulate: export OMP_NUM_THREADS ?= 1
 emulate: .venv/.dev
 	$(BIN)/python -m pytest -m slow tests/emulated $(ARGS)
@@ -62,9 +62,9 @@ gpu sanitize: export PYTHONPATH := .:reference$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	@$(PYTHON) -m benchmarks.on_gpu $(ARGS)
 
-# What no test sees: reads and writes out of bounds, races, numbers that nobody wrote, barriers that not all reach. The
-# allocator's cache would hide the first and the third from the tools; without it there is no capturing of graphs. The
-# tools run at once, for what takes time is compiling, and every line says whose it is.
+# What no test sees: reads and writes out of bounds, races, numbers that nobody wrote, barriers that not all threads
+# reach. The allocator's cache would hide the first and the third from the tools; without it no graph can be captured.
+# The tools run at once, since it is compiling that takes time, and every line says which tool wrote it.
 TOOLS ?= memcheck racecheck initcheck synccheck
 # Trainings by every kernel, and steps by the layouts of large memories.
 SANITIZED := (test_the_layer and (plain or lstm_all)) or test_float32 or (test_limits and spread-activated) or (test_same_call and spread) or test_ranks
@@ -74,7 +74,7 @@ define sanitized
 	$(PYTHON) -m pytest -m gpu -v --color=no -p no:cacheprovider tests/gpu/test_gpu.py -k '$(SANITIZED)' $(ARGS) 2>&1 || \
 	{ echo FAILED; exit 1; }; } | sed -u "s/^/$$0: /"
 endef
-# By xargs, for the jobs of a shell would outlive an interrupt.
+# By xargs, since the jobs of a shell would outlive an interrupt.
 sanitize: export SANITIZED_BY := $(sanitized)
 sanitize:
 	@command -v compute-sanitizer > /dev/null || \
@@ -102,7 +102,8 @@ clean:
 .venv-oldest/.dev .venv-newest/.dev: .venv-%/.dev: pyproject.toml constraints-%.txt
 	$(call install,.venv-$*,constraints-$*.txt,dev)
 
-# What tests and benchmark compare with, without what it depends on, which they do not need; they do without it too.
+# The package that tests and benchmark compare with, without its dependencies, which they do not need; if it cannot be
+# installed, they do without it.
 peer = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dnc==2.0.0b1 || true
 
 define install
