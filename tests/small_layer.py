@@ -16,7 +16,7 @@ SIZES = dict(memory_size=5, word_size=4, num_reads=2)
 CLOSE = dict(rtol=1e-10, atol=1e-12)
 EXACT = dict(rtol=0.0, atol=0.0)
 LENGTHS = [3, 0, 5, 1]
-# A call of it in float32, as the dispatcher sees it.
+# A call of the layer in float32, as the dispatcher sees it.
 PROBLEM = Problem(
     device=torch.device("cpu"),
     dtype=torch.float32,
@@ -36,7 +36,7 @@ def make(**changes) -> DNC:
     torch.manual_seed(0)
     dnc = DNC(INPUTS, HIDDEN, OUTPUTS, **{**SIZES, "dtype": torch.float64, **changes})
     if changes.get("device") != "meta":
-        with torch.no_grad():  # as torch initialises it the memory hardly matters: the gates all stand near one half
+        with torch.no_grad():  # as torch initialises it, the memory hardly matters: all gates are near one half
             dnc.interface.weight.mul_(4)
     return dnc
 

@@ -50,7 +50,7 @@ def test_the_layer_is_on_the_cpu():
 
 
 def test_variables_stay_as_they_are():
-    """Also tensors of float64, whose memory is not copied on the way."""
+    """Even float64 tensors, whose memory is not copied on the way."""
     variables = {name: torch.from_numpy(array) for name, array in deepmind_variables().items()}
     dnc = from_deepmind(variables, **SIZES)
     assert dnc.controller.layers[0].bias_ih.any()  # Sonnet's 1 of the forget gate

@@ -1,4 +1,4 @@
-"""What the layer refuses, and how: arguments of the constructor and of a call, but for the state."""
+"""What the layer refuses, and how: arguments of the constructor and of a call, except the state."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_dropout_out_of_range_that_is_set_after_the_constructor(backend):
 @pytest.mark.parametrize("call", [lambda dnc: dnc(INPUTS), lambda dnc: dnc.step(INPUTS[:, 0])], ids=["call", "step"])
 @pytest.mark.parametrize("put", [lambda part: part, nn.Sequential], ids=["alone", "within"])
 def test_an_interface_layer_of_another_size(put, call, more):
-    """Kernels would read beyond what it gives, or the numbers of others."""
+    """Kernels would read beyond its output, or numbers meant for others."""
     dnc = make()
     size = dnc.interface.out_features
     dnc.interface = put(nn.Linear(6, size + more))
@@ -155,7 +155,7 @@ def test_layers_and_dropout_belong_to_built_in_controllers(changes):
 # --- The call
 
 ROWS = [INPUTS[0], INPUTS[1, :3]]
-with warnings.catch_warnings():  # that nested tensors of this layout are a prototype
+with warnings.catch_warnings():  # the warning that nested tensors of this layout are a prototype
     warnings.simplefilter("ignore")
     NESTED = torch.nested.nested_tensor(ROWS)
 JAGGED = torch.nested.nested_tensor(ROWS, layout=torch.jagged)
@@ -320,7 +320,7 @@ def test_inputs_of_a_single_step_of_another_rank():
 
 
 def test_nested_inputs_of_a_single_step():
-    """Whose number of dimensions is a layer's, and whose shape may not be asked for."""
+    """They have the right number of dimensions, and their shape may not be asked for."""
     nested = torch.nested.nested_tensor([torch.zeros(3)] * BATCH)
     with refuses(TypeError, "inputs", "a dense tensor", "nested"):
         make().step(nested)
@@ -335,4 +335,4 @@ def test_what_is_explained_is_a_layer():
     for other in (nn.LSTM(3, 6), None, DNC):
         with refuses(TypeError, "dnc", "a DNC", type(other).__name__):
             explain(other, INPUTS)
-    assert explain(torch.compile(make()), INPUTS) == explain(make(), INPUTS)  # which hands on what it is asked
+    assert explain(torch.compile(make()), INPUTS) == explain(make(), INPUTS)  # it passes on what it is asked

@@ -17,7 +17,7 @@ STEP = {
     "state": MemoryState.zeros(4, 5, 3, 2, 1),
 }
 STEP_FIELDS = [("interface", name) for name in Interface._fields] + [("state", name) for name in MemoryState._fields]
-# The sizes and the dtype are read off these: in another size they blame a field that does not go with it.
+# The sizes and the dtype are read off these: when one of these is wrong, a field that does not match it is blamed.
 MEASURES = {("state", "memory"), ("interface", "read_keys"), ("interface", "write_keys")}
 
 
@@ -163,7 +163,7 @@ def test_memory_step_of_what_it_does_not_know(changes, argument, expected, came)
 
 @pytest.mark.parametrize("backend", ["reference", "triton_fused"])
 def test_a_flag_is_looked_at_before_the_backend(backend):
-    """One that is none would be a number to a kernel."""
+    """One that is no bool would be a number to a kernel."""
     with refuses(TypeError, "stop_usage_gradient", "a bool", "1"):
         memory_step(**STEP, stop_usage_gradient=1, backend=backend)
     with refuses(TypeError, "stop_usage_gradient", "a bool", "1"):

@@ -185,7 +185,7 @@ def test_output_of_a_controller_of_your_own():
 
 
 class Own(nn.Module):
-    """A controller whose initial state and what it returns are as it is told."""
+    """A controller whose initial state and results are what it was told."""
 
     def __init__(self, hidden_size, begin, returns):
         super().__init__()
@@ -259,7 +259,7 @@ def test_rows_are_picked_from_two_states(other):
 
 
 def test_what_is_not_dense_is_named():
-    """Also what is not the inputs, and in a step."""
+    """Arguments other than the inputs too, and the inputs of a step."""
     dnc = make()
     _, state = dnc(INPUTS)
     sparse = state._replace(read_words=state.read_words.to_sparse())

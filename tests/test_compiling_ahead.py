@@ -1,7 +1,7 @@
 """Kernels compile ahead, in threads, and are then those that are launched.
 
-There is no GPU here: what is compiled is for one that is said to be there, in a process of its own, where nothing is
-interpreted. That nothing runs is in tests/kernels.
+There is no GPU here: kernels compile for a pretended one, in a process of its own, where nothing is interpreted. That
+nothing runs is tested in tests/kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dnc_triton.problem import Problem
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 
 SMALL = replace(PROBLEM, batch=2, steps=6, num_reads=1)
-# Of different sizes, for each of which all compiles: where two problems come to one process, nothing compiles twice.
+# Of different sizes, so that all compiles for each: where two problems come to one process, nothing compiles twice.
 PROBLEMS = {
     "lstm": SMALL,
     "step": replace(SMALL, controller=None, memory_size=6),
@@ -104,7 +104,7 @@ def check(name: str, found: tuple[set[str], set[str], set[str], list[str]]) -> N
 
 
 def test_what_compiles_ahead_is_what_is_launched() -> None:
-    """All of it, in threads, for what a tensor or number of a real launch is taken as; and nothing else."""
+    """All of it, in threads, specialised as for the tensors and numbers of a real launch; and nothing else."""
     split = partial(launched_and_compiled, backends=("triton_split",))  # what compiles fastest
     (found,) = compiling_map(split, [PROBLEMS["lstm"]], jobs=1)
     check("lstm", found)

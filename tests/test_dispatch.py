@@ -363,7 +363,7 @@ def test_the_compiled_layer_follows_use_backend(add_backends):
 @pytest.mark.skipif(sys.platform != "linux", reason="where PyTorch's compiler asks for g++")
 @pytest.mark.parametrize("named", [True, False])
 def test_a_compiler_that_pytorch_does_not_ask_for_is_none(named, tmp_path, monkeypatch):
-    """One that is named but not there, or another than g++ that is not named."""
+    """One that CXX names but that is not there, or one other than g++ that CXX does not name."""
     (tmp_path / "clang++").write_text("#!/bin/sh")
     (tmp_path / "clang++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

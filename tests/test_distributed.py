@@ -1,4 +1,4 @@
-"""Several processes: half the batch each, and the gradients of one with all of it; weights that are kept in parts."""
+"""Several processes, half the batch each, get the gradients of one with all of it; weights that are kept in parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random calls of the layer: some of them here, more with `python -m tests.fuzz_layer`. And that it sees a mistake."""
+"""Random calls of the layer: some of them here, more with `python -m tests.fuzz_layer`; and that a mistake is seen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dnc_triton import DNC
 
-# Calls whose loss sees all, forward and back: of a state by slot, and of sums over slots.
+# Calls whose loss sees all, forward and back: one of a state that is compared by slot, one by sums over slots.
 BY_SLOT, BY_SUMS = (
     next(
         call

@@ -1,4 +1,4 @@
-"""That what the tests compare with sees a difference: helpers.py, with values whose difference is known."""
+"""What the tests compare with sees a difference: helpers.py, with values whose difference is known."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_is_never_equal(compare: Any, actual: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_close_is_not_to_what_is_not_finite(value: float) -> None:
-    """Nor within what is not: an error of the reference, say, in a number that has overflowed."""
+    """Nor within a limit that is not: an error of the reference, say, in a number that has overflowed."""
     with pytest.raises(AssertionError, match="not finite"):
         assert_close(torch.tensor([value]), torch.tensor([value]), rtol=1.0)
     with pytest.raises(AssertionError, match="not finite"):
@@ -93,7 +93,7 @@ def test_the_same_bits() -> None:
 
 
 def test_a_loss_sees_every_number() -> None:
-    """By each its gradient is another."""
+    """Each has a gradient of its own."""
     nests = {"a": torch.zeros(3, 4), "b": [torch.zeros(5), torch.zeros(1)]}
     leaves = [x.requires_grad_() for x in tree_leaves(nests)]
     found = torch.cat([x.flatten() for x in torch.autograd.grad(total(nests["a"], nests["b"]), leaves)])
@@ -105,7 +105,7 @@ def test_a_loss_sees_every_number() -> None:
 def test_no_two_numbers_are_drawn_alike() -> None:
     interface, state = random_problem(3, 7, 5, 2, 2)
     for tensor in tree_leaves((interface, state, random_like(state), random_interface(3, 5, 2))):
-        drawn = tensor[tensor != 0]  # but for the diagonal of a link
+        drawn = tensor[tensor != 0]  # all but the diagonal of a link
         assert len(drawn) >= 0.8 * tensor.numel()
         assert len(drawn.unique()) == len(drawn)
     other = random_problem(3, 7, 5, 2, 2, seed=1)

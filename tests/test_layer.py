@@ -80,7 +80,7 @@ def test_nothing_to_do(batch, steps, batch_first, options):
 
 
 def test_without_steps_the_initial_state_is_made_of_tensors_of_their_own():
-    """Else who keeps one of them keeps all, and a file of one would hold all."""
+    """Otherwise keeping one of them would keep all, and a file of one would hold all."""
     dnc = make()
     _, state = dnc(make_inputs(steps=0))
     tensors = tree_leaves(state)
@@ -239,11 +239,11 @@ def test_without_gradients():
     ids=["paper", "two write heads", "clip, lengths, reset"],
 )
 def test_gradcheck(changes, options):
-    """Inputs, initial state and parameters against differences of the forward."""
+    """The gradients of inputs, initial state and parameters are compared with differences of the forward."""
     torch.manual_seed(5)
     dnc = DNC(2, 2, 1, memory_size=3, word_size=2, num_reads=1, dtype=torch.float64, **changes)
     inputs = torch.randn(2, 3, 2, dtype=torch.float64)
-    # Some steps in no two slots are used equally, so that a small change does not change the free list.
+    # After some steps no two slots are used equally, so that a small change does not change the free list.
     _, state = dnc(torch.randn(2, 4, 2, dtype=torch.float64))
     state_leaves, structure = tree_flatten(state.detach())
     names, parameters = zip(*dnc.named_parameters(), strict=True)

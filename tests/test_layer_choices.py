@@ -1,4 +1,4 @@
-"""What the layer's constructor chooses, controllers of your own and dtypes among it; and what autocast leaves alone."""
+"""What the layer's constructor chooses, also controllers of your own and dtypes; and what autocast leaves alone."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_controller_of_your_own():
 
 
 class GrowingController(nn.Module):
-    """Sees all it said before: its state is one step longer after each step."""
+    """Sees all its earlier outputs: its state is one step longer after each step."""
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
@@ -296,7 +296,7 @@ class LinearController(OwnController):
 
 @pytest.mark.parametrize("choice", [dict(), dict(backend="reference"), dict(num_writes=2)], ids=str)
 def test_autocast_loses_no_gradients_of_many_steps(choice):
-    """Added up in bfloat16 over all steps those by the weights came out wrong by 2 to 9 % here."""
+    """Added up in bfloat16 over all steps, those of the weights came out wrong by 2 to 9 % here."""
     inputs = make_inputs(steps=200, dtype=torch.float32)
 
     def run(enabled):

@@ -113,7 +113,7 @@ def test_compiled_a_state_wants_no_gradient_where_only_the_output_layer_learns()
 
 
 def test_lists_of_lengths_are_compiled_for_once():
-    """Not for each batch of a training anew, which from the ninth on is an error."""
+    """Not anew for each batch of a training, which is an error from the ninth on."""
     torch._dynamo.reset()
     dnc, inputs = make(), make_inputs()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -174,7 +174,7 @@ def test_exports():
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_of_one_length(backend, keeps):
-    """As TensorBoard's graph of a model takes one, with gradients, and checks it without."""
+    """As TensorBoard takes one for its graph of a model, with gradients, and checks it without."""
     dnc, inputs = make(backend=backend), make_inputs(2, 3)
     with torch.set_grad_enabled(keeps):
         traced = torch.jit.trace(dnc, (inputs,))
@@ -225,7 +225,7 @@ def check_exported(dnc, inputs, shapes, others, strict):
     [(False, 2**14), (False, 2**28), (True, 2**28), pytest.param(True, 2**14, marks=pytest.mark.slow)],
 )
 def test_exports_for_any_size(most, strict, monkeypatch):
-    """Whatever of them "auto" would keep."""
+    """Whatever "auto" would keep at these sizes."""
     monkeypatch.setattr(pool, "MOST", most)
     dnc, batch = make(), {0: Dim("B")}
     check_exported(dnc, make_inputs(3, 5), batch, [(2, 5), (30, 5)], strict)
@@ -237,7 +237,7 @@ def test_exports_for_any_size(most, strict, monkeypatch):
 
 @pytest.mark.parametrize(("steps", "is_operator"), [(1, False), (2, True)])
 def test_a_compiler_looks_into_a_single_step_without_gradients(steps, is_operator):
-    """Which it makes faster than the operator, and whoever loads such a program need not have this package."""
+    """It makes that faster than the operator, and whoever loads such a program need not have this package."""
     dnc, inputs = make(), make_inputs(3, steps)
     with torch.no_grad():
         program = torch.export.export(dnc, (inputs,))
@@ -254,7 +254,7 @@ def test_exports_what_auto_keeps_of_a_known_size(monkeypatch):
 
 
 def test_the_operator_takes_none_for_no_dropout():
-    """As which AOTInductor hands on an empty list, forward and backward."""
+    """AOTInductor hands on an empty list as None, forward and backward."""
     dnc, inputs = make(), make_inputs().requires_grad_()
     module = torch.export.export(dnc, (inputs,)).module()
     (node,) = (node for node in module.graph.nodes if node.target is torch.ops.dnc_triton.sequence.default)
@@ -337,7 +337,7 @@ def test_gradients_of_each_sample():
 
 
 def test_gradients_of_each_padded_sample():
-    """Whose lengths nobody may look at."""
+    """Its length has no value that can be looked at."""
     dnc, inputs, lengths = make(), make_inputs(), torch.tensor(LENGTHS)
 
     def loss(sample, length):
@@ -380,7 +380,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("stepwise", [*STEPWISE, dict(controller=Scaled)], ids=str)
 def test_checkpoints_have_the_weights_of_a_functional_call(stepwise):
-    """Which are gone when the backward computes steps again; tied or not, of a class of their own, buffers too."""
+    """They are gone when the backward computes steps again. Tied or not, of a class of their own; buffers too."""
 
     class Tagged(nn.Parameter):
         pass
@@ -413,7 +413,7 @@ def test_checkpoints_do_not_compute_again_from_what_has_changed(changed, stepwis
 
 
 def test_forward_mode_through_a_bound_of_gradients():
-    """Which bounds what goes back, and nothing that goes forward."""
+    """It bounds what goes back, and nothing that goes forward."""
     inputs = make_inputs()
 
     def forward(dnc):
@@ -424,7 +424,7 @@ def test_forward_mode_through_a_bound_of_gradients():
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 def test_linearized_layer():
-    """PyTorch's `linearize` takes what is done in place for done."""
+    """PyTorch's `linearize` takes what is done in place as already done."""
     dnc, inputs = make().requires_grad_(False), make_inputs(2, 2)
     _, linear = torch.func.linearize(lambda x: dnc(x)[0], inputs)
     _, expected = torch.func.jvp(lambda x: dnc(x)[0], (inputs,), (inputs.flip(1),))

@@ -1,4 +1,4 @@
-"""Parts of the layer that users change: pruned, put in others' places, told to drop or to bound something else."""
+"""Parts of the layer that users change: pruned, replaced, with another dropout or another bound of gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def run(dnc: DNC) -> list[Tensor]:
-    """Outputs and the gradients by each parameter that has a part in them."""
+    """The outputs, and the gradient of each parameter."""
     outputs, state = dnc(draw())
     loss = outputs.square().sum() + state.read_words.sum()
     return [outputs.detach(), *torch.autograd.grad(loss, list(dnc.parameters()))]
@@ -59,7 +59,7 @@ def backend_of(dnc: DNC) -> str:
     ],
 )
 def test_weights_are_known_by_name(controller, part, names):
-    """Who ends a pruning or a parametrization puts the weight behind the others."""
+    """Ending a pruning or a parametrization puts the weight behind the others."""
     dnc = make(controller=controller, num_layers=2)
     module = dnc.get_submodule(part)
     before = [name for name, _ in module.named_parameters()]
@@ -80,7 +80,7 @@ def test_weights_whose_parametrization_has_ended():
 
 @pytest.mark.parametrize("kept", [1, 3])
 def test_a_controller_with_layers_less_or_more(kept):
-    """Whose number the layer does not know: it is asked for its state, and called step by step."""
+    """The layer does not know how many they are: the controller is asked for its state, and called step by step."""
     dnc = make(num_layers=2)
     layers = dnc.controller.layers
     dnc.controller.layers = nn.ModuleList([*layers, copy.deepcopy(layers[1])][:kept])
@@ -106,7 +106,7 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("wrap", [Wrapped, partial(torch.compile, backend="eager")], ids=["wrapped", "compiled"])
 def test_a_controller_whose_class_makes_no_initial_state(wrap):
-    """What stands around it hands on what it is asked."""
+    """What is wrapped around it passes on what it is asked."""
     dnc = make()
     expected = run(dnc)
     dnc.controller = wrap(dnc.controller)
@@ -160,7 +160,7 @@ def test_a_dropout_of_ones_own_is_called(change):
 
 
 def test_a_dropout_that_overwrites_is_called():
-    """It would multiply all of its masks into one."""
+    """In the operation, it would multiply all of its masks into one."""
     dnc = make(num_layers=3, dropout=0.5)
     assert backend_of(dnc) == "torch_sequence"
     dnc.controller.dropout.inplace = True
@@ -206,7 +206,7 @@ def test_an_output_layer_of_ones_own():
 
 @pytest.mark.parametrize("compute", [prune.identity, nn.utils.spectral_norm], ids=["prune", "spectral_norm"])
 def test_an_output_layer_whose_weight_a_hook_makes_is_converted_like_any_other(compute):
-    """The weight itself is then no parameter, and as it was until the hook runs again."""
+    """The weight itself is then no parameter, and stays as it was until the hook runs again."""
     dnc = make(dtype=torch.float32)
     compute(dnc.output, "weight")
     dnc.double()
@@ -215,7 +215,7 @@ def test_an_output_layer_whose_weight_a_hook_makes_is_converted_like_any_other(c
 
 
 def test_an_output_layer_is_looked_at_without_computing_its_weight():
-    """Which would take a step of its power iteration each time."""
+    """Computing it would take a step of its power iteration each time."""
     dnc = make()
     nn.utils.parametrizations.spectral_norm(dnc.output)
     before = {name: value.clone() for name, value in dnc.state_dict().items()}
@@ -258,7 +258,7 @@ def test_a_state_is_of_the_dtype_of_the_first_floating_parameter():
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("options", [{}, {"trace": True}, {"lengths": [2, 5, 0]}], ids=str)
 def test_every_part_is_given_the_batch_first(options, batch_first):
-    """By which what hooks into them takes samples apart: Opacus their gradients, captum its attributions."""
+    """By it hooks tell samples apart: Opacus for their gradients, captum for its attributions."""
     dnc, seen = make(batch_first=batch_first), []
     parts = [dnc.controller, *dnc.controller.layers, dnc.interface, dnc.output]
     for part in parts:
@@ -302,7 +302,7 @@ class Rounded(Tensor):
 
 @pytest.mark.parametrize("part", ["interface", "output"])
 def test_a_weight_that_is_made_of_others_is_given_to_its_layer(part):
-    """Compiled too. It would refuse an operator of ours."""
+    """Compiled too. The weight would refuse an operator of ours."""
     dnc = make()
     layer = dnc.get_submodule(part)
     numbers, scale = (100 * layer.weight.detach()).round(), torch.tensor(0.01, dtype=torch.float64)
@@ -318,7 +318,7 @@ def test_a_weight_that_is_made_of_others_is_given_to_its_layer(part):
 
 @pytest.mark.parametrize("backend", ["torch_sequence", "reference"])
 def test_an_output_layer_that_has_no_part_in_the_loss_gets_no_gradient(backend):
-    """Not one of zeros, with which a weight decays."""
+    """Not one of zeros, with which its weights would decay."""
     dnc = make(backend=backend)
     dnc(draw())[1].read_words.sum().backward()
     assert [name for name, x in dnc.named_parameters() if x.grad is None] == ["output.weight", "output.bias"]
@@ -327,7 +327,7 @@ def test_an_output_layer_that_has_no_part_in_the_loss_gets_no_gradient(backend):
 @pytest.mark.parametrize("backend", ["torch_sequence", "reference"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_an_interface_that_has_no_part_in_the_loss_gets_no_gradient(steps, backend):
-    """In a single step of which the controller's state alone is wanted, by a head of one's own say."""
+    """In a single step of which only the controller's state is wanted, by a head of one's own, say."""
     dnc = make(backend=backend)
     dnc(draw()[:, :steps])[1].controller[0][0].sum().backward()
     without = [name for name, x in dnc.named_parameters() if x.grad is None]
@@ -336,7 +336,7 @@ def test_an_interface_that_has_no_part_in_the_loss_gets_no_gradient(steps, backe
 
 
 class Watched(TorchDispatchMode):
-    """By which what is called is the operator."""
+    """Under this mode the operator is what is called."""
 
     def __torch_dispatch__(self, called, types, arguments=(), keywords=None):
         return called(*arguments, **(keywords or {}))
@@ -351,7 +351,7 @@ HOOKS = dict(
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("mode", [nullcontext, Watched])
 def test_a_hook_of_a_parameter_that_has_no_part_in_the_loss_is_given_zeros(mode, hook):
-    """Which autograd calls all the same, with None where there is none."""
+    """Autograd calls it all the same, with None where there is no gradient."""
     dnc = make()
     for parameter in dnc.parameters():
         getattr(parameter, hook)(HOOKS[hook])
@@ -365,7 +365,7 @@ SEEN = [*MemoryState._fields, "read_words"]
 
 
 def without_gradient(dnc, call, seen):
-    """The parameters that have none where the loss sees one part of the memory after a single step."""
+    """The parameters without a gradient, where the loss sees one part of the memory after a single step."""
     _, state = call(draw()[:, :1])
     dnc.zero_grad()
     (state.read_words if seen == "read_words" else getattr(state.memory, seen)).square().sum().backward()
@@ -402,7 +402,7 @@ def test_in_a_single_step_too_an_interface_that_the_loss_sees_learns_compiled():
     ],
 )
 def test_a_bias_of_another_shape_is_added_by_its_layer(controller, part, name, shape):
-    """Which spreads it; kernels that read it as they find it would read beyond its end."""
+    """The layer broadcasts it; kernels that read it as they find it would read beyond its end."""
     dnc = make(controller=controller, num_layers=2)
     layer = dnc.get_submodule(part)
     assert backend_of(dnc) == "torch_sequence"
@@ -427,7 +427,7 @@ def test_weights_of_another_size_are_refused_by_their_layer(controller):
 @pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"device": "meta"}], ids=str)
 @pytest.mark.parametrize("part", ["controller", "interface"])
 def test_a_part_of_another_dtype_or_device_is_called(part, options):
-    """And says itself what it cannot take; kernels would read what is not there."""
+    """It says itself what it cannot take; kernels would read what is not there."""
     dnc = make()
     dnc.get_submodule(part).to(**options)
     assert backend_of(dnc) == "reference"

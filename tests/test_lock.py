@@ -1,4 +1,4 @@
-"""What a forked process finds free that another thread held."""
+"""In a forked process, locks that another thread held are free."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def make_weights(kind="lstm", layers=1, *, joined=True, bias=True, prefix="") ->
 
 
 def test_the_layer_is_on_the_cpu():
-    """Whatever the default device; on "meta" weights would be lost, and biases that are not there are made."""
+    """Whatever the default device; on "meta" weights would be lost. So are biases, made where there are none."""
     weights = make_weights(bias=False)
     with torch.device("meta"):
         dnc = from_pytorch_dnc(weights, **SIZES)
@@ -120,7 +120,7 @@ def test_more_than_ten_layers():
 
 
 def test_weights_stay_as_they_are():
-    """Also those of float64, whose memory is not copied on the way."""
+    """Even those of float64, whose memory is not copied on the way."""
     weights = {name: tensor.double() for name, tensor in make_weights().items()}
     before = {name: tensor.clone() for name, tensor in weights.items()}
     assert not from_pytorch_dnc(weights, **SIZES).controller.layers[0].weight_ih[:, D:].any()
@@ -264,7 +264,7 @@ def test_but_for_one_epsilon_a_sequence_gives_their_outputs(changes, monkeypatch
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
 def test_but_for_one_epsilon_single_steps_give_their_states_and_gradients(changes, monkeypatch):
-    """Called with one step at a time their controller sees what was read, and slot by slot all is the same."""
+    """Called with one step at a time, their controller sees what was read, and slot by slot all is the same."""
     monkeypatch.setattr(addressing, "NORM_EPSILON", 0.0)
     theirs = make_theirs(**changes)
     ours = from_pytorch_dnc(theirs, dtype=torch.float64, read_feedback=True)

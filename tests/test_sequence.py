@@ -1,7 +1,7 @@
 """The sequence as one operation against the oracle, `dnc_reference.unroll`.
 
 Forward and backward through time: all that the constructor chooses, every size, and what is differentiated. Rows that
-end or begin on the way stand in test_sequence_lengths.py, what is kept for the backward in test_sequence_kept.py. The
+end or begin on the way are in test_sequence_lengths.py, what is kept for the backward in test_sequence_kept.py. The
 rest of torch is in test_sequence_features.py, DeepMind's own figures are in test_sequence_goldens.py.
 """
 
@@ -58,7 +58,7 @@ def test_every_choice(controller, num_layers, clip, strength, stop_usage_gradien
 
 @pytest.mark.parametrize("strength", ["oneplus", "softplus"])
 def test_large_strengths_are_not_cut_short(strength):
-    """As by PyTorch's own softplus, which above 20 is x itself: off by 2e-9."""
+    """As they are by PyTorch's own softplus, which above 20 is x itself: off by 2e-9."""
     dnc = make(strength=strength)
     with torch.no_grad():
         strengths = slice(16, 19)  # after the keys and the write vector
@@ -106,7 +106,7 @@ def test_bounded_activation_gradient(controller, num_layers, clip):
 
 @pytest.mark.parametrize("run", [operation, oracle])
 def test_a_bound_that_is_scaled_as_the_loss_is(run):
-    """As docs/own_data.md has it for float16. By a power of two, which no sum rounds otherwise."""
+    """As docs/own_data.md has it for float16. By a power of two, so that every sum rounds as before."""
     scale = 2.0**16
 
     def found(by: float) -> Outcome:
@@ -139,7 +139,7 @@ def test_every_size(batch, sizes):
 @pytest.mark.parametrize("warm", [True, False], ids=["from a state", "from the initial state"])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 50])
 def test_every_length(steps, warm):
-    """From an all-zero memory the order of slots hangs on the last bit: compared is what has no slots."""
+    """From an all-zero memory the order of slots hinges on the last bit: only what has no slot axis is compared."""
     dnc = make()
     inputs, given = draw(dnc, steps)
     if warm:
@@ -164,7 +164,7 @@ def test_nothing_to_do(controller, steps, batch):
 
 # --- float32
 
-FACTOR = 2  # what is allowed of the error that the oracle itself makes in float32: that is one draw of rounding errors
+FACTOR = 2  # times the error that the oracle itself makes in float32, which is one draw of rounding errors
 # What counts as no error, in ulps of the tensor's largest magnitude, of 1 at least for a gradient, which is a sum of
 # terms of that size: each step of a sequence rounds once more.
 FLOOR_ULPS = 2 * STEPS
@@ -193,8 +193,8 @@ def test_float32(controller, options):
 def test_a_hundred_steps_in_float32(monkeypatch):
     """Against the float64 oracle, told to take the slots in the order in which float32 took them.
 
-    In its own order the gradients are 4.5e-4 apart: it takes two slots the other way round whose usages are equal but
-    for a rounding.
+    In its own order the gradients are 4.5e-4 apart: it takes two slots the other way round whose usages differ only by
+    a rounding.
     """
     torch.manual_seed(1)
     sizes = dict(memory_size=64, word_size=16, num_reads=2)
@@ -211,7 +211,7 @@ def test_a_hundred_steps_in_float32(monkeypatch):
     def sort_usage(usage: Tensor) -> tuple[Tensor, Tensor]:
         usage, order = addressing.USAGE_EPSILON + (1 - addressing.USAGE_EPSILON) * usage, next(orders)
         taken = usage.gather(-1, order)
-        assert (taken - usage.sort(-1).values).abs().max() < 1e-6  # all but equal, where it is another order
+        assert (taken - usage.sort(-1).values).abs().max() < 1e-6  # almost equal where the order differs
         return taken, order
 
     monkeypatch.setattr(addressing, "sort_usage", sort_usage)

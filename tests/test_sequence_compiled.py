@@ -58,7 +58,7 @@ def test_parity_of_all_that_the_layer_can_be_told(choice):
 
 @pytest.mark.slow  # compiles
 def test_dropout():
-    """With the masks that the step as it is written draws from the same seed."""
+    """With the same masks as the step that is not compiled draws from the same seed."""
     outcomes = []
     for backend in (BACKEND, "torch_sequence"):
         dnc = make(backend, num_layers=2, dropout=0.5)
@@ -84,7 +84,7 @@ def test_threads_that_compile_at_once():
 
 @pytest.mark.slow
 def test_parity_of_a_larger_memory():
-    """For more than one thread. No resets: of many empty slots, which an ulp tells apart, no order is right."""
+    """For more than one thread. No resets: with many empty slots an ulp apart, no order is right."""
     dnc = make(BACKEND, memory_size=64, word_size=20, num_reads=3)
     inputs, state = draw(dnc)
     assert_parity(dnc, inputs, state)
@@ -198,7 +198,7 @@ def test_what_is_written_once_is_what_was_written(run):
 
 
 def test_what_another_pass_has_made_is_not_taken_from_the_compilers_cache(tmp_path, monkeypatch):
-    """As that of a version before, or after."""
+    """Such as the pass of an earlier version, or a later one."""
     from dnc_triton.sequence import write_once
 
     uuid = write_once.WriteOnce().uuid()
@@ -244,7 +244,7 @@ def test_a_step_by_itself(monkeypatch):
 
 
 def test_strides_that_nobody_takes_compile_nothing_anew():
-    """Of a stream of one the steps are cut from sequences of any length."""
+    """The steps of a single stream are cut from sequences of any length."""
     cut, whole = torch.empty(1, 7, 3)[:, 2], torch.empty(1, 3)
     assert cut.stride() != whole.stride()
     assert like_of(cut) == like_of(whole)
@@ -263,7 +263,7 @@ def test_an_empty_batch_compiles_nothing(monkeypatch):
 
 
 def test_another_number_of_steps_compiles_nothing_anew(monkeypatch):
-    """Whatever a reset's strides are, which with the batch first are others for each T."""
+    """Whatever a reset's strides are: with the batch first they differ for each T."""
     asked = set()
     monkeypatch.setattr(compiled, "_compile", lambda *key: asked.add(key) or (lambda *tensors: None))
     dnc = make(BACKEND)
@@ -295,7 +295,7 @@ def test_other_strides_of_a_step_compile_nothing_anew(monkeypatch):
 
 
 def test_what_is_small_is_computed_as_by_a_call():
-    """Equal numbers in the order in which they stand, NaN first; along any axis; whatever is nobody's is a call."""
+    """Equal numbers keep their order, NaN comes first; along any axis; what is not served is left to a call."""
     x = torch.tensor([[0.5, 0.25, 0.5, torch.nan, 0.25, torch.nan, 1, 0], [0.0] * 8], dtype=torch.float64)
     options = dict(stable=True, descending=True)
     assert_same_bits(compiler._sort(x, **options), tuple(torch.sort(x, **options)))
@@ -344,7 +344,7 @@ def test_the_first_call_without_gradients_whatever_the_default_device():
 
 
 def test_what_is_negated_when_it_is_read():
-    """As the imaginary part of a conjugate is: in memory it has the other sign."""
+    """Like the imaginary part of a conjugate, which has the other sign in memory."""
     dnc, lazy = (make(BACKEND, clip=0.1, stop_usage_gradient=True) for _ in range(2))
     replace_parameters(lazy, negated_when_read)
     inputs, state = draw(dnc)
@@ -376,7 +376,7 @@ def test_a_nan_stays_in_its_row_and_is_not_lost():
 
 
 def check_lean(choice, *, masked):
-    """What is made again of memory and link is what they were, to the last bit."""
+    """What is recomputed of memory and link is what they were, to the last bit."""
     full, *lean = (make(BACKEND, checkpoint=every, **choice) for every in (None, 2, 3))
     inputs, state = draw(full)
     given = masks(inputs) if masked else {}

@@ -30,7 +30,7 @@ def warm(dnc: DNC):
 
 
 def run(dnc: DNC, inputs, state, module=None, **options):
-    """Outputs and gradients by parameters."""
+    """Outputs, and the gradients of the parameters."""
     dnc.zero_grad()
     outputs, final = (dnc if module is None else module)(inputs, state, **options)
     (outputs.square().sum() + final.memory.link.square().sum() + final.read_words.sum()).backward()
@@ -60,7 +60,7 @@ def test_compiled_for_any_number_of_steps(checkpoint, monkeypatch):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(dnc, fullgraph=True, dynamic=True, backend=counter)
     counts = []
-    for steps in (9, 30, 8, 11, 25):  # no size of the network, which they would be taken for
+    for steps in (9, 30, 8, 11, 25):  # none is a size of the network, which it would be taken for
         inputs = torch.randn(3, steps, 3, dtype=torch.float64)
         assert_close(run(dnc, inputs, state, compiled), run(dnc, inputs, state), rtol=1e-12, atol=1e-15)
         counts.append(counter.frame_count)
@@ -346,7 +346,7 @@ def test_an_overridden_method_is_called(name):
 )
 @pytest.mark.parametrize("masks", [(), ("reset",), ("lengths", "reset")], ids=str)
 def test_what_inference_mode_made_can_be_trained_on(changes, options, masks):
-    """As the features of a network that is not trained, and the state after a stream that was only watched."""
+    """Such as the features of a network that is not trained, and the state after a stream that was only watched."""
     dnc = make(**changes)
     ordinary = torch.randn(INPUTS, dtype=torch.float64), warm(dnc)
     with torch.inference_mode():
@@ -365,7 +365,7 @@ def test_what_inference_mode_made_can_be_trained_on(changes, options, masks):
     "options", [{"num_writes": 2}, {"controller": lambda i, h: make().controller.__class__("rnn", i, h)}]
 )
 def test_checkpoints_step_by_step(options):
-    """Where autograd keeps count, its own checkpoints serve."""
+    """Where autograd records each step, its own checkpoints serve."""
     dnc = make(**options)
     state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
     arguments = dict(lengths=[5, 3, 0], reset=torch.rand(INPUTS[:2]) < 0.3)
@@ -378,7 +378,7 @@ def test_checkpoints_step_by_step(options):
 
 
 def test_checkpoints_step_by_step_of_parameters_of_inference_mode():
-    """Which have no version that tells whether they have changed."""
+    """They have no version that tells whether they have changed."""
     ordinary, inputs = make(num_writes=2, checkpoint=2).requires_grad_(False), torch.randn(INPUTS, dtype=torch.float64)
     with torch.inference_mode():
         dnc = copy.deepcopy(ordinary)

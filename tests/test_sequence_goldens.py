@@ -26,7 +26,7 @@ from dnc_triton import DNC, from_deepmind
 from dnc_triton.sequence.kept import Kept
 from dnc_triton.sequence.torch_memory import TorchMemory
 
-# The operation serves one write head. What has two runs step by step, and its parity stands in reference/test_goldens.
+# The operation serves one write head. What has two runs step by step; its parity is in reference/test_goldens.
 ONE_WRITE_HEAD = [name for name in GOLDEN_NAMES if load_golden(name).meta["config"]["num_writes"] == 1]
 CELLS = [name for name in ONE_WRITE_HEAD if name.startswith("dnc_cell_rollout_")]
 ROLLOUTS = [name for name in ONE_WRITE_HEAD if name.startswith("memory_rollout_")]
@@ -66,7 +66,7 @@ def check_cell_rollout(backend: str, name: str, dtype: torch.dtype, checkpoint: 
     """DeepMind's parameters in the layer: its softplus, its clip, its stopped gradient.
 
     The gradient goes to DeepMind's variables themselves: the layer's parameters are made from them by a linear map,
-    which is asked of `from_deepmind` by giving it numbered variables.
+    which is found by giving `from_deepmind` numbered variables.
     """
     golden = load_golden(name)
     values = {name: golden.tensor("var." + name.replace("/", ".")) for name in golden.meta["variable_names"]}
@@ -94,7 +94,7 @@ def check_cell_rollout(backend: str, name: str, dtype: torch.dtype, checkpoint: 
 
 
 def by_variable(golden: Golden, values: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
-    """The gradient by all parameters of the layer, flat → by DeepMind's variables."""
+    """The gradient of all parameters of the layer, flat → that of DeepMind's variables."""
     sizes = [value.numel() for value in values.values()]
     numbers = torch.arange(1.0, sum(sizes) + 1, dtype=torch.float64).split(sizes)
     numbered = {name: number.view_as(values[name]) for name, number in zip(values, numbers, strict=True)}
@@ -116,14 +116,14 @@ def by_variable(golden: Golden, values: dict[str, Tensor], gradient: Tensor) -> 
 #
 # A gate that is exactly 0 or 1 has no inverse; no rollout has one, which is asserted. Read modes have one only up to a
 # factor: DeepMind's, rounded to float32, sum to 1 within 4.5e-8, a softmax's to 1. A head's read weights and words are
-# proportional to its modes, so they are multiplied with that sum between two steps, and the gradient by the sum is the
-# part of the gradient by the modes that a softmax lets through to nobody.
+# proportional to its modes, so they are multiplied by that sum between two steps, and the gradient of the sum is the
+# part of the modes' gradient that a softmax passes on to nothing.
 
 INVERSION_ULPS = 4  # of the largest number of a field
 
 
 def raw_vectors(interface: Interface) -> Tensor:
-    """[T, B, S]: what activates to an interface of a file, but for the sums of the read modes."""
+    """[T, B, S]: what activates to an interface of a file, up to the sums of the read modes."""
     gates = ("erase_vectors", "free_gates", "allocation_gates", "write_gates")
     assert all(((x > 0) & (x < 1)).all() for x in (*(getattr(interface, name) for name in gates), interface.read_modes))
     raw = interface._replace(
@@ -133,7 +133,7 @@ def raw_vectors(interface: Interface) -> Tensor:
 
 
 def activated_gradients(d_vectors: Tensor, interface: Interface, d_sums: Tensor) -> Interface:
-    """From the gradient by the raw vectors to that by an interface as it stands in a file, with raw strengths."""
+    """From the gradient of the raw vectors to that of an interface as it stands in a file, with raw strengths."""
     sizes = interface_sizes(interface.read_keys.shape[2], 1, interface.read_keys.shape[3])
     fields = dict(zip(sizes, d_vectors.split(list(sizes.values()), -1), strict=True))
     d = Interface(**{name: x.view_as(getattr(interface, name)) for name, x in fields.items()})

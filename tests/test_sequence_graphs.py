@@ -1,7 +1,7 @@
 """The sequence operation by replayed graphs, with a stand-in for the device: the same bits as without, at any time.
 
-Who holds an instance and when it is given up stands in test_sequence_graphs_instances.py, what goes by plain launches
-in test_sequence_graphs_plain.py. What a CUDA device has to say to this is in tests/gpu, the kernels of a step in
+Who holds an instance and when it is given up is in test_sequence_graphs_instances.py, what goes by plain launches in
+test_sequence_graphs_plain.py. What a CUDA device has to say to this is in tests/gpu, the kernels of a step in
 tests/kernels/test_kernel_graphs.py.
 """
 
@@ -114,7 +114,7 @@ def test_what_is_returned_stays() -> None:
 
 
 def test_each_kind_of_call_has_its_own(without: Any) -> None:
-    """Sizes, masks, and what products are told."""
+    """Sizes, masks, and settings of the products."""
     dnc, calls = make(), []
     for steps in (2, 3):
         inputs, state = draw(dnc, steps, steps)

@@ -120,7 +120,7 @@ def test_forgotten_results_end_it(last: str) -> None:
 
 
 def test_a_backward_that_is_interrupted_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here when a gradient that the next one has not is copied."""
+    """Here while a gradient is copied that the next one does not have."""
     dnc = make()
 
     def gradients(*, of_memory: bool) -> Any:
@@ -228,7 +228,7 @@ def test_of_two_that_are_free_the_one_used_last_is_taken_again() -> None:
 
 
 def test_room_is_made_for_a_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After which no backward asks for room."""
+    """No backward follows that would ask for room."""
     dnc = make()
     with torch.no_grad():
         for steps in (2, 3):
@@ -256,7 +256,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     ("shape", "strides"), [((3, 4), (1, 3)), ((3, 1, 2), (2, 7, 1)), ((1, 3), (5, 1)), ((0, 3), (7, 2))]
 )
 def test_an_alias_has_the_place_of_what_it_stands_for(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    """To the stride of an axis of length 1; and a storage of its own."""
+    """Down to the stride of an axis of length 1; and it has a storage of its own."""
     tensor = torch.empty_strided(shape, strides)
     alias = graphs._alias(tensor)
     assert (alias.shape, alias.stride(), alias.data_ptr()) == (tensor.shape, strides, tensor.data_ptr())

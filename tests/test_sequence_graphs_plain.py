@@ -24,7 +24,7 @@ from dnc_triton.sequence.unroll import parameters_of
 @pytest.mark.parametrize("controller", ["lstm", "gru", "rnn", "feedforward"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_nothing_waits_for_the_device(controller: str, keep: bool) -> None:
-    """On tensors that hold no numbers none can be read, and nothing comes from a CPU."""
+    """From tensors that hold no numbers none can be read, and nothing comes from a CPU."""
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,7 +52,7 @@ def test_nothing_waits_for_the_device(controller: str, keep: bool) -> None:
 def test_an_allocator_is_not_asked_what_the_process_may_take_where_there_are_no_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another than PyTorch's own does not tell; a bound that is empty is none."""
+    """One other than PyTorch's own does not tell; an empty bound is no bound."""
     monkeypatch.setenv(environment.GRAPH_MEMORY, "")
     monkeypatch.setattr(StandIn, "memory", None)
     monkeypatch.setattr(StandIn, "ready", lambda self: False)
@@ -62,7 +62,7 @@ def test_an_allocator_is_not_asked_what_the_process_may_take_where_there_are_no_
 
 
 def test_not_ready(without: Any) -> None:
-    """While a stream is captured, say: neither forward nor backward is by a graph."""
+    """While a stream is captured, say: neither forward nor backward goes by a graph."""
     dnc = make()
     for seed in range(2):
         results(dnc, *draw(dnc, seed))
@@ -179,7 +179,7 @@ def test_a_capture_that_fails(when: str, without: Any, caplog: pytest.LogCapture
 def test_what_is_logged_of_a_failure_holds_no_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A handler may keep records, as that of these tests does, and with an error all that the frames hold."""
+    """A handler may keep records, as that of these tests does, and with an error it keeps all that the frames hold."""
 
     def fail(*arguments: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")

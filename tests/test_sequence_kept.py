@@ -45,7 +45,7 @@ def test_checkpoints_change_no_bit(choice, options, checkpoint, monkeypatch):
 
 
 def test_checkpoints_keep_less(monkeypatch):
-    """Of T steps every k-th memory and link, as measured; √T when they would take more than waits for the next."""
+    """Of T steps every k-th memory and link, as measured; √T of them, by "auto", when all would exceed the pool."""
     sizes, steps = dict(memory_size=16, word_size=8), 25
     state_bytes = BATCH * (16 * 16 + 16 * 8) * 8
 
@@ -67,8 +67,8 @@ def test_checkpoints_keep_less(monkeypatch):
 def test_a_thousand_steps_train_within_8_gb(backend):
     """(B, N, W, R) = (32, 256, 64, 4), H = 256, with what "auto" takes on a CPU: every 32nd step.
 
-    On the meta device nothing is computed, but everything that is kept has its size. In benchmarks/results/lean.json
-    stands what a process grew by.
+    On the meta device nothing is computed, but everything that is kept has its size. What a process grew by is in
+    benchmarks/results/lean.json.
     """
     if backend.startswith("triton"):
         pytest.importorskip("triton")
@@ -97,7 +97,7 @@ def saved_bytes(run: Callable[[], Any]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # held, so that none comes again in its place
+        storages[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -109,7 +109,7 @@ def saved_bytes(run: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("steps", [1, 3, 4, 9, 12])
 @pytest.mark.parametrize(("every", "link_every"), [(1, 1), (2, 1), (3, 1), (9, 1), (1, 4), (2, 4), (9, 4)])
 def test_each_buffer_for_memory_and_link_is_used(every: int, link_every: int, steps: int, monkeypatch) -> None:
-    """And there is none where the way back makes nothing again."""
+    """And there is none where the way back recomputes nothing."""
     made: list[Tensor] = []
     monkeypatch.setattr(pool, "empty_like", lambda x: made.append(torch.empty_like(x)) or made[-1])
     layout: Any = SimpleNamespace(link_every=link_every)

@@ -64,7 +64,7 @@ OPTIONS = {
     ids=lambda choice: ", ".join(map(str, choice.values())) or "lstm",
 )
 def test_lengths_and_reset(choice, options):
-    """A reset row's memory is all zeros: compared is what does not see the order of its slots."""
+    """A reset row's memory is all zeros: only what does not see the order of its slots is compared."""
     dnc = make(**choice)
     inputs, given = draw(dnc)
 
@@ -97,7 +97,7 @@ def test_padding_changes_nothing(checkpoint):
 
 @pytest.mark.parametrize("checkpoint", [None, 30])
 def test_a_row_that_has_ended_does_not_grow(checkpoint):
-    """Whatever its link is: the gradients by the weights are those of its steps alone."""
+    """Whatever its link is: the gradients of the weights are those of its steps alone."""
     dnc = make(checkpoint=checkpoint)
     _, given = draw(dnc)
     given = given._replace(memory=given.memory._replace(link=torch.full_like(given.memory.link, 1e3)))
@@ -142,7 +142,7 @@ def test_reset_cleans_a_spoilt_state(controller, checkpoint):
     "options", [{}, dict(lengths=[5, 4, 5], reset=resets((2, 2)))], ids=["plain", "lengths, reset"]
 )
 def test_rows_are_independent(options):
-    """A NaN in one row changes no bit of another: not of its outputs, its state, or the gradients by them."""
+    """A NaN in one row changes no bit of another: not of its outputs, its state, or its gradients."""
     dnc = make(num_layers=2)
     inputs, given = draw(dnc)
     clean = outcome(operation, dnc, inputs, given, **options)

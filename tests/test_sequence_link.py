@@ -222,7 +222,7 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(name="all_are_large")
 def _all_are_large(monkeypatch: pytest.MonkeyPatch):
-    """What is compiled meanwhile is not for others, nor what was before."""
+    """What is compiled meanwhile is not used by others, nor is what was compiled before used here."""
     caches = compiled._compile, compiled._compile_alone
     for cache in caches:
         cache.cache_clear()
@@ -248,7 +248,7 @@ def test_parity(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(called) == {"link_forward", *["link_backward"] * backward}
 
 
-@pytest.mark.slow  # compiles for a minute, as the next one
+@pytest.mark.slow  # compiles for a minute, as does the next one
 @pytest.mark.usefixtures("all_are_large")
 def test_lean_and_full() -> None:
     lean, full = (make("torch_compiled", clip=0.1, memory_size=9, checkpoint=every) for every in (2, None))
@@ -262,7 +262,7 @@ def test_parity_with_masks_and_by_steps(choice: dict) -> None:
     dnc = make("torch_compiled", stop_usage_gradient=True, **choice)
     inputs, state = draw(dnc)
     reset = torch.zeros(inputs.shape[:2], dtype=torch.bool)
-    if "memory_size" not in choice:  # of many empty slots, which an ulp tells apart, no order is right
+    if "memory_size" not in choice:  # with many empty slots an ulp apart, no order is right
         reset[2, 1] = reset[0, 0] = True
     assert_parity(dnc, inputs, state, lengths=[5, 2, 4], reset=reset)
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """docs/sharding.md: three collectives are all that a row-sharded step needs, and its numbers are what its code prints.
 
 The devices are simulated: each computes from its own rows, from what every device has, and from what the collectives
-give it. So the page's list of what is local and what is not is held against the reference.
+give it. So the page's list of what is local and what is not is checked against the reference.
 """
 
 from __future__ import annotations

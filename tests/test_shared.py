@@ -1,4 +1,4 @@
-"""That what several test files share sees a mistake: sequence_parity.py, stand_in.py, replays.py, refusals.py."""
+"""What several test files share sees a mistake: sequence_parity.py, stand_in.py, replays.py, refusals.py."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_trainings_to_compare_have_numbers_and_weights_of_their_own_each_round()
     rounds = replays.train(dnc, 3)
     for one, other in pairwise(rounds):
         leaves = list(zip(tree_leaves(one), tree_leaves(other), strict=True))
-        assert len(leaves) == 1 + 9 + 1 + len(before) + 9  # a gradient by the state as well
+        assert len(leaves) == 1 + 9 + 1 + len(before) + 9  # a gradient of the state as well
         assert not any(torch.equal(x, y) for x, y in leaves)
     assert all(torch.equal(x, y) for x, y in zip(dnc.parameters(), before, strict=True))
     assert_same_bits(replays.results(dnc, *replays.draw(dnc, 0)), rounds[0])

@@ -53,7 +53,7 @@ def test_batch_comes_first_in_every_layer():
 
 
 def test_lengths_and_reset_are_those_of_the_rows():
-    """Each row by itself, each of its episodes by itself; past a row's end there is nothing, be the inputs NaN."""
+    """Each row by itself, each of its episodes by itself; past a row's end there is nothing, even for NaN inputs."""
     dnc, inputs = make(), make_inputs()
     lengths, resets = [2, 5, 0, 3], {1: 3, 3: 1}  # row → the step before which its state is cleared
     reset = torch.zeros(BATCH, STEPS, dtype=torch.bool)

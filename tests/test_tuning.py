@@ -138,7 +138,7 @@ EXACT_MEASURE = tuning._measure
     ("change", "has_room", "launching", "expected"),
     [
         ({}, True, 0.003, 400.0),
-        ({}, False, 0.003, 3400.0),  # launch by launch Python is part of what it takes
+        ({}, False, 0.003, 3400.0),  # launch by launch, Python's time counts too
         ({"controller": None}, True, 0.003, 3400.0),
         ({"steps": 5000}, True, 0.003, 3400.0),
         ({}, True, 1.0, 960_400.0),  # who takes that long is not waited for in vain
@@ -156,7 +156,7 @@ def test_of_what_is_replayed_the_work_of_the_device_counts(
 
 @pytest.mark.parametrize(("working", "times"), [(0.01, 15), (0.3, 4), (5.0, 1)])
 def test_a_candidate_is_measured_for_a_second(working: float, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is slow fewer times, but once at least."""
+    """What is slow runs fewer times, but at least once."""
     device, runs = Device(monkeypatch, launching=0.0, working=working, has_room=True), []
 
     def run() -> None:
@@ -378,7 +378,7 @@ def test_an_empty_variable_switches_nothing_off(clock: Clock, monkeypatch: pytes
 
 @pytest.mark.parametrize("value", ["no", "false", "2"])
 def test_a_switch_that_is_none(value: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said at every call, also if nothing is left to measure."""
+    """Said at every call, even if nothing is left to measure."""
     tuning.fastest(PROBLEM, STEPS)
     monkeypatch.setenv("DNC_TRITON_MEASURE", value)
     with pytest.raises(ValueError, match=f"^DNC_TRITON_MEASURE: expected 0 or 1, got '{value}'"):
@@ -428,7 +428,7 @@ def test_nothing_is_measured_where_a_mode_would_see_it(clock: Clock) -> None:
 
 
 def test_it_is_measured_without_the_autocast_of_a_call() -> None:
-    """Of which its name in the file says nothing."""
+    """A problem's name in the file says nothing of it."""
     torch.set_autocast_enabled("cuda", True)
     try:
         with tuning._as_measured(PROBLEM):
@@ -438,7 +438,7 @@ def test_it_is_measured_without_the_autocast_of_a_call() -> None:
 
 
 def test_it_is_measured_within_an_activation_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose hooks would take what is saved while it is measured for what the call saves."""
+    """Its hooks would take what is saved while measuring for what the call saves."""
 
     def measure(problem: Problem, run: partial) -> float:
         with tuning._as_measured(problem):
@@ -459,7 +459,7 @@ def test_it_is_measured_within_an_activation_checkpoint(monkeypatch: pytest.Monk
 
 
 def test_an_activation_checkpoint_has_the_same_choice_twice(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing waits until the call is run again from its backward."""
+    """Nothing is left to measure when the backward runs the call again."""
     chosen = []
 
     def square(x: torch.Tensor) -> torch.Tensor:

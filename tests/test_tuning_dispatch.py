@@ -127,7 +127,7 @@ def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytes
 def test_what_another_thread_measures_on_the_way_is_not_settled_without(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where this one may not measure, since it captures a graph."""
+    """Here this one may not measure, since it captures a graph."""
     monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
     captures = [True]
     monkeypatch.setattr(tuning, "_captures", lambda: captures[0])

@@ -14,7 +14,7 @@ from dnc_triton.problem import Problem
 
 
 def keeps_no_error(caplog: pytest.LogCaptureFixture) -> bool:
-    """Whose frames hold memory."""
+    """An error's frames hold memory."""
     return not any(isinstance(x, BaseException) for record in caplog.records for x in record.args or ())
 
 
@@ -31,7 +31,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(
 
 
 def out_of(what: str) -> Exception:
-    """Of shared memory: a block that wants more than a multiprocessor has compiles, and fails when it is launched."""
+    """As for shared memory, a block that wants more than a multiprocessor has does compile, and fails at its launch."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -76,7 +76,7 @@ def test_what_fails_is_not_chosen_and_said_once(
 def test_what_may_work_another_time_is_not_chosen_in_this_process(
     error: Exception | str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another one may have a compiler or more memory, of which what is measured takes up to twice as much."""
+    """Another one may have a compiler, or more memory, of which a measurement takes up to twice as much."""
     if isinstance(error, str):
         error = out_of(error)
     clock = Clock(fast=error, slow=30.0, reference=900.0)
@@ -138,7 +138,7 @@ def test_where_there_is_no_memory_to_measure_in_the_first_is_taken(
 
 
 def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not where something else that may be taken did, and late or not each is tried; nothing is remembered."""
+    """But not where something else that may be taken did work. Each is tried, late or not; nothing is remembered."""
     monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
     clock = Clock(slow=out_of("first"), fast=out_of("second"), reference=out_of("third"))
     monkeypatch.setattr(tuning, "_measure", clock)
@@ -152,7 +152,7 @@ def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.Monkey
 
 
 def test_what_leaves_cuda_unusable_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be it told by PyTorch, or by Triton, whose errors are RuntimeErrors: then by the next synchronization."""
+    """Whether PyTorch tells of it, or Triton, whose errors are RuntimeErrors: then the next synchronization tells."""
     told = torch.AcceleratorError("CUDA error: unspecified launch failure")
     monkeypatch.setattr(tuning, "_measure", Clock(slow=30.0, fast=told, reference=900.0))
     with pytest.raises(torch.AcceleratorError, match="unspecified"):

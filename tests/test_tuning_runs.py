@@ -1,4 +1,4 @@
-"""What is measured when backends are, here on a CPU and without a clock, and where times are kept."""
+"""What runs when backends are measured, here on a CPU and without a clock; and where times are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFERENCE = BACKENDS["reference"]
 def gradients_of(
     random: Callable[[Problem], Callable], operation: Callable, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[Tensor | None, ...]]:
-    """Those that a run asks for."""
+    """The gradients that a run asks for."""
     asked: list[tuple[Tensor | None, ...]] = []
     exact = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *given, **options: asked.append(exact(*given, **options)))
@@ -44,7 +44,7 @@ def test_a_sequence_is_measured_with_its_backward_where_gradients_are_needed(
     asked = gradients_of(tuning._random_sequence, unroll, problem, monkeypatch)
     assert seen == [((8, 4, problem.hidden_size), (4, problem.memory_size, problem.word_size), "auto")]
     assert len(asked) == needs_gradient
-    for gradients in asked:  # by all parameters
+    for gradients in asked:  # of all parameters
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
@@ -63,7 +63,7 @@ def test_a_step_is_measured_with_its_backward_where_gradients_are_needed(
     asked = gradients_of(tuning._random_step, memory_step, problem, monkeypatch)
     assert seen == [(4, False)]
     assert len(asked) == needs_gradient
-    for gradients in asked:  # by the interface and the state
+    for gradients in asked:  # of the interface and the state
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 

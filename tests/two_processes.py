@@ -1,4 +1,4 @@
-"""A layer in two processes, as PyTorch's DistributedDataParallel has it: half the batch each, the gradients of all."""
+"""A layer in two processes by PyTorch's DistributedDataParallel: half the batch each, the gradients of all of it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def train_in_two_processes(backend: str, device: str, folder: Path, **environmen
         folder: where they meet.
         environment: what their environment has beside this process's.
     """
-    # Of itself gloo asks for the address of this machine's name, and waits where nobody answers.
+    # By itself gloo asks for the address of this machine's name, and waits where nobody answers.
     local = {"GLOO_SOCKET_IFNAME": "lo"} if "lo" in (name for _, name in socket.if_nameindex()) else {}
     workers = [
         subprocess.Popen(

@@ -177,7 +177,7 @@ ARGUMENTS: dict[str, Callable[[Interface, MemoryState, MemoryState, Any], tuple[
 
 
 def adjoint(name: str, d_value: Tensor, value: Tensor, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The equation's `*_backward`, all of which take the arguments of the equation in their order, but for one."""
+    """The equation's `*_backward`, all of which but one take the equation's arguments in their order."""
     if name == "write_allocation_weights":
         usage, *gates = arguments
         arguments = (usage, value, *gates)

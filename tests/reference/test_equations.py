@@ -363,5 +363,5 @@ def test_stop_usage_gradient_stops_that_gradient_and_changes_no_value() -> None:
     assert_close(stopped, flowing)
     (gradient,) = torch.autograd.grad(flowing[0].sum(), state.write_weights)
     assert gradient.abs().max() > 1e-3
-    # Usage of the step before is all that they enter.
+    # They enter nothing but the usage, as weights of the step before.
     assert torch.autograd.grad(stopped[0].sum(), state.write_weights, allow_unused=True) == (None,)

@@ -127,7 +127,7 @@ def test_memory_step(step: Callable[..., Any], hidden: tuple[str, ...], name: st
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted({name for name, _ in STEPS}))
 def test_gradients_are_finite_in_half_precision(name: str, dtype: torch.dtype) -> None:
-    """Where DeepMind's are, in float64: of small words too, whose squares float16 does not know."""
+    """Where DeepMind's are, in float64: also of small words, whose squares vanish in float16."""
     golden = load_golden(name)
     raw, prev = as_leaves((golden.interface("in_", dtype), golden.state("prev_", dtype)))
     read_words, new = dnc_reference.memory_step(activate(raw), prev, stop_usage_gradient=True)
@@ -257,9 +257,9 @@ def initial_state(golden: Golden, dtype: torch.dtype) -> DNCState:
 
 
 def as_variables(golden: Golden, values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Gradients by the parameters of the layer → by DeepMind's variables.
+    """The gradients of the layer's parameters → those of DeepMind's variables.
 
-    Where each number went is asked of `from_deepmind`: it is given numbered variables. What it adds is taken off.
+    Where each number went is found by giving `from_deepmind` numbered variables. What it adds is subtracted.
     """
     originals = variables(golden)
     total = sum(value.numel() for value in originals.values())
