@@ -1,4 +1,4 @@
-"""Results of the benchmark that nobody measured, for the tests of what is made of them."""
+"""Made-up results of the benchmark, for the tests of what is made from them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_results_have_their_schema_and_a_missing_peer_is_named(tmp_path, capsys)
 
 
 def test_everybody_runs(monkeypatch):
-    """With a compiler that leaves the code as it is: what is around it. A backend with its own takes half a minute."""
+    """Only what is around the compiler, which leaves the code as it is. A backend with its own takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda step, options: step)
     peers = [peer for peer in PEERS if peer != "torch_compiled"]
     rows = measure.measure(CASE, peers, modes_on("cpu"), session(compile_seconds=100.0))
@@ -124,7 +124,7 @@ def test_a_configuration_for_gpus_is_said_to_be_left_out(tmp_path, capsys):
 
 
 def test_training_comes_first(tmp_path, monkeypatch):
-    """Of all networks, then what else is done with them, then the sweeps."""
+    """Training of all networks, then what else is done with them, then the sweeps."""
     done = []
 
     def measured(case, names, modes, session, report):
@@ -143,7 +143,7 @@ def test_training_comes_first(tmp_path, monkeypatch):
 
 
 def test_what_goals_are_set_for_comes_first():
-    """On a GPU training, in calls and in a graph, of networks with goals; then of the others; then anything else."""
+    """On a GPU: training, in calls and in a graph, of networks with goals; then of the others; then anything else."""
     names = ("one", "adnc_babi", "two")
     cases = [case_of(name, TINY, "cuda") for name in names]
     done = [(case.configuration, mode) for case, modes in _jobs(cases, list(MODES)) for mode in modes]

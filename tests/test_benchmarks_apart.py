@@ -16,7 +16,7 @@ from benchmarks import apart, measure
 from benchmarks.__main__ import main
 from benchmarks.peers import OURS
 
-# Instead of `python -m benchmarks`: what is measured, dies in the second mode, finds nothing to measure, does not stop,
+# In the place of `python -m benchmarks`: measures, dies in the second mode, finds nothing to measure, does not stop, or
 # dies while it writes.
 CHILD = """
 import json, pathlib, sys, time
@@ -45,7 +45,7 @@ if how == "half":
 
 @pytest.fixture
 def child(tmp_path, monkeypatch):
-    """Has the peer's process do as it is told. Returns what sets that, and the list of commands that were asked for."""
+    """Makes the peer's process do what a test says. Returns what sets that, and the list of commands asked for."""
     times = {f"ms_per_step_p{percentile}": 6.0 for percentile in (20, 50, 80)}
     record = apart.files.record_of(measure.Row(CASE, "", "", "measured", **times))
     exact, asked = apart._command, []
@@ -159,7 +159,7 @@ def test_who_is_interrupted_has_what_a_peer_apart_has_done(child, monkeypatch):
 
 @pytest.mark.parametrize("peers_asked", ["dnc_triton,compiled_cuda_graphs,lstm", "compiled_cuda_graphs"])
 def test_what_was_measured_apart_stands_among_the_others(tmp_path, monkeypatch, peers_asked):
-    """On the CPU in the place of a GPU. By itself the peer is measured in place, else there would be no end."""
+    """On the CPU in a GPU's place. Alone, the peer is measured in this process, else there would be no end."""
     record = apart.files.record_of(
         measure.Row(CASE, "forward", "compiled_cuda_graphs", "measured", ms_per_step_p50=6.0)
     )

@@ -113,7 +113,7 @@ def test_calls_in_a_row_are_not_compared_with_calls_that_were_waited_for(results
         for row in rows:
             row["calls"] = calls
     for row in results["rows"]:
-        row.pop("calls", None)  # as files were written before
+        row.pop("calls", None)  # as in older files
     measured = sum(row["status"] == "measured" for row in results["rows"])
     assert compare(results, new).compared == compare(many, many).compared == measured
     for before, now in ((results, many), (many, results), (new, many)):

@@ -27,7 +27,7 @@ from benchmarks.peers import EAGER, OURS, PEERS, Network
 
 
 def test_cuda_graphs_are_marked_and_their_state_outlives_them(monkeypatch):
-    """On the CPU, with a compiler that does nothing: as many marks as calls, and a state of its own memory."""
+    """On the CPU, with a compiler that does nothing: as many marks as calls, and a state in memory of its own."""
     marks = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     monkeypatch.setattr(peers, "_check_compiler", lambda device: None)
@@ -143,7 +143,7 @@ def test_triton_says_itself_which_one_it_is(monkeypatch):
 
 
 def test_results_that_are_written_anew_leave_the_commit_what_it_is(tmp_path, monkeypatch):
-    """`make gpu` writes some that are tracked before its last part, which describes the machine again."""
+    """`make gpu` rewrites some that are tracked before its last part, which describes the machine again."""
     paths = [tmp_path / "benchmarks" / "results" / "lean-gpu.json", tmp_path / "dnc_triton" / "layer.py"]
     for path in paths:
         path.parent.mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_results_that_are_written_anew_leave_the_commit_what_it_is(tmp_path, mon
 
 
 def test_who_compiles_has_a_single_step_compiled_whole(monkeypatch):
-    """Its output layer, too, and nothing but that step: a layer of ours has no more to do."""
+    """With its output layer, and nothing but that step: our own layer has no more to do."""
     compiled, called = [], []
 
     def compile_nothing(call, options):
@@ -205,7 +205,7 @@ def test_without_a_gpu_nothing_is_captured(tmp_path):
 
 
 def test_a_training_that_is_captured(monkeypatch):
-    """On the CPU, where a replay is a call. It is held against the oracle and has a floor, but no peak of memory."""
+    """On the CPU, where a replay is a call. It is compared with the oracle and has a floor, but no peak of memory."""
     inputs = []
 
     def capture(network, given):
@@ -320,7 +320,7 @@ def test_what_a_bucket_launches_is_compiled_before_its_first_row(monkeypatch):
 
 
 def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeypatch, capsys):
-    """Killed in the third row it has two; late from the second on it says what is missing; a failure is noted."""
+    """Killed in the third row, it has two; late from the second on, it says what is missing; a failure is noted."""
     from benchmarks import gpu
 
     written = []
@@ -377,7 +377,7 @@ def test_the_gpu_benchmark_writes_as_it_goes_and_stops_in_time(tmp_path, monkeyp
 
 
 def unrun(monkeypatch, kind, error, *times):
-    """A row of that kind on the CPU with nothing run: off by so much, with these answers of the clock."""
+    """A row of that kind on the CPU, with nothing run: it is off by `error`, and the clock answers `times`."""
     from benchmarks import gpu
 
     clock = iter(times)
@@ -417,7 +417,7 @@ def test_a_layout_that_is_wrong_is_not_timed(kind, error, monkeypatch):
 
 
 def test_what_is_timed_of_kernels_is_a_graph_of_them(monkeypatch):
-    """Warmed up on another stream and captured; replayed behind a wait in which it is launched. Of many the median."""
+    """Warmed up on another stream and captured; replayed behind a wait that outlasts its launch. Median of many."""
     from benchmarks import gpu
 
     happened, times = [], iter([9.0, 1.0, 2.0])
@@ -473,7 +473,7 @@ def test_a_layout_that_does_not_compile_costs_the_others_nothing(monkeypatch):
 
 
 def test_floors_of_a_cache_are_of_what_fits_into_it(monkeypatch):
-    """Of N = 256 at a batch of 64 what a step moves, 42 MB, does, and what its adjoint moves, 63 MB, does not."""
+    """At N = 256 and a batch of 64, what a step moves, 42 MB, fits, and what its adjoint moves, 63 MB, does not."""
     from benchmarks import gpu
 
     def rows_on(card):

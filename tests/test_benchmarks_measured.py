@@ -30,7 +30,7 @@ from dnc_triton.sequence import graphs
 
 @pytest.mark.parametrize(("short", "order"), [(0.0, "abbaab"), (10.0, "abbbaaaabb")])
 def test_peers_take_turns(short, order, monkeypatch):
-    """Those whose calls are short make one before each that is timed."""
+    """Those whose calls are short make an untimed one before each that is timed."""
     monkeypatch.setattr(measure, "SHORT_SECONDS", short)
     calls = []
     runs = {peer: partial(calls.append, peer) for peer in "ab"}
@@ -224,7 +224,7 @@ def test_compiling_has_a_budget(monkeypatch):
 
 @pytest.mark.parametrize(("name", "status"), [("compiled", "left out"), ("compiled_cuda_graphs", "measured")])
 def test_shortly_before_the_end_compiles_who_can_be_stopped(name, status):
-    """In a process of its own."""
+    """What runs in a process of its own."""
     network, inputs = peers.make_layer(CASE, CPU, backend=EAGER), draw_inputs(CASE, CPU)
     truth = verify.find_truth(CASE, inputs, ["forward"])
     soon = session(deadline=time.monotonic() + 30)
@@ -270,7 +270,7 @@ def test_peak_of_memory_on_a_cpu_is_a_process_growth():
 
 
 def test_what_training_took_of_memory(monkeypatch):
-    """As measured and committed: a thousand steps in 8 GB, N = 512 in half of the reference's. Here that it runs."""
+    """The committed results: a thousand steps in 8 GB, N = 512 in half of the reference's. Here only that it runs."""
     content = json.loads(lean.RESULT.read_text(encoding="utf-8"))
     rows = content["rows"]
     for row, (backend, steps, checkpoint, sizes) in zip(rows, lean.CASES, strict=True):
@@ -288,7 +288,7 @@ def test_what_training_took_of_memory(monkeypatch):
 
 
 def test_the_peak_on_a_cpu_is_of_what_is_asked_for(monkeypatch):
-    """Where the process is this one."""
+    """With this process in the place of the one that it starts."""
 
     class Here:
         def __init__(self, workers, mp_context):
@@ -323,7 +323,7 @@ class Counted(DNC):
 
 
 def test_what_training_takes_of_memory_is_what_it_adds(monkeypatch):
-    """On a CPU, beyond what the process held before; no gradient is there yet. One that is not finite is told."""
+    """On a CPU, to what the process held before, when there is no gradient yet. One that is not finite is told."""
     monkeypatch.setattr(Counted, "calls", [])
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(lean, "DNC", Counted)
@@ -352,7 +352,7 @@ def test_lean_memory_is_written_as_it_is_measured(tmp_path, monkeypatch, capsys)
 
 
 def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
-    """On the CPU in its place; the count of a call is made up."""
+    """On the CPU in its place; what a call takes is made up."""
     assert lean.main(["--device", "cuda"]) == 2
     assert "There is no GPU here" in capsys.readouterr().err
     with pytest.raises(SystemExit):

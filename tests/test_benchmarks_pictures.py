@@ -14,7 +14,7 @@ from benchmarks.floors import operations
 
 @pytest.fixture
 def drawn(tmp_path, results, monkeypatch):
-    """The pictures' figures, by name; none is written. The noise is more on the slow side."""
+    """The pictures' figures, by name; none is written. The noise is larger on the slow side."""
     for measured in results["rows"]:
         if measured["status"] == "measured":
             measured["ms_per_step_p80"] = 1.5 * measured["ms_per_step_p50"]

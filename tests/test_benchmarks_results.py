@@ -42,7 +42,7 @@ def test_a_report_tells_whether_the_files_were_those_of_the_commit(results, diff
 
 
 def test_geometric_means_are_over_what_both_have(results):
-    """Of copy the reference takes 1.5 times as long; of two configurations the LSTM 0.25 and 0.005 times."""
+    """On copy the reference takes 1.5 times as long; on two configurations the LSTM takes 0.25 and 0.005 times."""
     results["rows"].append(row("copy", "training", "torch_sequence", 1.0, spread=0.5))  # of its median
     lines = report.markdown(results).splitlines()
     training = lines.index("| than | reference, eager | nn.LSTM | retired_peer |")

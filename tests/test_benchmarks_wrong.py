@@ -45,7 +45,7 @@ def test_another_wrong_network_costs_the_others_nothing(monkeypatch):
 
 
 def test_a_wrong_gradient_is_noticed():
-    """Of any parameter, and one that there is none of as well."""
+    """Of any parameter; and so is a gradient that is not there."""
     truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["training"])
     network = peers.make_layer(CASE, CPU, backend="auto")
     assert verify.error(network, "training", truth) <= truth.allowed["training"]
@@ -61,7 +61,7 @@ def test_a_wrong_gradient_is_noticed():
 
 @pytest.mark.parametrize("field", interface_sizes(1, 1, 1))
 def test_a_gradient_that_is_missing_is_noticed_however_small_it_is(field):
-    """At these sizes those by free gates and the write strength are smaller than what is allowed of the largest."""
+    """At these sizes those of free gates and the write strength are smaller than the error allowed for the largest."""
     case = replace(CASE, memory_size=64, word_size=16, hidden_size=32, num_layers=1, steps=5)
     truth = verify.find_truth(case, draw_inputs(case, CPU), ["training"])
     network = peers.make_layer(case, CPU, backend="auto")
@@ -77,7 +77,7 @@ def test_a_gradient_that_is_missing_is_noticed_however_small_it_is(field):
 @pytest.mark.parametrize("mode", ["forward", "step"])
 @pytest.mark.parametrize("field", interface_sizes(1, 1, 1))
 def test_a_field_that_is_not_used_is_noticed(field, mode):
-    """In memory, if outputs hardly tell: where no slot was written to twice, none is worth freeing."""
+    """In the memory, where outputs hardly tell: as long as no slot was written to twice, none is worth freeing."""
     case = replace(CASE, memory_size=16, word_size=16, num_reads=1, hidden_size=32, num_layers=1, steps=5)
     truth = verify.find_truth(case, draw_inputs(case, CPU), [mode])
     network = peers.make_layer(case, CPU, backend="auto")
@@ -105,7 +105,7 @@ def test_steps_that_are_missing_are_noticed(mode):
 
 
 def test_parameters_that_are_missing_are_noticed():
-    """Of which there would be no gradient to compare."""
+    """They would have no gradient to compare."""
     truth = verify.find_truth(CASE, draw_inputs(CASE, CPU), ["training"])
     layer = peers.make_layer(CASE, CPU, backend="auto").module
     with pytest.raises(ValueError, match=r"parameters: expected .*interface.weight.*, got weight, bias"):
@@ -113,7 +113,7 @@ def test_parameters_that_are_missing_are_noticed():
 
 
 def test_as_many_steps_are_verified_as_is_said():
-    """From the first on, of a sequence that goes on for longer; one by one no more than ten."""
+    """The first ones of a longer sequence; one by one, no more than ten."""
     case = replace(CASE, steps=60)
     inputs = draw_inputs(case, CPU)
     truth = verify.find_truth(case, inputs, ["forward", "step"])

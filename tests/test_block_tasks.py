@@ -1,4 +1,4 @@
-"""Blocks: what is drawn and what is right, held against a simulation that shares no code with the task's.
+"""Blocks: what is drawn and what is right, compared with a simulation that shares no code with the task's.
 
 Boards are lists of columns here, bottom block first.
 """

@@ -107,8 +107,8 @@ def test_other_errors_of_the_run_time_are_not_hidden(run: Path, monkeypatch: pyt
     ("flag", "size", "words"),
     [
         ("--hidden-size", 10**12 - 1, "can't allocate memory"),
-        ("--hidden-size", 10**18, "overflow"),  # more bytes than a number has
-        ("--hidden-size", 10**19, "Overflow"),  # no size at all
+        ("--hidden-size", 10**18, "overflow"),  # more bytes than an integer can count
+        ("--hidden-size", 10**19, "Overflow"),  # itself more than a size can be
         ("--num-layers", 10**19, "int"),
     ],
 )
@@ -190,7 +190,7 @@ def test_ctrl_c_ends_any_command_with_a_word(
 def test_one_of_many_processes_ends_with_its_status_and_all_that_it_said(
     status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """It does so by itself, where nothing is written any more of what waits in a buffer."""
+    """It ends by `os._exit`, after which nothing that waits in a buffer is written."""
     said, ended = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
 
     def info(*arguments: object) -> str:
@@ -359,7 +359,7 @@ def test_data_are_found_from_wherever_a_run_is_gone_on_with(
 
 @pytest.mark.usefixtures("_undrawn")
 def test_a_run_goes_on_with_arguments_that_nobody_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """One that its file does not hold has the task's own value, and no other."""
+    """One that the run's file does not hold has the task's own value, and no other."""
     folder = tmp_path / "a folder"
     Run(Settings("copy", {"max_length": 3}, steps=1, baseline=False), folder).save()
     assert main(["train", "copy", "--resume", str(folder), "--num-bits", "4"]) == 2
@@ -451,7 +451,7 @@ def test_the_parts_of_the_time_are_said(run: Path) -> None:
 def test_bench_computes_with_the_threads_that_it_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """PyTorch's timer takes a single one unless it is told."""
+    """PyTorch's timer takes a single one unless told otherwise."""
     used, before, outputs = set(), torch.get_num_threads(), Learner.outputs
 
     def counted(learner: Learner, batch: Batch) -> torch.Tensor:
@@ -493,7 +493,7 @@ def test_bench_and_info(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
     def not_found(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("dnc_triton.machine.version", not_found)  # as it is of Triton for ROCm, by that name
+    monkeypatch.setattr("dnc_triton.machine.version", not_found)  # as for Triton on ROCm, a package of another name
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["info", "delayed_copy"]) == 0

@@ -1,9 +1,9 @@
 """What the pages say to type works: every block of Python runs, every command exists and takes its arguments.
 
 A page is picked up by being there. Its blocks of Python run in order in one namespace and in an empty folder; one that
-imports what is not installed and not needed, of OPTIONAL, skips the rest of its page. Commands are those in blocks of
-`sh` and those in backticks in the text; they are parsed, and as a slow test those of `dnc_triton` are carried out, in
-their order, trainings two steps long and on a CPU.
+imports a package of OPTIONAL that is not installed skips the rest of its page. Commands are those in blocks of `sh` and
+those in backticks in the text; they are parsed, and as a slow test those of `dnc_triton` are carried out, in their
+order, trainings two steps long and on a CPU.
 """
 
 import argparse

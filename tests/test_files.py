@@ -30,7 +30,7 @@ def test_two_who_write_a_file_at_once_write_it_whole(tmp_path: Path, monkeypatch
 
 
 def test_a_write_that_cannot_begin_is_told_as_what_it_is(tmp_path: Path) -> None:
-    """Not as the want of a file to remove, nor by a name that nobody has heard of."""
+    """Not as a missing file to remove, nor by a name that nobody has heard of."""
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "checkpoint.pt"
     with pytest.raises(OSError, match=rf"while writing 4 bytes: '{re.escape(str(path))}'$"):

@@ -1,4 +1,4 @@
-"""Graphs: what is drawn and what is right, held against networkx."""
+"""Graphs: what is drawn and what is right, compared with networkx."""
 
 from __future__ import annotations
 
@@ -191,12 +191,12 @@ def test_the_first_lessons_may_have_no_edges_both_ways() -> None:
             edges[size] += graph.number_of_edges()
     assert both[1] == 0
     assert both[2] > 40
-    # Nothing else is left out: as many pairs of nodes have edges, but for chance.
+    # Nothing else is left out: as many pairs of nodes have edges, up to chance.
     assert abs(edges[1] - (edges[2] - both[2])) < 80
 
 
 def test_the_loss_counts_all_shortest_paths_together() -> None:
-    """Of 10³ equally likely triples as many are right as networkx finds first edges of shortest paths."""
+    """Of 10³ equally likely triples, as many are right as there are first edges of shortest paths by networkx."""
     task = ShortestPathTask("6-8/2-3/2-2", base=10, num_digits=1, planning_steps=1)
     batch = task.sample(30, 1, random(0))
     counts = []
@@ -270,7 +270,7 @@ def test_the_network_sees_where_its_own_moves_led() -> None:
         assert model.shown[0, first:, -1].all()
         wandered += not bool(task.right(outputs, one))
     assert wandered > 5
-    # Nothing in it is not a number.
+    # Its gradients are finite.
     noise = torch.randn(*batch.scored.shape, 30, generator=generator, requires_grad=True)
     outputs = task.run(Answering(noise), batch)
     task.loss(outputs, batch).backward()

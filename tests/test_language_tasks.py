@@ -1,4 +1,4 @@
-"""Dates and stories: what is asked follows from what is told, by another way than the task's own."""
+"""Dates and stories: what is asked follows from what is told, worked out in another way than the task's own."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_a_solver_agrees_with_every_generated_answer(kind: int, questions: int) 
                 assert len(set(supporting)) == kind
                 assert any(answers[0] in words(story[line - 1].text) for line in supporting)
                 asked[answers[0]] = asked.get(answers[0], 0) + 1
-    # No place is an answer that can be guessed.
+    # No single place is a good guess.
     assert len(asked) == 6
     assert max(asked.values()) < 0.25 * sum(asked.values())
 
@@ -231,7 +231,7 @@ STORY = [  # the paper's own example, with an answer of two words
 
 
 def write_example(folder: Path) -> None:
-    """A folder with it alone, a story of kind 8."""
+    """A folder with this story alone, which is of kind 8."""
     for split in ("train", "test"):
         write_stories([STORY] * 10, folder / f"qa8_lists-sets_{split}.txt")
 

@@ -152,7 +152,7 @@ def test_what_a_part_has_started_ends_with_it(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no priorities there")
 def test_who_gives_way_has_threads_that_do(tmp_path):
-    """Those of the compilers, which are many, beside tests that have their time."""
+    """Those of the compilers, which are many, beside tests whose time is limited."""
     (tmp_path / "one.py").write_text(
         "import os, sys, threading, time\ntime.sleep(2)\nown = lambda: print(os.getpriority(os.PRIO_PROCESS, 0))\n"
         "own()\nthread = threading.Thread(target=own)\nthread.start()\nthread.join()"
@@ -166,7 +166,7 @@ def test_who_gives_way_has_threads_that_do(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
 def test_who_interrupts_all_interrupts_each_part(tmp_path, monkeypatch, capsys):
-    """Which may then write what it has."""
+    """It may then write what it has."""
     (tmp_path / "asleep.py").write_text(
         "import pathlib, time\npathlib.Path('TMP/ready').touch()\ntry:\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    pathlib.Path('TMP/written').touch()".replace("TMP", str(tmp_path))
@@ -211,7 +211,7 @@ def test_a_part_is_interrupted_also_where_a_shell_runs_it_in_the_background(tmp_
 
 
 def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, capsys):
-    """With nothing run: the tests leave a record, of which one part was killed; the benchmark of a step is wrong."""
+    """Nothing is run: the tests leave a record, one of their processes was killed; the benchmark of a step is wrong."""
     called = []
 
     def run_all(commands, seconds, logs=None, variables=None, giving_way=0):
@@ -276,7 +276,7 @@ def test_every_part_gets_its_time_and_failures_are_told(tmp_path, monkeypatch, c
     ids=["all", "one is missing", "one is missing to a process", "one failed", "none passed"],
 )
 def test_parity_is_what_ran_and_did_not_fail(lines, ended, compiled, word, tmp_path, monkeypatch, capsys):
-    """Of what compiles beside it nothing is asked. What failed the last time is not told again."""
+    """What compiles beside it may fail. What failed the last time is not told again."""
     machine = {"date": "2026-01-02T03", "gpu": "a GPU"}
     failures = tmp_path / "gpu-parity-2026-01-02-failures.txt"
     failures.write_text("of the last time")
@@ -365,7 +365,7 @@ TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 
 
 def sanitize(folder, script):
-    """`make sanitize` with a script in the place of compute-sanitizer, and nothing in that of Python."""
+    """`make sanitize` with a script in the place of compute-sanitizer, and `true` in that of Python."""
     tool = folder / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\n{script}")
     tool.chmod(0o755)
@@ -379,7 +379,7 @@ def sanitize(folder, script):
 @needs_make
 @pytest.mark.parametrize("bad", [None, "racecheck"])
 def test_sanitizers_run_at_once_and_one_that_finds_something_fails(tmp_path, bad):
-    """With one in their place that waits until all four have begun, and finds something or not."""
+    """A script in their place waits until all four have begun, and finds something or not."""
     process = sanitize(
         tmp_path,
         f"touch {tmp_path}/$2\n"

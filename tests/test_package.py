@@ -26,7 +26,7 @@ def run(*command, cwd: Path, **environment: str) -> str:
 
 
 def python(code: str, cwd: Path, **environment: str):
-    """What a fresh interpreter prints, as JSON. It does not see the working tree but through what is installed."""
+    """What a fresh interpreter prints, as JSON. It sees the working tree only through what is installed."""
     return json.loads(run(sys.executable, "-c", code, cwd=cwd, **environment))
 
 

@@ -1,4 +1,4 @@
-"""Whose the folder of a run is."""
+"""Which run a folder belongs to."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_folder_with_what_a_run_would_write_over_is_refused(
 
 @pytest.mark.parametrize("arguments", [[*SHORT, "--run", ""], ["trace", "run", "--output", ""], ["evaluate", ""]])
 def test_an_empty_path_is_not_this_folder(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
-    """A variable of a shell that is not set."""
+    """As an unset variable of a shell gives."""
     with pytest.raises(SystemExit):
         main(arguments)
     assert "expected a path, got ''" in capsys.readouterr().err
@@ -132,11 +132,11 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(
 def test_a_run_that_cannot_begin_keeps_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The mistake put right, it is there for the next one."""
+    """Once the mistake is put right, it is there for the next one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("precious")
-    small = ["train", "shortest_path", *SMALL[:-2], "--steps", "2"]  # without what copying alone has
+    small = ["train", "shortest_path", *SMALL[:-2], "--steps", "2"]  # without the option that only copying has
     for folder in (["--run", "run"], ["--run", "mine"], [], ["--workers", "1"]):
         assert main([*small, *folder, "--curriculum", "3/1/5"]) == 2
         error = capsys.readouterr().err

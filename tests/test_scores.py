@@ -20,7 +20,7 @@ from dnc_triton.training.settings import Settings
 
 @pytest.mark.parametrize("task", ["graph_traversal", "block_puzzle", "copy", "shortest_path"])
 def test_no_sequence_is_validated_twice(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lesson that has a size more often than others has the same sequences again."""
+    """A lesson that names a size more often than others would have the same sequences again."""
     run = Run(Settings.read(task, hidden_size=8, baseline=False), tmp_path)
     asked = []
     monkeypatch.setattr(run, "score", lambda sizes, *arguments: asked.append(sizes) or {"dnc": {"loss": 1.0}})
@@ -48,7 +48,7 @@ def test_a_score_is_per_unit_and_per_sequence(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_score_is_the_same_each_time(tmp_path: Path) -> None:
-    """Nothing is dropped in it."""
+    """Dropout is off in it."""
     run = Run(small(controller="lstm", num_layers=2, dropout=0.5), tmp_path)
     assert run.score([3], 20, "validation") == run.score([3], 20, "validation")
 
@@ -82,7 +82,7 @@ def test_right_outputs_are_right_and_each_flip_is_counted(name: str) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_size_that_there_is_none_of_is_refused(name: str) -> None:
-    """Not wrapped around to another lesson, nor by an error of PyTorch's."""
+    """Neither wrapped around to another lesson nor left to an error of PyTorch's."""
     task = Settings.read(name).make_task()
     largest = {"translation": 4, "babi": 3, "graph_traversal": 2, "shortest_path": 3, "block_puzzle": 3}
     least = {"associative_recall": 2, "repeat_copy": 1001}.get(name, 1)
@@ -112,7 +112,7 @@ def test_a_picture_shows_targets_on_the_channels_of_the_output(
 
 
 def test_another_way_that_is_right_is_not_marked_as_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several shortest paths the target is one."""
+    """The target is one of several shortest paths."""
     run = Run(Settings.read("shortest_path", hidden_size=8, memory_size=4, baseline=False), tmp_path)
     judged = torch.tensor([[[False, False], [True, False]]])
     pages: list[dict[str, Any]] = []
@@ -126,7 +126,7 @@ def test_another_way_that_is_right_is_not_marked_as_wrong(tmp_path: Path, monkey
 def test_a_picture_shows_how_the_network_answers_the_sequence_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without dropout, by what keeps a trace whatever the environment asks for."""
+    """Without dropout, and by a backend that keeps a trace, whatever the environment asks for."""
     pages: list[tuple[Any, str]] = []
     monkeypatch.setattr("dnc_triton.training.report.draw_memory", lambda *arguments: None)
     monkeypatch.setattr(

@@ -1,6 +1,6 @@
 """The kernels compile for every target, spill nothing, fit, have all their barriers, and take no more than is recorded.
 
-Nothing here needs a GPU. Compilation happens in other processes, since those of this one may be made to be interpreted.
+Nothing here needs a GPU. Compilation happens in other processes, since the kernels of this one may be interpreted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_kernels_compile_spill_nothing_fit_race_nowhere_and_take_no_more_than_re
 
 
 def test_the_versions_that_are_tested_are_on_record():
-    """Else there is nothing to compare with."""
+    """Otherwise there is nothing to compare with."""
     pins = [path.read_text() for path in RECORD.parents[2].glob("constraints*.txt")]
     versions = [set(re.findall(r"^triton==([\d.]+)", pin, re.MULTILINE)) for pin in pins]
     assert len(versions) == 3
@@ -116,10 +116,10 @@ def test_what_the_dispatcher_may_take_is_compiled_and_held_to_spill_nothing(dtyp
 
 
 def test_a_head_has_programs_of_its_own_where_a_layout_spreads_and_nowhere_else():
-    """The others would do again what the first does."""
+    """The others would repeat what the first does."""
 
     def programs(spread, backward):
-        """Of the first phase and of the last, and how many parts that has."""
+        """Those of the first phase and of the last, and how many parts the last has."""
         layout, options = Layout(False, 32, 128, 1, spread=spread), dict(raw=True, compute=torch.float32)
         first, _, last = launches(2, 512, 64, 8, layout, backward=backward, **options)
         return first.grid[1], last.grid[1], last.sizes.PARTS
@@ -149,7 +149,7 @@ def test_a_head_has_programs_of_its_own_where_a_layout_spreads_and_nowhere_else(
     ],
 )
 def test_how_many_registers_a_kernel_may_take(fused, whole, warps, told, registers):
-    """Of which AMD's compiler is told nothing."""
+    """AMD's compiler is told nothing of it."""
     layout = Layout(fused, 16, 16, warps, whole_sequence=whole)
     expected = dict(num_warps=warps) if registers is None else dict(num_warps=warps, maxnreg=registers)
     assert compile_options(layout, warps, hip=False, **told) == expected
@@ -211,7 +211,7 @@ def test_wide_words_fit_on_small_gpus():
     wide = [case for shape in shapes for layout in layouts(shape[0]) for case in step(shape, "sm_80", layout=layout)]
     for measurement in compiling_map(measure, wide):
         assert not measurement.problems()
-        # Of capability 8.6, 8.9 and 12.0. With 4 warps it spilled 5 KB.
+        # What GPUs of capability 8.6, 8.9 and 12.0 have. With 4 warps it spilled 5 KB.
         assert measurement.numbers.shared <= 101_376, measurement
         assert measurement.numbers.spilled <= 80, measurement
 

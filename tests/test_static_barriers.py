@@ -105,7 +105,7 @@ def squeezing(data_ptr, out_ptr):
 
 @triton.jit
 def as_told(data_ptr, out_ptr, index_ptr, LAST: tl.constexpr):
-    """As often as the index says at first, stores entry i; loads it where the index says so then, until LAST."""
+    """As often as the index's first number says, stores entry i; loads it where the next ones say so, until LAST."""
     here = tl.arange(0, 256)
     for i in range(tl.load(index_ptr)):
         told = tl.load(index_ptr + 1 + i, mask=i <= LAST, other=0) != 0
@@ -229,7 +229,7 @@ def find_races(name):
 
 @pytest.fixture(scope="module")
 def races():
-    """Kernels compile in the other process also if they are interpreted in this one, and this one stays as it is."""
+    """Kernels compile in the other process even if they are interpreted in this one, and this one stays as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         found = dict(zip(PLANTED, compiling_map(find_races, PLANTED, jobs=1), strict=True))

@@ -1,4 +1,4 @@
-"""The clocks of a program, by listings of machine code that were made up, and by a kernel's."""
+"""The clocks of a program, from made-up listings of machine code, and from a kernel's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What is compiled without a GPU is what is launched on one: its types, constants and options. Nothing compiles.
 
-In another process, where nothing is interpreted.
+All of this is in another process, where nothing is interpreted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def train(
     autocast: bool = False,
     **rows: torch.Tensor,
 ) -> None:
-    """A layer on a backend, with what there is for a GPU alone."""
+    """Train a layer on a backend, with what otherwise only a GPU has."""
     clip, most = bounds
     sizes = dict(memory_size=SLOTS, word_size=WORD, num_reads=READS, num_layers=layers)
     dnc = DNC(
@@ -103,7 +103,7 @@ def launches() -> dict[str, tuple[Callable[[], None], list[Case]]]:
 
 
 def what_decides(kernel: Any, signature: Any, constants: Any, attributes: Any, options: dict[str, Any]) -> Any:
-    """On the code that a kernel is compiled to."""
+    """All that decides what code a kernel is compiled to."""
     names = kernel.arg_names
     types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
     aligned = {names[place] for (place, *_), said in attributes.items() if ["tt.divisibility", 16] in said}
@@ -114,12 +114,12 @@ def what_decides(kernel: Any, signature: Any, constants: Any, attributes: Any, o
 
 
 def not_launched(name: str) -> list[str]:
-    """Which of the cases are compiled as nothing that is launched, or are said to have another grid."""
+    """Those of the cases that are compiled as nothing that is launched, or are said to have another grid."""
     run, cases = launches()[name]
     launched, compiled, grids = [], [], []
 
     def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
-        grids.append(grid[1:] if name == "products" else grid)  # of another batch, where programs take several rows
+        grids.append(grid[1:] if name == "products" else grid)  # of another batch: several rows a program
         return launch_up_to_running(kernel, grid)
 
     def compile_launched(

@@ -1,4 +1,4 @@
-"""That whatever is wrong with a compiled kernel becomes a problem of its case. Nothing compiles."""
+"""Whatever is wrong with a compiled kernel becomes a problem of its case. Nothing compiles here."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_everything_that_is_found_is_a_problem(found: SimpleNamespace) -> None:
 
 
 def test_races_are_looked_for_in_every_launch_as_it_is(found: SimpleNamespace) -> None:
-    """With its grid; where links are made again, with the steps before."""
+    """With its grid; where links are recomputed, with the steps before."""
     for case in CASES.values():
         measure(case)
         code, grid, arguments = found.asked[-1]
@@ -110,7 +110,7 @@ def test_what_a_kernel_takes_is_read_from_what_tools_say(monkeypatch: pytest.Mon
 
 
 def test_instructions_are_those_that_do_something_where_code_stands() -> None:
-    """Of an ELF file with two sections of the same content, one of which is executable."""
+    """Here in an ELF file with two sections of the same content, one of which is executable."""
     content = b"".join(struct.pack("<QQ", operation, 0) for operation in (0x7624, 0x7918, 0x1986, 0x7918, 0x794D))
     sections = [bytes(64), *(struct.pack("<QQQQQ24x", 1, flags, 0, 64, len(content)) for flags in (2 | 4, 2))]
     header = struct.pack("<40xQ10xHHH", 64 + len(content), 64, len(sections), 0)
@@ -126,7 +126,7 @@ def test_launches_overlap_on_the_targets_that_can() -> None:
 
 
 def test_every_target_has_a_limit() -> None:
-    """Of NVIDIA's, a block's at most: 163, 227 and 99 KB; of AMD's 64."""
+    """The most that a block may have: 163, 227 and 99 KB on NVIDIA's; 64 on AMD's."""
     kilobytes = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_89": 99, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
     assert {target: limit / 1024 for target, limit in SHARED_LIMITS.items()} == kilobytes
     assert SHARED_LIMITS.keys() == TARGETS.keys()

@@ -34,14 +34,14 @@ def adding_up(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr, HOW: tl.constexpr):
 
 @triton.jit
 def running_up(x_ptr, y_ptr, out_ptr):
-    """Of rounded products, each thread's own to what comes from the one before."""
+    """Of rounded products: each thread adds its own to what comes from the one before."""
     here = tl.arange(0, 32)
     tl.store(out_ptr + here, tl.cumsum(tl.fma(tl.load(x_ptr + here), tl.load(y_ptr + here), 0.0), 0))
 
 
 @triton.jit
 def waiting(x_ptr, y_ptr, out_ptr, HOW: tl.constexpr):
-    """For the launch before it, in time or not."""
+    """Waits for the launch before it, in time or not."""
     here = tl.arange(0, 32)
     if HOW == "first":
         gdc_wait()
@@ -98,7 +98,7 @@ def find_in_a_step(case):
 
 @pytest.mark.slow  # compiles some of the longest kernels
 def test_the_same_sum_in_every_thread_where_no_shape_on_record_is():
-    """Of words of odd length a thread has a single number; with sixteen heads those of a single slot."""
+    """Of words of odd length a thread has a single number; with sixteen heads, those of a single slot."""
     cases = [case for case in step((65, 17, 1), "sm_90") if case.phase != "last"]
     cases += sequence((128, 64, 16), 16, "sm_90", layout=sequence_layouts(128, 64)[0])[:1]
     assert dict(zip(cases, compiling_map(find_in_a_step, cases), strict=True)) == {case: [] for case in cases}

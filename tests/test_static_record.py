@@ -32,7 +32,7 @@ def test_more_than_recorded_is_worse_and_less_is_not(number):
 
 
 def test_every_case_has_a_name_of_its_own():
-    """By which it is recorded."""
+    """It is recorded by that name."""
     complete = cases(complete=True)
     assert len(set(map(str, complete))) == len(complete)
 
@@ -119,7 +119,7 @@ def test_the_command_fails_on_what_is_worse_until_it_is_recorded(command):
 
 @pytest.mark.parametrize(
     ("select", "arguments"),
-    [("forward hole", []), ("forward hole", ["--update"]), ("gfx942", ["--clocks"])],  # of which it looks at NVIDIA's
+    [("forward hole", []), ("forward hole", ["--update"]), ("gfx942", ["--clocks"])],  # it looks at NVIDIA's alone
     ids=str,
 )
 def test_the_command_refuses_to_look_at_no_case_at_all(select, arguments, capsys):

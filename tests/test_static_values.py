@@ -14,7 +14,7 @@ from benchmarks.static.values import VALUES, Pointer
 
 
 def value_of(line: str, *operands: Any) -> Any:
-    """What an operation as it is printed makes of operands."""
+    """What an operation, given as it is printed, makes of operands."""
     op = _parse_op(line, {}, {})
     given = [np.array(operand) if isinstance(operand, (int, list)) else operand for operand in operands]
     return VALUES[op.name](op, *given)

@@ -1,4 +1,4 @@
-"""What every task promises a training: batches that depend on what is asked for alone, of the shapes it was told."""
+"""What every task promises a training: batches that depend only on what is asked for, in the shapes it was told."""
 
 from __future__ import annotations
 

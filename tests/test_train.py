@@ -143,7 +143,7 @@ def test_an_input_gain_multiplies_the_first_weights_on_the_input_alone(network: 
 
 
 def test_a_baseline_is_called_as_a_dnc_is() -> None:
-    """Each row on from its state to its length, whatever the others' are and however many steps follow."""
+    """Each row goes on from its state to its length, whatever the others' lengths are and however many steps follow."""
     lstm = LSTMBaseline(3, 5, 2, num_layers=2)
     inputs, lengths = torch.randn(3, 6, 3), torch.tensor([2, 5, 4])
     _, state = lstm(inputs)
@@ -158,7 +158,7 @@ def test_a_baseline_is_called_as_a_dnc_is() -> None:
 
 @pytest.mark.parametrize(("num_layers", "dropout"), [(1, 0.0), (2, 0.5)])
 def test_a_baseline_has_the_layers_that_are_asked_for(num_layers: int, dropout: float) -> None:
-    """And drops between them what is asked for; PyTorch's warns where there is no between."""
+    """And the dropout between them; PyTorch's LSTM warns where there is nothing between."""
     lstm = LSTMBaseline(3, 5, 2, num_layers, dropout=0.5).lstm
     assert (lstm.num_layers, lstm.dropout) == (num_layers, dropout)
 
@@ -234,7 +234,7 @@ def test_a_stop_between_two_rows_loses_nothing(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_step_trains_with_a_gradient_that_is_not_too_long(tmp_path: Path) -> None:
-    """Also where the network has just been looked at, without dropout; the norm that is told is that before."""
+    """Even where the network has just been looked at, without dropout; the norm that is told is the one before."""
     run = Run(small(max_gradient_norm=0.01, baseline=False), tmp_path)
     trained, batch = run.learners["dnc"], run.task.sample(4, 3, torch.Generator().manual_seed(0))
     trained.outputs(batch)
@@ -246,7 +246,7 @@ def test_a_step_trains_with_a_gradient_that_is_not_too_long(tmp_path: Path) -> N
 
 
 def test_a_row_is_the_mean_over_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the last one too, which has fewer."""
+    """So is the last one, which has fewer."""
     monkeypatch.setattr("dnc_triton.training.run.LOG_EVERY", 5)
     run = Run(small(steps=7, baseline=False), tmp_path)
     names = ("loss", "bit_error", "right", "gradient_norm")
@@ -260,7 +260,7 @@ def test_a_row_is_the_mean_over_its_steps(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows the last step, and what was before it was interrupted."""
+    """Also of what follows the last step, and of what came before an interruption."""
     run = Run(small(steps=2, baseline=False), tmp_path)
     run.seconds["all"] = 1000.0
     monkeypatch.setattr(run, "_validate", lambda: time.sleep(0.2) or {"step": 2, "dnc_right": 0.0, "dnc_loss": 1.0})
@@ -301,7 +301,7 @@ def test_the_last_step_is_validated(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_what_a_checkpoint_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a run that is killed after it would lack rows there for good."""
+    """Otherwise a run that is killed after it would lack rows there for good."""
     monkeypatch.setattr("dnc_triton.training.run.LOG_EVERY", 1)
     monkeypatch.setattr("dnc_triton.training.run.CHECKPOINT_SHARE", 1e9)
     run = Run(small(steps=3, validate_every=9, baseline=False), tmp_path)

@@ -128,7 +128,7 @@ def test_what_a_step_draws_does_not_depend_on_where_the_run_was_interrupted(
 
 
 def test_those_who_draw_batches_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
-    """Also where a server forks them, as on Linux from Python 3.14 on, which ends after them."""
+    """Also where a server forks them, as on Linux from Python 3.14 on; the server ends after them."""
     script = "import multiprocessing, dnc_triton.cli, sys; multiprocessing.set_start_method('forkserver')"
     command = [sys.executable, "-c", f"{script}; dnc_triton.cli.main(sys.argv[1:])"]
     arguments = ["train", "copy", *SMALL, "--no-baseline", "--run", str(tmp_path / "run"), "--workers", "1"]
@@ -142,7 +142,7 @@ def test_those_who_draw_batches_end_with_a_run_that_is_killed(tmp_path: Path) ->
 
 
 def test_an_interrupt_while_those_who_draw_batches_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal's goes to them too. They import for seconds if they are not forked, and do not know of signals yet."""
+    """A terminal's goes to them too. If they are not forked they import for seconds, and do not know of signals yet."""
 
     class Interrupted(DataLoader):
         def __iter__(self) -> Any:
@@ -166,7 +166,7 @@ def test_an_interrupt_while_those_who_draw_batches_begin(tmp_path: Path, monkeyp
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_word(
     clip: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A bound of 0 is none: there is no lower one."""
+    """A bound of 0 is no bound: there is no lower one."""
     arguments = ["train", "copy", *SMALL, "--steps", "100", "--no-baseline", "--run", str(tmp_path / "run")]
     assert main([*arguments, "--learning-rate", "1e30", "--clip", clip]) == 2
     error = capsys.readouterr().err
@@ -243,7 +243,7 @@ def test_what_is_looked_into_is_the_step_that_failed(tmp_path: Path, monkeypatch
 
 @pytest.fixture
 def row(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The steps of a row of the metrics, a tenth of what they are else; after each a checkpoint is due."""
+    """The steps of a row of the metrics, a tenth of what they are otherwise; a checkpoint is due after each step."""
     for name, value in (("LOG_EVERY", 5), ("CHECKPOINT_SECONDS", 0.0), ("CHECKPOINT_SHARE", 1e9)):
         monkeypatch.setattr(f"dnc_triton.training.run.{name}", value)
     return 5
@@ -347,7 +347,7 @@ def test_a_run_whose_folder_cannot_be_made_does_not_train(tmp_path: Path) -> Non
 
 
 def test_the_best_is_what_best_pt_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that was full at the best validation."""
+    """The disk was full at the best validation."""
     save = checkpoint.save
 
     def full(path: Path, content: dict[str, Any]) -> None:
@@ -409,7 +409,7 @@ def test_a_rescued_run_does_not_take_the_place_of_one_of_another_folder(
 
 
 def test_a_rescued_run_has_a_name_that_files_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And how to go on can be given to a shell."""
+    """And the command to go on with can be given to a shell."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = tmp_path / f"my {'long ' * 49}run"
     with pytest.raises(OSError, match=rf"-long-run-[0-9a-f]{{8}}-7\.pt: .*, then --resume '{folder}'$"):
@@ -441,7 +441,7 @@ def test_a_result_is_written_before_pictures_that_take_more_room(
 
 @pytest.mark.usefixtures("_undrawn")
 def test_a_run_without_a_best_has_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that was full at the only validation."""
+    """The disk was full at the only validation."""
     run = Run(small(steps=2, baseline=False), tmp_path)
     monkeypatch.setattr(run, "_try_to_save", lambda name: False)
     monkeypatch.setattr("dnc_triton.training.report.EVALUATION_SEQUENCES", 10)
@@ -467,7 +467,7 @@ def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path, capsys: pytes
     ["training.learner.Learner.update", pytest.param("tasks.data.TrainingBatches.__getitem__", marks=pytest.mark.slow)],
 )
 def test_an_error_ends_those_who_draw_batches(tmp_path: Path, fails: str) -> None:
-    """Theirs or another one; they ignore the signals that would, and while an error is looked at nobody forgets it."""
+    """Theirs or another one. They ignore the signals that would; an error that is handled keeps alive what it holds."""
     script = """
 import multiprocessing
 import dnc_triton.training.learner, dnc_triton.tasks.data

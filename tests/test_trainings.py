@@ -1,4 +1,4 @@
-"""What the configurations that come with the tasks promise, by training with them from start to end. Hours."""
+"""What the configurations that come with the tasks promise: trainings from start to end, which take hours."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_bit_symbols_are_columns():
 
 
 def test_a_trace_with_its_graph_is_drawn(tmp_path):
-    """As a training's own call gives it, in whatever dtype, inputs and targets too."""
+    """As a training's own call returns it; inputs and targets likewise, in whatever dtype."""
     pytest.importorskip("matplotlib", reason="Matplotlib draws the picture")
     from dnc_triton.pictures import draw_memory
 
@@ -81,7 +81,7 @@ def test_a_trace_with_its_graph_is_drawn(tmp_path):
 
 
 def test_a_picture_of_a_long_sequence_is_not_too_wide(tmp_path, monkeypatch):
-    """Matplotlib 3.9 refuses 65536 pixels; not written here, which takes long."""
+    """Matplotlib 3.9 refuses 65536 pixels. None is written here, which would take long."""
     pytest.importorskip("matplotlib", reason="Matplotlib draws the picture")
     from dnc_triton import pictures
 
@@ -99,7 +99,7 @@ def test_a_picture_of_a_long_sequence_is_not_too_wide(tmp_path, monkeypatch):
 
 
 def test_numbers_beyond_0_and_1_have_colours_of_their_own(tmp_path, monkeypatch):
-    """As priorities between -1 and 1 do, or data of one's own."""
+    """Such as priorities between -1 and 1, or data of one's own."""
     pytest.importorskip("matplotlib", reason="Matplotlib draws the picture")
     from dnc_triton import pictures
 
@@ -114,7 +114,7 @@ def test_numbers_beyond_0_and_1_have_colours_of_their_own(tmp_path, monkeypatch)
 
 
 def test_a_long_sequence_in_a_large_memory_stays_small(tmp_path):
-    """T = 100, N = 128, four read heads, and a link that is nowhere zero but in its diagonal."""
+    """T = 100, N = 128, four read heads, and a link that is zero only on its diagonal."""
     steps, slots, reads = 100, 128, 4
     weights = partial(torch.rand, 1, steps)
     link = weights(1, slots, slots) * (1 - torch.eye(slots)) / slots
@@ -342,7 +342,7 @@ def test_panels_zoom_as_one_in_time_and_in_slots(page):
 
 
 def test_no_error_and_no_network(page):
-    """The last one: in all that the others did."""
+    """The last test: in all that the others did."""
     assert [entry for entry in page.browser.get_log("browser") if entry["level"] != "DEBUG"] == []
     messages = [json.loads(entry["message"])["message"] for entry in page.browser.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
