@@ -117,6 +117,9 @@ def test_a_configuration_for_gpus_is_said_to_be_left_out(tmp_path, capsys):
     assert (status, rows) == (2, [])
     assert content["left_out"] == ["nature_babi_wide: too large for a CPU, it is measured on a GPU"]
     assert content["left_out"][0] in capsys.readouterr().err
+
+
+def test_a_configuration_has_a_batch_for_each_kind_of_device():
     case = case_of("tiny", TINY, "cuda")
     assert (case.batch, case.steps) == (4, 7)
     with pytest.raises(LeftOutError):

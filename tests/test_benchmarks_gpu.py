@@ -180,8 +180,8 @@ def test_who_compiles_has_a_single_step_compiled_whole(monkeypatch):
 
 
 @pytest.mark.slow  # starts PyTorch's compiler
-def test_of_a_large_memory_the_compiler_is_kept_from_its_assertion():
-    """With PyTorch 2.11 on a GPU it did not compile."""
+def test_the_compiler_takes_what_it_is_told_for_a_large_memory():
+    """That this keeps PyTorch 2.11 from its assertion only a GPU can show."""
     compiled = peers.compile_reference(lambda x: x + 1, 256, "reduce-overhead")
     assert torch.equal(compiled(torch.ones(3)), torch.full([3], 2.0))
 
@@ -290,7 +290,7 @@ def test_the_gpu_benchmark_holds_every_layout_against_the_oracle_before_it_is_ti
 
 
 def test_what_a_bucket_launches_is_compiled_before_its_first_row(monkeypatch):
-    """All of it, the sequence too, and nothing else; with nothing compiled and nothing run, so every row is wrong."""
+    """All of it, the sequence too, and nothing else. Nothing is compiled and nothing runs, so all of ours are wrong."""
     pytest.importorskip("triton")
     from triton.runtime.jit import KernelInterface
 

@@ -30,7 +30,7 @@ from dnc_triton.sequence import graphs
 
 @pytest.mark.parametrize(("short", "order"), [(0.0, "abbaab"), (10.0, "abbbaaaabb")])
 def test_peers_take_turns(short, order, monkeypatch):
-    """Those whose calls are short make an untimed one before each that is timed."""
+    """Those whose calls are short make an untimed one before each that is timed, once it is known that they are."""
     monkeypatch.setattr(measure, "SHORT_SECONDS", short)
     calls = []
     runs = {peer: partial(calls.append, peer) for peer in "ab"}

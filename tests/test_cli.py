@@ -188,7 +188,7 @@ def test_ctrl_c_ends_any_command_with_a_word(
 
 @pytest.mark.parametrize("status", [0, 2])
 def test_one_of_many_processes_ends_with_its_status_and_all_that_it_said(
-    status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends by `os._exit`, after which nothing that waits in a buffer is written."""
     said, ended = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
@@ -424,9 +424,7 @@ def test_a_table_is_printed_where_nothing_can_be_written(
     assert "Permission denied" in printed.err
 
 
-def test_a_run_that_has_ended_is_shown_where_nothing_can_be_written(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_that_has_ended_is_shown_where_nothing_can_be_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to add to it. Root may write anywhere."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(Run, "save", lambda *arguments: pytest.fail("it wrote"))
@@ -434,7 +432,7 @@ def test_a_run_that_has_ended_is_shown_where_nothing_can_be_written(
 
 
 @pytest.mark.parametrize("precision", [pytest.param("64-true", marks=pytest.mark.slow), "bf16-mixed"])
-def test_a_run_in_another_precision(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_in_another_precision(precision: str, tmp_path: Path) -> None:
     assert main([*SHORT, "--precision", precision, "--run", str(tmp_path)]) == 0
     weights = checkpoint.load(tmp_path / "checkpoint.pt")["learners"]["dnc"]["model"]["output.weight"]
     assert weights.dtype == (torch.float64 if precision == "64-true" else torch.float32)

@@ -146,7 +146,7 @@ def test_targets_are_shortest_paths_by_networkx(base: int, num_digits: int) -> N
 
 
 def test_any_shortest_path_is_right_and_nothing_else() -> None:
-    """Every way from the start, as networkx lists them: right if it is a shortest path, else wrong."""
+    """Every walk of that length from the start is right if networkx has it among the shortest paths, else wrong."""
     task = ShortestPathTask("6-8/2-3/2-3", base=10, num_digits=1, planning_steps=1)
     batch = task.sample(20, 1, random(3))
     several = longer = 0

@@ -18,9 +18,7 @@ from dnc_triton.training.run import Run
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_name_that_tensorboard_cannot_encode_is_no_harm(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_tensorboard_cannot_encode_is_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
     assert Run(small(steps=2, baseline=False), folder).train()
     assert "TensorBoard gets no more of this run" in capsys.readouterr().err

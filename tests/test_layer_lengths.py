@@ -227,7 +227,7 @@ def test_lengths_and_reset_together():
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_reset_after_the_end_changes_nothing(backend):
-    """After its end a row's state stays, whatever stands in the padding of `inputs` and of `reset`."""
+    """After its end a row's state stays, whatever `reset` holds in the padding."""
     dnc, inputs, given = make(backend=backend), make_inputs(), warm_state(make())
     padding = torch.arange(STEPS) >= torch.tensor(LENGTHS).unsqueeze(1)
     expected = dnc(inputs, given, lengths=LENGTHS, reset=RESETS & ~padding)

@@ -165,6 +165,12 @@ def test_a_dropout_that_overwrites_is_called():
     assert backend_of(dnc) == "torch_sequence"
     dnc.controller.dropout.inplace = True
     assert backend_of(dnc) == "reference"
+    inputs, results = draw(), []
+    for name in ("auto", "reference"):
+        torch.manual_seed(0)
+        with use_backend(name):
+            results.append(dnc(inputs))
+    assert_same_bits(*results)
 
 
 def test_the_bound_of_gradients_can_be_changed():
@@ -431,6 +437,8 @@ def test_a_part_of_another_dtype_or_device_is_called(part, options):
     dnc = make()
     dnc.get_submodule(part).to(**options)
     assert backend_of(dnc) == "reference"
+    with pytest.raises(RuntimeError, match="dtype" if "dtype" in options else "meta"):
+        dnc(draw())
 
 
 @pytest.mark.parametrize("part", ["controller.layers.0", "interface", "output"])

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -338,11 +339,16 @@ def test_cores_are_shared_between_tests_and_compilers(tmp_path, monkeypatch, cor
     assert sorted(",".join(names).split(",")) == sorted(on_gpu.CONFIGURATIONS)
 
 
-def test_what_it_runs_is_there():
-    """The options that it passes are those that the programs take; no more than nine minutes, whatever happens."""
+def test_what_it_runs_is_there(monkeypatch, capsys):
+    """The options that it passes are those that the benchmarks take; no more than nine minutes, whatever happens."""
     from benchmarks.__main__ import _parser
 
     assert on_gpu.SECONDS + on_gpu.OVERTIME + on_gpu.LAST_WORDS <= 9 * 60 - 10
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for _, _, command in on_gpu.PARTS[:-1]:
+        module, *arguments = on_gpu.fill_in(command, 7.6, folder="here")
+        assert import_module(module).main(arguments) == 2
+        assert capsys.readouterr().err == "There is no GPU here: nothing was measured.\n"
     for command in (on_gpu.PARTS[-1][2], on_gpu.ONCE):
         module, *arguments = on_gpu.fill_in(command, 7.6, folder="here", names="adnc_babi,sam_scaling")
         options = _parser().parse_args(arguments)

@@ -215,7 +215,7 @@ def make_theirs(dtype=torch.float64, **changes):
 
 
 def initial(theirs, *, warm=False, empty=False, dtype=torch.float64):
-    """Their state and ours, the same: zeros, which have to be given, or `warm`, every number random."""
+    """Their state and ours, the same: zeros, which have to be given, or, if `warm`, random but for the words read."""
     shape = (B, theirs.output_size)
     layers = theirs.num_hidden_layers
     hidden = [torch.rand(2, *shape, dtype=dtype) - 0.5 if warm else torch.zeros(2, *shape, dtype=dtype)

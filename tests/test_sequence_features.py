@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch._dynamo.testing
 from helpers import assert_close, assert_same_bits
 from small_layer import make
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -42,16 +45,25 @@ def test_compiled_it_is_one_node_and_computes_the_same(resets):
     dnc = make(backend="torch_sequence")  # which would refuse what must be called step by step
     state, inputs = warm(dnc), torch.randn(INPUTS, dtype=torch.float64)
     options = {"reset": torch.rand(INPUTS[:2]) < 0.3} if resets else {}
+    called: list[Any] = []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        called.extend(node.target for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
     torch._dynamo.reset()
-    compiled = torch.compile(dnc, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(dnc, fullgraph=True, backend=aot_autograd(fw_compiler=note))
     # Not to the bit: the compiler lays the inputs out as it likes.
     expected = run(dnc, inputs, state, **options)
     assert_close(run(dnc, inputs, state, compiled, **options), expected, rtol=1e-12, atol=1e-14)
+    ours = [target for target in called if str(target).startswith("dnc_triton")]
+    assert ours == [torch.ops.dnc_triton.sequence.default, torch.ops.dnc_triton.sequence_backward.default]
+    assert not {torch.ops.aten.mm.default, torch.ops.aten.bmm.default} & set(called)
 
 
 @pytest.mark.parametrize("checkpoint", ["auto", None, 2])
 def test_compiled_for_any_number_of_steps(checkpoint, monkeypatch):
-    """Beyond what "auto" keeps, too, and whatever size the buffers have."""
+    """Also beyond what "auto" keeps, and with buffers on both sides of the size from which on they are reused."""
     monkeypatch.setattr(pool, "MOST", 2**14)
     monkeypatch.setattr(pool, "SMALLEST", 2**14)
     dnc = make(backend="torch_sequence", checkpoint=checkpoint)
@@ -70,7 +82,7 @@ def test_compiled_for_any_number_of_steps(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"controller": "gru", "num_layers": 2, "clip": 0.3}], ids=["lstm", "gru"])
 def test_the_operator_is_what_it_says(options):
-    """Schema, fake implementation and autograd registration."""
+    """Schema and fake implementation."""
     dnc = make(dtype=torch.float32, checkpoint=2, **options)
     state, inputs = warm(dnc), torch.randn(INPUTS, requires_grad=True)
     calls = []
@@ -314,11 +326,16 @@ def test_parts_of_the_users_own_are_called(change):
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_of_every_kind_are_called(kind):
-    dnc, inputs = make(), torch.randn(INPUTS, dtype=torch.float64)
-    with getattr(dnc.output, f"register_{kind}_hook")(lambda *_: None):
-        assert "* reference" in explain(dnc, inputs)
-    with getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None):
-        assert "* reference" in explain(dnc, inputs)
+    dnc, inputs = make(), torch.randn(INPUTS, dtype=torch.float64, requires_grad=True)
+    for register in (
+        getattr(dnc.output, f"register_{kind}_hook"),
+        getattr(nn.modules.module, f"register_module_{kind}_hook"),
+    ):
+        heard: list[nn.Module] = []
+        with register(lambda module, *_, heard=heard: heard.append(module)):
+            assert "* reference" in explain(dnc, inputs)
+            dnc(inputs)[0].sum().backward()
+        assert dnc.output in heard
     assert "* torch_sequence" in explain(dnc, inputs)
 
 
@@ -333,10 +350,16 @@ def test_hooks_on_all_modules_are_called():
 @pytest.mark.parametrize("name", ["advance", "control", "project", "_clip"])
 def test_an_overridden_method_is_called(name):
     """Whoever overrides a part of the step wants it called."""
-    method = getattr(DNC, name)
-    overriding = type("Overriding", (DNC,), {name: lambda self, *arguments: method(self, *arguments)})
-    dnc = overriding(3, 6, 2, memory_size=5, word_size=4)
+    method, calls = getattr(DNC, name), []
+
+    def overridden(self: DNC, *arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return method(self, *arguments, **options)
+
+    dnc = type("Overriding", (DNC,), {name: overridden})(3, 6, 2, memory_size=5, word_size=4)
     assert "* reference" in explain(dnc, torch.randn(INPUTS))
+    dnc(torch.randn(INPUTS))
+    assert len(calls) >= (1 if name == "project" else INPUTS[1])  # the output layer takes all steps at once
 
 
 @pytest.mark.parametrize(

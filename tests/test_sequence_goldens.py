@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepmind_layer import as_variables, deepmind_layer, variables
 from helpers import (
     GOLDEN_NAMES,
     INTERFACE_KEYS,
@@ -22,7 +23,6 @@ from torch.utils._pytree import tree_map
 
 from dnc_reference import DNCState, Interface, MemoryState
 from dnc_reference.interface import activate_interface, interface_sizes
-from dnc_triton import DNC, from_deepmind
 from dnc_triton.sequence.kept import Kept
 from dnc_triton.sequence.torch_memory import TorchMemory
 
@@ -50,11 +50,6 @@ def gradients(loss: Tensor, leaves: dict[str, Tensor], **options: bool) -> dict[
 # --- the whole network ------------------------------------------------------------------------------------------------
 
 
-def layer(golden: Golden, variables: dict[str, Tensor], **options) -> DNC:
-    sizes = {key: size for key, size in golden.meta["config"].items() if key != "batch"}
-    return from_deepmind(variables, clip=golden.meta["clip_value"], **sizes, batch_first=False, **options)
-
-
 @pytest.mark.parametrize("checkpoint", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CELLS)
@@ -63,14 +58,9 @@ def test_cell_rollout(name: str, dtype: torch.dtype, checkpoint: int | None) -> 
 
 
 def check_cell_rollout(backend: str, name: str, dtype: torch.dtype, checkpoint: int | None) -> None:
-    """DeepMind's parameters in the layer: its softplus, its clip, its stopped gradient.
-
-    The gradient goes to DeepMind's variables themselves: the layer's parameters are made from them by a linear map,
-    which is found by giving `from_deepmind` numbered variables.
-    """
+    """DeepMind's parameters in the layer: its softplus, its clip, its stopped gradient."""
     golden = load_golden(name)
-    values = {name: golden.tensor("var." + name.replace("/", ".")) for name in golden.meta["variable_names"]}
-    dnc = layer(golden, values, dtype=dtype)
+    dnc = deepmind_layer(golden, variables(golden), batch_first=False, dtype=dtype)
     dnc.backend, dnc.checkpoint = backend, checkpoint
     hidden, cell, words = (golden.tensor(f"init_{key}", dtype) for key in ("hidden", "cell", "access_output"))
     given = DNCState(((hidden, cell),), golden.state("init_", dtype), words)
@@ -80,8 +70,8 @@ def check_cell_rollout(backend: str, name: str, dtype: torch.dtype, checkpoint: 
     leaves = {"inputs": inputs, **named_state("init_", init)}
     results = {"out_y": outputs, "loss": loss, **named_state("final_", final)}
     results |= gradients(loss, leaves | dict(dnc.named_parameters()), materialize_grads=True)
-    by_parameter = [results.pop(f"grad_{parameter}").flatten() for parameter, _ in dnc.named_parameters()]
-    results |= by_variable(golden, values, torch.cat(by_parameter))
+    by_parameter = [results.pop(f"grad_{parameter}") for parameter, _ in dnc.named_parameters()]
+    results |= as_variables(golden, by_parameter)
 
     states, state = [], init
     with torch.no_grad():
@@ -91,22 +81,6 @@ def check_cell_rollout(backend: str, name: str, dtype: torch.dtype, checkpoint: 
     for key in ("traj_access_output", "traj_hidden", "traj_cell", "traj_usage"):
         results[key] = torch.stack([each[key] for each in states])
     golden.check(results, without=("mid_",))
-
-
-def by_variable(golden: Golden, values: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
-    """The gradient of all parameters of the layer, flat → that of DeepMind's variables."""
-    sizes = [value.numel() for value in values.values()]
-    numbers = torch.arange(1.0, sum(sizes) + 1, dtype=torch.float64).split(sizes)
-    numbered = {name: number.view_as(values[name]) for name, number in zip(values, numbers, strict=True)}
-    zeros = {name: torch.zeros_like(value) for name, value in values.items()}
-    went = [
-        torch.nn.utils.parameters_to_vector(layer(golden, variables, dtype=torch.float64).parameters()).detach()
-        for variables in (numbered, zeros)
-    ]
-    source = (went[0] - went[1]).round().long()  # which number each parameter got; 0 if none
-    parts = gradient.new_empty(sum(sizes) + 1).scatter(0, source, gradient)[1:].split(sizes)
-    keys = [f"grad_var.{name.replace('/', '.')}" for name in values]
-    return {key: part.view_as(value) for key, part, value in zip(keys, parts, values.values(), strict=True)}
 
 
 # --- the memory's part by itself --------------------------------------------------------------------------------------

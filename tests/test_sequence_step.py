@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from sequence_parity import CHOICES, NAMES, assert_parity_of_single_steps, draw, make
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnc_triton.sequence import step
@@ -119,11 +119,11 @@ def test_neither_a_network_nor_a_state_is_held():
     with torch.no_grad():
         outputs, last = dnc.step(inputs[0], state)
     given = [inputs, *state.memory, *dnc.parameters(), outputs, *last.memory]
-    storages = [weakref.ref(x) for x in given]
+    storages = [StorageWeakRef(x.untyped_storage()) for x in given]
     assert step._prepared.cache_info().currsize == 1
     del dnc, inputs, state, outputs, last, given
     gc.collect()
-    assert not [storage for storage in storages if storage() is not None]
+    assert all(storage.expired() for storage in storages)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def train_with_its_best_amid_a_row(folder: Path) -> None:
 
 
 def run_script(text: str, folder: Path, *arguments: str) -> None:
-    """Run it by torchrun, from this folder, to its good end."""
+    """Run it by torchrun, with the modules of this folder, to its good end."""
     script = folder / "script.py"
     script.write_text(text)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

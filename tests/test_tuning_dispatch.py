@@ -67,7 +67,7 @@ def test_without_measuring_the_default_is_taken(
     assert f"* {name}" in dispatch.explain_problem(problem)
 
 
-def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_algorithms_leave_nothing_to_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a measurement nor the memory of one decides, and a row gets the same layout in every batch."""
     monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
@@ -77,7 +77,7 @@ def test_deterministic_algorithms_leave_nothing_to_the_clock(clock: Clock, monke
         assert chosen.unroll.keywords["layout"] == sequence_layouts(16, 8)[0]
 
 
-def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_settled_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     default = dispatch.choose(PROBLEM)
@@ -116,7 +116,7 @@ def test_what_is_settled_is_not_worked_out_again(clock: Clock, monkeypatch: pyte
         dispatch.choose(PROBLEM, "triton_fused")
 
 
-def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_time_did_not_reach_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
     monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
     chosen = [dispatch.choose(PROBLEM) for _ in range(5)]
@@ -124,9 +124,7 @@ def test_what_time_did_not_reach_is_not_settled(clock: Clock, monkeypatch: pytes
     assert chosen[-1] is dispatch.BACKENDS["torch_sequence"]
 
 
-def test_what_another_thread_measures_on_the_way_is_not_settled_without(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_thread_measures_on_the_way_is_not_settled_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here this one may not measure, since it captures a graph."""
     monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 50.0 if layout else 5.0))
     captures = [True]
@@ -182,7 +180,7 @@ def test_old_gpus_and_a_missing_triton_are_declined(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("measure", ["0", "1"])
-def test_without_triton_plain_pytorch_is_measured(measure: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_plain_pytorch_is_measured(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     monkeypatch.setenv("DNC_TRITON_MEASURE", measure)
