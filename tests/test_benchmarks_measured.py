@@ -416,7 +416,7 @@ def test_lean_memory_with_gradients_that_are_not_finite_is_no_success(tmp_path, 
 
 
 def test_peak_of_memory_on_a_gpu_is_beyond_what_was_there(monkeypatch):
-    """On a stream where our layer launches plainly, and has nothing to choose anew."""
+    """On a stream where our layer launches plainly, with the choices that it makes on the default one."""
     done, linear = [], torch.nn.Linear(1, 1)
 
     @contextmanager

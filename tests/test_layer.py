@@ -89,7 +89,7 @@ def test_without_steps_the_initial_state_is_made_of_tensors_of_their_own():
 
 @pytest.mark.parametrize("whose", ["class", "layer", "controller"])
 def test_an_initial_state_of_ones_own(whose):
-    """By default a call makes one that nobody sees."""
+    """A call without a state does not call the default method, but must call one that was overridden."""
 
     class Own(DNC):
         def initial_state(self, batch_size):

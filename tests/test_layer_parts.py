@@ -455,7 +455,7 @@ def test_a_part_that_takes_more_numbers_is_called(part):
 def test_a_layer_without_parameters_is_told_apart():
     dnc = make(controller=lambda inputs, hidden: Still(hidden))
     dnc.interface, dnc.output = nn.Identity(), nn.Identity()
-    with pytest.raises(TypeError, match="parameters: expected one of a floating dtype"):
+    with pytest.raises(TypeError, match="parameters: expected at least one of a floating dtype"):
         dnc(draw())
 
 

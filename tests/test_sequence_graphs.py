@@ -230,7 +230,7 @@ def test_an_engine_asks_torch_as_it_wants_to_be_asked(monkeypatch: pytest.Monkey
         ended.assert_called_with(1, (0, 7))
         assert kept == times * [graph], "whose own end might give back the pool once more"
         assert released.mock_calls == times * [call_of(1, (0, 7))]
-        # Then one that succeeds, for the random generator's sake; if it does, the first error is the one that is told.
+        # Then a capture that is to succeed, for the random generator's sake; the error that is raised is the first one.
         assert cuda["graph"].call_args == call_of(graph, stream=stream, capture_error_mode="thread_local")
         number.zero_.assert_called_with()
     assert cuda["stream"].return_value.__exit__.call_count == 2 + 3 * (1 + 2)

@@ -141,7 +141,7 @@ EXACT_MEASURE = tuning._measure
         ({}, False, 0.003, 3400.0),  # launch by launch, Python's time counts too
         ({"controller": None}, True, 0.003, 3400.0),
         ({"steps": 5000}, True, 0.003, 3400.0),
-        ({}, True, 1.0, 960_400.0),  # who takes that long is not waited for in vain
+        ({}, True, 1.0, 960_400.0),  # Python takes longer than the device waits for it
     ],
     ids=["replayed", "no room", "a step", "a long one", "slow"],
 )

@@ -38,7 +38,7 @@ WORKSTATIONS = ("sm_89", "sm_120", "gfx1100")  # GeForce RTX 40 and 50, Radeon R
 DATA_CENTERS = tuple(target for target in TARGETS if target not in WORKSTATIONS)
 FEATURES = 8  # size of inputs and outputs, where the kernel depends on it
 DIRECTIONS = ("forward", "backward")
-LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4, overlaps=True)  # of which it takes these
+LSTM = Layout(fused=False, rows=0, columns=0, num_warps=4, overlaps=True)  # only the warps and `overlaps` count
 SMALL = LSTM._replace(num_warps=PRODUCT.num_warps)
 PRODUCTS = [
     (16, 4, 64),

@@ -170,7 +170,7 @@ class DNCCell(nn.Module):
         replicated = getattr(self.output, "weight", None)  # of a replica, which has no parameters
         if isinstance(replicated, Tensor) and replicated.is_floating_point():
             return replicated
-        raise TypeError("parameters: expected one of a floating dtype at least, whose dtype and device the state has")
+        raise TypeError("parameters: expected at least one of a floating dtype, to give the state its dtype and device")
 
     def initial_state(self, batch_size: int) -> DNCState:
         """The state before the first step: zeros, in the parameters' dtype and on their device.

@@ -171,7 +171,7 @@ def test_what_is_negated_when_it_is_read(backend: str, device: torch.device) -> 
 def test_what_does_not_begin_at_16_bytes(backend: str, device: torch.device) -> None:
     """Parts of one buffer, for example: kernels are compiled for aligned ones, so these are copied. Weights too.
 
-    For them the backward of one launch adds up in another order, and a replayed graph has copies elsewhere.
+    Unaligned ones would be added up in another order by the backward of one launch, and a graph has copies elsewhere.
     """
     dnc = make(device)
     inputs, state = draw(dnc, 2)
