@@ -170,7 +170,7 @@ def _tried(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def _broke(row: dict[str, Any]) -> bool:
-    """Whether the project's layer or a backend of it raised. Others may, the eager reference for lack of memory too."""
+    """Whether the project's layer or a backend of it raised. Others may, as the eager reference for lack of memory."""
     return row["status"] == FAILED and is_ours(row["peer"])
 
 
@@ -188,7 +188,7 @@ def _cases(options: argparse.Namespace, device: str) -> tuple[list[Case], list[s
 
 
 def _jobs(cases: Sequence[Case], modes: list[str]) -> list[tuple[Case, list[str]]]:
-    """What is measured together, in order, should time run out: first networks with goals, then the others' training.
+    """What is measured together, in order, should time run out: trainings first, of networks with goals before others.
 
     A sweep shows how training scales, or the modes asked for if training is not among them.
     """

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 SHARE = 0.35  # part of the remaining time for one such peer
 LEAST_SECONDS = 20.0  # with less a process would hardly get beyond importing and compiling
 NOTHING = "ended with status 2"  # nothing was measured
-OVERTIME = 15.0  # seconds beyond its time until it is killed: it imports before its clock starts, and needs to end
+OVERTIME = 15.0  # seconds past its limit until it is killed: importing comes before its clock starts, ending after
 
 
 def measure_apart(

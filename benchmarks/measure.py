@@ -29,7 +29,7 @@ ROW_SECONDS, MOST_IN_A_ROW = 0.05, 10
 # How many calls are checked of peers that compile, and of ours on a GPU: CUDA graphs are warmed up in the first,
 # captured in the second, replayed in the third.
 GRAPH_CALLS = 3
-COMPILE_SECONDS = 45.0  # that compiling may take: none is begun later than that before the deadline
+COMPILE_SECONDS = 45.0  # that compiling may take: none is begun with less than that left before the deadline
 MISSING, DECLINED, LEFT_OUT, WRONG, FAILED, MEASURED = "missing", "declined", "left out", "wrong", "failed", "measured"
 
 
@@ -230,7 +230,7 @@ def _check(
     if mode == CAPTURED and not peer.captured:
         return replace(row, status=DECLINED, note=f"{name}: it is not captured"), None
     if peer.compiles and (session.compile_seconds <= 0 or session.deadline - started < needed):
-        return replace(row, status=LEFT_OUT, note=f"{name}: not timed where no time was left to compile"), None
+        return replace(row, status=LEFT_OUT, note=f"{name}: not timed where the time for compiling was up"), None
     try:
         with torch.set_grad_enabled(mode in TRAINS):
             backend = network.backend(inputs_of(mode, inputs))

@@ -2,8 +2,8 @@
 
 On a GPU PyTorch counts the tensors. On a CPU it does not: a call runs in a process of its own, and the growth of that
 process's peak memory counts. That includes what PyTorch's libraries set up for themselves and what the allocator
-rounds up, a few MB, so it says little about small networks. There it is not measured for peers that compile: the
-compiler's own memory would count.
+rounds up, a few MB, so it says little about small networks. On a CPU peers that compile are not
+measured: the compiler's own memory would count.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def inputs_of(mode: str, inputs: Tensor) -> Tensor:
 
 
 def train(network: Network, inputs: Tensor) -> Tensor:
-    """Run forward and backward: returns the outputs; parameters get the gradients of the mean of their squares."""
+    """Run forward and backward: returns the outputs; parameters get the gradients of the outputs' mean square."""
     network.module.zero_grad(set_to_none=True)
     outputs: Tensor = network.run(inputs, None)[0]
     outputs.square().mean().backward()
@@ -55,7 +55,7 @@ _engine = cache(Engine)
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """In the block work is on another stream, where our layer launches plainly, with the choices of the default one."""
+    """In the block, work is on another stream, where our layer launches plainly but chooses as on the default one."""
     stream, other = torch.cuda.current_stream(), _stream()
     other.wait_stream(stream)
     try:

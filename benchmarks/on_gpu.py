@@ -59,7 +59,7 @@ ONCE = (
 )
 LEAST = 45.0  # seconds that a part gets whatever those before it took, as long as so many are left
 OVERTIME, LAST_WORDS = 30.0, 15.0  # seconds until a part is interrupted; from then on until it is killed
-MANY_CORES, MOST_TESTS = 16, 12  # with that many cores or more, that many parity processes; else one for two cores
+MANY_CORES, MOST_TESTS = 16, 12  # with 16 cores or more, 12 processes for parity; with fewer, one for two cores
 MOST_COMPILERS = 4  # beside them, each with threads; they use the cores that the tests leave
 NICE = 10  # their priority
 COMPILING = 0.75  # they begin nothing after this share of parity's time, so that the tests need not wait for them

@@ -20,7 +20,7 @@ from dnc_triton.pictures import STYLE
 
 COLORS = ["#1f6f8b", "#e08e45", "#7a9e7e", "#8c5e8a", "#c9525b", "#b8a24a", "#5f6b78", "#4a90c2", "#a0765b"]
 COLORS += ["#2f2f2f", "#d98cb3", "#3f7f4f", "#9fb8d0"]
-MOST_LINEAR = 10  # times as long; with more, the scale is logarithmic, so that bars as short as ours can be seen
+MOST_LINEAR = 10  # times as long; beyond, the scale is logarithmic, so that bars as short as ours can be seen
 MARKERS = "osv^Dd<>PXh*p"  # as many, so that on a GPU all peers can be told apart
 
 

@@ -17,7 +17,7 @@ from dnc_reference.interface import interface_sizes
 
 # Rounding to float32 may always cause this much, on top of twice the error of the eager reference in float32.
 ALLOWED_ERROR = 1e-5
-# The largest error of the eager reference itself that counts; beyond it nothing can be said about the others.
+# The most that the eager reference itself may be off; beyond it nothing can be said about the others.
 REFERENCE_LIMIT = 1e-4
 # Only the beginning of a longer sequence: sooner or later two slots are used so equally that float32 orders them unlike
 # float64, after which no bound on rounding holds. `test_a_hundred_steps_in_float32` gives both the same order.

@@ -69,7 +69,7 @@ class Backend:
     layouts: Callable[[Problem], list[Layout]] = lambda problem: []
 
     def with_layout(self, layout: Layout | None, *, stepwise: bool = False) -> Backend:
-        """This backend with a fixed layout; `stepwise` for a layer with parts of the user's own."""
+        """This backend with a fixed layout; if `stepwise`, it unrolls step by step, as parts of the user's own need."""
         if layout is None:
             return self
         unroll = partial(self.unroll, layout=layout)

@@ -70,8 +70,7 @@ class DNC(DNCCell):
             max_activation_gradient out of range; num_layers, dropout or max_activation_gradient with a controller of
             your own.
         TypeError: a size or checkpoint that is no integer, a flag that is no bool, dropout or a bound that is no
-            number, a dtype that PyTorch does not compute in; a controller that is no string and no factory that makes
-            one.
+            number, a dtype that PyTorch does not compute in; a controller that is neither a name nor a factory of one.
 
     Example:
         >>> dnc = DNC(input_size=8, hidden_size=64, output_size=8, memory_size=16, word_size=16)
@@ -231,7 +230,7 @@ class DNC(DNCCell):
         if reset is not None:
             shape = (batch, steps) if self.batch_first else (steps, batch)
             check_tensor("reset", reset, shape, dtype=torch.bool, device=inputs.device)
-            if problem.controller != "custom" and not begins_with_zeros(self):  # a reset asks for it on the way
+            if problem.controller != "custom" and not begins_with_zeros(self):  # a reset will call `initial_state`
                 problem = replace(problem, controller="custom")
         if self.batch_first:
             inputs, reset = inputs.transpose(0, 1), None if reset is None else reset.transpose(0, 1)

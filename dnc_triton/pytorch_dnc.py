@@ -85,9 +85,9 @@ def from_pytorch_dnc(
         plain `DNC`: to load one, create the layer with this function.
 
     What the caller must make sure of, as a state_dict does not show it: that clip was 0 or at least 1; that an "rnn"
-    had nonlinearity "tanh"; that the release was 1.1.0 or later. In those up to 1.0.3 names and shapes are the same,
-    but the cosine is divided by the word size, and up to 1.0.1 the softmax of the read modes is taken over the heads,
-    which this layer cannot do.
+    had nonlinearity "tanh"; that the release was 1.1.0 or later. In releases up to 1.0.3 names and shapes are the
+    same, but the cosine is divided by the word size, and up to 1.0.1 the softmax of the read modes is taken over the
+    heads, which this layer cannot do.
 
     Equal: the controllers; the layout of the interface, head by head; strengths, gates, read modes; usage, retention,
     the allocation and its ε; erase, write, link, precedence, both directions, read; the output layer; the initial

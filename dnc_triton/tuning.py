@@ -8,7 +8,7 @@ user captures, the device takes just as long. Where a sequence is launched, the 
 A problem is remembered by its bucket: the device's model, the versions of this package and of what generates code,
 dtype, N, W, R, K, the controller, whether gradients are needed, and B and T rounded up to powers of two; for a sequence
 also whether CUDA graphs are used. Each bucket has a file of its own, written whole or not at all, so that any number of
-processes may measure at once; what a file that cannot be understood held is measured again. What a bucket lacks,
+processes may measure at once; a file that cannot be understood counts as empty. What a bucket lacks,
 because it was not asked for before or time ran out, is measured when it is next asked for; what failed for want of
 something that may be there another time, memory say, in the next process. Most of the time goes into compiling kernels,
 so those of several candidates compile at once, before they are measured.

@@ -46,9 +46,10 @@ def write_page(
 ) -> None:
     """Write the page that shows a sequence's memory at work: time to the right, slots down, the link beside.
 
-    Stacked, on one shared time axis: the symbols, write weights, read weights of each head, usage, gates, read modes.
-    Beside them the link of the step under the pointer; a click holds that step, the arrow keys move it. Slots are
-    ordered by when they were first written (a write weight of 0.1 or more), those never written last, or by number.
+    Stacked, on one time axis that zooms as one: the symbols, write weights, read weights of each head, usage, gates,
+    read modes. Beside them the link of the step under the pointer; a click holds that step, the arrow keys move it.
+    Slots are ordered by when they were first written (a write weight of 0.1 or more), those never written last, or by
+    number.
 
     The page takes the size of Plotly, 4.8 MB, plus T·(K+R+1)·N numbers in float32, plus the link: T·K·N² numbers of 8
     bits, accurate to 1/510, compressed. With T = 100, N = 128, K = 1, R = 4 that is at most 8 MB in all.
@@ -205,7 +206,7 @@ def _over_time(
     rotated = {name: _rotated(strings, width) for name, strings in symbols.items()}
     heights = [_symbol_height(strings, rotated[name]) for name, strings in symbols.items()]
     heights += [panel.height for panel in panels]
-    # The title of a panel takes the space above it; rows of symbols have none.
+    # The title of a panel takes the space above it; rows of symbols have no title.
     spacing = [4.0] * (len(symbols) - 1) + [float(TITLE_PIXELS)] * len(panels)
     figure, total = _stack(heights, spacing)
 

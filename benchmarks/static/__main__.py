@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selected = [case for case in cases(options.complete) if options.select in str(case)]
     if options.clocks:  # for which there are only NVIDIA's tables
         selected = [case for case in selected if case.target.startswith("sm_")]
-    if not selected:  # nothing would be wrong with none
+    if not selected:  # else nothing would be wrong
         parser.error(f"argument --select: no case that is looked at has {options.select!r} in its name")
     if options.clocks:
         print("| kernel | clocks, + for each further time through a loop |\n|---|---|")

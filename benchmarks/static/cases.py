@@ -134,7 +134,7 @@ class Case:
     def spilled_for_room(self) -> int:
         """Bytes that the assembler spills although registers are left, to make room for a second program.
 
-        For as few as here, it is not made to use more registers.
+        So few are accepted, rather than asking for more registers.
         """
         if triton.__version__.startswith("3.9.") and str(self) == "forward last 512x64x8 32x128/1 float32 sm_90":
             return 16

@@ -105,7 +105,7 @@ class BabiTask(SymbolTask):
         self._index = {word: index for index, word in enumerate(self.vocabulary)}
         self.facts, self.questions = range(min_facts, max_facts + 1), questions
         self.stories = None if path is None else {n: self._split(n, splits, max_words) for n, splits in read.items()}
-        # Generated: lesson by lesson a longer story, from the shortest of the kinds on. Published: all at once, as in
+        # Generated: lesson by lesson one statement more, from the first kind's number on. Published: all at once, as in
         # the papers.
         most = range(min(numbers), max_facts + 1) if path is None else ()
         self.lessons = [[kind for kind in numbers if kind <= facts] for facts in most] or [numbers]

@@ -114,7 +114,7 @@ class _Puzzle(NamedTuple):
     """Where the moves have led.
 
     Attributes:
-        moves: [B, S], their number from each state to the nearest one in which the goal holds; FAR where there is none.
+        moves: [B, S], how many from each state to the nearest one in which the goal holds; FAR where there is none.
         here: [B] state.
     """
 

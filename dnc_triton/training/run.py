@@ -455,7 +455,7 @@ def _begin(loader: DataLoader[Batch]) -> Iterator[Batch]:
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         return iter(loader)
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # now: up to Python 3.13 it unblocks signals, and a process starts it
+        resource_tracker.ensure_running()  # as starting a process does, which up to Python 3.13 unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         return iter(loader)

@@ -75,7 +75,7 @@ class DNCCell(nn.Module):
         ValueError: a size below 1, an unknown controller or strength, dropout outside [0, 1), a bound not above 0;
             num_layers, dropout or max_activation_gradient with a controller of your own.
         TypeError: a size that is no integer, a flag that is no bool, dropout or a bound that is no number, a dtype that
-            PyTorch does not compute in; a controller that is no string and no factory that makes one.
+            PyTorch does not compute in; a controller that is neither a name nor a factory of one.
 
     Source: Graves et al. 2016, Methods, "Controller network", with the layers stacked as in `nn.LSTM`: the paper also
     feeds the input to every layer and every layer to the output. `clip`: DeepMind's published code, dnc.py.
@@ -265,7 +265,7 @@ class DNCCell(nn.Module):
     def _clip(self, x: Tensor) -> Tensor:
         """x within the bound. Exactly at the bound the gradient passes, as by TensorFlow's `clip_by_value`.
 
-        PyTorch's `clamp` did the same before 2.14; in 2.14 it passes none there.
+        PyTorch's `clamp` did the same before 2.14; since then it passes none there.
         """
         return x if self.clip is None else torch.where(x.abs() <= self.clip, x, x.clamp(-self.clip, self.clip))
 
