@@ -120,6 +120,7 @@ def test_a_configuration_for_gpus_is_said_to_be_left_out(tmp_path, capsys):
 
 
 def test_a_configuration_has_a_batch_for_each_kind_of_device():
+    assert case_of("tiny", TINY, "cpu").batch == TINY.cpu_batch
     case = case_of("tiny", TINY, "cuda")
     assert (case.batch, case.steps) == (4, 7)
     with pytest.raises(LeftOutError):

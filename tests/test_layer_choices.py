@@ -188,7 +188,7 @@ def test_a_state_that_grows_is_refused_where_rows_are_chosen(option):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_other_dtypes(dtype):
-    """To one unit in the last place of 1; these outputs, below 1, are off by a sixth of that."""
+    """To one unit in the last place of 1; these outputs, below 1, are off by at most a quarter of that."""
     exact, _ = make()(make_inputs())
     dnc = make(dtype=dtype)
     dnc.load_state_dict(make().state_dict())

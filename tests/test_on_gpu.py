@@ -341,6 +341,7 @@ def test_cores_are_shared_between_tests_and_compilers(tmp_path, monkeypatch, cor
 
 def test_what_it_runs_is_there(monkeypatch, capsys):
     """The options that it passes are those that the benchmarks take; no more than nine minutes, whatever happens."""
+    pytest.importorskip("triton")
     from benchmarks.__main__ import _parser
 
     assert on_gpu.SECONDS + on_gpu.OVERTIME + on_gpu.LAST_WORDS <= 9 * 60 - 10

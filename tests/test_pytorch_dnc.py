@@ -49,7 +49,7 @@ def make_weights(kind="lstm", layers=1, *, joined=True, bias=True, prefix="") ->
 
 
 def test_the_layer_is_on_the_cpu():
-    """Whatever the default device; on "meta" weights would be lost. So are biases, made where there are none."""
+    """Whatever the default device: on "meta" weights would be lost, and biases that are made where there are none."""
     weights = make_weights(bias=False)
     with torch.device("meta"):
         dnc = from_pytorch_dnc(weights, **SIZES)
@@ -215,7 +215,7 @@ def make_theirs(dtype=torch.float64, **changes):
 
 
 def initial(theirs, *, warm=False, empty=False, dtype=torch.float64):
-    """Their state and ours, the same: zeros, which have to be given, or, if `warm`, random but for the words read."""
+    """Their state and ours, the same: zeros, or, if `warm`, random but for words read and, if `empty`, the memory."""
     shape = (B, theirs.output_size)
     layers = theirs.num_hidden_layers
     hidden = [torch.rand(2, *shape, dtype=dtype) - 0.5 if warm else torch.zeros(2, *shape, dtype=dtype)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from functorch.compile import make_boxed_func
 from helpers import assert_close, assert_same_bits
 from small_layer import make
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 

@@ -48,7 +48,7 @@ def test_random_programs(seed: int, without: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_happens_in_them(without: Any) -> None:
-    """Hundreds of calls, empty ones among them, and every error."""
+    """Hundreds of results, gradients that are None among them, and every error."""
     programs = [Program(seed, layers(seed), lambda number: None) for seed in range(3)]
     for program in programs:
         without(program.run, 300)

@@ -49,6 +49,8 @@ def check(measurements):
         problems += worse_than_recorded(measurements, record)
         problems += ["If that has to be: python -m benchmarks.static --complete --update"] if problems else []
     assert not problems, "\n".join(problems)
+    if not record:
+        pytest.skip("nothing is on record for this version of Triton")
 
 
 def test_kernels_compile_spill_nothing_fit_race_nowhere_and_take_no_more_than_recorded(measurements):

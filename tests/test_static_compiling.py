@@ -113,9 +113,11 @@ def what_decides(kernel: Any, signature: Any, constants: Any, attributes: Any, o
     return kernel.__name__, types, values, aligned, {name: options.get(name, usual) for name, usual in OPTIONS.items()}
 
 
-def not_launched(name: str) -> list[str]:
-    """Those of the cases that are compiled as nothing that is launched, or are said to have another grid."""
+def compared(name: str) -> tuple[list[str], set[str], set[str]]:
+    """The cases that are compiled as nothing that is launched, or are said to have another grid; the kernels that are
+    launched; those that are compiled."""
     run, cases = launches()[name]
+    assert cases
     launched, compiled, grids = [], [], []
 
     def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
@@ -143,15 +145,22 @@ def not_launched(name: str) -> list[str]:
         for case in cases:
             compile_case(case)
     asked = [case.grid[1:] if name == "products" else case.grid for case in cases]
-    return [str(case) for case, *launch in zip(cases, asked, compiled, strict=True) if tuple(launch) not in launched]
+    others = [str(case) for case, *launch in zip(cases, asked, compiled, strict=True) if tuple(launch) not in launched]
+    return others, {decides[0] for _, decides in launched}, {decides[0] for decides in compiled}
 
 
 @pytest.fixture(scope="module")
 def found():
     names = list(launches())
-    return dict(zip(names, compiling_map(not_launched, names, jobs=1), strict=True))
+    return dict(zip(names, compiling_map(compared, names, jobs=1), strict=True))
 
 
 @pytest.mark.parametrize("name", launches())
 def test_what_is_compiled_is_what_is_launched(found, name):
-    assert found[name] == []
+    others, _, _ = found[name]
+    assert others == []
+
+
+def test_every_kernel_that_is_launched_is_compiled(found):
+    _, launched, compiled = zip(*found.values(), strict=True)
+    assert set.union(*launched) == set.union(*compiled)

@@ -22,7 +22,7 @@ from small_runs import SMALL, assert_same_run, small, start
 from dnc_triton.cli import main
 from dnc_triton.tasks import TASKS, Batch, CopyTask, DelayedCopyTask
 from dnc_triton.tasks.data import TrainingBatches, generator
-from dnc_triton.training import checkpoint, learner
+from dnc_triton.training import checkpoint, learner, report
 from dnc_triton.training.baseline import LSTMBaseline
 from dnc_triton.training.run import LOG_EVERY, Run
 from dnc_triton.training.settings import Settings
@@ -183,11 +183,12 @@ def test_delayed_copy_is_learned_and_everything_is_left_in_the_folder(
     # The weights are those that were evaluated, and reading them executes nothing.
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
     settings = Settings(**content["settings"])
-    task = settings.make_task()
-    dnc = settings.make_dnc(task)
+    dnc = settings.make_dnc(settings.make_task())
     dnc.load_state_dict(content["learners"]["dnc"]["model"])
-    batch = task.sample(100, 4, generator(0, "test", 0), split="test")
-    assert task.right(dnc(batch.inputs)[0], batch).float().mean() >= 0.99
+    run = Run.resume(folder)
+    assert_same_bits(dict(run.learners["dnc"].model.state_dict()), dict(dnc.state_dict()))
+    for name, scores in report.evaluate(run, report.EVALUATION_SEQUENCES).items():
+        assert result["sequences_right"][name] == {model: score["right"] for model, score in scores.items()}
     assert not list(folder.glob("*.part"))
 
 

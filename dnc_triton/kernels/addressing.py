@@ -301,9 +301,9 @@ def address_backward(
 ):
     """The adjoint of `address` but its lookup in memory, after that of linking, from what `by_write_weights` returns.
 
-    Adds up what the tiles left of the gradients of the precedence and of the previous read weights. Of the latter it
-    writes HEADS heads, from `first_head` on; all else if that is head 0, without `mixture_backward` in a spread layout.
-    For an element that has ended (not `runs`) no gradient of the state is written.
+    Adds up what the tiles left of the gradient of the previous read weights. Writes the gradients of HEADS heads' read
+    weights and free gates, from `first_head` on; if that is head 0, all else too, except in a spread layout what
+    `mixture_backward` writes. For an element that has ended (not `runs`) no gradient of the state is written.
     """
     N: tl.constexpr = sizes.N
     R: tl.constexpr = sizes.R

@@ -12,7 +12,7 @@ import triton.language as tl
 from dnc_reference.types import Interface, MemoryState
 
 # How a step of a sequence may mark a batch element: it begins from zeros; it has ended, and its memory and link stay;
-# its next step begins from zeros. There are no marks without `lengths` and `reset`.
+# its next step begins from zeros. There are no marks with neither `lengths` nor `reset`.
 FRESH, ENDED, LOST = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 # What may be one entry for all elements, as zeros may: memory and link of the state before; both in the gradient.
 MEMORY, LINK, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)

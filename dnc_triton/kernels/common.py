@@ -50,7 +50,7 @@ def tile_term(a, b, sizes: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """eˣ to about two units in the last place, as PyTorch has it; infinite above x = 88.3 in float32.
+    """eˣ to about two units in the last place, as PyTorch has it; in float32 infinite from x = 88.377 on.
 
     The hardware computes 2ʸ for y = x / log 2; rounding y alone costs |x| units in float32.
     """

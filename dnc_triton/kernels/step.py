@@ -126,7 +126,7 @@ def memory_step_backward(
 ):
     """The adjoint of `memory_step`. For an element that has ended (not `runs`) no gradient of the state is written.
 
-    How many steps the old link lies `behind`, a `Behind` says; with all phases in one launch it never does.
+    `behind`, a `Behind`, says how many steps the old link lies behind; with all phases in one launch, none.
     """
     if PHASE == FIRST or PHASE == WHOLE:
         first_head = tl.program_id(1) if sizes.SPREAD else 0
@@ -234,7 +234,7 @@ def step_forward_kernel(
     if marks_ptr is not None:
         mark = tl.load(marks_ptr + element)
         runs = mark & ENDED == 0
-        # An ended element goes on from zeros: by a caller's link, such as no step makes, it could grow without bound.
+        # An ended element goes on from zeros but for memory and link: by a link that no step makes it could grow.
         old = zeros_or_state(mark & FRESH != 0, zeros_ptr, old, but_large=not runs)
     memory_step(
         interface_at(interface_ptr, element, sizes),

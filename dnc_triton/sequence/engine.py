@@ -89,7 +89,7 @@ class Engine:
     def capture(self, call: Callable[[], list[Tensor]], pool: Any = None) -> Captured:
         """A call as a graph. The device is the current one."""
         call()  # compiles what is not compiled yet: nothing may be loaded while a graph is captured
-        # PyTorch hands out the same 32 streams of each priority in turn. On high-priority ones nothing else multiplies.
+        # PyTorch hands out the same 32 streams of each priority in turn. Few others multiply on one of high priority.
         self.stream = self.stream or torch.cuda.Stream(self.device, priority=-1)
         self._provide_workspace(self.stream)
         graph = torch.cuda.CUDAGraph()

@@ -319,7 +319,7 @@ class GraphCache:
             self.instances = [x for x in self.instances if x not in instances]
 
     def _fail(self, signature: Signature, error: Exception, instances: list[Instance]) -> None:
-        """Take note of a failed capture, and give up these instances; a later one may succeed."""
+        """Take note of a failed capture, and give up these instances; a later capture may succeed."""
         signature.misses, signature.patience = 0, 2 * signature.patience
         # As a string: with the error a handler that keeps records would keep all that its frames hold.
         logger.warning(

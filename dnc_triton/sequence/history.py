@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class History(NamedTuple):
-    """The buffers, cut up. What a step hands to the next has T+1 entries, the first from before the sequence.
+    """The buffers, cut up. What is `carried`, and `layers`, have T+1 entries, the first from before the sequence.
 
     Attributes:
         gates: per layer [T, B, G].

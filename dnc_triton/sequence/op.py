@@ -264,7 +264,7 @@ def _backward_through_time(
 
 
 def _filled(tensors: list[Tensor | None], like: list[Tensor], *, copied: bool, shares: bool) -> list[Tensor]:
-    """Zeros for what is None, for memory and link shared ones if `shares`; copies of the others if `copied`."""
+    """Zeros for what is None, shared ones if `shares` and both memory and link are; copies of others if `copied`."""
     missing = [index for index, tensor in enumerate(tensors) if tensor is None]
     one_for_all = SHAREABLE if shares and set(SHAREABLE).issubset(missing) else ()
     shapes = [(1, *like[index].shape[1:]) if index in one_for_all else like[index].shape for index in missing]

@@ -24,7 +24,7 @@ from dnc_triton.sequence.settings import SequenceSettings
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _OF_LINEAR, _OF_CELL = ("weight", "bias"), ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-SHARE = 0.25  # memory and link of all steps are kept while they take at most this part of a GPU's memory
+SHARE = 0.25  # "auto" keeps what None keeps while that takes at most this part of a GPU's memory
 
 
 def unroll_sequence(

@@ -151,9 +151,11 @@ def test_a_block_knows_nothing_of_the_shared_memory_of_the_one_before() -> None:
 
 
 def test_a_block_and_the_next_do_not_race() -> None:
-    launch = Launch(parse(FORGETTING), [np.zeros(1, "u4")], 128, (2,))
+    launch = Launch(parse(FORGETTING.replace("@%p1 bra $L_1;", "")), [np.zeros(1, "u4")], 128, (2,))
     launch.block((0,))
-    launch.block((0,))
+    launch.block((1,))
+    launch.finish()
+    assert launch.places[0][1].tolist() == [0]
 
 
 @pytest.mark.parametrize("operation", ["shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1", "redux.sync.add.s32 %r2, %r1, -1"])

@@ -152,6 +152,7 @@ def test_what_is_returned_stays(device: torch.device) -> None:
     for given in drawn:
         results(dnc, *given)
     assert_same_bits(seen, kept)
+    assert engine().replays > 0
 
 
 def test_used_twice_in_one_graph_and_twice_backwards(device: torch.device, without: Any) -> None:
@@ -308,6 +309,7 @@ def test_within_a_pool_of_the_users(device: torch.device, without: Any) -> None:
         others = [torch.full((2**size,), torch.nan, device=device) for size in (8, 12, 16, 20)]
         assert_same_bits(train(dnc, 6), expected)
         assert all(other.isnan().all() for other in others)
+    assert engine().replays > 0
     graphs._graphs.clear()  # their copies of what they are given are in that pool
 
 

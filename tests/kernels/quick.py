@@ -60,7 +60,7 @@ def _remember_numpy_dtypes() -> None:
 
 
 def _remember_shapes() -> None:
-    """A shape is one of Triton's tuples (for a tensor, of its constants), made anew and compared at each operation.
+    """A shape is one of Triton's tuples (for a tensor, of Triton constants), made anew and compared at each operation.
 
     Here types of one shape share one tuple, so that two can be seen to be the same without looking inside.
     """

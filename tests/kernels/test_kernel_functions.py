@@ -94,6 +94,7 @@ def test_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
 def test_where_there_is_no_number(name: str, device: torch.device) -> None:
     x = torch.tensor([-torch.inf, -200.0, -0.0, 0.0, 200.0, torch.inf, torch.nan], device=device)
     torch.testing.assert_close(run(name, x), FUNCTIONS[name](x), equal_nan=True, rtol=1e-6, atol=0.0)
+    assert run(name, torch.tensor([88.37], device=device)).isfinite().all()
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [1.0, 2.0, 3.0, -1.0]), (0, [-1.0] * 4)])

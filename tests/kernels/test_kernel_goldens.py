@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from deepmind_layer import as_variables, deepmind_layer, variables
 from helpers import GOLDEN_NAMES, INTERFACE_KEYS, STATE_KEYS, as_leaves, load_golden, named, named_state
 from parity import margins, pick_layout
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from dnc_reference import DNCState, MemoryState
 from dnc_reference.addressing import softplus
-from dnc_triton import from_deepmind, memory_step
+from dnc_triton import memory_step
 from dnc_triton.ops.kernel_step import kernel_memory_step
 
 STEPS = [name for name in GOLDEN_NAMES if name.startswith("memory_step_") and "K1_" in name]
@@ -110,10 +111,7 @@ def test_memory_rollout(name: str, backend: str, device: torch.device) -> None:
 def test_cell_rollout(backend: str, device: torch.device) -> None:
     """DeepMind's parameters in the layer: its softplus, its clip, its stopped gradient, and the raw interface."""
     golden = load_golden("dnc_cell_rollout_B2N1W4R1K1_warm_clipNone_s310")
-    variables = {name: golden.tensor("var." + name.replace("/", ".")) for name in golden.meta["variable_names"]}
-    sizes = {key: size for key, size in golden.meta["config"].items() if key != "batch"}
-    options = dict(clip=golden.meta["clip_value"], batch_first=False, dtype=torch.float64)
-    dnc = from_deepmind(variables, **sizes, **options).to(device)
+    dnc = deepmind_layer(golden, variables(golden), batch_first=False, dtype=torch.float64).to(device)
     dnc.backend = backend
     hidden, cell, read_words = (golden.tensor(f"init_{key}") for key in ("hidden", "cell", "access_output"))
     given = golden.tensor("inputs"), DNCState(((hidden, cell),), golden.state("init_", torch.float64), read_words)
@@ -122,6 +120,8 @@ def test_cell_rollout(backend: str, device: torch.device) -> None:
     results = {"out_y": outputs, **named_state("final_", final)}
     loss = weighted(golden, {"out_y": outputs})
     leaves = {"inputs": inputs, **named_state("init_", init)}
-    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    results |= {"loss": loss, **named("grad_", leaves, gradients)}
-    golden.check(tree_map(torch.Tensor.cpu, results), without=("mid_", "traj_", "grad_var."))
+    parameters = list(dnc.parameters())
+    gradients = torch.autograd.grad(loss, [*leaves.values(), *parameters], materialize_grads=True)
+    results |= {"loss": loss, **named("grad_", leaves, gradients[: len(leaves)])}
+    results |= as_variables(golden, [gradient.cpu() for gradient in gradients[len(leaves) :]])
+    golden.check(tree_map(torch.Tensor.cpu, results), without=("mid_", "traj_"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ from sequence_parity import most_allocated
 from test_kernel_layer import CLOSE, INPUTS, OUTPUTS, each_backend
 from test_kernel_sequence import BACKEND, draw, make, poisoned, run
 
-from dnc_triton import dispatch
+from dnc_triton import DNC, dispatch
 from dnc_triton.kernels import gradients, lstm, products, step_launch
 from dnc_triton.kernels.layout import Layout, default_layout
-from dnc_triton.sequence import one_launch, op, unroll
+from dnc_triton.sequence import one_launch, op, triton_memory, unroll
 from dnc_triton.sequence.one_launch import OneLaunchSequence
 from dnc_triton.sequence.settings import SequenceSettings
 
@@ -94,14 +95,31 @@ def test_checkpoints_are_for_the_kernels_of_a_step(
         ("triton_split", 5),
     ],
 )
-def test_lean_is_full_to_the_last_bit(backend: str, checkpoint: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_lean_is_full_to_the_last_bit(
+    backend: str, checkpoint: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In three launches links are recomputed in registers, over a few steps, which are other ones if lean."""
     full, lean = (make(device, checkpoint=every, dtype=dtype) for every in (None, checkpoint))
     inputs, state = draw(full, 6)
     reset = torch.tensor([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]], dtype=torch.bool, device=device)
     # In 16 bits without resets, after which too few updates follow each other for a rounding between two to be seen.
     call = {} if dtype == torch.bfloat16 else {"lengths": [6, 4], "reset": reset}
-    assert_same_bits(*(run(dnc, inputs, state, backend, **call) for dnc in (lean, full)))
+    check_lean(lean, full, lambda dnc: run(dnc, inputs, state, backend, **call), 6, monkeypatch)
+
+
+def check_lean(lean: DNC, full: DNC, run: Callable[[DNC], Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, by twice as many steps forward."""
+    launches: list[int] = []
+    launch = triton_memory.launch_forward
+    monkeypatch.setattr(
+        triton_memory, "launch_forward", lambda *given, **options: (launches.append(1), launch(*given, **options))
+    )
+    results = []
+    for dnc, expected in ((lean, 2 * steps), (full, steps)):
+        launches.clear()
+        results.append(run(dnc))
+        assert len(launches) == expected
+    assert_same_bits(*results)
 
 
 def test_a_lean_backward_twice(device: torch.device) -> None:
@@ -116,11 +134,13 @@ def test_a_lean_backward_twice(device: torch.device) -> None:
 
 @pytest.mark.parametrize("checkpoint", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["triton_fused", pytest.param("triton_split", marks=pytest.mark.slow)])
-def test_lean_is_full_in_float64(backend: str, checkpoint: int, device: torch.device) -> None:
+def test_lean_is_full_in_float64(
+    backend: str, checkpoint: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With stretches that end with the sequence and that do not."""
     full, lean = (make(device, checkpoint=every) for every in (None, checkpoint))
     inputs, state = draw(full, 3, batch=1)
-    assert_same_bits(*(run(dnc, inputs, state, backend) for dnc in (lean, full)))
+    check_lean(lean, full, lambda dnc: run(dnc, inputs, state, backend), 3, monkeypatch)
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(2, 16), (16, 2)])
@@ -138,10 +158,19 @@ def test_steps_made_again_have_room_for_their_tiles(
 
 
 @pytest.mark.parametrize("steps", [*(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 2)), 6])
-def test_links_that_are_not_kept(steps: int, device: torch.device) -> None:
+def test_links_that_are_not_kept(steps: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first, the last and any number of steps after one that is kept."""
+    behind: list[int] = []
+    launch = triton_memory.launch_backward
+
+    def launch_backward(*given: Any, **options: Any) -> None:
+        behind.append(options["behind"])
+        launch(*given, **options)
+
+    monkeypatch.setattr(triton_memory, "launch_backward", launch_backward)
     dnc = make(device, sizes=(20, 4, 1))
     inputs, state = draw(dnc, steps)
     with poisoned():
         actual = run(dnc, inputs, state, "triton_split")
+    assert behind == [step % 4 for step in reversed(range(steps))]
     assert_close(actual, run(dnc, inputs, state, "reference"), **CLOSE, name="")

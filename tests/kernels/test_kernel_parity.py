@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import combinations
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_parity(case: Case, device: torch.device) -> None:
 
 def test_pairwise() -> None:
     """The table above has every pair: of a value of N and one of W, say."""
-    for first, second in [("slots", "word"), ("dtype", "slots"), ("layout", "interface"), ("strides", "dtype")]:
+    factors = ("slots", "word", "reads", "dtype", "layout", "interface", "strides", "stop_usage_gradient")
+    for first, second in combinations(factors, 2):
         values = {name: {getattr(case, name) for case in CASES} for name in (first, second)}
         pairs = {(getattr(case, first), getattr(case, second)) for case in CASES}
         assert len(pairs) == len(values[first]) * len(values[second])
@@ -121,13 +123,23 @@ def test_two_thousand_slots(device: torch.device) -> None:
     assert_parity(run(case, problem, device, layout), problem, **case.options)
 
 
+def as_run(layout: Layout) -> Layout:
+    """On a CPU nothing depends on the number of warps."""
+    return layout if torch.cuda.is_available() else layout._replace(num_warps=0)
+
+
 @pytest.mark.parametrize(
     ("slots", "word", "layout"),
     [
-        pytest.param(slots, word, layout, id=f"N{slots}W{word}-{'fused' if layout.fused else 'split'}{layout[1:]}")
-        for slots, word in [(7, 3), (40, 2), (80, 2), (40, 129)]
-        # On the CPU nothing depends on the number of warps.
-        for layout in {layout._replace(num_warps=0): layout for layout in reversed(layouts(slots))}.values()
+        pytest.param(
+            slots,
+            word,
+            layout,
+            id=f"N{slots}W{word}-{'fused' if layout.fused else 'split'}{layout[1:]}",
+            marks=pytest.mark.slow if slots > 128 else (),
+        )
+        for slots, word in [(7, 3), (40, 2), (80, 2), (40, 129), (130, 2), (300, 2)]
+        for layout in {as_run(layout): layout for layout in reversed(layouts(slots))}.values()
     ],
 )
 def test_every_layout(slots: int, word: int, layout: Layout, device: torch.device) -> None:

@@ -209,7 +209,9 @@ def test_a_sum_of_several_blocks(columns: int, device: torch.device) -> None:
     assert_close(out, x @ weight.T, rtol=1e-14)
 
 
-def test_no_rows(device: torch.device) -> None:
+def test_no_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched."""
+    monkeypatch.setattr(products, "launch_or_compile", None)
     assert outcome(draw((4, 0, 4, 3), torch.float32, device))["vectors"].shape == (0, 3)
 
 
