@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -337,6 +338,28 @@ def test_cores_are_shared_between_tests_and_compilers(tmp_path, monkeypatch, cor
     assert times == ["10"] * tests + ["8"] * (compilers + 1), "what compiles is to have ended when the tests have"
     names = [command[command.index("--configurations") + 1] for command in called[tests:-1]]
     assert sorted(",".join(names).split(",")) == sorted(on_gpu.CONFIGURATIONS)
+
+
+def test_its_tests_are_collected():
+    """Without a GPU nothing else imports them; here in a process that is told that there is one."""
+    pytest.importorskip("triton")
+    program = """if True:
+        import pytest, sys, torch
+
+        torch.cuda.is_available = lambda: True
+        sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]))
+    """
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=on_gpu.ROOT, env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "tests/gpu/test_gpu.py::" in done.stdout
+    assert "tests/gpu/test_gpu_graphs.py::" in done.stdout
+    first = re.findall(r'^    "(test_\w+)",', Path(on_gpu.ROOT, "tests/gpu/conftest.py").read_text(), re.MULTILINE)
+    assert len(first) > 10
+    assert set(first) <= set(re.findall(r"::(test_\w+)", done.stdout)), "which of them come first"
 
 
 def test_what_it_runs_is_there(monkeypatch, capsys):

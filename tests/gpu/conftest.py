@@ -35,7 +35,6 @@ FIRST = (
     "test_a_layer_in_bfloat16",
     "test_sixteen_bits_are_for_storage",
     "test_every_layout",
-    "test_layouts",
     "test_same_call_same_bits",
     "test_full_precision_whatever_is_allowed",
     "test_gradcheck",

@@ -98,7 +98,6 @@ from test_kernel_sequence import (
     test_an_empty_batch,
     test_declines,
     test_float32,
-    test_layouts,
     test_lengths_and_resets_leave_nothing_unwritten,
     test_sizes,
 )
