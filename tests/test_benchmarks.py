@@ -302,6 +302,28 @@ def test_without_a_gpu_its_benchmark_says_so_and_the_cpu_is_measured(tmp_path, c
     assert message in capsys.readouterr().err
 
 
+def test_the_bar_reaches_its_end(tmp_path, monkeypatch):
+    """Having said each time what is measured."""
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append(self)
+            self.said = []
+
+        def set_description(self, text, *arguments):
+            self.said.append(text)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    assert run(tmp_path, "--modes", "step,forward")[0] == 0
+    (bar,) = bars
+    assert bar.n == bar.total > 1
+    assert bar.disable  # closed
+    assert {"tiny, step: timing", "tiny, forward: timing"} <= set(bar.said)
+
+
 def test_without_tqdm_there_are_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert run(tmp_path, "--modes", "step")[0] == 0

@@ -270,6 +270,26 @@ def test_nothing_is_differentiated():
     assert not any(x.requires_grad for x in tree_leaves(dnc(*draw(dnc))))
 
 
+def test_one_product_each_over_all_steps():
+    """Of inputs, outputs, and for each weight's gradient; hidden vector and words, in one weight, are one each."""
+    dnc = make()
+    inputs, state = draw(dnc, steps=7)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        dnc(inputs.requires_grad_(), state)[0].sum().backward()
+    products = []
+    for event in profile.events():
+        if event.name in ("aten::mm", "aten::addmm"):
+            left, right = [shape for shape in event.input_shapes if len(shape) == 2]  # not the bias
+            products.append((*left, right[1]))
+    rows, gates, words = 7 * BATCH, 4 * dnc.hidden_size, dnc.num_reads * dnc.word_size
+    given, hidden, outputs = dnc.input_size, dnc.hidden_size, dnc.output_size
+    expected = [(rows, given, gates), (rows, gates, given), (dnc.interface_size, rows, hidden)]
+    expected += [(gates, rows, part) for part in (given, hidden, words)]
+    for part in (hidden, words):
+        expected += [(rows, part, outputs), (rows, outputs, part), (outputs, rows, part)]
+    assert sorted(product for product in products if rows in product) == sorted(expected)
+
+
 def test_strided_inputs_and_nothing_is_written_to():
     dnc = make(checkpoint=2)
     inputs, given = draw(dnc)

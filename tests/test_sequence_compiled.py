@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import test_sequence_goldens
 import torch
-from helpers import assert_same_bits, negated_when_read, replace_parameters
+from helpers import assert_same_bits, negated_when_read, replace_parameters, total
 from sequence_parity import (
     BATCH,
     CHOICES,
@@ -19,10 +19,12 @@ from sequence_parity import (
     draw,
     make,
     operation,
+    oracle,
     outcome,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from dnc_triton import dispatch, explain
 from dnc_triton.dispatch import BACKENDS
@@ -31,6 +33,7 @@ from dnc_triton.sequence.compiled import CompiledSequence
 from dnc_triton.sequence.compiler import like_of, machine_code
 
 BACKEND = "torch_compiled"
+COMPILED = dict(clip=0.1, stop_usage_gradient=True)  # what the tests share that are not slow
 CELLS = test_sequence_goldens.CELLS
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_COMPILER, reason="no C++ compiler")
@@ -43,8 +46,76 @@ def masks(inputs):
 
 
 def test_parity():  # the first of them compiles
-    dnc = make(BACKEND, clip=0.1, stop_usage_gradient=True)
+    dnc = make(BACKEND, **COMPILED)
     assert_parity(dnc, *draw(dnc))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 50])
+def test_every_length(steps):
+    dnc = make(BACKEND, **COMPILED)
+    assert_parity(dnc, *draw(dnc, steps))
+
+
+def test_from_the_initial_state():
+    dnc = make(BACKEND, **COMPILED)
+    inputs, _ = draw(dnc, steps=2)  # more steps, and rounding orders the slots that are still empty
+    assert_parity(dnc, inputs, None)
+
+
+def test_chunks_are_the_whole():
+    def in_chunks(dnc, inputs, state):
+        pieces = []
+        for chunk in inputs.split([2, 0, 3]):
+            outputs, state = dnc(chunk, state)
+            pieces.append(outputs)
+        return torch.cat(pieces), state
+
+    dnc = make(BACKEND, **COMPILED)
+    given = draw(dnc)
+    assert_equal_outcomes(outcome(in_chunks, dnc, *given), outcome(operation, dnc, *given))
+
+
+def test_twice_in_one_graph():
+    """Forwards, and then both backwards."""
+
+    def twice(run):
+        def call(dnc, inputs, state):
+            outputs, between = run(dnc, inputs, state)
+            again, last = run(dnc, inputs.flip(0), between)
+            return outputs + again, last
+
+        return call
+
+    dnc = make(BACKEND, **COMPILED)
+    given = draw(dnc)
+    assert_equal_outcomes(outcome(twice(operation), dnc, *given), outcome(twice(oracle), dnc, *given))
+
+
+def test_within_an_activation_checkpoint():
+    def within(dnc, inputs, state):
+        return checkpoint(dnc, inputs, state, use_reentrant=False)
+
+    dnc = make(BACKEND, **COMPILED)
+    given = draw(dnc)
+    assert_same_bits(outcome(within, dnc, *given), outcome(operation, dnc, *given))
+
+
+def test_views():
+    """With NaN in their gaps, where rows do not follow one another."""
+    dnc = make(BACKEND, **COMPILED)
+    inputs, state = draw(dnc)
+
+    def wide(x):
+        gaps = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
+        gaps[..., 1::2] = x
+        return gaps[..., 1::2]
+
+    views = tree_map(lambda x: wide(x).requires_grad_(), (inputs, state))
+    assert not any(x.is_contiguous() for x in tree_leaves(views))
+    expected = outcome(operation, dnc, inputs, state)
+    outputs, last = dnc(*views)
+    gradients = torch.autograd.grad(total(outputs, last), [views[0], *dnc.parameters(), *tree_leaves(views[1])])
+    assert_same_bits((outputs, last, gradients), (*expected[:2], tuple(expected.gradients.values())))
 
 
 @pytest.mark.slow  # each compiles four to eight steps
@@ -227,9 +298,9 @@ def test_links_are_written_once():
 
 
 def test_without_gradients():
-    dnc = make(BACKEND, clip=0.1, stop_usage_gradient=True)
+    dnc = make(BACKEND, **COMPILED)
     inputs, state = draw(dnc, steps=70)  # more than go at once
-    expected, last = make("reference", clip=0.1, stop_usage_gradient=True)(inputs, state)
+    expected, last = make("reference", **COMPILED)(inputs, state)
     for without in (torch.no_grad, torch.inference_mode):
         with without():
             outputs, new_state = dnc(inputs, state)
@@ -240,7 +311,7 @@ def test_without_gradients():
 def test_a_step_by_itself(monkeypatch):
     """It prepares no sequence."""
     monkeypatch.setattr(CompiledSequence, "forward", None)
-    assert_parity_of_single_steps(BACKEND, clip=0.1, stop_usage_gradient=True)
+    assert_parity_of_single_steps(BACKEND, **COMPILED)
 
 
 def test_strides_that_nobody_takes_compile_nothing_anew():
@@ -345,7 +416,7 @@ def test_the_first_call_without_gradients_whatever_the_default_device():
 
 def test_what_is_negated_when_it_is_read():
     """Like the imaginary part of a conjugate, which has the other sign in memory."""
-    dnc, lazy = (make(BACKEND, clip=0.1, stop_usage_gradient=True) for _ in range(2))
+    dnc, lazy = (make(BACKEND, **COMPILED) for _ in range(2))
     replace_parameters(lazy, negated_when_read)
     inputs, state = draw(dnc)
     expected = dnc(inputs, state), dnc.step(inputs[0], state)
@@ -357,13 +428,13 @@ def test_what_is_negated_when_it_is_read():
 
 
 def test_the_same_bits_again():
-    dnc = make(BACKEND, clip=0.1, stop_usage_gradient=True)
+    dnc = make(BACKEND, **COMPILED)
     first, second = (outcome(operation, dnc, *draw(dnc)) for _ in range(2))
     assert_same_bits(first, second)
 
 
 def test_a_nan_stays_in_its_row_and_is_not_lost():
-    dnc = make(BACKEND, clip=0.1, stop_usage_gradient=True)
+    dnc = make(BACKEND, **COMPILED)
     inputs, state = draw(dnc)
     outputs, last = dnc(inputs, state)
     state.memory.usage[1, 2] = inputs[1, 0] = torch.nan
@@ -394,7 +465,7 @@ def test_lean_and_full(monkeypatch):
         run(sequence, part, step, *gradients)
 
     monkeypatch.setattr(CompiledSequence, "_run", record)
-    check_lean(dict(clip=0.1, stop_usage_gradient=True), masked=False)
+    check_lean(COMPILED, masked=False)
     assert made_again == [2, 0, 3, 0, 1]  # of five steps: every second kept, every third
 
 
