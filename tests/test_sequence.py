@@ -279,7 +279,7 @@ def test_one_product_each_over_all_steps():
     products = []
     for event in profile.events():
         if event.name in ("aten::mm", "aten::addmm"):
-            left, right = [shape for shape in event.input_shapes if len(shape) == 2]  # not the bias
+            *_, left, right = [shape for shape in event.input_shapes if len(shape) == 2]  # before them the bias, maybe
             products.append((*left, right[1]))
     rows, gates, words = 7 * BATCH, 4 * dnc.hidden_size, dnc.num_reads * dnc.word_size
     given, hidden, outputs = dnc.input_size, dnc.hidden_size, dnc.output_size
