@@ -207,7 +207,10 @@ def _read(path: Path, bucket: str) -> dict[Candidate, float]:
 
 
 def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
-    """Add to what is known, here and in the file, to which another process may have added something too."""
+    """Add to what is known, here and in the file, to which another process may have added something too.
+
+    What two processes add at the same moment may be kept of one alone; the rest is measured again when it is asked for.
+    """
     global _measurements
     _measurements += 1
     bucket = _bucket(problem)
