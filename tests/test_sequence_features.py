@@ -188,6 +188,42 @@ def test_both_factors_of_a_narrow_product_are_rounded():
     assert_same_bits(product.weight_gradient(d_product, x), (narrow_d.T @ narrow_x).float())
 
 
+def test_a_nan_stays_in_its_row_of_a_narrow_product():
+    """Also of odd length, where a CPU with AMX reads into the next row."""
+    x, weight, d_product = torch.randn(64, 33), torch.randn(65, 33), torch.randn(64, 65)
+    product = Product(weight, torch.bfloat16)
+
+    def products():
+        d_x = [torch.zeros(64, 33) for _ in range(2)]
+        product.backward(d_product, d_x[0])
+        product.add_backward(d_product, d_x[1])
+        return [product(x), product.add_to(d_product, x, torch.empty(64, 65)), *d_x, product.all_backward(d_product)]
+
+    clean = products()
+    x[1] = d_product[1] = torch.nan
+    others = torch.arange(64) != 1
+    for spoilt, was in zip(products(), clean, strict=True):
+        assert spoilt[1].isnan().all()
+        assert_same_bits(spoilt[others], was[others])
+
+
+def test_a_nan_stays_in_its_row_and_among_the_steps_after_it_under_autocast():
+    torch.manual_seed(0)
+    dnc, inputs = DNC(5, 33, 3, memory_size=8, word_size=16, num_reads=3), torch.randn(3, 6, 5)
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return dnc(inputs)
+
+    outputs, state = run()
+    inputs[1, 4:] = torch.nan
+    spoilt, of_spoilt = run()
+    assert spoilt[1, 4:].isnan().all()
+    assert_same_bits(spoilt[1, :4], outputs[1, :4])
+    assert_same_bits(spoilt[::2], outputs[::2])
+    assert_same_bits(of_spoilt.map(lambda x: x[::2]), state.map(lambda x: x[::2]))
+
+
 @pytest.mark.parametrize("rounds", [False, True])
 def test_a_backward_within_autocast_rounds_what_its_forward_did_and_no_more(rounds, monkeypatch):
     dnc = make(dtype=torch.float32)
