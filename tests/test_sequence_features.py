@@ -189,7 +189,7 @@ def test_both_factors_of_a_narrow_product_are_rounded():
 
 
 def test_a_nan_stays_in_its_row_of_a_narrow_product():
-    """Also of odd length, where a CPU with AMX reads into the next row."""
+    """Also where rows are no whole tiles, and PyTorch on a CPU with AMX reads into the next one."""
     x, weight, d_product = torch.randn(64, 33), torch.randn(65, 33), torch.randn(64, 65)
     product = Product(weight, torch.bfloat16)
 

@@ -16,12 +16,14 @@ from small_layer import PROBLEM
 
 pytest.importorskip("triton")
 
+from benchmarks.static import compiling
 from benchmarks.static.cases import (
     DATA_CENTERS,
     DIRECTIONS,
     LARGEST,
     SEQUENCES,
     SHAPES,
+    TRITON_TYPES,
     WORKSTATIONS,
     cases,
     sequence,
@@ -36,15 +38,6 @@ from dnc_triton.kernels.step_launch import compile_options, is_capped, launches
 
 pytestmark = pytest.mark.usefixtures("_compiled_once")
 KERNELS = Path(__file__).parent.parent / "dnc_triton" / "kernels"
-SPILLED_BY_THE_OLDEST = {  # bytes of a thread; docs/kernels.md names them
-    "forward last 512x64x8 64x128/1 float32 sm_90": 16,
-    "forward last 512x64x8 64x128/1 float32 sm_90 marked": 16,
-    "backward sequence 128x32x4h128 32x128/8 float32 sm_90 lengths": 8,
-    "backward sequence 128x32x4h128 32x128/8 float32 sm_90 reset": 8,
-    "backward sequence 128x64x4h128 32x128/8 float32 sm_90": 8,
-    "backward sequence 128x64x4h128 32x128/8 float32 sm_90 lengths": 8,
-    "backward sequence 128x64x4h128 32x128/8 float32 sm_90 unclipped": 8,
-}
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +68,15 @@ def test_the_versions_that_are_tested_are_on_record():
     assert set.union(*versions) <= json.loads(RECORD.read_text()).keys()
 
 
-@pytest.mark.parametrize("pins", ["constraints.txt", "constraints-oldest.txt"])
-def test_on_record_nothing_spills_that_must_not(pins):
-    """Every kernel that may be taken on an H200, not only what the tests compile; with the oldest Triton in float32."""
-    version = re.search(r"^triton==([\d.]+)", (RECORD.parents[2] / pins).read_text(), re.MULTILINE)[1]
+@pytest.mark.parametrize(("pins", "dtypes"), [("constraints", TRITON_TYPES), ("constraints-oldest", ["float32"])])
+def test_on_record_nothing_spills_that_must_not(pins, dtypes):
+    """Every kernel that may be taken on an H200, not only what the tests compile. The oldest Triton has run there."""
+    text = (RECORD.parents[2] / f"{pins}.txt").read_text()
+    version = re.search(r"^triton==([\d.]+)", text, re.MULTILINE)[1]
     numbers = json.loads(RECORD.read_text())[version]
     binding = [case for case in cases(complete=True) if case.target == "sm_90" and not case.may_spill]
-    names = {str(case) for case in binding if pins == "constraints.txt" or case.dtype == "float32"}
-    assert len(names) > 400
-    assert names <= numbers.keys()
-    spilled = {name: numbers[name]["spilled"] for name in names if numbers[name]["spilled"]}
-    assert spilled == (SPILLED_BY_THE_OLDEST if pins == "constraints-oldest.txt" else {})
+    for case in [case for case in binding if case.dtype in dtypes]:
+        assert numbers[str(case)]["spilled"] == case.accepted_spill(version), case
 
 
 def test_every_shape_is_compiled_for_every_target():
@@ -255,3 +246,27 @@ def test_every_barrier_is_needed_and_would_be_missed(measurements):
 @pytest.mark.slow
 def test_every_target_dtype_and_layout():
     check(compiling_map(measure, cases(complete=True)))
+
+
+def by_stages(case):
+    """What a case compiles to, up to lines and symbols for a debugger, for each number of stages of a loop."""
+    usual, codes = compiling.compile_options, set()
+    for stages in (1, 3, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                compiling, "compile_options", lambda *of, n=stages, **how: usual(*of, **how) | {"num_stages": n}
+            )
+            code = compiling.compile_case(case)[0]["ptx"].split(".section")[0]
+        codes.add(re.sub(r"//.*|\.(loc|file).*", "", code))
+    return codes
+
+
+@pytest.mark.slow
+def test_stages_change_nothing_but_the_gradients_of_weights():
+    """So there is nothing to choose among, as docs/kernels.md says."""
+    chosen = [case for case in cases() if case.target == "sm_90" and case.dtype == "float32"]
+    assert len(chosen) > 50
+    differ = [
+        case.phase for case, codes in zip(chosen, compiling_map(by_stages, chosen), strict=True) if len(codes) > 1
+    ]
+    assert differ == ["weights"]

@@ -53,6 +53,20 @@ PHASES = {"rank": RANK, "first": FIRST, "middle": MIDDLE, "last": LAST, "whole":
 # ended or are reset; and sequences with such rows, without a clip, with weights in bfloat16.
 STEP_VARIANTS = ("", "activated", "marked")
 SEQUENCE_VARIANTS = ("", "lengths reset", "lengths", "reset", "unclipped", "autocast")
+# What is spilled where nothing should be, in bytes of a thread, by version of Triton. So few are accepted.
+ACCEPTED_SPILLS = {
+    "3.6": {
+        "forward last 512x64x8 64x128/1 float32 sm_90": 16,
+        "forward last 512x64x8 64x128/1 float32 sm_90 marked": 16,
+        "backward sequence 128x32x4h128 32x128/8 float32 sm_90 lengths": 8,
+        "backward sequence 128x32x4h128 32x128/8 float32 sm_90 reset": 8,
+        "backward sequence 128x64x4h128 32x128/8 float32 sm_90": 8,
+        "backward sequence 128x64x4h128 32x128/8 float32 sm_90 lengths": 8,
+        "backward sequence 128x64x4h128 32x128/8 float32 sm_90 unclipped": 8,
+    },
+    # Although registers are left: the assembler makes room for a second program.
+    "3.9": {"forward last 512x64x8 32x128/1 float32 sm_90": 16},
+}
 TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
@@ -130,15 +144,9 @@ class Case:
             return self.target in WORKSTATIONS
         return self.target != "sm_90" or self.dtype == "float64" or self.shape in (LARGEST, LONGEST, MOST_HEADS)
 
-    @property
-    def spilled_for_room(self) -> int:
-        """Bytes that the assembler spills although registers are left, to make room for a second program.
-
-        So few are accepted, rather than asking for more registers.
-        """
-        if triton.__version__.startswith("3.9.") and str(self) == "forward last 512x64x8 32x128/1 float32 sm_90":
-            return 16
-        return 0
+    def accepted_spill(self, version: str) -> int:
+        """Bytes that may be spilled all the same with a version of Triton."""
+        return ACCEPTED_SPILLS.get(version.rpartition(".")[0], {}).get(str(self), 0)
 
 
 def weight_tiles(case: Case) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ class Measurement:
         found: list[str] = []
         if self.numbers is None:
             return found
-        if self.numbers.spilled > self.case.spilled_for_room and not self.case.may_spill:
+        if self.numbers.spilled > self.case.accepted_spill(triton.__version__) and not self.case.may_spill:
             found.append(f"spills {self.numbers.spilled} bytes")
         if self.numbers.shared > (limit := SHARED_LIMITS[self.case.target]):
             found.append(f"wants {self.numbers.shared:,} bytes of shared memory, there are {limit:,}")
