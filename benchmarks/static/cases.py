@@ -63,6 +63,9 @@ ACCEPTED_SPILLS = {
         "backward sequence 128x64x4h128 32x128/8 float32 sm_90": 8,
         "backward sequence 128x64x4h128 32x128/8 float32 sm_90 lengths": 8,
         "backward sequence 128x64x4h128 32x128/8 float32 sm_90 unclipped": 8,
+        "backward last 256x64x4 8x128/1 bfloat16 sm_90 activated": 8,
+        "backward last 512x64x8 32x128/1 float16 sm_90 activated": 8,
+        "backward last 512x64x8 64x128/1 float16 sm_90 activated": 8,
     },
     # Although registers are left: the assembler makes room for a second program.
     "3.9": {"forward last 512x64x8 32x128/1 float32 sm_90": 16},
