@@ -10,6 +10,7 @@ deterministic algorithms, it is always the first in rank.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -39,6 +40,7 @@ from dnc_triton.ops.kernel_step import kernel_interface_step, kernel_memory_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.stepwise import unroll_stepwise
 from dnc_triton.sequence.unroll import unroll_sequence
+from dnc_triton.trial import measures_sequence
 
 SETTLED_BY = (environment.GRAPHS, environment.MEASURE)  # variables that a choice depends on
 LEAST_CAPABILITY = (8, 0)
@@ -279,7 +281,10 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
 
 
 def explain_problem(problem: Problem, backend: str = "auto") -> str:
-    """The table of backends for a problem, a line each, with measured times; the chosen one is starred."""
+    """The table of backends for a problem, a line each, with measured times; the chosen one is starred.
+
+    What failed, or was wrong, has a warning in the log of the process that measured it.
+    """
     asked, asked_by = _asked(backend)
     answers = {name: BACKENDS[name].supports(problem) for name in BACKENDS}
     serving = [name for name in _ranked(problem) if answers[name][0] and asked in ("auto", name)]
@@ -288,7 +293,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     lines = [str(problem), f"asked for: {asked!r}, by {asked_by}"]
     for name, (supported, reason) in answers.items():
         measured = [
-            f"{time:.1f} µs" if layout is None else f"{layout.describe()}: {time:.1f} µs"
+            (f"{layout.describe()}: " if layout else "") + (f"{time:.1f} µs" if time < math.inf else "failed")
             for (other, layout), time in times.items()
             if other == name
         ]
@@ -362,7 +367,7 @@ def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tupl
     if len(candidates) == 1 or not _clock_decides(problem):
         return candidates[0], True
     backends = {(name, layout): BACKENDS[name].with_layout(layout) for name, layout in candidates}
-    operation = "unroll" if tuning.measures_sequence(problem) else "memory_step"
+    operation = "unroll" if measures_sequence(problem) else "memory_step"
     operations = {candidate: getattr(backend, operation) for candidate, backend in backends.items()}
     best = tuning.fastest(problem, operations, measure=measure)
     return best, tuning.is_settled(problem, operations)

@@ -1,5 +1,8 @@
 """Which candidate is the fastest, measured once and remembered: in the process, and in the user's cache directory.
 
+What has kernels of ours is checked against the reference before it is measured: what is wrong on this device is not
+taken.
+
 A sequence is measured as a sequence of at most `STEPS` steps, with a controller of its kind; a memory step, or what
 must run step by step, as a step. Where a sequence is replayed as a CUDA graph, only the time that the device works
 counts: Python's part is the same for every candidate, and longer than a small network's kernels. In a graph that the
@@ -37,19 +40,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from dnc_reference import DNCCell, DNCState, Interface, MemoryState
 from dnc_reference.memory import without_autocast
 from dnc_triton import environment, files
 from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import engine, graphs
+from dnc_triton.trial import Check, Operation, WrongResult, measures_sequence, power_of_two, random_call, wait_for
 from dnc_triton.version import __version__
 
 Candidate = tuple[str, Layout | None]
-Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
 
-FORMAT = 10  # of what is remembered; to be changed when old times mislead, as after large changes to kernels
+FORMAT = 11  # of what is remembered; to be changed when old times mislead, as after large changes to kernels
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
@@ -65,11 +67,6 @@ logger = logging.getLogger("dnc_triton")
 _known: dict[str, dict[Candidate, float]] = {}
 _measurements = 0  # in this process
 _failed_for_now: dict[str, set[Candidate]] = {}  # in this process; the next one tries it again
-
-
-def measures_sequence(problem: Problem) -> bool:
-    """Whether a problem is measured as a sequence; else as a memory step, which may be one of many."""
-    return problem.controller not in (None, "custom")
 
 
 def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, measure: bool = True) -> Candidate:
@@ -163,7 +160,7 @@ def _bucket(problem: Problem) -> str:
         "dnc_triton": __version__,
         "format": FORMAT,
         "dtype": str(problem.dtype),
-        "batch": _power_of_two(problem.batch),
+        "batch": power_of_two(problem.batch),
         "memory_size": problem.memory_size,
         "word_size": problem.word_size,
         "num_reads": problem.num_reads,
@@ -229,12 +226,8 @@ def _are_replayed(problem: Problem) -> bool:
     return asked and measures_sequence(problem) and problem.steps <= graphs.LONGEST and engine.has_pools()
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
-
-
 def _measured_steps(problem: Problem) -> int:
-    return min(STEPS, _power_of_two(problem.steps)) if measures_sequence(problem) else 1
+    return min(STEPS, power_of_two(problem.steps)) if measures_sequence(problem) else 1
 
 
 def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], works: bool) -> dict[Candidate, float]:
@@ -247,11 +240,13 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
     failed_for_now = _failed_for_now.setdefault(_bucket(problem), set())
     try:
         with torch.inference_mode(False), torch.cuda.device(problem.device):
-            run = _random_sequence(problem) if measures_sequence(problem) else _random_step(problem)
+            run = random_call(problem, _measured_steps(problem))
     except torch.OutOfMemoryError as error:
         logger.warning("nothing is measured for %s: %s", problem, str(error))
         failed_for_now.update(operations)
         return {}
+    check = _check(problem) if any(layout is not None for _, layout in operations) else None
+    runs: list[Callable[[Operation], None]] = [run] if check is None else [check, run]
     times: dict[Candidate, float] = {}
     # The hooks may be an activation checkpoint's, which runs the call again later and must get the same choice.
     most = math.inf if _are_hooks_at_work() else TOTAL_SECONDS
@@ -261,18 +256,23 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         if min(times.values(), default=math.inf) < math.inf and time.perf_counter() - started > most:
             break
         if index % at_once == 0:
-            _compile_ahead(problem, run, list(operations.items())[index : index + at_once])
+            _compile_ahead(problem, runs, list(operations.items())[index : index + at_once])
         try:
+            if check is not None and layout is not None:
+                with _as_measured(problem), graphs.launching():
+                    check(operation)
             microseconds = _measure(problem, partial(run, operation))
         except torch.AcceleratorError:  # CUDA may be unusable
             raise
-        except Exception as error:  # it does not compile, or does not fit into memory, or a block into a multiprocessor
-            _wait(problem.device)  # raises if CUDA is unusable
+        # It does not compile, or does not fit into memory, or a block into a multiprocessor; or it is wrong.
+        except Exception as error:
+            wait_for(problem.device)  # raises if CUDA is unusable
             # As a string: a handler that keeps records would keep all that the error's frames hold.
             logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, str(error))
-            # Triton's own errors are for good. Memory, a compiler or disk space may be there another time; NVIDIA's
-            # assembler also fails for want of these.
-            if not type(error).__module__.startswith("triton.") or type(error).__name__ == "PTXASError":
+            # What is wrong, and Triton's own errors, are for good. Memory, a compiler or disk space may be there
+            # another time; NVIDIA's assembler also fails for want of these.
+            of_triton = type(error).__module__.startswith("triton.") and type(error).__name__ != "PTXASError"
+            if not (of_triton or isinstance(error, WrongResult)):
                 failed_for_now.add((name, layout))
                 continue
             failure, microseconds = error.with_traceback(None), math.inf  # its frames hold memory
@@ -294,8 +294,21 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
     return times
 
 
+def _check(problem: Problem) -> Check | None:
+    """What candidates are checked with; None if the reference finds no memory, say."""
+    try:
+        with _as_measured(problem):
+            return Check(problem)
+    except torch.AcceleratorError:  # CUDA may be unusable
+        raise
+    except Exception as error:
+        wait_for(problem.device)  # raises if CUDA is unusable
+        logger.warning("what is measured for %s is not checked: %s", problem, str(error))
+        return None
+
+
 def _compile_ahead(
-    problem: Problem, run: Callable[[Operation], None], operations: list[tuple[Candidate, Operation]]
+    problem: Problem, runs: list[Callable[[Operation], None]], operations: list[tuple[Candidate, Operation]]
 ) -> None:
     """Compile what the candidates launch, several kernels at once instead of each when it is launched."""
     with (
@@ -305,8 +318,9 @@ def _compile_ahead(
     ):
         for (_, layout), operation in operations:
             if layout is not None:  # without a layout there are no kernels of ours
-                with suppress(Exception):  # it is raised again when that candidate is measured
-                    run(operation)
+                for run in runs:
+                    with suppress(Exception):  # it is raised again when that candidate is measured
+                        run(operation)
 
 
 @contextmanager
@@ -334,78 +348,6 @@ def _are_hooks_at_work() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _random_step(problem: Problem) -> Callable[[Operation], None]:
-    """A function that runs a `memory_step` of this size, and its backward if needed."""
-    interface, state = _random_interface(problem), _random_state(problem)
-    given = [*interface, *state]
-    for tensor in given:
-        tensor.requires_grad_(problem.needs_gradient)
-
-    def run(step: Operation) -> None:
-        read_words, new_state = step(interface, state, stop_usage_gradient=False)
-        if problem.needs_gradient:
-            _differentiate([read_words, *new_state], given)
-
-    return run
-
-
-def _random_sequence(problem: Problem) -> Callable[[Operation], None]:
-    """A function that runs an `unroll` of this size, and its backward if needed.
-
-    Inputs and outputs have the controller's size: any backend multiplies them in one product, so that decides nothing.
-    """
-    size, state = problem.hidden_size, _random_state(problem)
-    assert problem.controller is not None
-    cell = DNCCell(
-        size,
-        size,
-        size,
-        memory_size=problem.memory_size,
-        word_size=problem.word_size,
-        num_reads=problem.num_reads,
-        num_writes=problem.num_writes,
-        controller=problem.controller,
-        num_layers=problem.num_layers,
-        device="meta",
-        dtype=problem.dtype,
-    ).to_empty(device=problem.device)
-    with torch.no_grad():  # a parameter's own initialisation would use generators that other threads use
-        for parameter in cell.parameters():
-            parameter.copy_((2 * _draw(problem, parameter.shape) - 1) / math.sqrt(size))
-    given: list[Tensor] = list(cell.parameters())
-    inputs = _draw(problem, (_measured_steps(problem), state.memory.shape[0], size))
-    begin = cell.initial_state(state.memory.shape[0])._replace(memory=state)
-
-    def run(unroll: Operation) -> None:
-        outputs, _ = unroll(cell, inputs, begin, checkpoint="auto")
-        if problem.needs_gradient:
-            _differentiate([outputs], given)
-
-    return run
-
-
-def _differentiate(outputs: list[Tensor], inputs: list[Tensor]) -> None:
-    torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
-
-
-def _random_interface(problem: Problem) -> Interface:
-    shapes = Interface.shapes(_power_of_two(problem.batch), problem.word_size, problem.num_reads, problem.num_writes)
-    return Interface(**{name: _draw(problem, shape) for name, shape in shapes.items()})
-
-
-def _random_state(problem: Problem) -> MemoryState:
-    """Random numbers, never the caller's; divided by N, so that weights sum to less than 1 and all stays in range."""
-    sizes = (problem.memory_size, problem.word_size, problem.num_reads, problem.num_writes)
-    shapes = MemoryState.shapes(_power_of_two(problem.batch), *sizes)
-    return MemoryState(**{name: _draw(problem, shape) / problem.memory_size for name, shape in shapes.items()})
-
-
-def _draw(problem: Problem, shape: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator(problem.device).manual_seed(math.prod(shape))
-    drawn = torch.rand(shape, generator=generator, device=problem.device, dtype=torch.float32)
-    return drawn.to(problem.dtype)
-
-
 def _measure(problem: Problem, run: Callable[[], None]) -> float:
     """Median time of a run in µs."""
     # A candidate is measured as it would be used, in a graph or not, and leaves no memory behind.
@@ -415,7 +357,7 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
             replays, begun = graphs.replays(problem.device), time.perf_counter()
             run()
             told = time.perf_counter() - begun
-            _wait(problem.device)
+            wait_for(problem.device)
         is_replayed = graphs.replays(problem.device) > replays
         wait = int(CYCLES * min(told, LONGEST_WAIT)) if is_replayed else 0
         times: list[float] = []
@@ -423,12 +365,6 @@ def _measure(problem: Problem, run: Callable[[], None]) -> float:
         while len(times) < REPETITIONS and (not times or time.perf_counter() < deadline):
             times.append(device_time(run, wait))
     return statistics.median(times)
-
-
-def _wait(device: torch.device) -> None:
-    """Wait for what is measured. Waiting for the whole device would end another thread's capture, and waiting for a
-    stream may be forbidden (`torch.cuda.set_sync_debug_mode`); waiting for an event is not."""
-    torch.cuda.current_stream(device).record_event().synchronize()
 
 
 def device_time(run: Callable[[], Any], wait: int = 0) -> float:

@@ -26,7 +26,7 @@ from triton.runtime import jit
 from triton.runtime.jit import JITFunction, KernelInterface
 
 from benchmarks.static.compiling import compiling_map
-from dnc_triton import dispatch, tuning
+from dnc_triton import dispatch, trial, tuning
 from dnc_triton.kernels import launcher
 from dnc_triton.problem import Problem
 
@@ -69,8 +69,8 @@ def launched_and_compiled(
         return launch_up_to_running(kernel, grid)
 
     triton.runtime.driver.set_active(Driver())
-    operation = "unroll" if tuning.measures_sequence(problem) else "memory_step"
-    run = tuning._random_sequence(problem) if tuning.measures_sequence(problem) else tuning._random_step(problem)
+    operation = "unroll" if trial.measures_sequence(problem) else "memory_step"
+    run = trial.random_call(problem, problem.steps)
     operations = []
     for name in backends:
         backend = dispatch.BACKENDS[name]
@@ -85,7 +85,7 @@ def launched_and_compiled(
         patch.object(torch.cuda, "device", lambda device: nullcontext()),
         patch.object(launcher, "threads", lambda: 2),
     ):
-        tuning._compile_ahead(problem, run, operations)
+        tuning._compile_ahead(problem, [run], operations)
         before = len(compiled)
         with patch.object(KernelInterface, "__getitem__", launch), tuning._as_measured(problem):
             for _, step in operations:

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, KernelInterface  # noqa: E402
 from benchmarks.static import cases as static_cases  # noqa: E402
 from benchmarks.static.cases import FEATURES, SHAPES, TRITON_TYPES, Case, sequence, step  # noqa: E402
 from benchmarks.static.compiling import compile_case, compiling_map  # noqa: E402
-from dnc_triton import DNC, dispatch, tuning  # noqa: E402
+from dnc_triton import DNC, dispatch, trial  # noqa: E402
 from dnc_triton.kernels import launcher  # noqa: E402
 from dnc_triton.kernels.layout import Layout, layouts  # noqa: E402
 from dnc_triton.sequence import one_launch, small_product  # noqa: E402
@@ -65,7 +65,7 @@ def step_once(backend: str, layout: Layout, shape: tuple[int, int, int]) -> None
     """A step whose interface is activated already."""
     sizes = dict(zip(("memory_size", "word_size", "num_reads"), shape, strict=True))
     problem = replace(PROBLEM, batch=2, steps=1, controller=None, **sizes)
-    tuning._random_step(problem)(dispatch.BACKENDS[backend].with_layout(layout).memory_step)
+    trial.random_call(problem)(dispatch.BACKENDS[backend].with_layout(layout).memory_step)
 
 
 def launches() -> dict[str, tuple[Callable[[], None], list[Case]]]:

@@ -73,7 +73,7 @@ def test_what_compiles_does_so_before_what_is_measured(
         return clock(problem, run)
 
     monkeypatch.setattr(launcher, "threads", lambda: threads)
-    monkeypatch.setattr(tuning, "_random_sequence", lambda problem: compiling)
+    monkeypatch.setattr(tuning, "random_call", lambda problem, steps: compiling)
     monkeypatch.setattr(tuning, "_measure", measure)
     candidates = {("fused", FAST): "fast", ("split", SLOW): "slow", ("reference", REFERENCE): "reference"}
     assert tuning.fastest(PROBLEM, candidates) == ("fused", FAST)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from straw import PROBLEM, Clock, _a_gpu_of_straw, _clock  # noqa: F401
 from dnc_triton import dispatch, tuning
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.problem import Problem
+from dnc_triton.trial import WrongResult
 
 # --- through the dispatcher
 
@@ -40,6 +40,23 @@ def test_the_dispatcher_takes_the_fastest_with_its_layout(monkeypatch: pytest.Mo
     assert "triton_split" in starred
     assert f"{wanted.describe()}: 5.0 µs" in starred
     assert sum("50.0 µs" in line for line in lines) == 4
+
+
+def test_explain_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(operation: partial) -> None:
+        if operation.keywords["layout"].fused:
+            raise WrongResult("wrong results: link off by 0.5")
+
+    monkeypatch.setattr(tuning, "_check", lambda problem: check)
+    monkeypatch.setattr(tuning, "_compile_ahead", lambda problem, runs, operations: None)
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0))
+    dispatch.choose(PROBLEM)
+    lines = dispatch.explain_problem(PROBLEM).splitlines()
+    (fused,) = [line for line in lines if line.strip().startswith("triton_fused")]
+    assert fused.endswith("; measured per step: 16×16, 4 warps: failed; 16×16, 1 warp: failed")
+    (split,) = [line for line in lines if "triton_split" in line]
+    assert split.startswith("*")
+    assert split.endswith(": 5.0 µs")
 
 
 def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,48 +205,3 @@ def test_without_triton_plain_pytorch_is_measured(measure: str, monkeypatch: pyt
     assert "* torch_sequence" in dispatch.explain_problem(PROBLEM)
     assert dispatch.choose(PROBLEM) is dispatch.BACKENDS["torch_sequence"]
     assert len(tuning.remembered(PROBLEM)) == (2 if measure == "1" else 0)
-
-
-# --- what is measured
-
-
-@pytest.mark.parametrize("needs_gradient", [True, False])
-@pytest.mark.parametrize("controller", ["lstm", "gru", "custom", None], ids=str)
-def test_what_is_measured_is_the_problem(
-    controller: str | None, needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On random data of the size, with a backward where one is needed; here on a CPU, for the reference."""
-    monkeypatch.undo()
-    problem = replace(PROBLEM, device=torch.device("cpu"), controller=controller, needs_gradient=needs_gradient)
-    drawn: list[torch.Tensor] = []
-
-    def make(function: Callable, *arguments: Any, **keywords: Any) -> Any:
-        """While another thread draws from the generator that all share: its numbers must not come again."""
-        drawn.append(torch.rand(1))
-        return function(*arguments, **keywords)
-
-    for name in ("DNCCell", "_draw"):
-        monkeypatch.setattr(tuning, name, partial(make, getattr(tuning, name)))
-    expected = torch.Generator().set_state(torch.get_rng_state())
-    if controller in ("lstm", "gru"):
-        run, operation = tuning._random_sequence(problem), dispatch.BACKENDS["reference"].unroll
-    else:
-        run, operation = tuning._random_step(problem), dispatch.BACKENDS["reference"].memory_step
-    assert torch.cat(drawn).equal(torch.cat([torch.rand(1, generator=expected) for _ in drawn]))
-    assert torch.equal(torch.get_rng_state(), expected.get_state())
-    seen = []
-
-    def spy(*arguments: object, **keywords: object) -> object:
-        result = operation(*arguments, **keywords)
-        seen.append((arguments, result))
-        return result
-
-    with torch.set_grad_enabled(needs_gradient):
-        run(spy)
-    (((first, *rest), result),) = seen
-    state = rest[0] if controller in ("custom", None) else rest[1].memory
-    assert state.memory.shape == (16, 16, 8)
-    assert result[0].requires_grad == needs_gradient
-    if controller in ("lstm", "gru"):
-        assert rest[0].shape == (8, 16, 20)
-        assert (first.controller_kind, first.hidden_size, first.num_layers) == (controller, 20, 1)

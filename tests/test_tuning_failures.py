@@ -1,8 +1,11 @@
-"""What becomes of a measurement that fails, finds no memory or cannot be kept; with the fake device of straw.py."""
+"""What becomes of a measurement that fails, finds no memory or cannot be kept, and of a candidate that is wrong; with
+the fake device of straw.py."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,10 @@ from straw import FAST, PROBLEM, REFERENCE, SLOW, STEPS, Clock, _a_gpu_of_straw,
 
 from dnc_triton import tuning
 from dnc_triton.problem import Problem
+from dnc_triton.sequence import graphs
+from dnc_triton.trial import WrongResult
+
+EXACT_CHECK = tuning._check
 
 
 def keeps_no_error(caplog: pytest.LogCaptureFixture) -> bool:
@@ -123,11 +130,10 @@ def test_where_memory_suffices_for_nothing_the_first_is_taken(what: str, monkeyp
 def test_where_there_is_no_memory_to_measure_in_the_first_is_taken(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(problem: Problem) -> None:
+    def fail(problem: Problem, steps: int) -> None:
         raise out_of("memory")
 
-    monkeypatch.setattr(tuning, "_random_sequence", fail)
-    monkeypatch.setattr(tuning, "_random_step", fail)
+    monkeypatch.setattr(tuning, "random_call", fail)
     for _ in range(2):
         assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
     (message,) = caplog.messages
@@ -163,7 +169,88 @@ def test_what_leaves_cuda_unusable_is_raised(monkeypatch: pytest.MonkeyPatch) ->
 
     told = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     monkeypatch.setattr(tuning, "_measure", Clock(slow=30.0, fast=told, reference=900.0))
-    monkeypatch.setattr(tuning, "_wait", wait)
+    monkeypatch.setattr(tuning, "wait_for", wait)
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         tuning.fastest(PROBLEM, STEPS)
     assert not files()
+
+
+# --- what is wrong
+
+
+def refuse(*wrong: str) -> Callable[[Problem], Callable[[str], None]]:
+    """A check that some candidates do not pass."""
+
+    def check(operation: str) -> None:
+        if operation in wrong:
+            raise WrongResult(f"wrong results: link off by 0.5, in {operation}")
+
+    return lambda problem: check
+
+
+def test_what_is_wrong_is_neither_measured_nor_taken(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor tried again, by another process either, until something is of another version."""
+    monkeypatch.setattr(tuning, "_check", refuse("fast"))
+    for _ in range(2):
+        assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+        assert tuning.is_settled(PROBLEM, STEPS)
+        forget()
+    assert clock.asked == ["slow", "reference"]
+    (message,) = caplog.messages
+    assert message.startswith("fused (True, 16, 16, 4, ")
+    assert message.endswith("wrong results: link off by 0.5, in fast")
+    assert keeps_no_error(caplog)
+
+
+def test_where_all_kernels_are_wrong_plain_pytorch_is_taken(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the oracle, or close to it: it is not checked. Asked for by name alone, what is wrong is an error."""
+    monkeypatch.setattr(tuning, "_check", refuse("fast", "slow", "reference"))
+    assert tuning.fastest(PROBLEM, STEPS) == ("reference", REFERENCE)
+    assert clock.asked == ["reference"]
+    forget()
+    with pytest.raises(WrongResult, match="link off by"):
+        tuning.fastest(replace(PROBLEM, word_size=9), {("split", SLOW): "slow"})
+
+
+def test_without_kernels_nothing_is_checked(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_check", lambda problem: pytest.fail("there is nothing to check"))
+    assert tuning.fastest(PROBLEM, {("reference", REFERENCE): "reference"}) == ("reference", REFERENCE)
+
+
+def test_without_memory_for_the_oracle_it_is_measured_unchecked(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(problem: Problem) -> None:
+        raise error
+
+    monkeypatch.setattr(tuning, "_check", EXACT_CHECK)
+    monkeypatch.setattr(tuning, "Check", fail)
+    error: Exception = out_of("memory")
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    (message,) = caplog.messages
+    assert message.startswith("what is measured for sequence")
+    assert message.endswith("is not checked: CUDA out of memory")
+    assert keeps_no_error(caplog)
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    with pytest.raises(torch.AcceleratorError, match="unspecified"):
+        tuning.fastest(replace(PROBLEM, word_size=9), STEPS)
+
+
+def test_a_check_is_launched_as_it_is_measured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients, without the caller's autocast, and not kept as a graph."""
+    seen = []
+
+    def check(operation: str) -> None:
+        seen.append((operation, torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), bool(graphs._launching)))
+
+    monkeypatch.setattr(tuning, "_check", lambda problem: check)
+    monkeypatch.setattr(tuning, "_compile_ahead", lambda problem, runs, operations: None)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.no_grad():
+            tuning.fastest(PROBLEM, STEPS)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == [("slow", True, False, True), ("fast", True, False, True)]

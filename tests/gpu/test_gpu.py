@@ -108,9 +108,10 @@ from two_processes import train_in_two_processes
 
 from benchmarks.modes import aside
 from dnc_triton import DNC, memory_step, tuning
-from dnc_triton.dispatch import BACKENDS
+from dnc_triton.dispatch import BACKENDS, choose
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.sequence import graphs
+from dnc_triton.trial import Check, random_call
 
 pytestmark = pytest.mark.gpu
 
@@ -214,15 +215,38 @@ def test_what_compiles_ahead_is_what_is_launched(
 
     monkeypatch.setattr(JITFunction, "_do_compile", record)
     problem = replace(SMALL, device=device, memory_size=14)
-    run, chosen = tuning._random_sequence(problem), BACKENDS[backend]
+    run, check, chosen = random_call(problem, problem.steps), Check(problem), BACKENDS[backend]
     candidates = [((backend, x), chosen.with_layout(x).unroll) for x in chosen.layouts(problem)]
-    tuning._compile_ahead(problem, run, candidates)
+    tuning._compile_ahead(problem, [check, run], candidates)
     assert compiled
     assert all(name.startswith("dnc_triton compiling") for name in compiled), compiled
     compiled.clear()
     for _, unroll in candidates:
+        check(unroll)
         run(unroll)
     assert not compiled
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"batch": 16, "hidden_size": 64}, {"controller": None, "batch": 4, "memory_size": 192, "word_size": 64}],
+    ids=["sequence", "step"],
+)
+def test_nothing_that_is_measured_is_wrong(
+    change: dict,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A first call, with nothing remembered: every candidate is checked on the device, and none is refused."""
+    monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path))
+    problem = replace(SMALL, device=device, num_reads=4, **change)
+    choose(problem)
+    assert not caplog.messages
+    times = tuning.remembered(problem)
+    assert len({layout for _, layout in times if layout is not None}) >= 4
+    assert all(0 < time < float("inf") for time in times.values())
 
 
 def test_python_is_no_part_of_what_a_replay_takes(device: torch.device) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.modes import aside
-from dnc_triton import DNC, environment, tuning
+from dnc_triton import DNC, environment, trial
 from dnc_triton.sequence import engine as engines
 from dnc_triton.sequence import graphs
 
@@ -337,7 +337,7 @@ def test_a_thread_that_measures_ends_no_capture_of_another(
     def measure() -> None:
         while not ended.is_set():
             torch.ones(1000, device=device).sum()
-            tuning._wait(device)  # nothing more: after a measurement, what others captured meanwhile would be given up
+            trial.wait_for(device)  # nothing more: after measuring, what others captured meanwhile would be given up
 
     thread = threading.Thread(target=measure)
     thread.start()
@@ -359,7 +359,7 @@ def test_who_forbids_to_wait_for_the_device_is_not_refused(device: torch.device,
     try:
         with graphs.forgetting():
             actual = train(dnc, 3)
-        tuning._wait(device)
+        trial.wait_for(device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_same_bits(actual, expected)

@@ -1,0 +1,226 @@
+"""Random calls of a problem's size, with which candidates are checked and measured; never with the caller's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dnc_reference
+from dnc_reference import DNCCell, DNCState, Interface, MemoryState
+from dnc_triton.problem import Problem
+
+Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
+
+# A check looks at so few batch elements and steps, so that what the oracle keeps in float64 fits beside the rest, and
+# so that rounding cannot grow until slots are ordered otherwise.
+CHECKED_ROWS, CHECKED_STEPS = 2, 3
+# A candidate may be off by so many times what the reference is off in the problem's dtype, and by half of the dtype's
+# digits of a result's largest number. What is wrong is off by far more, and rounding alone by far less: how precise the
+# kernels are is for the tests to say.
+ALLOWED = 10.0
+
+
+class WrongResult(Exception):
+    """A candidate does not compute what the reference does."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A call of a candidate on random numbers.
+
+    Attributes:
+        call: candidate → its results by name, each with a row for each batch element.
+        seen: the results that the loss of a backward sees.
+        rows: what the call is given for each batch element, by name.
+        parameters: what it is given for all of them; empty for a memory step.
+        needs_gradient: whether there is a backward.
+    """
+
+    call: Callable[[Operation], dict[str, Tensor]]
+    seen: tuple[str, ...]
+    rows: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    needs_gradient: bool
+
+    def __call__(self, operation: Operation) -> None:
+        """What is measured: a call, and the gradients that a training asks for."""
+        found = self.call(operation)
+        if self.needs_gradient:
+            results = [found[name] for name in self.seen]
+            wanted = [*(self.parameters or self.rows).values()]
+            torch.autograd.grad(results, wanted, [torch.ones_like(result) for result in results], allow_unused=True)
+
+
+class Check:
+    """Whether candidates compute what the reference does, on the device itself: results, and each gradient.
+
+    A compiler may be wrong for one GPU alone, and in one version alone. Only a few steps are compared, for a few
+    elements of a batch of full size; no `lengths` or `reset`, and nothing that is replayed.
+
+    Args:
+        problem: the call.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        draw = partial(random_call, problem, min(power_of_two(problem.steps), CHECKED_STEPS))
+        exact, rounded = (
+            _results(draw(rows=CHECKED_ROWS, dtype=dtype), problem, _reference(problem))
+            for dtype in (torch.float64, problem.dtype)
+        )
+        self.problem, self.trial, self.exact = problem, draw(), exact
+        epsilon = torch.finfo(problem.dtype).eps
+        least = epsilon * torch.stack([_largest(result) for result in exact.values()]).max()  # where all should be zero
+        self.allowed = {
+            name: ALLOWED * (_largest(rounded[name] - result) + least) + math.sqrt(epsilon) * _largest(result)
+            for name, result in exact.items()
+        }
+
+    def __call__(self, operation: Operation) -> None:
+        """Check a candidate.
+
+        Raises:
+            WrongResult: it is wrong; the message says in what, by how much, and what is allowed.
+        """
+        found = _results(self.trial, self.problem, operation)
+        off = torch.stack([_largest(found[name] - result) for name, result in self.exact.items()])
+        compared = torch.stack([off, torch.stack(list(self.allowed.values()))]).to("cpu", non_blocking=True)
+        wait_for(self.problem.device)
+        for name, (by, allowed) in zip(self.exact, compared.T.tolist(), strict=True):
+            if not by <= allowed:  # NaN is wrong, too
+                raise WrongResult(f"wrong results: {name} off by {by:.2g}, where {allowed:.2g} is allowed")
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait for what a device was told. Waiting for the whole device would end another thread's capture, and waiting for
+    a stream may be forbidden (`torch.cuda.set_sync_debug_mode`); waiting for an event is not."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).record_event().synchronize()
+
+
+def measures_sequence(problem: Problem) -> bool:
+    """Whether a problem is tried as a sequence; else as a memory step, which may be one of many."""
+    return problem.controller not in (None, "custom")
+
+
+def power_of_two(size: int) -> int:
+    """The next one from a size on, at least 1."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def random_call(
+    problem: Problem, steps: int = 1, *, rows: int | None = None, dtype: torch.dtype | None = None
+) -> Trial:
+    """A call of a problem's size, and of as many batch elements as the next power of two.
+
+    Args:
+        problem: the call.
+        steps: of the sequence, if it `measures_sequence`.
+        rows: only so many of the batch elements, with the same numbers.
+        dtype: of the arithmetic; the numbers are those of the problem's dtype.
+    """
+    make = _random_sequence if measures_sequence(problem) else _random_step
+    return make(problem, steps, slice(rows), dtype or problem.dtype)
+
+
+def _random_step(problem: Problem, steps: int, rows: slice, dtype: torch.dtype) -> Trial:
+    """A `memory_step`."""
+    shapes = Interface.shapes(power_of_two(problem.batch), problem.word_size, problem.num_reads, problem.num_writes)
+    interface = Interface(**{name: _draw(problem, shape)[rows].to(dtype) for name, shape in shapes.items()})
+    state = _random_state(problem, rows, dtype)
+    given = interface._asdict() | state._asdict()
+    for tensor in given.values():
+        tensor.requires_grad_(problem.needs_gradient)
+
+    def call(step: Any) -> dict[str, Tensor]:
+        read_words, new_state = step(interface, state, stop_usage_gradient=False)
+        return {"read_words": read_words, **new_state._asdict()}
+
+    return Trial(call, ("read_words", *state._fields), given, {}, problem.needs_gradient)
+
+
+def _random_sequence(problem: Problem, steps: int, rows: slice, dtype: torch.dtype) -> Trial:
+    """An `unroll`.
+
+    Inputs and outputs have the controller's size: any backend multiplies them in one product, so that decides nothing.
+    """
+    size, state = problem.hidden_size, _random_state(problem, rows, dtype)
+    assert problem.controller is not None
+    cell = DNCCell(
+        size,
+        size,
+        size,
+        memory_size=problem.memory_size,
+        word_size=problem.word_size,
+        num_reads=problem.num_reads,
+        num_writes=problem.num_writes,
+        controller=problem.controller,
+        num_layers=problem.num_layers,
+        device="meta",
+        dtype=dtype,
+    ).to_empty(device=problem.device)
+    with torch.no_grad():  # a parameter's own initialisation would use generators that other threads use
+        for parameter in cell.parameters():
+            parameter.copy_((2 * _draw(problem, parameter.shape) - 1) / math.sqrt(size))
+    inputs = _draw(problem, (steps, power_of_two(problem.batch), size))[:, rows].to(dtype)
+    begin = cell.initial_state(inputs.shape[1])._replace(memory=state)
+
+    def call(unroll: Any) -> dict[str, Tensor]:
+        outputs, end = unroll(cell, inputs, begin, checkpoint="auto")
+        return {"outputs": outputs.transpose(0, 1), **end.memory._asdict()}
+
+    return Trial(call, ("outputs",), state._asdict(), dict(cell.named_parameters()), problem.needs_gradient)
+
+
+def _random_state(problem: Problem, rows: slice, dtype: torch.dtype) -> MemoryState:
+    """Weights and links are divided by N, so that weights sum to less than 1 and all stays in range."""
+    sizes = (problem.memory_size, problem.word_size, problem.num_reads, problem.num_writes)
+    shapes = MemoryState.shapes(power_of_two(problem.batch), *sizes)
+    drawn = {name: _draw(problem, shape)[rows] for name, shape in shapes.items()}
+    return MemoryState(
+        **{name: (x if name == "usage" else x / problem.memory_size).to(dtype) for name, x in drawn.items()}
+    )
+
+
+def _draw(problem: Problem, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator(problem.device).manual_seed(math.prod(shape))
+    drawn = torch.rand(shape, generator=generator, device=problem.device, dtype=torch.float32)
+    return drawn.to(problem.dtype)
+
+
+def _reference(problem: Problem) -> Operation:
+    def unroll(*given: Any, checkpoint: str) -> tuple[Tensor, DNCState]:
+        return dnc_reference.unroll(*given)  # keeps every step
+
+    return unroll if measures_sequence(problem) else dnc_reference.memory_step
+
+
+def _results(trial: Trial, problem: Problem, operation: Operation) -> dict[str, Tensor]:
+    """The first rows of what a call returns, and gradients of a loss that sees only these; in float64."""
+    for tensor in trial.rows.values():
+        tensor.requires_grad_(problem.needs_gradient)
+    found = trial.call(operation)
+    results = {name: result.detach()[:CHECKED_ROWS].double() for name, result in found.items()}
+    if not problem.needs_gradient:
+        return results
+    seen = [found[name] for name in trial.seen]
+    seeds = [torch.zeros_like(result) for result in seen]
+    for seed in seeds:
+        first = seed[:CHECKED_ROWS]
+        first.copy_(_draw(problem, first.shape) - 0.5)
+    given = trial.rows | trial.parameters
+    gradients = torch.autograd.grad(seen, list(given.values()), seeds, allow_unused=True)
+    for (name, tensor), gradient in zip(given.items(), gradients, strict=True):
+        gradient = torch.zeros_like(tensor) if gradient is None else gradient
+        first = gradient[:CHECKED_ROWS] if name in trial.rows else gradient
+        results[f"the gradient of {name}"] = first.double()
+    return results
+
+
+def _largest(result: Tensor) -> Tensor:
+    return result.abs().max()

@@ -1,0 +1,205 @@
+"""Random calls with which candidates are measured and checked: what runs, and what is found wrong. Here on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import small_layer
+import torch
+from torch import Tensor
+
+import dnc_reference
+from dnc_reference import Interface, MemoryState
+from dnc_triton import trial
+from dnc_triton.dispatch import BACKENDS
+from dnc_triton.problem import Problem
+from dnc_triton.trial import Check, WrongResult
+
+PROBLEM = replace(small_layer.PROBLEM, batch=3, steps=5)  # run as a batch of the power of two above it, 4
+STEP = replace(PROBLEM, controller=None)
+REFERENCE = BACKENDS["reference"]
+GIVEN = (*Interface._fields, *MemoryState._fields)
+
+
+# --- what runs
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("controller", ["lstm", "gru", "custom", None], ids=str)
+def test_what_runs_is_the_problem(
+    controller: str | None, needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On random data of the size, with a backward where one is needed."""
+    problem = replace(PROBLEM, controller=controller, needs_gradient=needs_gradient)
+    drawn: list[Tensor] = []
+
+    def make(function: Callable, *arguments: Any, **keywords: Any) -> Any:
+        """While another thread draws from the generator that all share: its numbers must not come again."""
+        drawn.append(torch.rand(1))
+        return function(*arguments, **keywords)
+
+    for name in ("DNCCell", "_draw"):
+        monkeypatch.setattr(trial, name, partial(make, getattr(trial, name)))
+    expected = torch.Generator().set_state(torch.get_rng_state())
+    run = trial.random_call(problem, 8)
+    assert torch.cat(drawn).equal(torch.cat([torch.rand(1, generator=expected) for _ in drawn]))
+    assert torch.equal(torch.get_rng_state(), expected.get_state())
+    is_sequence, seen = controller in ("lstm", "gru"), []
+
+    def spy(*arguments: object, **keywords: object) -> object:
+        operation = REFERENCE.unroll if is_sequence else REFERENCE.memory_step
+        result = operation(*arguments, **keywords)
+        seen.append((arguments, keywords, result))
+        return result
+
+    with torch.set_grad_enabled(needs_gradient):
+        run(spy)
+    (((first, *rest), keywords, result),) = seen
+    state = rest[1].memory if is_sequence else rest[0]
+    assert state.memory.shape == (4, problem.memory_size, problem.word_size)
+    assert result[0].requires_grad == needs_gradient
+    assert all(tensor.min() >= 0 and tensor.max() <= 1 for tensor in state)
+    assert all((weights.sum(-1) <= 1).all() for weights in (state.read_weights, state.write_weights))
+    if is_sequence:
+        assert rest[0].shape == (8, 4, problem.hidden_size)
+        assert (first.controller_kind, first.hidden_size, first.num_layers) == (controller, problem.hidden_size, 1)
+    assert keywords == (dict(checkpoint="auto") if is_sequence else dict(stop_usage_gradient=False))
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("problem", [PROBLEM, STEP], ids=["sequence", "step"])
+def test_a_backward_runs_where_gradients_are_needed(
+    problem: Problem, needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sequence with respect to the parameters, of a step with respect to all that it is given."""
+    asked: list[tuple[Tensor | None, ...]] = []
+    exact = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **options: asked.append(exact(*given, **options)))
+    run = trial.random_call(replace(problem, needs_gradient=needs_gradient), 8)
+    run(REFERENCE.memory_step if problem is STEP else REFERENCE.unroll)
+    assert len(asked) == needs_gradient
+    for gradients in asked:
+        assert len(gradients) == (len(GIVEN) if problem is STEP else len(run.parameters))
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, STEP], ids=["sequence", "step"])
+def test_fewer_rows_have_the_same_numbers(problem: Problem) -> None:
+    """In another dtype too: what is compared must be computed from the same."""
+    problem = replace(problem, dtype=torch.bfloat16)
+    whole = trial.random_call(problem, 3)
+    part = trial.random_call(problem, 3, rows=2, dtype=torch.float64)
+    for name, tensor in whole.rows.items():
+        assert part.rows[name].dtype == torch.float64
+        assert part.rows[name].equal(tensor[:2].double()), name
+    for name, tensor in whole.parameters.items():
+        assert part.parameters[name].equal(tensor.double()), name
+
+
+# --- what is right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, dict(needs_gradient=False), dict(batch=1, steps=1), dict(batch=0, steps=0)], ids=str
+)
+@pytest.mark.parametrize("controller", ["lstm", "feedforward", None], ids=str)
+def test_plain_pytorch_is_right(controller: str | None, change: dict, dtype: torch.dtype) -> None:
+    problem = replace(PROBLEM, controller=controller, dtype=dtype, **change)
+    check = Check(problem)
+    for name in ("reference", "torch_sequence"):
+        if BACKENDS[name].supports(problem)[0]:
+            check(BACKENDS[name].unroll if trial.measures_sequence(problem) else BACKENDS[name].memory_step)
+    gradients = {name for name in check.exact if name.startswith("the gradient of ")}
+    expected = {f"the gradient of {name}" for name in check.trial.rows | check.trial.parameters}
+    assert gradients == (expected if problem.needs_gradient else set())
+    assert set(MemoryState._fields) < set(check.exact)
+    assert all(result.isfinite().all() for result in check.exact.values())
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (300, 5, 3), (64, 130, 16)], ids=str)
+def test_rounding_is_far_from_what_is_wrong(size: tuple[int, int, int]) -> None:
+    """In float32 by a factor of fifty, at least: another compiler, or another GPU, rounds otherwise."""
+    sizes = dict(zip(("memory_size", "word_size", "num_reads"), size, strict=True))
+    for problem in (replace(PROBLEM, **sizes), replace(STEP, **sizes)):
+        check = Check(problem)
+        operation = REFERENCE.memory_step if problem.controller is None else BACKENDS["torch_sequence"].unroll
+        check.allowed = {name: allowed / 50 for name, allowed in check.allowed.items()}
+        check(operation)
+
+
+# --- what is wrong
+
+
+class _Skewed(torch.autograd.Function):
+    """The same, with a gradient that is off by a hundredth of its largest number, in the second row alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        wrong = gradient.clone()
+        wrong[1].view(-1)[0] += 0.01 * gradient.abs().max()
+        return wrong
+
+
+@pytest.fixture(scope="module")
+def step_check() -> Check:
+    return Check(STEP)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_wrong_gradient_is_found(name: str, step_check: Check) -> None:
+    def step(interface: Interface, state: MemoryState, **keywords: Any) -> tuple[Tensor, MemoryState]:
+        if name in interface._fields:
+            interface = interface._replace(**{name: _Skewed.apply(getattr(interface, name))})
+        else:
+            state = state._replace(**{name: _Skewed.apply(getattr(state, name))})
+        return dnc_reference.memory_step(interface, state, **keywords)
+
+    with pytest.raises(WrongResult, match=rf"^wrong results: the gradient of {name} off by .*, where .* is allowed$"):
+        step_check(step)
+
+
+@pytest.mark.parametrize("wrong", [0.01, float("nan")], ids=str)
+@pytest.mark.parametrize("name", ["read_words", *MemoryState._fields])
+def test_a_wrong_result_is_found(name: str, wrong: float, step_check: Check) -> None:
+    """In one number of one row."""
+
+    def step(*given: Any, **keywords: Any) -> tuple[Tensor, MemoryState]:
+        read_words, state = dnc_reference.memory_step(*given, **keywords)
+        results = {"read_words": read_words, **state._asdict()}
+        offset = torch.zeros_like(results[name])
+        offset[1].view(-1)[-1] = wrong * results[name].detach().abs().max()
+        results[name] = results[name] + offset
+        return results.pop("read_words"), MemoryState(**results)
+
+    with pytest.raises(WrongResult, match=f"wrong results: {name} off by "):
+        step_check(step)
+
+
+def test_a_usage_gradient_that_stops_is_found(step_check: Check) -> None:
+    with pytest.raises(WrongResult, match=r"gradient of .* off by"):
+        step_check(lambda *given, **keywords: dnc_reference.memory_step(*given, stop_usage_gradient=True))
+
+
+@pytest.mark.parametrize("name", ["outputs", *MemoryState._fields, "the gradient of"])
+def test_a_sequence_that_is_wrong_is_found(name: str) -> None:
+    """Its last state, what it reads, and gradients with respect to parameters."""
+
+    def unroll(cell: Any, inputs: Tensor, begin: Any, **keywords: Any) -> Any:
+        outputs, end = REFERENCE.unroll(cell, inputs, begin, **keywords)
+        if name == "outputs":
+            return outputs * 1.01, end
+        if name not in MemoryState._fields:
+            return 1.01 * outputs - 0.01 * outputs.detach(), end
+        return outputs, end._replace(memory=end.memory._replace(**{name: getattr(end.memory, name) * 1.01}))
+
+    with pytest.raises(WrongResult, match=f"wrong results: {name}"):
+        Check(PROBLEM)(unroll)
