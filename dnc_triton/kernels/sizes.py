@@ -131,6 +131,11 @@ class Sizes(NamedTuple):
         places = min(block_w, max(4, (2 if layout.whole_sequence else 4) * numbers // (block_n * max(4, heads_read))))
         most_words = min(64, block_w) if layout.whole_sequence and block_n > 64 else block_n
         chunk = min(most_words, max(1, 2 * numbers // block_w))
+        at_once = min(16, max(1, 4 * numbers // (block_n * heads_read)))
+        # With many heads, more than 64 numbers of a thread: Triton 3.6 spilled, later ones left no room for a second
+        # program. In two halves.
+        if heads_read > 4 and row_blocks <= at_once and row_blocks * block_n * heads_read > 2 * numbers:
+            at_once = triton.cdiv(row_blocks, 2)
         # Scratch, in rows of N numbers: `buffers.ForwardScratch` and `buffers.BackwardScratch` without its `d_vectors`.
         forward_rows = (row_blocks + column_blocks) * num_reads
         backward_rows = 1 + 4 * num_reads + column_blocks * (1 + num_reads) + row_blocks * (2 + num_reads)
@@ -156,7 +161,7 @@ class Sizes(NamedTuple):
             SLOT_BLOCKS=slot_blocks,
             PLACES=places,
             PARTS=triton.cdiv(word, places),
-            AT_ONCE=min(16, max(1, 4 * numbers // (block_n * heads_read))),
+            AT_ONCE=at_once,
             CHUNK=chunk,
             HEADS=min(block_r, max(1, numbers // max(rows * columns, block_n * block_w))),
             SPREAD=layout.spread,

@@ -48,7 +48,7 @@ def test_the_kernels_pass(problem: Problem, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [130, 300])
 def test_kernels_that_spread_and_rank_pass(slots: int) -> None:
-    problem = replace(STEP, memory_size=slots, batch=1)
+    problem = replace(STEP, memory_size=slots, num_reads=5, batch=1)
     check, found = Check(problem), candidates(problem)
     for operation in found:
         check(operation)
