@@ -246,7 +246,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         failed_for_now.update(operations)
         return {}
     check = _check(problem) if any(layout is not None for _, layout in operations) else None
-    runs: list[Callable[[Operation], None]] = [run] if check is None else [check, run]
+    runs: list[Callable[[Operation], None]] = [run] if check is None else [check.launch, run]
     times: dict[Candidate, float] = {}
     # The hooks may be an activation checkpoint's, which runs the call again later and must get the same choice.
     most = math.inf if _are_hooks_at_work() else TOTAL_SECONDS

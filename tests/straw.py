@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import small_layer
@@ -37,6 +39,19 @@ class Clock:
         if isinstance(answer, Exception):
             raise answer
         return answer * tuning._measured_steps(problem)
+
+
+class StrawCheck:
+    """Looks at a candidate by a function, which raises if it is wrong."""
+
+    def __init__(self, look: Callable[[Any], None]) -> None:
+        self.look = look
+
+    def __call__(self, operation: Any) -> None:
+        self.look(operation)
+
+    def launch(self, operation: Any) -> None:
+        """There is nothing to compile."""
 
 
 @pytest.fixture(autouse=True)

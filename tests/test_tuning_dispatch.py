@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from straw import PROBLEM, Clock, _a_gpu_of_straw, _clock  # noqa: F401
+from straw import PROBLEM, Clock, StrawCheck, _a_gpu_of_straw, _clock  # noqa: F401
 
 from dnc_triton import dispatch, tuning
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
@@ -47,8 +47,7 @@ def test_explain_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
         if operation.keywords["layout"].fused:
             raise WrongResult("wrong results: link off by 0.5")
 
-    monkeypatch.setattr(tuning, "_check", lambda problem: check)
-    monkeypatch.setattr(tuning, "_compile_ahead", lambda problem, runs, operations: None)
+    monkeypatch.setattr(tuning, "_check", lambda problem: StrawCheck(check))
     monkeypatch.setattr(tuning, "_measure", fake_times(lambda layout: 5.0))
     dispatch.choose(PROBLEM)
     lines = dispatch.explain_problem(PROBLEM).splitlines()

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from straw import FAST, PROBLEM, REFERENCE, SLOW, STEPS, Clock, _a_gpu_of_straw, _clock, files, forget  # noqa: F401
+from straw import (  # noqa: F401
+    FAST,
+    PROBLEM,
+    REFERENCE,
+    SLOW,
+    STEPS,
+    Clock,
+    StrawCheck,
+    _a_gpu_of_straw,
+    _clock,
+    files,
+    forget,
+)
 
 from dnc_triton import tuning
 from dnc_triton.problem import Problem
@@ -178,14 +190,14 @@ def test_what_leaves_cuda_unusable_is_raised(monkeypatch: pytest.MonkeyPatch) ->
 # --- what is wrong
 
 
-def refuse(*wrong: str) -> Callable[[Problem], Callable[[str], None]]:
+def refuse(*wrong: str) -> Callable[[Problem], StrawCheck]:
     """A check that some candidates do not pass."""
 
     def check(operation: str) -> None:
         if operation in wrong:
             raise WrongResult(f"wrong results: link off by 0.5, in {operation}")
 
-    return lambda problem: check
+    return lambda problem: StrawCheck(check)
 
 
 def test_what_is_wrong_is_neither_measured_nor_taken(
@@ -245,8 +257,7 @@ def test_a_check_is_launched_as_it_is_measured(clock: Clock, monkeypatch: pytest
     def check(operation: str) -> None:
         seen.append((operation, torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), bool(graphs._launching)))
 
-    monkeypatch.setattr(tuning, "_check", lambda problem: check)
-    monkeypatch.setattr(tuning, "_compile_ahead", lambda problem, runs, operations: None)
+    monkeypatch.setattr(tuning, "_check", lambda problem: StrawCheck(check))
     torch.set_autocast_enabled("cuda", True)
     try:
         with torch.no_grad():

@@ -217,7 +217,7 @@ def test_what_compiles_ahead_is_what_is_launched(
     problem = replace(SMALL, device=device, memory_size=14)
     run, check, chosen = random_call(problem, problem.steps), Check(problem), BACKENDS[backend]
     candidates = [((backend, x), chosen.with_layout(x).unroll) for x in chosen.layouts(problem)]
-    tuning._compile_ahead(problem, [check, run], candidates)
+    tuning._compile_ahead(problem, [check.launch, run], candidates)
     assert compiled
     assert all(name.startswith("dnc_triton compiling") for name in compiled), compiled
     compiled.clear()
