@@ -252,11 +252,9 @@ def _results(trial: Trial, operation: Operation) -> dict[str, Tensor]:
         first = seed[:CHECKED_ROWS]
         first.copy_(trial.draw(first.shape) - 0.5)
     given = trial.rows | trial.parameters
-    gradients = torch.autograd.grad(seen, list(given.values()), seeds, allow_unused=True)
-    for (name, tensor), gradient in zip(given.items(), gradients, strict=True):
-        gradient = torch.zeros_like(tensor) if gradient is None else gradient
-        first = gradient[:CHECKED_ROWS] if name in trial.rows else gradient
-        results[f"the gradient of {name}"] = first.double()
+    gradients = torch.autograd.grad(seen, list(given.values()), seeds, allow_unused=True, materialize_grads=True)
+    for name, gradient in zip(given, gradients, strict=True):
+        results[f"the gradient of {name}"] = (gradient[:CHECKED_ROWS] if name in trial.rows else gradient).double()
     return results
 
 
