@@ -259,8 +259,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
             _compile_ahead(problem, runs, list(operations.items())[index : index + at_once])
         try:
             if check is not None and layout is not None:
-                with _as_measured(problem), graphs.launching():
-                    check(operation)
+                _try(check, problem, operation)
             microseconds = _measure(problem, partial(run, operation))
         except torch.AcceleratorError:  # CUDA may be unusable
             raise
@@ -305,6 +304,15 @@ def _check(problem: Problem) -> Check | None:
         wait_for(problem.device)  # raises if CUDA is unusable
         logger.warning("what is measured for %s is not checked: %s", problem, str(error))
         return None
+
+
+def _try(check: Check, problem: Problem, operation: Operation) -> None:
+    """Check a candidate as it is measured. What finds no memory beside the check is not checked."""
+    try:
+        with _as_measured(problem), graphs.launching():
+            check(operation)
+    except torch.OutOfMemoryError as error:
+        logger.warning("what is measured for %s is not checked: %s", problem, str(error))
 
 
 def _compile_ahead(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -114,3 +115,20 @@ def test_what_compiles_ahead_is_what_is_launched() -> None:
 def test_by_every_backend_with_every_controller_and_dtype() -> None:
     for name, found in zip(PROBLEMS, compiling_map(launched_and_compiled, PROBLEMS.values()), strict=True):
         check(name, found)
+
+
+def test_a_number_that_is_not_specialised_compiles_nothing_more() -> None:
+    """The steps of a sequence, which a check and a measurement give by name: other ones are the same kernel."""
+
+    class Kernel:
+        do_not_specialize = ("steps",)
+
+        def warmup(self, *_: object, **options: object) -> None:
+            compiled.append(options)
+
+    compiled: list[dict[str, object]] = []
+    with ThreadPoolExecutor(1) as pool:
+        compiling, kernel = launcher.Compiling(pool), Kernel()
+        for steps, warps in ((3, 4), (32, 4), (32, 8)):
+            compiling.add(kernel, (1,), (torch.zeros(2), 5), dict(steps=steps, num_warps=warps))
+    assert [options["num_warps"] for options in compiled] == [4, 8]

@@ -92,10 +92,10 @@ def test_fewer_rows_have_the_same_numbers(problem: Problem) -> None:
     """In another dtype too: what is compared must be computed from the same."""
     problem = replace(problem, dtype=torch.bfloat16)
     whole = trial.random_call(problem, 3)
-    part = trial.random_call(problem, 3, rows=2, dtype=torch.float64)
+    part = trial.random_call(problem, 3, rows=slice(None, None, 3), dtype=torch.float64)
     for name, tensor in whole.rows.items():
         assert part.rows[name].dtype == torch.float64
-        assert part.rows[name].equal(tensor[:2].double()), name
+        assert part.rows[name].equal(tensor[::3].double()), name
     for name, tensor in whole.parameters.items():
         assert part.parameters[name].equal(tensor.double()), name
 
@@ -114,22 +114,22 @@ def test_plain_pytorch_is_right(controller: str | None, change: dict, dtype: tor
     for name in ("reference", "torch_sequence"):
         if BACKENDS[name].supports(problem)[0]:
             check(BACKENDS[name].unroll if trial.measures_sequence(problem) else BACKENDS[name].memory_step)
-    (first,) = check.expected  # nothing was tried twice
-    gradients = {name for name in first.exact if name.startswith("the gradient of ")}
-    names = {f"the gradient of {name}" for name in first.trial.rows | first.trial.parameters}
+    exact, given = check.expected.exact, check.expected.draw()
+    gradients = {name for name in exact if name.startswith("the gradient of ")}
+    names = {f"the gradient of {name}" for name in given.rows | given.parameters}
     assert gradients == (names if problem.needs_gradient else set())
-    assert set(MemoryState._fields) < set(first.exact)
-    assert all(result.isfinite().all() for result in first.exact.values())
+    assert {"read_words", *MemoryState._fields} <= set(exact)
+    assert all(result.isfinite().all() for result in exact.values())
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (300, 5, 3), (64, 130, 16)], ids=str)
 def test_rounding_is_far_from_what_is_wrong(size: tuple[int, int, int]) -> None:
-    """In float32 by a factor of fifty, at least: another compiler, or another GPU, rounds otherwise."""
+    """In float32 by a factor of ten, at least: another compiler, or another GPU, rounds otherwise."""
     sizes = dict(zip(("memory_size", "word_size", "num_reads"), size, strict=True))
     for problem in (replace(PROBLEM, **sizes), replace(STEP, **sizes)):
         expected = Expected(problem, seed=0)
         operation = REFERENCE.memory_step if problem.controller is None else BACKENDS["torch_sequence"].unroll
-        expected.allowed = {name: allowed / 50 for name, allowed in expected.allowed.items()}
+        expected.allowed = {name: allowed / 10 for name, allowed in expected.allowed.items()}
         assert expected.compare(operation) is None
 
 
@@ -137,7 +137,7 @@ def test_rounding_is_far_from_what_is_wrong(size: tuple[int, int, int]) -> None:
 
 
 class _Skewed(torch.autograd.Function):
-    """The same, with a gradient that is off by a hundredth of its largest number, in the second row alone."""
+    """The same, with a gradient that is off by a hundredth of its largest number, in the last row alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class _Skewed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         wrong = gradient.clone()
-        wrong[1].view(-1)[0] += 0.01 * gradient.abs().max()
+        wrong[-1].view(-1)[0] += 0.01 * gradient.abs().max()
         return wrong
 
 
@@ -177,7 +177,7 @@ def test_a_wrong_result_is_found(name: str, wrong: float, step_check: Check) -> 
         read_words, state = dnc_reference.memory_step(*given, **keywords)
         results = {"read_words": read_words, **state._asdict()}
         offset = torch.zeros_like(results[name])
-        offset[1].view(-1)[-1] = wrong * results[name].detach().abs().max()
+        offset[-1].view(-1)[-1] = wrong * results[name].detach().abs().max()
         results[name] = results[name] + offset
         return results.pop("read_words"), MemoryState(**results)
 
@@ -208,7 +208,7 @@ def test_a_sequence_that_is_wrong_is_found(name: str) -> None:
 
 def test_what_is_right_with_other_numbers_is_right() -> None:
     """Two slots may be used so equally that rounding decides which is written to; not every time."""
-    wrong, seen = 2, []
+    wrong, seen = 1, []
 
     def step(interface: Interface, state: MemoryState, **keywords: Any) -> tuple[Tensor, MemoryState]:
         seen.append(state.usage)
@@ -217,11 +217,56 @@ def test_what_is_right_with_other_numbers_is_right() -> None:
 
     check = Check(STEP)
     check(step)
-    assert len(seen) == len(check.expected) == 3
+    assert len(seen) == 2
     assert not seen[0].equal(seen[1])
-    assert not seen[1].equal(seen[2])
-    check(step)  # what is known is used again
-    assert len(check.expected) == 3
     wrong = 100
     with pytest.raises(WrongResult, match="read_words"):
         check(step)
+
+
+WIDE = dict(memory_size=200, word_size=16, num_reads=4, hidden_size=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", [replace(PROBLEM, **WIDE), replace(STEP, **WIDE)], ids=["sequence", "step"])
+def test_nothing_may_be_off_by_as_much_as_there_is(problem: Problem, dtype: torch.dtype) -> None:
+    """Weights are a thousandth of what is read, gradients of links less than that of others: each is seen by itself."""
+    expected = trial.Expected(replace(problem, dtype=dtype), seed=0)
+    # Gradients of a sequence in 16 bits are told from rounding only where they are not much smaller than others.
+    rough = problem.controller is not None and dtype.itemsize == 2
+    share = {
+        name: float(expected.allowed[name] / result.abs().max())
+        for name, result in expected.exact.items()
+        if not (rough and name.startswith("the gradient"))
+    }
+    assert len(share) >= 8
+    assert max(share.values()) < 0.1, max(share, key=share.__getitem__)
+
+
+def test_no_two_that_are_given_are_alike() -> None:
+    """Or what is mixed up would not show."""
+    for problem in (replace(PROBLEM, num_layers=2), replace(STEP, num_reads=1, word_size=5)):
+        given = trial.random_call(problem, 3)
+        flat = [tensor.detach().flatten()[:5] for tensor in (given.rows | given.parameters).values()]
+        assert not any(x.equal(y) for i, x in enumerate(flat) for y in flat[:i] if x.shape == y.shape)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("erase_vectors", "write_vectors"),
+        ("write_keys", "write_vectors"),
+        ("precedence", "write_weights"),
+        ("allocation_gates", "write_gates"),
+    ],
+    ids=str,
+)
+def test_what_is_mixed_up_is_found(pair: tuple[str, str], step_check: Check) -> None:
+    def step(interface: Interface, state: MemoryState, **keywords: Any) -> tuple[Tensor, MemoryState]:
+        given, (to, of) = interface._asdict() | state._asdict(), pair
+        given[to] = given[of]
+        mixed = [Interface(*map(given.get, Interface._fields)), MemoryState(*map(given.get, MemoryState._fields))]
+        return dnc_reference.memory_step(*mixed, **keywords)
+
+    with pytest.raises(WrongResult):
+        step_check(step)

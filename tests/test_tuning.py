@@ -35,6 +35,14 @@ def test_the_fastest_is_chosen_and_measured_once(clock: Clock) -> None:
     assert len(clock.asked) == 3
 
 
+@pytest.mark.parametrize(("steps", "measured"), [(0, 1), (1, 1), (5, 8), (32, 32), (100, 32)])
+def test_so_many_steps_are_measured(steps: int, measured: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(tuning, "random_call", lambda problem, steps: asked.append(steps))
+    tuning.fastest(replace(PROBLEM, steps=steps), STEPS)
+    assert asked == [measured]
+
+
 def test_it_is_measured_on_the_default_stream(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a sequence is replayed as a graph, whatever the caller is preparing on another stream."""
     current, during = ["the caller's"], []

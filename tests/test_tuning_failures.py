@@ -25,6 +25,7 @@ from straw import (  # noqa: F401
 )
 
 from dnc_triton import tuning
+from dnc_triton.kernels import launcher
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import graphs
 from dnc_triton.trial import WrongResult
@@ -265,3 +266,41 @@ def test_a_check_is_launched_as_it_is_measured(clock: Clock, monkeypatch: pytest
     finally:
         torch.set_autocast_enabled("cuda", False)
     assert seen == [("slow", True, False, True), ("fast", True, False, True)]
+
+
+def test_without_memory_beside_the_check_a_candidate_is_measured_unchecked(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(operation: str) -> None:
+        raise out_of("memory")
+
+    monkeypatch.setattr(tuning, "_check", lambda problem: StrawCheck(check))
+    assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
+    assert clock.asked == ["slow", "fast", "reference"]
+    assert len(caplog.messages) == 2
+    assert all(message.endswith("is not checked: CUDA out of memory") for message in caplog.messages)
+
+
+def test_the_oracle_runs_as_what_is_measured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients, without the caller's autocast; and what a check launches is compiled ahead, before the rest."""
+    ran = []
+
+    class Recorded(StrawCheck):
+        def __init__(self, problem: Problem) -> None:
+            ran.append(("oracle", torch.is_grad_enabled(), torch.is_autocast_enabled("cuda")))
+
+    def compile_ahead(problem: Problem, runs: list, operations: list) -> None:
+        ran.append([getattr(run, "__name__", "") for run in runs])
+
+    monkeypatch.setattr(tuning, "_check", EXACT_CHECK)
+    monkeypatch.setattr(tuning, "Check", Recorded)
+    monkeypatch.setattr(tuning, "_compile_ahead", compile_ahead)
+    monkeypatch.setattr(tuning, "_try", lambda *_: None)
+    monkeypatch.setattr(launcher, "threads", lambda: 8)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.no_grad():
+            tuning.fastest(PROBLEM, STEPS)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert ran == [("oracle", True, False), ["launch", "print"]]

@@ -34,11 +34,13 @@ class Compiling:
 
     def add(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Begin to compile what this launch needs, unless that has begun."""
-        # Triton compiles for types; a dtype counts as a tensor that begins at a multiple of 16 bytes. Numbers that are
-        # not among the options do not count: the kernels ask for none to be specialized.
+        # Triton compiles for types; a dtype counts as a tensor that begins at a multiple of 16 bytes. Numbers do not
+        # count, but constants and options do: the kernels ask for no number to be specialized.
         given = [argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments]
         types = tuple(type(x) if isinstance(x, int) else x for x in given)
-        key = kernel, types, tuple(options.items())
+        numbers = getattr(kernel, "do_not_specialize", None) or ()
+        constants = tuple((name, type(x) if name in numbers else x) for name, x in options.items())
+        key = kernel, types, constants
         if key not in self.begun:
             from triton.runtime import JITFunction, driver
 

@@ -132,8 +132,8 @@ class Sizes(NamedTuple):
         most_words = min(64, block_w) if layout.whole_sequence and block_n > 64 else block_n
         chunk = min(most_words, max(1, 2 * numbers // block_w))
         at_once = min(16, max(1, 4 * numbers // (block_n * heads_read)))
-        # With many heads, more than 64 numbers of a thread: Triton 3.6 spilled, later ones left no room for a second
-        # program. In two halves.
+        # With many heads the sums over rows, if they are more than 64 numbers of a thread, come in two halves: all at
+        # once Triton 3.6 spilled, and later ones left no room for a second program.
         if heads_read > 4 and row_blocks <= at_once and row_blocks * block_n * heads_read > 2 * numbers:
             at_once = triton.cdiv(row_blocks, 2)
         # Scratch, in rows of N numbers: `buffers.ForwardScratch` and `buffers.BackwardScratch` without its `d_vectors`.
