@@ -10,7 +10,6 @@ deterministic algorithms, it is always the first in rank.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -254,7 +253,8 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
 
     Raises:
         ValueError: no backend has the name that was asked for.
-        RuntimeError: the backend asked for by name does not serve this problem; its reason is in the message.
+        RuntimeError: the backend asked for by name does not serve this problem, or failed on this device however it
+            was cut up; the reason is in the message.
     """
     asked, asked_by = _asked(backend)
     # Every call passes here, on a GPU even every step: a settled choice is not worked out again.
@@ -281,20 +281,21 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
 
 
 def explain_problem(problem: Problem, backend: str = "auto") -> str:
-    """The table of backends for a problem, a line each, with measured times; the chosen one is starred.
-
-    What failed, or was wrong, has a warning in the log of the process that measured it.
-    """
+    """The table of backends for a problem, a line each, with what was measured; the chosen one is starred."""
     asked, asked_by = _asked(backend)
     answers = {name: BACKENDS[name].supports(problem) for name in BACKENDS}
     serving = [name for name in _ranked(problem) if answers[name][0] and asked in ("auto", name)]
-    chosen = _best(problem, serving, measure=False)[0][0] if serving else None
-    times = tuning.remembered(problem)
+    chosen, nothing = None, "the backend asked for by name does not serve this call, which would raise"
+    try:
+        if serving:
+            chosen = _best(problem, serving, measure=False)[0][0]
+    except tuning.NothingWorks:
+        nothing = "the backend asked for by name failed on this device, and the call would raise"
     lines = [str(problem), f"asked for: {asked!r}, by {asked_by}"]
     for name, (supported, reason) in answers.items():
         measured = [
-            (f"{layout.describe()}: " if layout else "") + (f"{time:.1f} µs" if time < math.inf else "failed")
-            for (other, layout), time in times.items()
+            (f"{layout.describe()}: " if layout else "") + _say(outcome)
+            for (other, layout), outcome in tuning.remembered(problem).items()
             if other == name
         ]
         lines.append(
@@ -302,8 +303,15 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
             + (f"; measured per step: {'; '.join(measured)}" if measured else "")
         )
     if chosen is None:
-        lines.append("nothing runs: the backend asked for by name does not serve this call, which would raise")
+        lines.append(f"nothing runs: {nothing}")
     return "\n".join(lines)
+
+
+def _say(outcome: tuning.Outcome) -> str:
+    """What was measured, in one line."""
+    if isinstance(outcome, float):
+        return f"{outcome:.1f} µs"
+    return "failed: " + outcome.strip().rpartition("\n")[2]  # Triton quotes a kernel first, then says what is wrong
 
 
 def check_backend(argument: str, name: str) -> None:
@@ -364,10 +372,11 @@ def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tupl
     candidates: list[tuning.Candidate] = []
     for name in serving:
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
-    if len(candidates) == 1 or not _clock_decides(problem):
+    if not _clock_decides(problem):
         return candidates[0], True
+    is_alone = len(candidates) == 1  # there is nothing to choose; but it may be known to fail
     backends = {(name, layout): BACKENDS[name].with_layout(layout) for name, layout in candidates}
     operation = "unroll" if measures_sequence(problem) else "memory_step"
     operations = {candidate: getattr(backend, operation) for candidate, backend in backends.items()}
-    best = tuning.fastest(problem, operations, measure=measure)
-    return best, tuning.is_settled(problem, operations)
+    best = tuning.fastest(problem, operations, measure=measure and not is_alone)
+    return best, is_alone or tuning.is_settled(problem, operations)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import dnc_reference
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState
@@ -68,9 +69,8 @@ class Check:
     """Whether candidates compute what the reference does, on the device itself.
 
     A compiler may be wrong for one GPU alone, and in one version alone. Compared are, for the first and the last
-    element of the batch, what is read, the memory's new state, and gradients with respect to all that a step is given;
-    of a sequence its outputs, and gradients with respect to parameters and the memory's first state. No `lengths`, no
-    `reset`, nothing that is replayed.
+    element of the batch, what is read, the new state, a sequence's outputs, and gradients with respect to all that a
+    call is given, and to parameters. No `lengths`, no `reset`, nothing that is replayed.
 
     Args:
         problem: the call.
@@ -200,7 +200,7 @@ def _random_sequence(problem: Problem, steps: int, rows: slice, dtype: torch.dty
 
     Inputs and outputs have the controller's size: any backend multiplies them in one product, so that decides nothing.
     """
-    size, state = problem.hidden_size, _random_state(problem, rows, dtype, draw)
+    size, batch = problem.hidden_size, power_of_two(problem.batch)
     assert problem.controller is not None
     cell = DNCCell(
         size,
@@ -218,14 +218,24 @@ def _random_sequence(problem: Problem, steps: int, rows: slice, dtype: torch.dty
     with torch.no_grad():  # a parameter's own initialisation would use generators that other threads use
         for name, parameter in cell.named_parameters():
             parameter.copy_((2 * draw(name, parameter.shape) - 1) / math.sqrt(size))
-    inputs = draw("inputs", (steps, power_of_two(problem.batch), size))[:, rows].to(dtype)
-    begin = cell.initial_state(inputs.shape[1])._replace(memory=state)
+    zeros = cell.initial_state(batch)
+    tensors, structure = tree_flatten(zeros.controller)
+    tensors = [draw(f"controller {index}", x.shape)[rows].to(dtype) for index, x in enumerate(tensors)]
+    read_words = draw("read_words", zeros.read_words.shape)[rows].to(dtype)
+    begin = DNCState(tree_unflatten(tensors, structure), _random_state(problem, rows, dtype, draw), read_words)
+    inputs = draw("inputs", (steps, batch, size)).transpose(0, 1)[rows].to(dtype)
 
     def call(unroll: Any) -> dict[str, Tensor]:
-        outputs, end = unroll(cell, inputs, begin, checkpoint="auto")
-        return {"outputs": outputs.transpose(0, 1), "read_words": end.read_words, **end.memory._asdict()}
+        outputs, end = unroll(cell, inputs.transpose(0, 1), begin, checkpoint="auto")
+        return {"outputs": outputs.transpose(0, 1), **_by_name(end)}
 
-    return Trial(call, ("outputs",), state._asdict(), dict(cell.named_parameters()), problem.needs_gradient, draw)
+    given = {"inputs": inputs, **_by_name(begin)}
+    return Trial(call, ("outputs",), given, dict(cell.named_parameters()), problem.needs_gradient, draw)
+
+
+def _by_name(state: DNCState) -> dict[str, Tensor]:
+    controller = {f"controller {index}": x for index, x in enumerate(tree_leaves(state.controller))}
+    return {"read_words": state.read_words, **state.memory._asdict(), **controller}
 
 
 def _random_state(problem: Problem, rows: slice, dtype: torch.dtype, draw: Draw) -> MemoryState:

@@ -50,8 +50,9 @@ from dnc_triton.trial import Check, Operation, WrongResult, measures_sequence, p
 from dnc_triton.version import __version__
 
 Candidate = tuple[str, Layout | None]
+Outcome = float | str  # µs per step, or why it failed for good
 
-FORMAT = 11  # of what is remembered; to be changed when old times mislead, as after large changes to kernels
+FORMAT = 12  # of what is remembered; to be changed when old times mislead, as after large changes to kernels
 STEPS = 32  # of a measured sequence, at most
 WARM_UP = 3  # calls, the first of which compiles
 REPETITIONS = 15
@@ -64,7 +65,13 @@ CYCLES, LONGEST_WAIT = 4e9, 0.02
 TOTAL_SECONDS = 60.0
 
 logger = logging.getLogger("dnc_triton")
-_known: dict[str, dict[Candidate, float]] = {}
+
+
+class NothingWorks(RuntimeError):
+    """All that was asked for failed for good on this device."""
+
+
+_known: dict[str, dict[Candidate, Outcome]] = {}
 _measurements = 0  # in this process
 _failed_for_now: dict[str, set[Candidate]] = {}  # in this process; the next one tries it again
 
@@ -84,24 +91,41 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
 
     Raises:
         ValueError: DNC_TRITON_MEASURE or DNC_TRITON_GRAPHS is neither 0 nor 1.
-        Exception: every candidate failed for good, and this is the last one's error; or CUDA can no longer be used.
+        NothingWorks: every candidate failed for good, now or before; the message says of each why.
+        Exception: CUDA can no longer be used.
     """
-    times, measured = remembered(problem), _measured(problem)
+    measured = _measured(problem)
     missing = {candidate: operation for candidate, operation in operations.items() if candidate not in measured}
     if environment.is_on(environment.MEASURE) and measure and missing and not _captures():
-        works = any(times.get(candidate, math.inf) < math.inf for candidate in operations)
         # On the stream where sequences are replayed as graphs: the user may be about to capture the current one.
         with torch.cuda.stream(torch.cuda.default_stream(problem.device)):
-            if new := _measure_all(problem, missing, works):
+            if new := _measure_all(problem, missing):
                 _remember(problem, new)
-        times, measured = remembered(problem), _measured(problem)
+        measured = _measured(problem)
     first = next(iter(operations))
     if first not in measured:  # it may be faster than what is remembered
         return first
-    working = [candidate for candidate in operations if times.get(candidate, math.inf) < math.inf]
-    if working:
-        return min(working, key=lambda candidate: times[candidate])
-    return next((candidate for candidate in operations if candidate in measured and candidate not in times), first)
+    known = remembered(problem)
+    if times := _times({candidate: known[candidate] for candidate in operations if candidate in known}):
+        return min(times, key=lambda candidate: times[candidate])
+    untried = [candidate for candidate in operations if candidate not in known]
+    if untried:  # or it failed for now
+        return next((candidate for candidate in untried if candidate in measured), untried[0])
+    reasons = "; ".join(f"{_describe(candidate)}: {known[candidate]}" for candidate in operations)
+    raise NothingWorks(
+        f"nothing that is asked for works on this device for {problem}: {reasons}. "
+        f"To try again, delete {_path(_bucket(problem))}"
+    )
+
+
+def _times(outcomes: Mapping[Candidate, Outcome]) -> dict[Candidate, float]:
+    """The µs per step of what worked."""
+    return {candidate: outcome for candidate, outcome in outcomes.items() if isinstance(outcome, float)}
+
+
+def _describe(candidate: Candidate) -> str:
+    name, layout = candidate
+    return f"{name} {layout.describe()}" if layout else name
 
 
 def _captures() -> bool:
@@ -125,16 +149,16 @@ def _measured(problem: Problem) -> set[Candidate]:
     return remembered(problem).keys() | _failed_for_now.get(_bucket(problem), set())
 
 
-def remembered(problem: Problem) -> dict[Candidate, float]:
-    """What was measured for a problem: candidate → µs per step (infinite if it failed). Empty if nothing was."""
+def remembered(problem: Problem) -> dict[Candidate, Outcome]:
+    """What was measured for a problem: candidate → µs per step, or why it failed. Empty if nothing was."""
     if problem.device.type != "cuda":
         return {}
     bucket = _bucket(problem)
     if bucket not in _known:
-        times = _read(_path(bucket), bucket)
-        if not times:
+        outcomes = _read(_path(bucket), bucket)
+        if not outcomes:
             return {}
-        _known[bucket] = times
+        _known[bucket] = outcomes
     return _known[bucket]
 
 
@@ -187,23 +211,23 @@ def _path(bucket: str) -> Path:
     return cache_directory() / f"{hashlib.sha256(bucket.encode()).hexdigest()[:32]}.json"
 
 
-def _read(path: Path, bucket: str) -> dict[Candidate, float]:
+def _read(path: Path, bucket: str) -> dict[Candidate, Outcome]:
     try:
         record = json.loads(path.read_text())
         if record["bucket"] != bucket:
             return {}
-        times = {
-            (str(name), None if layout is None else Layout(*layout)): float(microseconds)
-            for name, layout, microseconds in record["times"]
+        outcomes = {
+            (str(name), None if layout is None else Layout(*layout)): x if isinstance(x, str) else float(x)
+            for name, layout, x in record["outcomes"]
         }
-        whole = all(type(x) in (bool, int) for _, layout in times for x in layout or ())
-        return times if whole and all(microseconds > 0 for microseconds in times.values()) else {}
+        whole = all(type(x) in (bool, int) for _, layout in outcomes for x in layout or ())
+        return outcomes if whole and all(0 < time < math.inf for time in _times(outcomes).values()) else {}
     # Missing or damaged: measure again.
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}
 
 
-def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
+def _remember(problem: Problem, outcomes: dict[Candidate, Outcome]) -> None:
     """Add to what is known, here and in the file, to which another process may have added something too.
 
     What two processes add at the same moment may be kept of one alone; the rest is measured again when it is asked for.
@@ -212,10 +236,10 @@ def _remember(problem: Problem, times: dict[Candidate, float]) -> None:
     _measurements += 1
     bucket = _bucket(problem)
     path = _path(bucket)
-    _known[bucket] = _read(path, bucket) | _known.get(bucket, {}) | times
-    rows = [(name, layout, microseconds) for (name, layout), microseconds in _known[bucket].items()]
+    _known[bucket] = _read(path, bucket) | _known.get(bucket, {}) | outcomes
+    rows = [(name, layout, outcome) for (name, layout), outcome in _known[bucket].items()]
     try:
-        files.write(path, json.dumps({"bucket": bucket, "times": rows}).encode())
+        files.write(path, json.dumps({"bucket": bucket, "outcomes": rows}).encode())
     except OSError as error:  # a read-only home, a full disk: the process still remembers
         logger.warning("cannot keep the measured times in %s: %s", path.parent, str(error))
 
@@ -230,12 +254,8 @@ def _measured_steps(problem: Problem) -> int:
     return min(STEPS, power_of_two(problem.steps)) if measures_sequence(problem) else 1
 
 
-def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], works: bool) -> dict[Candidate, float]:
-    """µs per step of each candidate that is reached: infinite if it fails for good, missing if it fails for now.
-
-    If none of them works, the last one's error is raised, unless `works` says that a candidate outside `operations`
-    works, or one failed for now.
-    """
+def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation]) -> dict[Candidate, Outcome]:
+    """What becomes of each candidate that is reached; what fails for now is missing."""
     started = time.perf_counter()
     failed_for_now = _failed_for_now.setdefault(_bucket(problem), set())
     try:
@@ -247,50 +267,45 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation], wo
         return {}
     check = _check(problem) if any(layout is not None for _, layout in operations) else None
     runs: list[Callable[[Operation], None]] = [run] if check is None else [check.launch, run]
-    times: dict[Candidate, float] = {}
+    outcomes: dict[Candidate, Outcome] = {}
     # The hooks may be an activation checkpoint's, which runs the call again later and must get the same choice.
     most = math.inf if _are_hooks_at_work() else TOTAL_SECONDS
     at_once = launcher.threads()  # enough to keep them busy; more would delay measuring
-    for index, ((name, layout), operation) in enumerate(operations.items()):
+    for index, (candidate, operation) in enumerate(operations.items()):
         # Until one works there is nothing to choose, however late it is.
-        if min(times.values(), default=math.inf) < math.inf and time.perf_counter() - started > most:
+        if _times(outcomes) and time.perf_counter() - started > most:
             break
         if index % at_once == 0:
             _compile_ahead(problem, runs, list(operations.items())[index : index + at_once])
         try:
-            if check is not None and layout is not None:
+            if check is not None and candidate[1] is not None:
                 _try(check, problem, operation)
-            microseconds = _measure(problem, partial(run, operation))
+            outcomes[candidate] = _measure(problem, partial(run, operation)) / _measured_steps(problem)
         except torch.AcceleratorError:  # CUDA may be unusable
             raise
         # It does not compile, or does not fit into memory, or a block into a multiprocessor; or it is wrong.
         except Exception as error:
             wait_for(problem.device)  # raises if CUDA is unusable
             # As a string: a handler that keeps records would keep all that the error's frames hold.
-            logger.warning("%s %s is not taken for %s: %s", name, tuple(layout) if layout else "", problem, str(error))
+            logger.warning("%s is not taken for %s: %s", _describe(candidate), problem, str(error))
             # What is wrong, and Triton's own errors, are for good. Memory, a compiler or disk space may be there
             # another time; NVIDIA's assembler also fails for want of these.
             of_triton = type(error).__module__.startswith("triton.") and type(error).__name__ != "PTXASError"
-            if not (of_triton or isinstance(error, WrongResult)):
-                failed_for_now.add((name, layout))
-                continue
-            failure, microseconds = error.with_traceback(None), math.inf  # its frames hold memory
-        times[name, layout] = microseconds / _measured_steps(problem)
-    if min(times.values(), default=math.inf) == math.inf:
-        if not (works or failed_for_now):
-            raise failure
-        return times
-    name, layout = min(times, key=lambda candidate: times[candidate])
-    logger.info(
-        "measured %d candidates for %s in %.1f s: %s %s with %.1f µs per step",
-        len(times),
-        problem,
-        time.perf_counter() - started,
-        name,
-        tuple(layout) if layout else "",
-        times[name, layout],
-    )
-    return times
+            if of_triton or isinstance(error, WrongResult):
+                outcomes[candidate] = str(error)
+            else:
+                failed_for_now.add(candidate)
+    if times := _times(outcomes):
+        best = min(times, key=lambda candidate: times[candidate])
+        logger.info(
+            "measured %d candidates for %s in %.1f s: %s with %.1f µs per step",
+            len(times),
+            problem,
+            time.perf_counter() - started,
+            _describe(best),
+            times[best],
+        )
+    return outcomes
 
 
 def _check(problem: Problem) -> Check | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dnc_reference
-from dnc_reference import Interface, MemoryState
+from dnc_reference import DNCCell, DNCState, Interface, MemoryState
 from dnc_triton import trial
 from dnc_triton.dispatch import BACKENDS
 from dnc_triton.problem import Problem
@@ -124,20 +124,26 @@ def test_plain_pytorch_is_right(controller: str | None, change: dict, dtype: tor
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (300, 5, 3), (64, 130, 16)], ids=str)
 def test_rounding_is_far_from_what_is_wrong(size: tuple[int, int, int]) -> None:
-    """In float32 by a factor of ten, at least: another compiler, or another GPU, rounds otherwise."""
+    """In float32 by a factor of ten, at least: another compiler, or another GPU, rounds otherwise. Kernels in
+    test_kernel_check.py."""
     sizes = dict(zip(("memory_size", "word_size", "num_reads"), size, strict=True))
-    for problem in (replace(PROBLEM, **sizes), replace(STEP, **sizes)):
-        expected = Expected(problem, seed=0)
-        operation = REFERENCE.memory_step if problem.controller is None else BACKENDS["torch_sequence"].unroll
-        expected.allowed = {name: allowed / 10 for name, allowed in expected.allowed.items()}
-        assert expected.compare(operation) is None
+    expected = Expected(replace(PROBLEM, **sizes), seed=0)
+    expected.allowed = {name: allowed / 10 for name, allowed in expected.allowed.items()}
+    assert expected.compare(BACKENDS["torch_sequence"].unroll) is None
 
 
 # --- what is wrong
 
 
+def _skew(gradient: Tensor) -> Tensor:
+    """Off by a hundredth of its largest number, in the last row alone."""
+    wrong = gradient.clone()
+    wrong[-1].view(-1)[0] += 0.01 * gradient.abs().max()
+    return wrong
+
+
 class _Skewed(torch.autograd.Function):
-    """The same, with a gradient that is off by a hundredth of its largest number, in the last row alone."""
+    """The same, with a wrong gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -145,9 +151,7 @@ class _Skewed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        wrong = gradient.clone()
-        wrong[-1].view(-1)[0] += 0.01 * gradient.abs().max()
-        return wrong
+        return _skew(gradient)
 
 
 @pytest.fixture(scope="module")
@@ -190,20 +194,49 @@ def test_a_usage_gradient_that_stops_is_found(step_check: Check) -> None:
         step_check(lambda *given, **keywords: dnc_reference.memory_step(*given, stop_usage_gradient=True))
 
 
-@pytest.mark.parametrize("name", ["outputs", *MemoryState._fields, "the gradient of"])
-def test_a_sequence_that_is_wrong_is_found(name: str) -> None:
-    """Its last state, what it reads, and gradients with respect to parameters."""
+@pytest.fixture(scope="module")
+def sequence_check() -> Check:
+    return Check(PROBLEM)
 
-    def unroll(cell: Any, inputs: Tensor, begin: Any, **keywords: Any) -> Any:
-        outputs, end = REFERENCE.unroll(cell, inputs, begin, **keywords)
+
+CARRIED = ("read_words", *MemoryState._fields, "controller 0", "controller 1")
+
+
+def change(state: DNCState, name: str, function: Callable[[Tensor], Tensor]) -> DNCState:
+    """A state with one of its tensors changed."""
+    if name in MemoryState._fields:
+        return state._replace(memory=state.memory._replace(**{name: function(getattr(state.memory, name))}))
+    if name == "read_words":
+        return state._replace(read_words=function(state.read_words))
+    ((hidden, cell),) = state.controller
+    return state._replace(controller=((function(hidden), cell) if name.endswith("0") else (hidden, function(cell)),))
+
+
+@pytest.mark.parametrize("name", ["outputs", *CARRIED])
+def test_a_wrong_result_of_a_sequence_is_found(name: str, sequence_check: Check) -> None:
+    def unroll(*given: Any, **keywords: Any) -> tuple[Tensor, DNCState]:
+        outputs, end = REFERENCE.unroll(*given, **keywords)
         if name == "outputs":
             return outputs * 1.01, end
-        if name not in MemoryState._fields:
-            return 1.01 * outputs - 0.01 * outputs.detach(), end
-        return outputs, end._replace(memory=end.memory._replace(**{name: getattr(end.memory, name) * 1.01}))
+        return outputs, change(end, name, lambda x: x * 1.01)
 
-    with pytest.raises(WrongResult, match=f"wrong results: {name}"):
-        Check(PROBLEM)(unroll)
+    with pytest.raises(WrongResult, match=f"wrong results: {name} off by"):
+        sequence_check(unroll)
+
+
+@pytest.mark.parametrize("name", ["inputs", *CARRIED, *dict(trial.random_call(PROBLEM).parameters)])
+def test_a_wrong_gradient_of_a_sequence_is_found(name: str, sequence_check: Check) -> None:
+    def unroll(cell: DNCCell, inputs: Tensor, begin: DNCState, **keywords: Any) -> tuple[Tensor, DNCState]:
+        if name in CARRIED:
+            begin = change(begin, name, _Skewed.apply)
+        elif name == "inputs":
+            inputs = _Skewed.apply(inputs)
+        else:
+            cell.get_parameter(name).register_hook(_skew)
+        return REFERENCE.unroll(cell, inputs, begin, **keywords)
+
+    with pytest.raises(WrongResult, match=f"wrong results: the gradient of {name} off by"):
+        sequence_check(unroll)
 
 
 def test_what_is_right_with_other_numbers_is_right() -> None:

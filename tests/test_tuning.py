@@ -286,7 +286,7 @@ def test_with_an_allocator_that_allows_none_it_is_measured_as_without_cuda_graph
         "null",
         "[]",
         "{}",
-        '{"bucket": "another", "times": []}',
+        '{"bucket": "another", "outcomes": []}',
         "\x00\xff",
         pytest.param("[" * 10**5, id="deep"),
         None,
@@ -298,7 +298,7 @@ def test_a_damaged_file_is_measured_again_and_replaced(clock: Clock, content: st
     (path,) = files()
     whole = path.read_text()
     if content is None:  # the right key, rows that make no sense
-        path.write_text(json.dumps({**json.loads(whole), "times": [["fused"]]}))
+        path.write_text(json.dumps({**json.loads(whole), "outcomes": [["fused"]]}))
     else:
         path.write_text(content)
     forget()
@@ -313,7 +313,7 @@ def test_layouts_that_cannot_be_are_measured_again(clock: Clock, part: object) -
     (path,) = files()
     whole = path.read_text()
     record = json.loads(whole)
-    next(layout for _, layout, _ in record["times"] if layout)[1] = part
+    next(layout for _, layout, _ in record["outcomes"] if layout)[1] = part
     path.write_text(json.dumps(record))
     forget()
     dispatch.explain_problem(PROBLEM)
@@ -321,13 +321,15 @@ def test_layouts_that_cannot_be_are_measured_again(clock: Clock, part: object) -
     assert path.read_text() == whole
 
 
-@pytest.mark.parametrize("time", [float("nan"), -1.0, 0.0, "soon", pytest.param(10**400, id="huge")], ids=str)
+@pytest.mark.parametrize(
+    "time", [float("nan"), float("inf"), -1.0, 0.0, None, pytest.param(10**400, id="huge")], ids=str
+)
 def test_times_that_cannot_be_are_measured_again(clock: Clock, time: object) -> None:
     tuning.fastest(PROBLEM, STEPS)
     (path,) = files()
     whole = path.read_text()
     record = json.loads(whole)
-    record["times"][0][-1] = time
+    record["outcomes"][0][-1] = time
     path.write_text(json.dumps(record))
     forget()
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,10 +53,40 @@ def test_explain_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch.choose(PROBLEM)
     lines = dispatch.explain_problem(PROBLEM).splitlines()
     (fused,) = [line for line in lines if line.strip().startswith("triton_fused")]
-    assert fused.endswith("; measured per step: 16×16, 4 warps: failed; 16×16, 1 warp: failed")
+    wrong = "failed: wrong results: link off by 0.5"
+    assert fused.endswith(f"; measured per step: 16×16, 4 warps: {wrong}; 16×16, 1 warp: {wrong}")
     (split,) = [line for line in lines if "triton_split" in line]
     assert split.startswith("*")
     assert split.endswith(": 5.0 µs")
+    with pytest.raises(
+        RuntimeError, match=f"nothing that is asked for works .* triton_fused 16×16, 4 warps: {wrong[8:]}"
+    ):
+        dispatch.choose(PROBLEM, "triton_fused")
+    *lines, last = dispatch.explain_problem(PROBLEM, "triton_fused").splitlines()
+    assert last == "nothing runs: the backend asked for by name failed on this device, and the call would raise"
+    assert not any(line.startswith("*") for line in lines)
+
+
+def test_explain_is_a_line_for_each_however_long_an_error_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton quotes a kernel, then says what is wrong. By name a single layout is not measured."""
+    (only,) = dispatch.BACKENDS["triton_split"].layouts(PROBLEM)
+
+    def measure(problem: Problem, run: partial) -> float:
+        from triton.compiler.errors import CompilationError
+
+        if getattr(run.args[0], "keywords", {}).get("layout") == only:
+            raise CompilationError("one\ntwo", ast.parse("x").body[0], "no such thing")
+        return 5.0
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    assert dispatch.choose(PROBLEM, "triton_split").unroll.keywords["layout"] == only
+    dispatch.choose(PROBLEM)
+    with pytest.raises(RuntimeError, match="no such thing"):
+        dispatch.choose(PROBLEM, "triton_split")
+    lines = dispatch.explain_problem(PROBLEM).splitlines()
+    assert len(lines) == 2 + len(dispatch.BACKENDS)
+    (split,) = [line for line in lines if "triton_split" in line]
+    assert split.endswith(": failed: no such thing")
 
 
 def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

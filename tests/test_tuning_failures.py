@@ -4,6 +4,7 @@ the fake device of straw.py."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_what_fails_is_not_chosen_and_said_once(
         forget()
     assert len(clock.asked) == 3, "the failure survives the file"
     (message,) = caplog.messages
-    assert message.startswith("fused (True, 16, 16, 4, ")
+    assert message.startswith("fused 16×16, 4 warps is not taken for sequence")
     assert message.endswith(str(out_of(what)))
     assert keeps_no_error(caplog)
 
@@ -156,18 +157,38 @@ def test_where_there_is_no_memory_to_measure_in_the_first_is_taken(
     assert not files()
 
 
-def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not where something else that may be taken did work. Each is tried, late or not; nothing is remembered."""
+def test_where_nothing_works_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is tried, late or not, but once: until the file is deleted every call says so, in other processes too."""
     monkeypatch.setattr(tuning, "TOTAL_SECONDS", -1.0)
     clock = Clock(slow=out_of("first"), fast=out_of("second"), reference=out_of("third"))
     monkeypatch.setattr(tuning, "_measure", clock)
-    with pytest.raises(type(out_of("third")), match="third"):
-        tuning.fastest(PROBLEM, STEPS)
+    for measure in (True, True, False):
+        with pytest.raises(tuning.NothingWorks) as raised:
+            tuning.fastest(PROBLEM, STEPS, measure=measure)
+        (path,) = files()
+        message = str(raised.value)
+        assert message.startswith(
+            f"nothing that is asked for works on this device for {PROBLEM}: split 16×32, 8 warps: "
+        )
+        assert re.search(
+            r"no first; fused 16×16, 4 warps: .*no second; reference: .*no third\. To try", message, re.DOTALL
+        )
+        assert message.endswith(f"delete {path}")
+        forget()
     assert clock.asked == ["slow", "fast", "reference"]
-    assert not files()
+    path.unlink()
     clock.microseconds["slow"] = 30.0
-    tuning.fastest(PROBLEM, {("split", SLOW): "slow"})
+    assert tuning.fastest(PROBLEM, {("split", SLOW): "slow"}) == ("split", SLOW)
     assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+
+
+def test_what_failed_is_not_taken_before_what_is_not_measured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """During a capture, when nothing is measured, with what is known of a part of the candidates."""
+    clock.microseconds["slow"] = out_of("code for this")
+    with pytest.raises(tuning.NothingWorks):
+        tuning.fastest(PROBLEM, {("split", SLOW): "slow"})
+    assert tuning.fastest(PROBLEM, STEPS, measure=False) == ("fused", FAST)
+    assert clock.asked == ["slow"]
 
 
 def test_what_leaves_cuda_unusable_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,19 +233,21 @@ def test_what_is_wrong_is_neither_measured_nor_taken(
         forget()
     assert clock.asked == ["slow", "reference"]
     (message,) = caplog.messages
-    assert message.startswith("fused (True, 16, 16, 4, ")
+    assert message.startswith("fused 16×16, 4 warps is not taken for sequence")
     assert message.endswith("wrong results: link off by 0.5, in fast")
     assert keeps_no_error(caplog)
 
 
 def test_where_all_kernels_are_wrong_plain_pytorch_is_taken(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the oracle, or close to it: it is not checked. Asked for by name alone, what is wrong is an error."""
+    """It is the oracle, or close to it: it is not checked. Asked for by name, what is wrong is an error, each time."""
     monkeypatch.setattr(tuning, "_check", refuse("fast", "slow", "reference"))
     assert tuning.fastest(PROBLEM, STEPS) == ("reference", REFERENCE)
     assert clock.asked == ["reference"]
-    forget()
-    with pytest.raises(WrongResult, match="link off by"):
-        tuning.fastest(replace(PROBLEM, word_size=9), {("split", SLOW): "slow"})
+    for problem in (PROBLEM, replace(PROBLEM, word_size=9)):  # wrong before, and now
+        for _ in range(2):
+            with pytest.raises(tuning.NothingWorks, match="split 16×32, 8 warps: wrong results: link off by "):
+                tuning.fastest(problem, {("split", SLOW): "slow"})
+            forget()
 
 
 def test_without_kernels_nothing_is_checked(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

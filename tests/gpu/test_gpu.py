@@ -244,9 +244,9 @@ def test_nothing_that_is_measured_is_wrong(
     problem = replace(SMALL, device=device, num_reads=4, **change)
     choose(problem)
     assert not caplog.messages
-    times = tuning.remembered(problem)
-    assert len({layout for _, layout in times if layout is not None}) >= 4
-    assert all(0 < time < float("inf") for time in times.values())
+    outcomes = tuning.remembered(problem)
+    assert len({layout for _, layout in outcomes if layout is not None}) >= 4
+    assert all(isinstance(outcome, float) for outcome in outcomes.values()), outcomes
 
 
 def test_python_is_no_part_of_what_a_replay_takes(device: torch.device) -> None:

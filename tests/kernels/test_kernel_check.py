@@ -39,9 +39,12 @@ def candidates(problem: Problem) -> list[Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("problem", [PROBLEM, STEP], ids=["sequence", "step"])
 def test_the_kernels_pass(problem: Problem, dtype: torch.dtype) -> None:
+    """And far from what is wrong: another compiler, or another GPU, rounds otherwise."""
     check, found = Check(replace(problem, dtype=dtype)), candidates(replace(problem, dtype=dtype))
+    far = 10 if dtype == torch.float32 else 3
+    check.expected.allowed = {name: allowed / far for name, allowed in check.expected.allowed.items()}
     for operation in found:
-        check(operation)
+        assert check.expected.compare(operation) is None
     assert len(found) == 3 + (problem is PROBLEM and dtype == torch.float32)
 
 
