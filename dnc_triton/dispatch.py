@@ -294,7 +294,8 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     lines = [str(problem), f"asked for: {asked!r}, by {asked_by}"]
     for name, (supported, reason) in answers.items():
         measured = [
-            (f"{layout.describe()}: " if layout else "") + _say(outcome)
+            (f"{layout.describe()}: " if layout else "")
+            + (f"{outcome:.1f} µs" if isinstance(outcome, float) else f"failed: {outcome}")
             for (other, layout), outcome in tuning.remembered(problem).items()
             if other == name
         ]
@@ -305,13 +306,6 @@ def explain_problem(problem: Problem, backend: str = "auto") -> str:
     if chosen is None:
         lines.append(f"nothing runs: {nothing}")
     return "\n".join(lines)
-
-
-def _say(outcome: tuning.Outcome) -> str:
-    """What was measured, in one line."""
-    if isinstance(outcome, float):
-        return f"{outcome:.1f} µs"
-    return "failed: " + outcome.strip().rpartition("\n")[2]  # Triton quotes a kernel first, then says what is wrong
 
 
 def check_backend(argument: str, name: str) -> None:

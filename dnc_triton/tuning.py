@@ -50,7 +50,7 @@ from dnc_triton.trial import Check, Operation, WrongResult, measures_sequence, p
 from dnc_triton.version import __version__
 
 Candidate = tuple[str, Layout | None]
-Outcome = float | str  # µs per step, or why it failed for good
+Outcome = float | str  # µs per step, or in a line why it failed for good
 
 FORMAT = 12  # of what is remembered; to be changed when old times mislead, as after large changes to kernels
 STEPS = 32  # of a measured sequence, at most
@@ -292,7 +292,8 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation]) ->
             # another time; NVIDIA's assembler also fails for want of these.
             of_triton = type(error).__module__.startswith("triton.") and type(error).__name__ != "PTXASError"
             if of_triton or isinstance(error, WrongResult):
-                outcomes[candidate] = str(error)
+                # Triton quotes a kernel first, then says what is wrong.
+                outcomes[candidate] = str(error).strip().rpartition("\n")[2]
             else:
                 failed_for_now.add(candidate)
     if times := _times(outcomes):

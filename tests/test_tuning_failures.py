@@ -4,7 +4,6 @@ the fake device of straw.py."""
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -167,12 +166,8 @@ def test_where_nothing_works_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> 
             tuning.fastest(PROBLEM, STEPS, measure=measure)
         (path,) = files()
         message = str(raised.value)
-        assert message.startswith(
-            f"nothing that is asked for works on this device for {PROBLEM}: split 16×32, 8 warps: "
-        )
-        assert re.search(
-            r"no first; fused 16×16, 4 warps: .*no second; reference: .*no third\. To try", message, re.DOTALL
-        )
+        assert message.startswith(f"nothing that is asked for works on this device for {PROBLEM}: split ")
+        assert ": split 16×32, 8 warps: no first; fused 16×16, 4 warps: no second; reference: no third. To" in message
         assert message.endswith(f"delete {path}")
         forget()
     assert clock.asked == ["slow", "fast", "reference"]
