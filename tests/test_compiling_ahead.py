@@ -71,7 +71,7 @@ def launched_and_compiled(
 
     triton.runtime.driver.set_active(Driver())
     operation = "unroll" if trial.measures_sequence(problem) else "memory_step"
-    run = trial.random_call(problem, problem.steps)
+    runs = [trial.Check(problem).launch, trial.random_call(problem, problem.steps)]
     operations = []
     for name in backends:
         backend = dispatch.BACKENDS[name]
@@ -86,11 +86,12 @@ def launched_and_compiled(
         patch.object(torch.cuda, "device", lambda device: nullcontext()),
         patch.object(launcher, "threads", lambda: 2),
     ):
-        tuning._compile_ahead(problem, [run], operations)
+        tuning._compile_ahead(problem, runs, operations)
         before = len(compiled)
         with patch.object(KernelInterface, "__getitem__", launch), tuning._as_measured(problem):
             for _, step in operations:
-                run(step)
+                for run in runs:
+                    run(step)
     names, threads = zip(*compiled[:before], strict=True)
     return launched, set(names), set(threads), [name for name, _ in compiled[before:]]
 
