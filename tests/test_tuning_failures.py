@@ -268,6 +268,14 @@ def test_without_memory_for_the_oracle_it_is_measured_unchecked(
     with pytest.raises(torch.AcceleratorError, match="unspecified"):
         tuning.fastest(replace(PROBLEM, word_size=9), STEPS)
 
+    def wait(device: torch.device) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "wait_for", wait)
+    error = RuntimeError("cuBLAS failed")  # after which waiting tells that CUDA is unusable
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        tuning.fastest(replace(PROBLEM, word_size=10), STEPS)
+
 
 def test_a_check_is_launched_as_it_is_measured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradients, without the caller's autocast, and not kept as a graph."""
