@@ -108,9 +108,9 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
     known = remembered(problem)
     if times := _times({candidate: known[candidate] for candidate in operations if candidate in known}):
         return min(times, key=lambda candidate: times[candidate])
-    untried = [candidate for candidate in operations if candidate not in known]
-    if untried:  # or it failed for now
-        return next((candidate for candidate in untried if candidate in measured), untried[0])
+    for candidate in operations:
+        if candidate not in known:  # it is not measured, or failed for now
+            return candidate
     reasons = "; ".join(f"{_describe(candidate)}: {known[candidate]}" for candidate in operations)
     raise NothingWorks(
         f"nothing that is asked for works on this device for {problem}: {reasons}. "

@@ -212,6 +212,22 @@ def change(state: DNCState, name: str, function: Callable[[Tensor], Tensor]) -> 
     return state._replace(controller=((function(hidden), cell) if name.endswith("0") else (hidden, function(cell)),))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "steps", "checked"),
+    [(torch.float32, 5, 3), (torch.float64, 2, 2), (torch.float32, 0, 1), (torch.bfloat16, 5, 1)],
+    ids=str,
+)
+def test_so_many_steps_are_checked(dtype: torch.dtype, steps: int, checked: int) -> None:
+    seen = []
+
+    def unroll(cell: DNCCell, inputs: Tensor, begin: DNCState, **keywords: Any) -> tuple[Tensor, DNCState]:
+        seen.append(len(inputs))
+        return REFERENCE.unroll(cell, inputs, begin, **keywords)
+
+    Check(replace(PROBLEM, dtype=dtype, steps=steps)).launch(unroll)
+    assert seen == [checked]
+
+
 @pytest.mark.parametrize("name", ["outputs", *CARRIED])
 def test_a_wrong_result_of_a_sequence_is_found(name: str, sequence_check: Check) -> None:
     def unroll(*given: Any, **keywords: Any) -> tuple[Tensor, DNCState]:
@@ -277,10 +293,11 @@ def test_nothing_may_be_off_by_as_much_as_there_is(problem: Problem, dtype: torc
 
 
 def test_no_two_that_are_given_are_alike() -> None:
-    """Or what is mixed up would not show."""
+    """Nor zero: what is mixed up, or left out, would not show."""
     for problem in (replace(PROBLEM, num_layers=2), replace(STEP, num_reads=1, word_size=5)):
         given = trial.random_call(problem, 3)
         flat = [tensor.detach().flatten()[:5] for tensor in (given.rows | given.parameters).values()]
+        assert all(x.any() for x in flat)
         assert not any(x.equal(y) for i, x in enumerate(flat) for y in flat[:i] if x.shape == y.shape)
 
 

@@ -134,7 +134,7 @@ def test_what_is_settled_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch
         sequence_layouts(16, 8)[0],
         dispatch.BACKENDS["torch_sequence"],
     )
-    named = dispatch.choose(PROBLEM, "triton_fused")
+    named, alone = dispatch.choose(PROBLEM, "triton_fused"), dispatch.choose(PROBLEM, "triton_split")
     assert dispatch.choose(PROBLEM) is fastest
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     assert dispatch.choose(PROBLEM) is fastest  # which is remembered by now
@@ -149,6 +149,7 @@ def test_what_is_settled_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dispatch, "_best", work)
     assert dispatch.choose(replace(PROBLEM)) is fastest
     assert dispatch.choose(PROBLEM, "triton_fused") is named
+    assert dispatch.choose(PROBLEM, "triton_split") is alone
     with monkeypatch.context() as patch:
         patch.setenv("DNC_TRITON_GRAPHS", "0")
         with pytest.raises(AssertionError, match="again"):
