@@ -79,7 +79,9 @@ def test_explain_is_a_line_for_each_however_long_an_error_is(monkeypatch: pytest
         return 5.0
 
     monkeypatch.setattr(tuning, "_measure", measure)
-    assert dispatch.choose(PROBLEM, "triton_split").unroll.keywords["layout"] == only
+    alone = dispatch.choose(PROBLEM, "triton_split")
+    assert alone.unroll.keywords["layout"] == only
+    assert dispatch.choose(PROBLEM, "triton_split") is alone, "it is settled"
     dispatch.choose(PROBLEM)
     with pytest.raises(RuntimeError, match="no such thing"):
         dispatch.choose(PROBLEM, "triton_split")
@@ -134,7 +136,7 @@ def test_what_is_settled_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch
         sequence_layouts(16, 8)[0],
         dispatch.BACKENDS["torch_sequence"],
     )
-    named, alone = dispatch.choose(PROBLEM, "triton_fused"), dispatch.choose(PROBLEM, "triton_split")
+    named = dispatch.choose(PROBLEM, "triton_fused")
     assert dispatch.choose(PROBLEM) is fastest
     monkeypatch.setenv("DNC_TRITON_MEASURE", "0")
     assert dispatch.choose(PROBLEM) is fastest  # which is remembered by now
@@ -149,7 +151,6 @@ def test_what_is_settled_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dispatch, "_best", work)
     assert dispatch.choose(replace(PROBLEM)) is fastest
     assert dispatch.choose(PROBLEM, "triton_fused") is named
-    assert dispatch.choose(PROBLEM, "triton_split") is alone
     with monkeypatch.context() as patch:
         patch.setenv("DNC_TRITON_GRAPHS", "0")
         with pytest.raises(AssertionError, match="again"):
