@@ -4,8 +4,8 @@ The `backend` argument of the call or layer decides first, then `use_backend`, t
 DNC_TRITON_BACKEND, then "auto". On a CPU "auto" is plain PyTorch: the sequence operation where it serves, otherwise,
 and for a traced single step without gradients, the reference. On CUDA and ROCm it is what measured fastest, on the
 first call of a kind (`tuning`). While a CUDA graph is captured, nothing is measured: the fastest that is remembered is
-taken, unless the first in rank is not remembered, which then is taken itself. While a graph is traced, or with
-deterministic algorithms, it is always the first in rank.
+taken, unless the first in rank is not remembered, which then is taken itself. While a graph is traced it is always the
+first in rank; with deterministic algorithms too, unless that is known to fail.
 """
 
 from __future__ import annotations
@@ -267,12 +267,17 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         if not supported:
             raise RuntimeError(f"backend {asked!r}, asked for by {asked_by}, does not serve this call: {reason}")
         serving = [asked]
-    (name, layout), settled = _best(problem, serving)
+    try:
+        (name, layout), settled = _best(problem, serving)
+    except tuning.NothingWorks as error:
+        raise tuning.NothingWorks(f"backend {asked!r}, asked for by {asked_by}: {error}") from None
     key = _key(problem, asked)  # more may have been measured meanwhile, by other threads too
     settled = settled and key is not None
     if settled:  # the choice among all that the key stands for
         (name, layout), _ = _best(problem, serving, measure=False)
     chosen = BACKENDS[name].with_layout(layout, stepwise=problem.controller == "custom")
+    if layout is not None and layout.whole_sequence and _settles(problem):
+        chosen = replace(chosen, unroll=partial(chosen.unroll, step_layout=partial(_step_layout, problem)))
     if settled:
         if len(_settled) >= 1000:  # when each call has a new batch size or length
             _settled.clear()
@@ -340,9 +345,9 @@ def _key(problem: Problem, asked: str) -> tuple[Any, ...] | None:
     return problem, asked, deterministic, measured, *map(os.environ.get, SETTLED_BY)
 
 
-def _clock_decides(problem: Problem) -> bool:
-    """Whether measured times decide the choice."""
-    return _settles(problem) and not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
+def _clock_decides() -> bool:
+    """Whether measured times decide the choice, where it may be settled."""
+    return not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
 
 
 def _ranked(problem: Problem) -> list[str]:
@@ -351,12 +356,12 @@ def _ranked(problem: Problem) -> list[str]:
 
 
 def _serving(problem: Problem) -> list[str]:
-    """The backends that serve, by rank; where no clock decides, only the first: those behind it are not asked."""
-    clock_decides, serving = _clock_decides(problem), []
+    """The backends that serve, by rank; where each call decides anew, only the first: those behind it are not asked."""
+    settles, serving = _settles(problem), []
     for name in _ranked(problem):
         if BACKENDS[name].supports(problem)[0]:
             serving.append(name)
-            if not clock_decides:
+            if not settles:
                 break
     return serving
 
@@ -366,11 +371,21 @@ def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tupl
     candidates: list[tuning.Candidate] = []
     for name in serving:
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
-    if not _clock_decides(problem):
+    if not _settles(problem) or candidates == [(serving[0], None)]:  # plain PyTorch alone
         return candidates[0], True
-    is_alone = len(candidates) == 1  # there is nothing to choose; but it may be known to fail
+    if len(candidates) == 1 or not _clock_decides():
+        return tuning.first_working(problem, candidates), True
     backends = {(name, layout): BACKENDS[name].with_layout(layout) for name, layout in candidates}
     operation = "unroll" if measures_sequence(problem) else "memory_step"
     operations = {candidate: getattr(backend, operation) for candidate, backend in backends.items()}
-    best = tuning.fastest(problem, operations, measure=measure and not is_alone)
-    return best, is_alone or tuning.is_settled(problem, operations)
+    best = tuning.fastest(problem, operations, measure=measure)
+    return best, tuning.is_settled(problem, operations)
+
+
+def _step_layout(problem: Problem) -> Layout:
+    """That of the kernels of a step to which a sequence in one launch hands over: the default, unless it is known to
+    fail."""
+    candidates = [("triton_fused" if x.fused else "triton_split", x) for x in layouts(problem.memory_size)]
+    _, layout = tuning.first_working(problem, candidates)
+    assert layout is not None
+    return layout

@@ -164,7 +164,8 @@ class DNC(DNCCell):
             TypeError: inputs that are no dense tensor, a tensor of the wrong dtype, lengths that are no integers, a
                 state that is no `DNCState`, a trace that is no bool.
             Both: an attribute since set to a value that the constructor refuses, unless it is a size of the weights.
-            RuntimeError: the backend asked for does not serve this call; with `trace` only "reference" does.
+            RuntimeError: the backend asked for does not serve this call (with `trace` only "reference" does), or is
+                known to fail on this device.
         """
         check_bool("trace", trace)
         if isinstance(inputs, PackedSequence):

@@ -33,7 +33,7 @@ def memory_step(
         TypeError: no `Interface` or `MemoryState`; a field that is no floating tensor of the dtype of `state.memory`;
             `stop_usage_gradient` is no bool.
         ValueError: a field does not fit the shapes of the others, or is on another device; an unknown backend.
-        RuntimeError: the backend asked for does not serve this call.
+        RuntimeError: the backend asked for does not serve this call, or is known to fail on this device.
 
     Source: Graves et al. 2016, Methods. The oracle is `dnc_reference.memory_step`.
     """

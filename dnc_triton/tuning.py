@@ -30,7 +30,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -108,13 +108,24 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
     known = remembered(problem)
     if times := _times({candidate: known[candidate] for candidate in operations if candidate in known}):
         return min(times, key=lambda candidate: times[candidate])
-    for candidate in operations:
-        if candidate not in known:  # it is not measured, or failed for now
+    return first_working(problem, operations)  # not measured, or failed for now
+
+
+def first_working(problem: Problem, candidates: Iterable[Candidate]) -> Candidate:
+    """The first of the candidates that is not known to fail for good.
+
+    Raises:
+        NothingWorks: all of them are; the message says of each why.
+    """
+    known, reasons = remembered(problem), []
+    for candidate in candidates:
+        outcome = known.get(candidate)
+        if not isinstance(outcome, str):
             return candidate
-    reasons = "; ".join(f"{_describe(candidate)}: {known[candidate]}" for candidate in operations)
+        reasons.append(f"{_describe(candidate)}: {outcome}")
     raise NothingWorks(
-        f"nothing that is asked for works on this device for {problem}: {reasons}. "
-        f"To try again, delete {_path(_bucket(problem))}"
+        f"nothing that is asked for works on this device for {problem}: {'; '.join(reasons)}. "
+        f"To try again, start again without {_path(_bucket(problem))}"
     )
 
 
@@ -292,8 +303,7 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation]) ->
             # another time; NVIDIA's assembler also fails for want of these.
             of_triton = type(error).__module__.startswith("triton.") and type(error).__name__ != "PTXASError"
             if of_triton or isinstance(error, WrongResult):
-                # Triton quotes a kernel first, then says what is wrong.
-                outcomes[candidate] = str(error).strip().rpartition("\n")[2]
+                outcomes[candidate] = _reason(error)
             else:
                 failed_for_now.add(candidate)
     if times := _times(outcomes):
@@ -307,6 +317,13 @@ def _measure_all(problem: Problem, operations: Mapping[Candidate, Operation]) ->
             times[best],
         )
     return outcomes
+
+
+def _reason(error: BaseException) -> str:
+    """Why something failed, in a line. Triton quotes a kernel first, and has the reason last or in the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def _check(problem: Problem) -> Check | None:

@@ -273,6 +273,24 @@ def test_what_is_right_with_other_numbers_is_right() -> None:
         check(step)
 
 
+def test_what_seems_wrong_is_not_right_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For other numbers: it is not known to be wrong either, so that it may be checked another time."""
+
+    def expected(problem: Problem, seed: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def wrong(*given: Any, **keywords: Any) -> tuple[Tensor, MemoryState]:
+        read_words, state = dnc_reference.memory_step(*given, **keywords)
+        return read_words + 1, state
+
+    check = Check(STEP)
+    monkeypatch.setattr(trial, "Expected", expected)
+    check(REFERENCE.memory_step)
+    with pytest.raises(RuntimeError, match=r"read_words off by .* there is no memory .*: CUDA out of memory") as raised:
+        check(wrong)
+    assert not isinstance(raised.value, torch.OutOfMemoryError)
+
+
 WIDE = dict(memory_size=200, word_size=16, num_reads=4, hidden_size=32)
 
 

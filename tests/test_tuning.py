@@ -322,7 +322,7 @@ def test_layouts_that_cannot_be_are_measured_again(clock: Clock, part: object) -
 
 
 @pytest.mark.parametrize(
-    "time", [float("nan"), float("inf"), -1.0, 0.0, None, pytest.param(10**400, id="huge")], ids=str
+    "time", [float("nan"), float("inf"), -1.0, 0.0, None, [], pytest.param(10**400, id="huge")], ids=str
 )
 def test_times_that_cannot_be_are_measured_again(clock: Clock, time: object) -> None:
     tuning.fastest(PROBLEM, STEPS)

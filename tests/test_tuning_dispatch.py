@@ -12,9 +12,12 @@ import pytest
 import torch
 from straw import PROBLEM, Clock, StrawCheck, _a_gpu_of_straw, _clock  # noqa: F401
 
+from dnc_reference import DNCCell
 from dnc_triton import dispatch, tuning
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
 from dnc_triton.problem import Problem
+from dnc_triton.sequence import unroll
+from dnc_triton.sequence.settings import SequenceSettings
 from dnc_triton.trial import WrongResult
 
 # --- through the dispatcher
@@ -75,7 +78,8 @@ def test_explain_is_a_line_for_each_however_long_an_error_is(monkeypatch: pytest
         from triton.compiler.errors import CompilationError
 
         if getattr(run.args[0], "keywords", {}).get("layout") == only:
-            raise CompilationError("one\ntwo", ast.parse("x").body[0], "no such thing")
+            inner = CompilationError("one\ntwo", ast.parse("x").body[0], "no such thing")
+            raise CompilationError("one\ntwo", ast.parse("x").body[0], None) from inner  # as for a function in a kernel
         return 5.0
 
     monkeypatch.setattr(tuning, "_measure", measure)
@@ -124,6 +128,66 @@ def test_deterministic_algorithms_leave_nothing_to_the_clock(monkeypatch: pytest
     for batch in (1, 12, 500):
         chosen = dispatch.choose(replace(PROBLEM, batch=batch))
         assert chosen.unroll.keywords["layout"] == sequence_layouts(16, 8)[0]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, *wrong: Layout) -> None:
+    """Let some layouts fail the check, and a sequence in one launch be the fastest of the rest."""
+
+    def check(operation: partial) -> None:
+        if operation.keywords["layout"] in wrong:
+            raise WrongResult("wrong results: link off by 0.5")
+
+    monkeypatch.setattr(tuning, "_check", lambda problem: StrawCheck(check))
+    monkeypatch.setattr(tuning, "_measure", fake_times(lambda x: 5.0 if x and x.whole_sequence else 50.0))
+
+
+def test_deterministic_algorithms_do_not_take_what_is_known_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(PROBLEM, memory_size=40)
+    refuse(monkeypatch, *layouts(40))
+    dispatch.choose(problem)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert dispatch.choose(problem).unroll.keywords["layout"].whole_sequence
+    assert "* triton_sequence" in dispatch.explain_problem(problem)
+    with pytest.raises(RuntimeError, match=r"^backend 'triton_fused', asked for by the argument backend: nothing that"):
+        dispatch.choose(problem, "triton_fused")
+
+
+@pytest.mark.parametrize("how", ["auto", "triton_sequence", "deterministic"])
+@pytest.mark.parametrize("failing", range(len(layouts(16)) + 1))
+def test_a_sequence_does_not_hand_over_to_what_is_known_to_fail(
+    failing: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a call that keeps only some of the steps. One that keeps all needs nothing else to work."""
+    ran: list[Layout] = []
+
+    def run(settings: SequenceSettings, inputs: torch.Tensor, carried: list[torch.Tensor], *_: object) -> tuple:
+        ran.append(settings.layout)
+        return inputs, *carried
+
+    monkeypatch.setattr(unroll, "run_sequence", run)
+    refuse(monkeypatch, *layouts(16)[:failing])
+    chosen = dispatch.choose(PROBLEM)
+    if how == "deterministic":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    if how != "auto":
+        chosen = dispatch.choose(PROBLEM, "triton_sequence" if how == "triton_sequence" else "auto")
+    cell = DNCCell(3, 4, 20, memory_size=16, word_size=8, num_reads=2, controller="lstm")
+    call = partial(chosen.unroll, cell, torch.randn(6, 2, 3), cell.initial_state(2))
+    call(checkpoint=1)
+    assert ran.pop().whole_sequence
+    if failing == len(layouts(16)):
+        with pytest.raises(RuntimeError, match="nothing that is asked for works"):
+            call(checkpoint=2)
+    else:
+        call(checkpoint=2)
+        assert ran.pop() == layouts(16)[failing]
+
+
+def test_plain_pytorch_by_name_asks_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to measure, and nothing that could be known of it."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: pytest.fail("asked"))
+    for name in ("reference", "torch_sequence"):
+        assert dispatch.choose(PROBLEM, name) is dispatch.BACKENDS[name]
 
 
 def test_what_is_settled_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_where_nothing_works_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> 
         message = str(raised.value)
         assert message.startswith(f"nothing that is asked for works on this device for {PROBLEM}: split ")
         assert ": split 16×32, 8 warps: no first; fused 16×16, 4 warps: no second; reference: no third. To" in message
-        assert message.endswith(f"delete {path}")
+        assert message.endswith(f"without {path}")
         forget()
     assert clock.asked == ["slow", "fast", "reference"]
     path.unlink()

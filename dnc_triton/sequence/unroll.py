@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -36,6 +37,7 @@ def unroll_sequence(
     reset: Tensor | None = None,
     checkpoint: int | str | None = None,
     layout: Layout | None = None,
+    step_layout: Callable[[], Layout] | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, DNCState]:
     """`dnc_reference.unroll` as one operation, for the built-in controllers and one write head.
@@ -46,7 +48,8 @@ def unroll_sequence(
             keeps them at every step, of links every `layout.link_every`-th; "auto" does too while that takes at most a
             quarter of a GPU's memory, or 256 MiB on a CPU, and else takes the square root of T for k.
         layout: of the kernels for the memory's part, or for a whole sequence in one launch, which keeps every step:
-            where that is too much, the kernels of a step take over, in their default layout. None for plain PyTorch.
+            where that is too much, the kernels of a step take over. None for plain PyTorch.
+        step_layout: gives the layout in which they take over; the default one if None.
         compiled: whether a step of plain PyTorch is compiled, for a CPU.
     """
     steps, batch = inputs.shape[:2]
@@ -66,7 +69,7 @@ def unroll_sequence(
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *carried, *parameters))
     every = _checkpoint(checkpoint, steps, state.memory, layout) if keep else 1
     if layout is not None and layout.whole_sequence and every > 1:  # one launch for the sequence keeps every step
-        layout = default_layout(cell.memory_size)
+        layout = step_layout() if step_layout is not None else default_layout(cell.memory_size)
         every = _checkpoint(checkpoint, steps, state.memory, layout)
     settings = SequenceSettings(
         controller=cell.controller_kind,
