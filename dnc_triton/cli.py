@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnc_triton.training.folder import claim, give_up, written
+from dnc_triton.tuning import NothingWorks
 
 if TYPE_CHECKING:
     from dnc_triton.tasks import Task
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         status = UNREAD
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NothingWorks) as error:
         print(f"dnc_triton: {_reason(error)}", file=sys.stderr)
         status = 2
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:

@@ -39,7 +39,7 @@ from dnc_triton.ops.kernel_step import kernel_interface_step, kernel_memory_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence.stepwise import unroll_stepwise
 from dnc_triton.sequence.unroll import unroll_sequence
-from dnc_triton.trial import measures_sequence
+from dnc_triton.trial import tried_as
 
 SETTLED_BY = (environment.GRAPHS, environment.MEASURE)  # variables that a choice depends on
 LEAST_CAPABILITY = (8, 0)
@@ -57,15 +57,17 @@ class Backend:
     Attributes:
         supports: problem → (whether this backend serves it, why or why not).
         unroll: with the signature of `dnc_reference.unroll`, and `checkpoint` as `DNC` has it.
-        memory_step: with the signature of `dnc_reference.memory_step`; not used where `supports` declines it.
+        memory_step, interface_step: with the signatures of those of `dnc_reference`; not used where `supports`
+            declines the problem.
         rank: problem → a number; the lowest is taken where nothing was measured.
-        layouts: problem → how the work may be split up, the default first. If there are any, `memory_step` and
-            `unroll` take one of them as `layout`.
+        layouts: problem → how the work may be split up, the default first. If there are any, the other functions take
+            one of them as `layout`.
     """
 
     supports: Callable[[Problem], tuple[bool, str]]
     unroll: Callable[..., tuple[Tensor, DNCState]]
     memory_step: Callable[..., tuple[Tensor, MemoryState]] = dnc_reference.memory_step
+    interface_step: Callable[..., tuple[Tensor, MemoryState]] = dnc_reference.interface_step
     rank: Callable[[Problem], int] = lambda problem: 0
     layouts: Callable[[Problem], list[Layout]] = lambda problem: []
 
@@ -73,10 +75,11 @@ class Backend:
         """This backend with a fixed layout; if `stepwise`, it unrolls step by step, as parts of the user's own need."""
         if layout is None:
             return self
-        unroll = partial(self.unroll, layout=layout)
+        unroll, interface_step = partial(self.unroll, layout=layout), partial(self.interface_step, layout=layout)
         if stepwise:
-            unroll = partial(unroll_stepwise, interface_step=partial(kernel_interface_step, layout=layout))
-        return replace(self, memory_step=partial(self.memory_step, layout=layout), unroll=unroll)
+            unroll = partial(unroll_stepwise, interface_step=interface_step)
+        memory_step = partial(self.memory_step, layout=layout)
+        return replace(self, unroll=unroll, memory_step=memory_step, interface_step=interface_step)
 
 
 def _sequence_supports(problem: Problem) -> tuple[bool, str]:
@@ -178,6 +181,7 @@ BACKENDS: dict[str, Backend] = {
     "triton_fused": Backend(
         supports=_fused_supports,
         memory_step=kernel_memory_step,
+        interface_step=kernel_interface_step,
         unroll=unroll_sequence,
         rank=lambda problem: _kernels_rank(problem, 1 if problem.memory_size <= 64 else 3),
         layouts=lambda problem: [x for x in layouts(problem.memory_size) if x.fused],
@@ -185,6 +189,7 @@ BACKENDS: dict[str, Backend] = {
     "triton_split": Backend(
         supports=_kernels_support,
         memory_step=kernel_memory_step,
+        interface_step=kernel_interface_step,
         unroll=unroll_sequence,
         rank=lambda problem: _kernels_rank(problem, 2),
         layouts=lambda problem: [x for x in layouts(problem.memory_size) if not x.fused],
@@ -345,11 +350,6 @@ def _key(problem: Problem, asked: str) -> tuple[Any, ...] | None:
     return problem, asked, deterministic, measured, *map(os.environ.get, SETTLED_BY)
 
 
-def _clock_decides() -> bool:
-    """Whether measured times decide the choice, where it may be settled."""
-    return not torch.are_deterministic_algorithms_enabled()  # layouts differ in their last bits
-
-
 def _ranked(problem: Problem) -> list[str]:
     """All backends by rank: the first that serves is taken where nothing was measured."""
     return sorted(BACKENDS, key=lambda name: BACKENDS[name].rank(problem))
@@ -373,11 +373,10 @@ def _best(problem: Problem, serving: list[str], *, measure: bool = True) -> tupl
         candidates += [(name, layout) for layout in BACKENDS[name].layouts(problem)] or [(name, None)]
     if not _settles(problem) or candidates == [(serving[0], None)]:  # plain PyTorch alone
         return candidates[0], True
-    if len(candidates) == 1 or not _clock_decides():
+    if torch.are_deterministic_algorithms_enabled():  # layouts differ in their last bits
         return tuning.first_working(problem, candidates), True
     backends = {(name, layout): BACKENDS[name].with_layout(layout) for name, layout in candidates}
-    operation = "unroll" if measures_sequence(problem) else "memory_step"
-    operations = {candidate: getattr(backend, operation) for candidate, backend in backends.items()}
+    operations = {candidate: getattr(backend, tried_as(problem)) for candidate, backend in backends.items()}
     best = tuning.fastest(problem, operations, measure=measure)
     return best, tuning.is_settled(problem, operations)
 

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import dnc_reference
 from dnc_reference import DNCCell, DNCState, Interface, MemoryState
+from dnc_reference.interface import interface_sizes
+from dnc_triton.kernels.layout import LINK_EVERY
 from dnc_triton.problem import Problem
 
 Operation = Callable[..., tuple[Tensor, MemoryState] | tuple[Tensor, DNCState]]
@@ -22,7 +24,7 @@ Draw = Callable[[str, tuple[int, ...]], Tensor]  # name, shape → random number
 
 # A check looks at so few steps that what the oracle keeps in float64 fits beside the rest. In 16 bits at a single one:
 # what it stores of the usage decides, by its rounding, which slot the next one writes to.
-CHECKED_STEPS = 3
+CHECKED_STEPS = LINK_EVERY + 1  # so that two links are kept, and those in between replayed
 DRAWS = 3  # of random numbers, until a candidate is right
 # A candidate may be off by so many times what the reference is off in the arithmetic of the kernels, and by half of the
 # digits of a result's largest number. How precise the kernels are is for the tests to say.
@@ -44,7 +46,7 @@ class Trial:
         call: candidate → its results by name, each with a row for each batch element.
         seen: the results that the loss of a backward sees.
         rows: what the call is given for each batch element, by name.
-        parameters: what it is given for all of them; empty for a memory step.
+        parameters: what it is given for all of them; empty for a step.
         needs_gradient: whether there is a backward.
         draw: where the numbers come from.
     """
@@ -158,9 +160,15 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.current_stream(device).record_event().synchronize()
 
 
+def tried_as(problem: Problem) -> str:
+    """The operation as which a problem is tried, by its name in `dnc_reference`: "unroll"; "memory_step"; or
+    "interface_step", of which a sequence with a controller of the user's own has many."""
+    return {None: "memory_step", "custom": "interface_step"}.get(problem.controller, "unroll")
+
+
 def measures_sequence(problem: Problem) -> bool:
-    """Whether a problem is tried as a sequence; else as a memory step, which may be one of many."""
-    return problem.controller not in (None, "custom")
+    """Whether a problem is tried as a sequence; else as a step."""
+    return tried_as(problem) == "unroll"
 
 
 def power_of_two(size: int) -> int:
@@ -185,16 +193,24 @@ def random_call(
 
 
 def _random_step(problem: Problem, steps: int, rows: slice, dtype: torch.dtype, draw: Draw) -> Trial:
-    """A `memory_step`."""
-    shapes = Interface.shapes(power_of_two(problem.batch), problem.word_size, problem.num_reads, problem.num_writes)
-    interface = Interface(**{name: draw(name, shape)[rows].to(dtype) for name, shape in shapes.items()})
+    """A `memory_step`, or an `interface_step`."""
+    batch, heads = power_of_two(problem.batch), dict(num_reads=problem.num_reads, num_writes=problem.num_writes)
+    interface: Any
+    if tried_as(problem) == "memory_step":
+        shapes = Interface.shapes(batch, problem.word_size, **heads)
+        interface = Interface(**{name: draw(name, shape)[rows].to(dtype) for name, shape in shapes.items()})
+        given, options = interface._asdict(), {}
+    else:
+        size = sum(interface_sizes(**heads, word_size=problem.word_size).values())
+        interface = (4 * draw("interface", (batch, size)) - 2)[rows].to(dtype)
+        given, options = {"interface": interface}, {**heads, "strength": "oneplus"}
     state = _random_state(problem, rows, dtype, draw)
-    given = interface._asdict() | state._asdict()
+    given |= state._asdict()
     for tensor in given.values():
         tensor.requires_grad_(problem.needs_gradient)
 
     def call(step: Any) -> dict[str, Tensor]:
-        read_words, new_state = step(interface, state, stop_usage_gradient=False)
+        read_words, new_state = step(interface, state, **options, stop_usage_gradient=False)
         return {"read_words": read_words, **new_state._asdict()}
 
     return Trial(call, ("read_words", *state._fields), given, {}, problem.needs_gradient, draw)
@@ -266,7 +282,7 @@ def _reference(problem: Problem) -> Operation:
     def unroll(*given: Any, checkpoint: str) -> tuple[Tensor, DNCState]:
         return dnc_reference.unroll(*given)  # keeps every step
 
-    return unroll if measures_sequence(problem) else dnc_reference.memory_step
+    return unroll if measures_sequence(problem) else getattr(dnc_reference, tried_as(problem))
 
 
 def _results(trial: Trial, operation: Operation, rows: slice) -> dict[str, Tensor]:

@@ -46,7 +46,16 @@ from dnc_triton.kernels import launcher
 from dnc_triton.kernels.layout import Layout
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import engine, graphs
-from dnc_triton.trial import Check, Operation, WrongResult, measures_sequence, power_of_two, random_call, wait_for
+from dnc_triton.trial import (
+    Check,
+    Operation,
+    WrongResult,
+    measures_sequence,
+    power_of_two,
+    random_call,
+    tried_as,
+    wait_for,
+)
 from dnc_triton.version import __version__
 
 Candidate = tuple[str, Layout | None]
@@ -81,7 +90,7 @@ def fastest(problem: Problem, operations: Mapping[Candidate, Operation], *, meas
 
     Args:
         problem: the call.
-        operations: candidate → its `unroll` if `measures_sequence`, else its `memory_step`; in the order of preference.
+        operations: candidate → its function of the name `tried_as`; in the order of preference.
         measure: whether to measure what is not remembered. Nothing is measured while a CUDA graph is captured or a
             mode or tracer sees each operator, nor with DNC_TRITON_MEASURE=0.
 
@@ -194,6 +203,7 @@ def _bucket(problem: Problem) -> str:
         "triton": triton_version(),
         "dnc_triton": __version__,
         "format": FORMAT,
+        "operation": tried_as(problem),
         "dtype": str(problem.dtype),
         "batch": power_of_two(problem.batch),
         "memory_size": problem.memory_size,

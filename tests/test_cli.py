@@ -24,7 +24,7 @@ from dnc_triton.training.folder import WRITTEN
 from dnc_triton.training.learner import Learner
 from dnc_triton.training.run import PARTS, Run
 from dnc_triton.training.settings import Settings
-from dnc_triton.tuning import triton_version
+from dnc_triton.tuning import NothingWorks, triton_version
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +131,18 @@ def test_want_of_memory_of_a_gpu_is_one_line(
     assert main([*SHORT, "--run", str(tmp_path / "run")]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "dnc_triton: no room for these sizes: CUDA out of memory. Tried to allocate 2 GiB."
+
+
+def test_a_backend_that_fails_on_this_gpu_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(run: Run) -> None:
+        raise NothingWorks("backend 'triton_fused', asked for by DNC_TRITON_BACKEND: nothing works: wrong results")
+
+    monkeypatch.setattr(Run, "train", fail)
+    assert main([*SHORT, "--run", str(tmp_path / "run")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("dnc_triton: backend 'triton_fused', asked for by DNC_TRITON_BACKEND: ")
 
 
 def test_want_of_memory_of_a_worker_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

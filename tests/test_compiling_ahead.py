@@ -70,7 +70,6 @@ def launched_and_compiled(
         return launch_up_to_running(kernel, grid)
 
     triton.runtime.driver.set_active(Driver())
-    operation = "unroll" if trial.measures_sequence(problem) else "memory_step"
     runs = [trial.Check(problem).launch, trial.random_call(problem, problem.steps)]
     operations = []
     for name in backends:
@@ -78,7 +77,7 @@ def launched_and_compiled(
         with patch.dict("os.environ", {"TRITON_INTERPRET": "1"}):  # for the dispatcher alone: it is a CPU
             serves, _ = backend.supports(problem)
         for layout in backend.layouts(problem) if serves else []:
-            operations.append(((name, layout), getattr(backend.with_layout(layout), operation)))
+            operations.append(((name, layout), getattr(backend.with_layout(layout), trial.tried_as(problem))))
     with (
         patch.object(JITFunction, "_do_compile", record),
         patch.object(jit, "create_function_from_signature", prepare_slowly),

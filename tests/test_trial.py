@@ -21,6 +21,7 @@ from dnc_triton.trial import Check, Expected, WrongResult
 
 PROBLEM = replace(small_layer.PROBLEM, batch=3, steps=5)  # run as a batch of the power of two above it, 4
 STEP = replace(PROBLEM, controller=None)
+OWN = replace(PROBLEM, controller="custom")
 REFERENCE = BACKENDS["reference"]
 GIVEN = (*Interface._fields, *MemoryState._fields)
 
@@ -51,8 +52,7 @@ def test_what_runs_is_the_problem(
     is_sequence, seen = controller in ("lstm", "gru"), []
 
     def spy(*arguments: object, **keywords: object) -> object:
-        operation = REFERENCE.unroll if is_sequence else REFERENCE.memory_step
-        result = operation(*arguments, **keywords)
+        result = getattr(REFERENCE, trial.tried_as(problem))(*arguments, **keywords)
         seen.append((arguments, keywords, result))
         return result
 
@@ -67,11 +67,12 @@ def test_what_runs_is_the_problem(
     if is_sequence:
         assert rest[0].shape == (8, 4, problem.hidden_size)
         assert (first.controller_kind, first.hidden_size, first.num_layers) == (controller, problem.hidden_size, 1)
-    assert keywords == (dict(checkpoint="auto") if is_sequence else dict(stop_usage_gradient=False))
+    heads = dict(num_reads=problem.num_reads, num_writes=1, strength="oneplus") if controller == "custom" else {}
+    assert keywords == (dict(checkpoint="auto") if is_sequence else {**heads, "stop_usage_gradient": False})
 
 
 @pytest.mark.parametrize("needs_gradient", [True, False])
-@pytest.mark.parametrize("problem", [PROBLEM, STEP], ids=["sequence", "step"])
+@pytest.mark.parametrize("problem", [PROBLEM, STEP, OWN], ids=["sequence", "step", "own"])
 def test_a_backward_runs_where_gradients_are_needed(
     problem: Problem, needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,14 +81,15 @@ def test_a_backward_runs_where_gradients_are_needed(
     exact = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *given, **options: asked.append(exact(*given, **options)))
     run = trial.random_call(replace(problem, needs_gradient=needs_gradient), 8)
-    run(REFERENCE.memory_step if problem is STEP else REFERENCE.unroll)
+    run(getattr(REFERENCE, trial.tried_as(problem)))
     assert len(asked) == needs_gradient
+    given = {"unroll": len(run.parameters), "memory_step": len(GIVEN), "interface_step": 1 + len(MemoryState._fields)}
     for gradients in asked:
-        assert len(gradients) == (len(GIVEN) if problem is STEP else len(run.parameters))
+        assert len(gradients) == given[trial.tried_as(problem)]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("problem", [PROBLEM, STEP], ids=["sequence", "step"])
+@pytest.mark.parametrize("problem", [PROBLEM, STEP, OWN], ids=["sequence", "step", "own"])
 def test_fewer_rows_have_the_same_numbers(problem: Problem) -> None:
     """In another dtype too: what is compared must be computed from the same."""
     problem = replace(problem, dtype=torch.bfloat16)
@@ -107,13 +109,13 @@ def test_fewer_rows_have_the_same_numbers(problem: Problem) -> None:
 @pytest.mark.parametrize(
     "change", [{}, dict(needs_gradient=False), dict(batch=1, steps=1), dict(batch=0, steps=0)], ids=str
 )
-@pytest.mark.parametrize("controller", ["lstm", "feedforward", None], ids=str)
+@pytest.mark.parametrize("controller", ["lstm", "feedforward", "custom", None], ids=str)
 def test_plain_pytorch_is_right(controller: str | None, change: dict, dtype: torch.dtype) -> None:
     problem = replace(PROBLEM, controller=controller, dtype=dtype, **change)
     check = Check(problem)
     for name in ("reference", "torch_sequence"):
         if BACKENDS[name].supports(problem)[0]:
-            check(BACKENDS[name].unroll if trial.measures_sequence(problem) else BACKENDS[name].memory_step)
+            check(getattr(BACKENDS[name], trial.tried_as(problem)))
     exact, given = check.expected.exact, check.expected.draw()
     gradients = {name for name in exact if name.startswith("the gradient of ")}
     names = {f"the gradient of {name}" for name in given.rows | given.parameters}
@@ -172,6 +174,22 @@ def test_a_wrong_gradient_is_found(name: str, step_check: Check) -> None:
         step_check(step)
 
 
+def test_what_is_wrong_with_a_controller_of_ones_own_is_found() -> None:
+    """It is tried from the raw interface vector, which the kernels activate."""
+
+    def wrong_gradient(vector: Tensor, *given: Any, **keywords: Any) -> tuple[Tensor, MemoryState]:
+        return dnc_reference.interface_step(_Skewed.apply(vector), *given, **keywords)
+
+    def wrong_activation(*given: Any, **keywords: Any) -> tuple[Tensor, MemoryState]:
+        return dnc_reference.interface_step(*given, **{**keywords, "strength": "softplus"})
+
+    check = Check(OWN)
+    with pytest.raises(WrongResult, match="gradient of interface off by"):
+        check(wrong_gradient)
+    with pytest.raises(WrongResult, match="off by"):
+        check(wrong_activation)
+
+
 @pytest.mark.parametrize("wrong", [0.01, float("nan")], ids=str)
 @pytest.mark.parametrize("name", ["read_words", *MemoryState._fields])
 def test_a_wrong_result_is_found(name: str, wrong: float, step_check: Check) -> None:
@@ -214,7 +232,7 @@ def change(state: DNCState, name: str, function: Callable[[Tensor], Tensor]) -> 
 
 @pytest.mark.parametrize(
     ("dtype", "steps", "checked"),
-    [(torch.float32, 5, 3), (torch.float64, 2, 2), (torch.float32, 0, 1), (torch.bfloat16, 5, 1)],
+    [(torch.float32, 9, 5), (torch.float64, 2, 2), (torch.float32, 0, 1), (torch.bfloat16, 5, 1)],
     ids=str,
 )
 def test_so_many_steps_are_checked(dtype: torch.dtype, steps: int, checked: int) -> None:

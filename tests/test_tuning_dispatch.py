@@ -12,9 +12,11 @@ import pytest
 import torch
 from straw import PROBLEM, Clock, StrawCheck, _a_gpu_of_straw, _clock  # noqa: F401
 
+import dnc_reference
 from dnc_reference import DNCCell
 from dnc_triton import dispatch, tuning
 from dnc_triton.kernels.layout import Layout, default_layout, layouts, sequence_layouts
+from dnc_triton.ops.kernel_step import kernel_interface_step
 from dnc_triton.problem import Problem
 from dnc_triton.sequence import unroll
 from dnc_triton.sequence.settings import SequenceSettings
@@ -71,7 +73,7 @@ def test_explain_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_explain_is_a_line_for_each_however_long_an_error_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton quotes a kernel, then says what is wrong. By name a single layout is not measured."""
+    """Triton quotes a kernel, then says what is wrong."""
     (only,) = dispatch.BACKENDS["triton_split"].layouts(PROBLEM)
 
     def measure(problem: Problem, run: partial) -> float:
@@ -83,9 +85,6 @@ def test_explain_is_a_line_for_each_however_long_an_error_is(monkeypatch: pytest
         return 5.0
 
     monkeypatch.setattr(tuning, "_measure", measure)
-    alone = dispatch.choose(PROBLEM, "triton_split")
-    assert alone.unroll.keywords["layout"] == only
-    assert dispatch.choose(PROBLEM, "triton_split") is alone, "it is settled"
     dispatch.choose(PROBLEM)
     with pytest.raises(RuntimeError, match="no such thing"):
         dispatch.choose(PROBLEM, "triton_split")
@@ -93,6 +92,19 @@ def test_explain_is_a_line_for_each_however_long_an_error_is(monkeypatch: pytest
     assert len(lines) == 2 + len(dispatch.BACKENDS)
     (split,) = [line for line in lines if "triton_split" in line]
     assert split.endswith(": failed: no such thing")
+
+
+def test_a_backend_with_one_layout_is_checked_and_measured_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As any other: else it would run where it is wrong."""
+    (only,) = dispatch.BACKENDS["triton_split"].layouts(PROBLEM)
+    refuse(monkeypatch)
+    chosen = dispatch.choose(PROBLEM, "triton_split")
+    assert chosen.unroll.keywords["layout"] == only
+    assert tuning.remembered(PROBLEM) == {("triton_split", only): 50.0}
+    assert dispatch.choose(PROBLEM, "triton_split") is chosen, "it is settled"
+    refuse(monkeypatch, only)
+    with pytest.raises(tuning.NothingWorks, match=r"triton_split 8×16, 1 warp: wrong results: link off by 0\.5"):
+        dispatch.choose(replace(PROBLEM, batch=60), "triton_split")
 
 
 def test_the_dispatcher_may_find_plain_pytorch_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +130,22 @@ def test_without_measuring_the_default_is_taken(
     default = sequence_layouts(slots, 8)[0] if name == "triton_sequence" else default_layout(slots)
     assert dispatch.choose(problem).unroll.keywords["layout"] == default
     assert f"* {name}" in dispatch.explain_problem(problem)
+
+
+def test_a_controller_of_ones_own_is_measured_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels that activate its interface."""
+    measured = []
+
+    def measure(problem: Problem, run: partial) -> float:
+        measured.append(run.args[0])
+        return 5.0
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    chosen = dispatch.choose(replace(PROBLEM, controller="custom"))
+    step = chosen.unroll.keywords["interface_step"]
+    assert (step.func, step.keywords) in [(x.func, x.keywords) for x in measured[:-1]]
+    assert {x.func for x in measured[:-1]} == {kernel_interface_step}
+    assert measured[-1] is dnc_reference.interface_step
 
 
 def test_deterministic_algorithms_leave_nothing_to_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

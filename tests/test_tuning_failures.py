@@ -48,6 +48,10 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(
     assert keeps_no_error(caplog)
     assert tuning.fastest(PROBLEM, STEPS) == ("fused", FAST)
     assert len(clock.asked) == 3
+    tuning.fastest(replace(PROBLEM, batch=99), {("split", SLOW): "slow"})
+    tuning.fastest(replace(PROBLEM, batch=99), STEPS)
+    assert clock.asked[3:] == ["slow", "fast", "reference"], "what was measured in part is remembered, too"
+    assert tuning.is_settled(replace(PROBLEM, batch=99), STEPS)
 
 
 def out_of(what: str) -> Exception:
@@ -305,6 +309,21 @@ def test_without_memory_beside_the_check_a_candidate_is_measured_unchecked(
     assert clock.asked == ["slow", "fast", "reference"]
     assert len(caplog.messages) == 2
     assert all(message.endswith("is not checked: CUDA out of memory") for message in caplog.messages)
+
+
+def test_what_seems_wrong_and_cannot_be_tried_again_is_not_measured(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Check` raises a RuntimeError then. In the next process it may turn out to be right."""
+
+    def check(operation: str) -> None:
+        if operation == "fast":
+            raise RuntimeError("wrong results: link off by 0.5; there is no memory to try other numbers")
+
+    monkeypatch.setattr(tuning, "_check", lambda problem: StrawCheck(check))
+    assert tuning.fastest(PROBLEM, STEPS) == ("split", SLOW)
+    assert clock.asked == ["slow", "reference"]
+    assert ("fused", FAST) not in tuning.remembered(PROBLEM)
 
 
 def test_the_oracle_runs_as_what_is_measured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

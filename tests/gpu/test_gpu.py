@@ -229,8 +229,12 @@ def test_what_compiles_ahead_is_what_is_launched(
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch": 16, "hidden_size": 64}, {"controller": None, "batch": 4, "memory_size": 192, "word_size": 64}],
-    ids=["sequence", "step"],
+    [
+        {"batch": 16, "hidden_size": 64},
+        {"controller": None, "batch": 4, "memory_size": 192, "word_size": 64},
+        {"controller": "custom"},
+    ],
+    ids=["sequence", "step", "own"],
 )
 def test_nothing_that_is_measured_is_wrong(
     change: dict,

@@ -27,17 +27,18 @@ PROBLEM = Problem(
     num_layers=1,
 )
 STEP = replace(PROBLEM, controller=None)
+OWN = replace(PROBLEM, controller="custom")
 
 
 def candidates(problem: Problem) -> list[Any]:
     """All that has kernels."""
-    operation = "unroll" if trial.measures_sequence(problem) else "memory_step"
+    operation = trial.tried_as(problem)
     serving = [backend for backend in dispatch.BACKENDS.values() if backend.supports(problem)[0]]
     return [getattr(backend.with_layout(x), operation) for backend in serving for x in backend.layouts(problem)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("problem", [PROBLEM, STEP], ids=["sequence", "step"])
+@pytest.mark.parametrize("problem", [PROBLEM, STEP, OWN], ids=["sequence", "step", "own"])
 def test_the_kernels_pass(problem: Problem, dtype: torch.dtype) -> None:
     """And far from what is wrong: another compiler, or another GPU, rounds otherwise."""
     check, found = Check(replace(problem, dtype=dtype)), candidates(replace(problem, dtype=dtype))
