@@ -240,6 +240,13 @@ def test_long_sequences_are_alike(clock: Clock) -> None:
     assert len(clock.asked) == 6
 
 
+def test_a_step_of_ones_own_controller_is_not_a_memory_step(clock: Clock) -> None:
+    """Its kernels activate the interface."""
+    for controller in ("custom", None):
+        tuning.fastest(replace(PROBLEM, controller=controller), STEPS)
+    assert len(clock.asked) == 6
+
+
 @pytest.mark.parametrize("changed", ["device", "torch", "triton", "dnc_triton"])
 def test_another_device_or_version_is_measured_again(
     clock: Clock, changed: str, monkeypatch: pytest.MonkeyPatch
