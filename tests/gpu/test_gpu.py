@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -244,12 +245,17 @@ def test_nothing_that_is_measured_is_wrong(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A first call, with nothing remembered: every candidate is checked on the device, and none is refused."""
+    monkeypatch.setenv("DNC_TRITON_MEASURE", "1")
     monkeypatch.setenv("DNC_TRITON_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "TOTAL_SECONDS", math.inf)
     problem = replace(SMALL, device=device, num_reads=4, **change)
     choose(problem)
     assert not caplog.messages
     outcomes = tuning.remembered(problem)
-    assert len({layout for _, layout in outcomes if layout is not None}) >= 4
+    serving = [(name, backend) for name, backend in BACKENDS.items() if backend.supports(problem)[0]]
+    expected = {(name, layout) for name, backend in serving for layout in backend.layouts(problem)}
+    assert len(expected) >= 3
+    assert {candidate for candidate in outcomes if candidate[1] is not None} == expected
     assert all(isinstance(outcome, float) for outcome in outcomes.values()), outcomes
 
 
