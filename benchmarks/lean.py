@@ -1,6 +1,6 @@
 """The memory that a training step takes: `python -m benchmarks.lean`, on a GPU with `--device cuda`.
 
-A large memory compared with the eager reference, N = 512 on a CPU, N = 256 over 256 steps on a GPU; and on a CPU a long
+A large memory compared with the eager reference, N = 512 on a CPU, N = 256 over 256 steps on a GPU; and a long
 sequence, T = 1,000, which must fit into 8 GB. It counts as `memory` does: on a CPU the growth of the process's peak
 memory in forward and backward, on a GPU the tensors at their peak.
 """
@@ -41,6 +41,7 @@ GPU_CASES: list[Case] = [
     ("auto", 256, "auto", WIDE),
     ("auto", 256, None, WIDE),
     ("auto", 256, 16, WIDE),
+    ("auto", 1000, 32, LONG),
 ]
 
 

@@ -358,14 +358,15 @@ def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         lean.main(["--output", str(tmp_path)])
     assert "--output: expected a file, got the folder" in capsys.readouterr().err
-    exact, peaks, out = lean.train_once, iter([100, 30, 30]), tmp_path / "lean-gpu.json"
+    exact, peaks, out = lean.train_once, iter([100, 30, 30, 7e9]), tmp_path / "lean-gpu.json"
     small = dict(batch=2, memory_size=5, word_size=3, num_reads=2, hidden_size=4, features=3)
 
     def train_once(backend, steps, checkpoint, sizes, device):
-        assert (steps, sizes["memory_size"]) == (256, 256)
+        long, short = (1000, 32, 256), (256, 16, 256)
+        assert (steps, sizes["batch"], sizes["memory_size"]) == (long if checkpoint == 32 else short)
         if checkpoint == 16:
             raise torch.OutOfMemoryError("CUDA out of memory.\nAnd more")
-        return exact(backend, 4, checkpoint, small, device)
+        return exact(backend, 4, checkpoint, small, device) | {"steps": steps}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(lean, "describe_machine", lambda command: {"command": command})
@@ -377,15 +378,16 @@ def test_lean_memory_on_a_gpu(tmp_path, monkeypatch, capsys):
     assert lean.main(["--device", "cuda", "--output", str(out)]) == 1, "one is missing"
     content = json.loads(out.read_text(encoding="utf-8"))
     kept = [(row["backend"], row["checkpoint"], row["grown_bytes"]) for row in content["rows"]]
-    assert kept == [("reference", None, 100), ("auto", "auto", 30), ("auto", None, 30)]
+    assert kept == [("reference", None, 100), ("auto", "auto", 30), ("auto", None, 30), ("auto", 32, 7e9)]
     assert all(row["finite"] for row in content["rows"])
     printed = capsys.readouterr().out
     assert "checkpoint = 16: not measured: OutOfMemoryError: CUDA out of memory." in printed
     assert "everything kept | ≤ 0.333 | 0.3 | reached |" in printed
     assert "every 16th step kept | ≤ 0.1 | | not measured |" in printed
+    assert "every 32nd step kept | ≤ 8 | 7 | reached |" in printed
 
 
-@pytest.mark.parametrize(("failing", "status", "left"), [(["reference"], 1, 3), (["reference", "auto"], 2, 0)])
+@pytest.mark.parametrize(("failing", "status", "left"), [(["reference"], 1, 4), (["reference", "auto"], 2, 0)])
 def test_a_failure_in_lean_memory_costs_the_others_nothing(tmp_path, monkeypatch, capsys, failing, status, left):
     out = tmp_path / "lean-gpu.json"
     out.write_text("before")
@@ -393,7 +395,7 @@ def test_a_failure_in_lean_memory_costs_the_others_nothing(tmp_path, monkeypatch
     def train_once(backend, steps, checkpoint, sizes, device):
         if backend in failing:
             raise RuntimeError
-        return {"backend": backend, "checkpoint": checkpoint, "grown_bytes": 7, "finite": True}
+        return {"backend": backend, "steps": steps, "checkpoint": checkpoint, "grown_bytes": 7, "finite": True}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(lean, "describe_machine", lambda command: {})
@@ -406,7 +408,8 @@ def test_a_failure_in_lean_memory_costs_the_others_nothing(tmp_path, monkeypatch
 
 def test_lean_memory_with_gradients_that_are_not_finite_is_no_success(tmp_path, monkeypatch, capsys):
     def train_once(backend, steps, checkpoint, sizes, device):
-        return {"backend": backend, "checkpoint": checkpoint, "grown_bytes": 7, "finite": checkpoint != 16}
+        finite = checkpoint != 16
+        return {"backend": backend, "steps": steps, "checkpoint": checkpoint, "grown_bytes": 7, "finite": finite}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(lean, "describe_machine", lambda command: {})

@@ -125,7 +125,7 @@ def test_the_limits_are_those_that_were_set():
         "training, peak of memory, part of eager's, the largest": ("<=", 1 / 3, 8),
     }
     assert [(goal.limit, goal.at_least) for goal in goals.STEPS] == [(6, False), (10, False), (16, False), (28, False)]
-    assert [(goal.limit, goal.at_least) for goal in goals.MEMORY] == [(1 / 3, False), (1 / 10, False)]
+    assert [(goal.limit, goal.at_least) for goal in goals.MEMORY] == [(1 / 3, False), (1 / 10, False), (8, False)]
 
 
 def test_what_is_as_much_as_the_limit_reaches_it():
@@ -154,10 +154,24 @@ def test_goals_of_a_step_and_of_memory():
     lines = goals.table(goals.STEPS, steps).splitlines()[2:]
     assert [line.split("| ")[-1] for line in lines] == ["reached |", "missed |", *["not measured |"] * 2]
     assert lines[1] == "| memory step (16, 16, 16, 4), backward, µs | ≤ 10 | 11 | missed |"
-    memory = [("reference", None, 1200), ("auto", "auto", 500), ("auto", None, 300), ("auto", 16, 150)]
-    rows = [dict(backend=name, checkpoint=kept, grown_bytes=grown, finite=True) for name, kept, grown in memory]
+    memory = [
+        ("reference", 256, None, 1200),
+        ("auto", 256, "auto", 500),
+        ("auto", 256, None, 300),
+        ("auto", 256, 16, 150),
+        ("auto", 1000, 16, 10),
+        ("auto", 1000, 32, 8_100_000_000),
+    ]
+    rows = [
+        dict(backend=name, steps=steps, checkpoint=kept, grown_bytes=grown, finite=True)
+        for name, steps, kept, grown in memory
+    ]
     lines = goals.table(goals.MEMORY, rows).splitlines()[2:]
-    assert [line.split(" | ", 1)[1] for line in lines] == ["≤ 0.333 | 0.25 | reached |", "≤ 0.1 | 0.125 | missed |"]
+    assert [line.split(" | ", 1)[1] for line in lines] == [
+        "≤ 0.333 | 0.25 | reached |",
+        "≤ 0.1 | 0.125 | missed |",
+        "≤ 8 | 8.1 | missed |",
+    ]
     rows[-1]["finite"] = False
     assert goals.table(goals.MEMORY, rows).splitlines()[-1].endswith("| not measured |")
 
