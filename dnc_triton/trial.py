@@ -29,8 +29,8 @@ DRAWS = 3  # of random numbers, until a candidate is right
 # A candidate may be off by so many times what the reference is off in the arithmetic of the kernels, and by half of the
 # digits of a result's largest number. How precise the kernels are is for the tests to say.
 ALLOWED = 2.0
-NOISE = 4  # times the rounding of the largest result, or gradient, any other may be off, which may be zero
-
+# Any may be off by so many roundings of the largest, of results or of gradients: what should be zero is rounding alone.
+NOISE = 4
 
 GRADIENT = "the gradient of "
 

@@ -135,7 +135,7 @@ def test_rounding_is_far_from_what_is_wrong(size: tuple[int, int, int]) -> None:
 
 
 def multiply_in_tf32(library: torch.library.Library) -> None:
-    """Let matrix products round their factors as GPUs do where TF32 is allowed: to 11 digits."""
+    """Let matrix products round their factors as GPUs do where TF32 is allowed: to 11 bits."""
 
     def rounded(x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
